@@ -1,9 +1,9 @@
 """Turns a source into a dataset folder, in parts that are independent of each other.
 
-One part is one shard: a fixed range of the input, converted by one worker and moved into place whole, first the
-shard, then its record under `.parts/`. A run that is killed loses the parts in progress and nothing else; the next
-run converts what has no record. The index and, last, the manifest are made from the records alone, so they have the
-same bytes however often, by however many workers and on however many machines the conversion ran.
+One part is one shard: a fixed range of the input, converted by one worker and moved into place whole, first
+the shard, then its record under `.parts/`. A run that is killed loses the parts in progress and nothing else;
+the next run converts what has no record. The index and, last, the manifest are made from the records alone, so
+they have the same bytes however often, with however many workers and on however many machines it ran.
 """
 
 import json
@@ -70,7 +70,7 @@ def is_complete(job: Job) -> bool:
 
 
 def convert(job: Job, workers: int, shard: tuple[int, int] = (1, 1)) -> None:
-    """Converts what is missing of the parts of machine `shard[0]` of `shard[1]`; `finish` completes the dataset.
+    """Converts what is missing of the parts of machine `shard[0]` of `shard[1]`; `finish` does the rest.
 
     Raises DatasetError when a part cannot be written; finished parts stay and are not converted again.
     """
@@ -111,9 +111,7 @@ def _convert_in_processes(job: Job, parts: list[int], workers: int, bar: tqdm) -
             for future in as_completed(futures):
                 bar.update(future.result())
         except BrokenProcessPool as error:
-            raise DatasetError(
-                "a worker was killed (out of memory?); run the same command to continue"
-            ) from error
+            raise DatasetError("a worker died (out of memory?); run the same command to continue") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -188,9 +186,8 @@ def _batches(
     """Yields (positions in the source, samples) in batches; what cannot be loaded is added to `rejected`."""
     positions, samples = [], []
     items = job.part(number)
-    for position, sample in zip(
-        items, _load(job.source, items, loaders, job.encoder.batch_size), strict=True
-    ):
+    loaded = _load(job.source, items, loaders, ahead=job.encoder.batch_size)
+    for position, sample in zip(items, loaded, strict=True):
         progress(1)
         if isinstance(sample, Rejected):
             rejected.append({"key": job.source.keys[position], "reason": str(sample)})
@@ -276,10 +273,10 @@ class Moments:
 
 
 def finish(uri: str, max_rejected: int = 0) -> Manifest:
-    """Makes index and manifest of the dataset `uri` from the records of its parts (also the `merge` of machines).
+    """Makes index and manifest of the dataset `uri` from the records of its parts, whoever converted them.
 
-    Raises DatasetError if parts are missing or more than `max_rejected` samples were rejected; the list of those
-    is then in rejected.jsonl, and there is no manifest.
+    Raises DatasetError if parts are missing or more than `max_rejected` samples were rejected; the list of
+    those is then in rejected.jsonl, and there is no manifest.
     """
     store = Store(uri)
     try:
@@ -309,7 +306,7 @@ def _read_records(store: Store, plan: Manifest, names: set[str]) -> list[dict]:
     missing = [name for name in wanted if name not in names]
     if missing:
         raise DatasetError(
-            f"{store.uri}: {len(missing)} of {len(wanted)} parts are not converted yet, the first is {missing[0]}"
+            f"{store.uri}: {len(missing)} of {len(wanted)} parts are missing, the first is {missing[0]}"
         )
     return [json.loads(store.read(name)) for name in wanted]
 
@@ -342,7 +339,8 @@ def _complete(plan: Manifest, records: list[dict], rejected: int) -> Manifest:
 def _rejection_message(uri: str, rejected: list[dict], allowed: int) -> str:
     shown = "".join(f"\n  {line['key']}: {line['reason']}" for line in rejected[:20])
     more = f"\n  and {len(rejected) - 20} more" if len(rejected) > 20 else ""
-    return f"{len(rejected)} samples were rejected, --max-rejected allows {allowed} (list: {uri}/{REJECTED}):{shown}{more}"
+    where = f"--max-rejected allows {allowed} (list: {uri}/{REJECTED})"
+    return f"{len(rejected)} samples were rejected, {where}:{shown}{more}"
 
 
 def _part_items(plan: Manifest) -> int:
