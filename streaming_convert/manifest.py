@@ -1,0 +1,92 @@
+"""What a converted dataset says about itself: `manifest.json`, written last, so its presence means complete.
+
+A dataset folder, local or in a bucket, holds `index.json` and `shard.*.mds` (MosaicML Streaming's format) and
+this file. Training reads it for the class names and the per-channel statistics; `verify` checks it.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+
+from streaming_convert.store import DatasetError, Store
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+RESULTS = ("num_samples", "class_counts", "channel_mean", "channel_std", "rejected", "shards")
+
+
+@dataclass
+class Manifest:
+    """Description of one split. Without its results it is the plan that a conversion follows.
+
+    column: "image" (uint8, C,H,W) or "latents" (float16, 2c,h,w: posterior mean, then standard deviation).
+    input: {split, samples, xxh64} of the list of files and labels that went in.
+    channel_mean, channel_std: of what training sees before it normalises, one value per channel: pixels in
+        0..255 units; for latents the c channels of mean + std * noise.
+    shards: {file name: {bytes, xxh64, samples}}, of the file as stored.
+    """
+
+    source: str
+    input: dict
+    command: str
+    column: str
+    shape: list[int]
+    class_names: list[str]
+    encoder: dict
+    crop: str
+    flips: bool
+    compression: str | None
+    shard_samples: int
+    schema_version: int = SCHEMA_VERSION
+    num_samples: int = 0
+    class_counts: list[int] = field(default_factory=list)
+    channel_mean: list[float] = field(default_factory=list)
+    channel_std: list[float] = field(default_factory=list)
+    rejected: int = 0
+    shards: dict[str, dict] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """The file's bytes; equal manifests give equal bytes."""
+        return (json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, text: bytes, where: str) -> "Manifest":
+        """Parses `text`, read from `where` (named in errors). Raises DatasetError if it is not a manifest."""
+        try:
+            values = json.loads(text)
+            version = values.get("schema_version")
+            if version != SCHEMA_VERSION:
+                raise DatasetError(f"{where}: schema_version is {version}, expected {SCHEMA_VERSION}")
+            return cls(**values)
+        except (ValueError, TypeError, AttributeError) as error:
+            if isinstance(error, DatasetError):
+                raise
+            raise DatasetError(f"{where} is not a dataset manifest: {error}") from error
+
+
+def read_manifest(uri: str) -> Manifest:
+    """Reads the manifest of the dataset folder `uri` (a local path, or s3://, gs://, oci://).
+
+    Raises DatasetError when there is none: the folder is empty, or its conversion has not finished.
+    """
+    try:
+        text = Store(uri).read(MANIFEST)
+    except FileNotFoundError as error:
+        raise DatasetError(
+            f"{uri} holds no {MANIFEST}: not a dataset, or its conversion did not finish"
+        ) from error
+    return Manifest.from_json(text, f"{uri}/{MANIFEST}")
+
+
+def difference(plan: Manifest, other: Manifest) -> str | None:
+    """Says where two plans describe different datasets, or None. The command line itself does not count."""
+    for key in (f.name for f in dataclasses.fields(Manifest)):
+        mine, theirs = getattr(plan, key), getattr(other, key)
+        if key not in (*RESULTS, "command") and mine != theirs:
+            return f"`{key}` is {_short(theirs)} there and {_short(mine)} here"
+    return None
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 100 else text[:97] + "..."

@@ -1,0 +1,96 @@
+"""Files of one dataset folder, on a local disk or in a bucket, through Streaming's own transfer clients."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+WORK = ".parts"  # bookkeeping of an unfinished conversion, inside the dataset folder
+
+
+class DatasetError(ValueError):
+    """The input, the target or the request is wrong in a way that the user can mend; shown as one line."""
+
+
+class Store:
+    """Reads and publishes the files of the folder `uri`. One per process: clients do not survive a fork."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri.rstrip("/")
+        self.remote = "://" in uri
+        self._staging: Path | None = None
+        self._uploader = None
+        self._downloader = None
+
+    @property
+    def staging(self) -> Path:
+        """A private scratch folder; for a local target on its own disk, so that a rename is atomic."""
+        if self._staging is None:
+            work = None if self.remote else Path(self.uri, WORK)
+            if work:
+                work.mkdir(parents=True, exist_ok=True)
+            self._staging = Path(tempfile.mkdtemp(prefix="tmp-", dir=work))
+        return self._staging
+
+    def close(self) -> None:
+        """Deletes the scratch folder."""
+        if self._staging is not None:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+
+    def publish(self, name: str) -> None:
+        """Moves the file `name` from the scratch folder to its place, where it is whole or not at all."""
+        if self.remote:
+            self._client().upload_file(name)  # a bucket shows an object only when it is complete
+            return
+        source, target = self.staging / name, Path(self.uri, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(source, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(source, target)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Publishes `data` as the file `name`."""
+        path = self.staging / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        self.publish(name)
+
+    def fetch(self, name: str) -> Path:
+        """Local path of the file `name`, downloaded to the scratch folder if it is remote."""
+        if not self.remote:
+            return Path(self.uri, name)
+        from streaming.base.storage import CloudDownloader
+
+        self._downloader = self._downloader or CloudDownloader.get(self.uri)
+        path = self.staging / name
+        try:
+            self._downloader.download(f"{self.uri}/{name}", str(path))
+        except Exception as error:  # every provider has its own error for a missing object
+            if "404" in str(error) or "not found" in str(error).lower():
+                raise FileNotFoundError(f"{self.uri}/{name}") from error
+            raise DatasetError(f"cannot read {self.uri}/{name}: {error}") from error
+        return path
+
+    def read(self, name: str) -> bytes:
+        """Content of the file `name`; FileNotFoundError if there is none."""
+        path = self.fetch(name)
+        data = path.read_bytes()
+        if self.remote:
+            path.unlink()
+        return data
+
+    def names(self) -> set[str]:
+        """Names of all files in the folder, relative to it."""
+        if not self.remote:
+            root = Path(self.uri)
+            return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+        prefix = self.uri.split("://", 1)[1].partition("/")[2] + "/"
+        return {key.removeprefix(prefix) for key in self._client().list_objects() if key.startswith(prefix)}
+
+    def _client(self):  # noqa: ANN202 (the class depends on the provider)
+        from streaming.base.storage import CloudUploader
+
+        if self._uploader is None:
+            self._uploader = CloudUploader.get((str(self.staging), self.uri), exist_ok=True)
+        return self._uploader

@@ -1,0 +1,356 @@
+"""Turns a source into a dataset folder, in parts that are independent of each other.
+
+One part is one shard: a fixed range of the input, converted by one worker and moved into place whole, first
+the shard, then its record under `.parts/`. A run that is killed loses the parts in progress and nothing else;
+the next run converts what has no record. The index and, last, the manifest are made from the records alone, so
+they have the same bytes however often, with however many workers and on however many machines it ran.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from streaming_convert.encoders import Encoder
+from streaming_convert.images import Rejected
+from streaming_convert.manifest import MANIFEST, Manifest, difference
+from streaming_convert.sources import Source
+from streaming_convert.store import WORK, DatasetError, Store
+
+INDEX, REJECTED, PLAN = "index.json", "rejected.jsonl", f"{WORK}/plan.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One split to convert: `items` are the positions of its samples in the source."""
+
+    uri: str
+    source: Source
+    encoder: Encoder
+    items: np.ndarray
+    plan: Manifest
+
+    def part(self, number: int) -> np.ndarray:
+        """Positions in the source of the samples of part `number`."""
+        size = _part_items(self.plan)
+        return self.items[number * size : (number + 1) * size]
+
+
+def is_complete(job: Job) -> bool:
+    """Whether the target already holds this dataset.
+
+    Raises DatasetError if it holds another one, finished or not, or files that no conversion put there.
+    """
+    store = Store(job.uri)
+    try:
+        names = store.names()
+        found = MANIFEST if MANIFEST in names else PLAN if PLAN in names else None
+        if found:
+            change = difference(job.plan, Manifest.from_json(store.read(found), f"{job.uri}/{found}"))
+            if change:
+                raise DatasetError(f"{job.uri} holds a different dataset: {change}. Nothing was changed")
+        elif any(not name.startswith(f"{WORK}/") for name in names):
+            raise DatasetError(f"{job.uri} is not empty and holds no dataset of ours. Nothing was changed")
+        return found == MANIFEST
+    finally:
+        store.close()
+
+
+def convert(job: Job, workers: int, shard: tuple[int, int] = (1, 1)) -> None:
+    """Converts what is missing of the parts of machine `shard[0]` of `shard[1]`; `finish` does the rest.
+
+    Raises DatasetError when a part cannot be written; finished parts stay and are not converted again.
+    """
+    store = Store(job.uri)
+    try:
+        names = store.names()
+        if PLAN not in names:
+            store.write(PLAN, job.plan.to_json())
+        done = {number for number in range(_num_parts(job.plan)) if _record_name(number) in names}
+    finally:
+        store.close()
+    mine = range(shard[0] - 1, _num_parts(job.plan), shard[1])
+    todo = [number for number in mine if number not in done]
+    total, left = (sum(len(job.part(number)) for number in numbers) for numbers in (mine, todo))
+    with tqdm(total=total, initial=total - left, unit="img", desc=job.uri, dynamic_ncols=True) as bar:
+        if job.encoder.in_process or workers == 1 or len(todo) < 2:
+            _convert_here(job, todo, workers, bar)
+        else:
+            _convert_in_processes(job, todo, min(workers, len(todo)), bar)
+
+
+def _convert_here(job: Job, parts: list[int], threads: int, bar: tqdm) -> None:
+    store = Store(job.uri)
+    try:
+        with ThreadPoolExecutor(threads) as loaders:
+            for number in parts:
+                _convert_part(job, number, store, loaders, bar.update)
+    finally:
+        store.close()
+
+
+def _convert_in_processes(job: Job, parts: list[int], workers: int, bar: tqdm) -> None:
+    # Forked, not spawned: a list of a million files is shared instead of sent, and torch is imported once.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, context, _start_worker, (job, os.getpid())) as pool:
+        futures = {pool.submit(_work, number): number for number in parts}
+        try:
+            for future in as_completed(futures):
+                bar.update(future.result())
+        except BrokenProcessPool as error:
+            raise DatasetError("a worker died (out of memory?); run the same command to continue") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_job: Job  # in a worker process
+
+
+def _start_worker(job: Job, parent: int) -> None:
+    global _job
+    _job = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+
+
+def _exit_with(parent: int) -> None:
+    """Ends this worker when its parent was killed; otherwise it would wait for work forever."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+def _work(number: int) -> int:
+    store = Store(_job.uri)
+    try:
+        _convert_part(_job, number, store, None, lambda samples: None)
+    finally:
+        store.close()
+    return len(_job.part(number))
+
+
+def _convert_part(
+    job: Job, number: int, store: Store, loaders: Executor | None, progress: Callable[[int], object]
+) -> None:
+    """Writes the shard of one part, then its record: index entry, label counts, moments, rejected samples."""
+    from streaming import MDSWriter
+
+    column, encoder = job.plan.column, job.encoder
+    dtype = "uint8" if column == "image" else "float16"
+    columns = {column: f"ndarray:{dtype}:{','.join(map(str, job.plan.shape))}", "label": "int64"}
+    counts, moments, rejected = Counter(), Moments(column), []
+    folder = store.staging / "mds"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        writer = MDSWriter(
+            columns=columns,
+            out=str(folder),
+            compression=job.plan.compression,
+            hashes=["xxh64"],
+            size_limit=None,
+        )
+        for positions, samples in _batches(job, number, loaders, rejected, progress):
+            stored = encoder(samples)
+            moments.add(stored)
+            labels = job.source.labels[positions]
+            counts.update(labels.tolist())
+            for value, label in zip(stored, labels, strict=True):
+                writer.write({column: value, "label": label})
+        writer.finish()
+        entry = _publish_shard(store, folder, number, writer.shards)
+        record = {"shard": entry, "counts": counts, "moments": moments.sums, "rejected": rejected}
+        store.write(_record_name(number), json.dumps(record).encode())
+    except OSError as error:
+        raise DatasetError(
+            f"cannot write part {number} of {job.uri}: {error.strerror or error}. "
+            "Finished parts are kept; run the same command to continue"
+        ) from error
+
+
+def _batches(
+    job: Job, number: int, loaders: Executor | None, rejected: list[dict], progress: Callable[[int], object]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (positions in the source, samples) in batches; what cannot be loaded is added to `rejected`."""
+    positions, samples = [], []
+    items = job.part(number)
+    loaded = _load(job.source, items, loaders, ahead=job.encoder.batch_size)
+    for position, sample in zip(items, loaded, strict=True):
+        progress(1)
+        if isinstance(sample, Rejected):
+            rejected.append({"key": job.source.keys[position], "reason": str(sample)})
+            continue
+        views = [sample, sample[..., ::-1]] if job.plan.flips else [sample]
+        positions += [position] * len(views)
+        samples += views
+        if len(samples) >= job.encoder.batch_size:
+            yield np.array(positions), np.stack(samples)
+            positions, samples = [], []
+    if samples:
+        yield np.array(positions), np.stack(samples)
+
+
+def _load(
+    source: Source, items: Iterable[int], loaders: Executor | None, ahead: int
+) -> Iterator[np.ndarray | Rejected]:
+    """Loads samples in order, with `loaders` up to `ahead` of the one that is asked for."""
+
+    def load(position: int) -> np.ndarray | Rejected:
+        try:
+            return source.load(source.keys[position])
+        except Rejected as error:
+            return error
+
+    if loaders is None:
+        yield from map(load, items)
+        return
+    queue = deque()
+    for position in items:
+        queue.append(loaders.submit(load, position))
+        if len(queue) > ahead:
+            yield queue.popleft().result()
+    yield from (future.result() for future in queue)
+
+
+def _publish_shard(store: Store, folder: Path, number: int, shards: list[dict]) -> dict | None:
+    """Gives the part's shard its number, moves it into place and returns its entry of the index."""
+    if not shards:
+        return None
+    (entry,) = shards
+    for key in ("raw_data", "zip_data"):
+        if entry[key]:
+            written = folder / entry[key]["basename"]  # what is left after the loop is the file on disk
+            entry[key]["basename"] = entry[key]["basename"].replace(".00000.", f".{number:05}.")
+    name = (entry["zip_data"] or entry["raw_data"])["basename"]
+    os.replace(written, store.staging / name)
+    store.publish(name)
+    return entry
+
+
+class Moments:
+    """Sums over what training sees per channel: pixels, or mean + std * noise for latents.
+
+    Pixel sums are exact integers; latent sums are float64, added up in the order of the samples.
+    """
+
+    def __init__(self, column: str) -> None:
+        self.column = column
+        self.sums: dict = {"n": 0, "x": 0, "xx": 0, "var": 0}
+
+    def add(self, samples: np.ndarray) -> None:
+        """Adds a batch (N, C, H, W) as stored."""
+        if self.column == "image":
+            means, variances = samples.astype(np.int64), np.zeros((1, samples.shape[1], 1, 1), np.int64)
+        else:
+            means, stds = np.split(samples.astype(np.float64), 2, axis=1)
+            variances = stds**2
+        axes = (0, 2, 3)
+        batch = {"x": means.sum(axes), "xx": (means**2).sum(axes), "var": variances.sum(axes)}
+        self.sums["n"] += len(samples) * samples[0, 0].size
+        for key, value in batch.items():
+            self.sums[key] = (np.array(self.sums[key]) + value).tolist()
+
+    def merge(self, sums: dict) -> None:
+        """Adds the sums of another part."""
+        self.sums = {key: (np.array(value) + sums[key]).tolist() for key, value in self.sums.items()}
+
+    def mean_std(self) -> tuple[list[float], list[float]]:
+        """Per-channel mean, and sqrt(var(mean) + E[std^2])."""
+        n, x, xx, var = (np.array(self.sums[key], np.float64) for key in ("n", "x", "xx", "var"))
+        return (x / n).tolist(), np.sqrt(np.maximum(xx / n - (x / n) ** 2, 0) + var / n).tolist()
+
+
+def finish(uri: str, max_rejected: int = 0) -> Manifest:
+    """Makes index and manifest of the dataset `uri` from the records of its parts, whoever converted them.
+
+    Raises DatasetError if parts are missing or more than `max_rejected` samples were rejected; the list of
+    those is then in rejected.jsonl, and there is no manifest.
+    """
+    store = Store(uri)
+    try:
+        names = store.names()
+        if PLAN not in names:
+            raise DatasetError(f"{uri} holds no unfinished conversion")
+        plan = Manifest.from_json(store.read(PLAN), f"{uri}/{PLAN}")
+        records = _read_records(store, plan, names)
+        rejected = [line for record in records for line in record["rejected"]]
+        if rejected:
+            store.write(REJECTED, "".join(json.dumps(line) + "\n" for line in rejected).encode())
+        if len(rejected) > max_rejected:
+            raise DatasetError(_rejection_message(uri, rejected, max_rejected))
+        manifest = _complete(plan, records, len(rejected))
+        shards = [record["shard"] for record in records if record["shard"]]
+        store.write(INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
+        store.write(MANIFEST, manifest.to_json())
+    finally:
+        store.close()
+    if not store.remote:
+        shutil.rmtree(Path(uri, WORK))
+    return manifest
+
+
+def _read_records(store: Store, plan: Manifest, names: set[str]) -> list[dict]:
+    wanted = [_record_name(number) for number in range(_num_parts(plan))]
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise DatasetError(
+            f"{store.uri}: {len(missing)} of {len(wanted)} parts are missing, the first is {missing[0]}"
+        )
+    return [json.loads(store.read(name)) for name in wanted]
+
+
+def _complete(plan: Manifest, records: list[dict], rejected: int) -> Manifest:
+    """The plan with the results of all parts filled in."""
+    moments, counts = Moments(plan.column), Counter()
+    for record in records:
+        moments.merge(record["moments"])
+        counts.update({int(label): count for label, count in record["counts"].items()})
+    if not counts:
+        raise DatasetError(f"no sample could be converted, {rejected} were rejected")
+    mean, std = moments.mean_std()
+    entries = [record["shard"] for record in records if record["shard"]]
+    files = [(entry["zip_data"] or entry["raw_data"], entry["samples"]) for entry in entries]
+    return replace(
+        plan,
+        num_samples=counts.total(),
+        class_counts=[counts[label] for label in range(len(plan.class_names))],
+        channel_mean=mean,
+        channel_std=std,
+        rejected=rejected,
+        shards={
+            file["basename"]: {"bytes": file["bytes"], "xxh64": file["hashes"]["xxh64"], "samples": samples}
+            for file, samples in files
+        },
+    )
+
+
+def _rejection_message(uri: str, rejected: list[dict], allowed: int) -> str:
+    shown = "".join(f"\n  {line['key']}: {line['reason']}" for line in rejected[:20])
+    more = f"\n  and {len(rejected) - 20} more" if len(rejected) > 20 else ""
+    where = f"--max-rejected allows {allowed} (list: {uri}/{REJECTED})"
+    return f"{len(rejected)} samples were rejected, {where}:{shown}{more}"
+
+
+def _part_items(plan: Manifest) -> int:
+    """Input samples per part; with flips every one of them is stored twice."""
+    return max(1, plan.shard_samples // (2 if plan.flips else 1))
+
+
+def _num_parts(plan: Manifest) -> int:
+    return math.ceil(plan.input["samples"] / _part_items(plan))
+
+
+def _record_name(number: int) -> str:
+    return f"{WORK}/{number:05}.json"
