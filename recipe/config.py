@@ -27,9 +27,13 @@ class ConfigError(ValueError):
 
 @dataclass
 class OptimizerConfig:
-    """AdamW; the defaults are the paper's."""
+    """AdamW; the defaults are the paper's. schedule: constant, linear or cosine (both to zero at the end of
+    `duration`), after a linear warmup of e.g. 100ba.
+    """
 
     lr: float = 1e-4
+    schedule: str = "constant"
+    warmup: str = "0ba"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -37,6 +41,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"optimizer.lr: {self.lr} must be positive")
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"optimizer.schedule: {self.schedule!r} is not one of constant, linear, cosine")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"optimizer.betas: {self.betas} must be two numbers in [0, 1)")
 
@@ -89,8 +95,7 @@ class TrainConfig:
     """One training run. Times are Composer's: 2400ba, 3ep, 600sec.
 
     folder: holds checkpoints/, weights/ and train.jsonl; export: which weights are written to weights/, `ema`
-    and/or `net`, every export_interval; microbatch: samples per rank and forward pass (null: the whole share of the rank);
-    fsdp2: shard student and averages with FSDP2 (null: with more than one GPU).
+    and/or `net`, every export_interval; microbatch: samples per rank and forward pass (null: all of them).
     """
 
     run_name: str

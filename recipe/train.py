@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 
 import torch
 from composer import Trainer
-from composer.core import Time
 from composer.loggers import WandBLogger
-from composer.utils import dist, reproducibility
+from composer.optim import (
+    ComposerScheduler,
+    ConstantWithWarmupScheduler,
+    CosineAnnealingWithWarmupScheduler,
+    LinearWithWarmupScheduler,
+)
+from composer.utils import reproducibility
 
 from recipe.algorithms import EMA, ScaleParameter
 from recipe.callbacks import ExportWeights, JSONLines
-from recipe.config import ConfigError, LogConfig, TrainConfig, as_dict, load_config
+from recipe.config import ConfigError, LogConfig, OptimizerConfig, TrainConfig, as_dict, load_config
 from recipe.data import normalizer, train_loader
 from recipe.dit import DiT
 from recipe.model import StepKey, TVMModel
@@ -63,6 +67,16 @@ def build_loggers(config: LogConfig, run_name: str, folder: str) -> list:
     return loggers
 
 
+def build_schedule(config: OptimizerConfig) -> ComposerScheduler:
+    """Composer's scheduler of that name."""
+    schedules = {
+        "constant": ConstantWithWarmupScheduler,
+        "linear": LinearWithWarmupScheduler,
+        "cosine": CosineAnnealingWithWarmupScheduler,
+    }
+    return schedules[config.schedule](t_warmup=config.warmup)
+
+
 def build_trainer(config: TrainConfig) -> Trainer:
     """Everything that one run needs, from its configuration."""
     manifest = check_data(config)
@@ -82,6 +96,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
         model=model,
         train_dataloader=train_loader(config.data, config.seed),
         optimizers=optimizer,
+        schedulers=build_schedule(o),
         max_duration=config.duration,
         algorithms=[
             ScaleParameter(config.objective.scaled, **vars(config.step)),
@@ -106,13 +121,6 @@ def build_trainer(config: TrainConfig) -> Trainer:
     )
 
 
-def finished(config: TrainConfig) -> Path | None:
-    """The final weights of a run that has reached its duration, else None."""
-    duration = Time.from_timestring(config.duration)
-    final = Path(config.folder) / "weights" / "final.json"
-    return final if final.is_file() and duration else None
-
-
 def main(arguments: list[str]) -> None:
     """Command line: CONFIG.yaml [key=value ...]."""
     if not arguments:
@@ -122,10 +130,12 @@ def main(arguments: list[str]) -> None:
         trainer = build_trainer(config)
     except ConfigError as error:
         raise SystemExit(f"config error: {error}") from error
-    trainer.logger.log_hyperparameters(as_dict(config))
-    trainer.fit()
+    if trainer.state.timestamp >= trainer.state.max_duration:
+        log.info("%s: already finished at step %d", config.run_name, int(trainer.state.timestamp.batch))
+    else:
+        trainer.logger.log_hyperparameters(as_dict(config))
+        trainer.fit()
     trainer.close()
-    dist.barrier()
 
 
 if __name__ == "__main__":

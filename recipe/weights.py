@@ -1,7 +1,8 @@
 """Weights for inference: NAME.safetensors and a readable NAME.json beside it. Nothing is ever pickled.
 
 The JSON holds `model` (the architecture), `method` (objective, scaled, guidance), `data` (column, mean and
-std of the normalisation, class names, encoder), `step`, `average` (ema or net: which of the run's weights), `commit` and `sha256` (of the tensors' file).
+std of the normalisation, class names, encoder), `step`, `average` (ema or net: which of the run's weights),
+`commit` and `sha256` (of the tensors' file).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The published method's golden numbers (tests/data: one of the two cases, the time map, the initialisation)."""
+"""The published method's golden numbers (tests/data: a case, the time map, the initialisation)."""
 
 import json
 from pathlib import Path
