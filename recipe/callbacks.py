@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from composer.core import Callback, Event, State, Time
-from composer.loggers import Logger, LoggerDestination
+from composer.loggers import Logger, LoggerDestination, WandBLogger
 from composer.utils import create_interval_scheduler, dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -93,3 +93,11 @@ class JSONLines(LoggerDestination):
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         self.row.clear()
+
+
+class MetricsToWandB(WandBLogger):
+    """Weights & Biases for metrics alone; Composer would also look there for a checkpoint to resume from."""
+
+    def download_file(self, *args: object, **kwargs: object) -> None:
+        """No file ever comes from there."""
+        raise NotImplementedError

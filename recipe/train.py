@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
+from pathlib import Path
 
 import torch
 from composer import Trainer
-from composer.loggers import WandBLogger
 from composer.optim import (
     ComposerScheduler,
     ConstantWithWarmupScheduler,
     CosineAnnealingWithWarmupScheduler,
     LinearWithWarmupScheduler,
 )
-from composer.utils import reproducibility
+from composer.utils import dist, reproducibility
 
 from recipe.algorithms import EMA, ScaleParameter
-from recipe.callbacks import ExportWeights, JSONLines
+from recipe.callbacks import ExportWeights, JSONLines, MetricsToWandB
 from recipe.config import ConfigError, LogConfig, OptimizerConfig, TrainConfig, as_dict, load_config
 from recipe.data import normalizer, train_loader
 from recipe.dit import DiT
@@ -28,7 +29,7 @@ from recipe.model import StepKey, TVMModel
 from streaming_convert.manifest import Manifest, read_manifest
 from streaming_convert.store import DatasetError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("recipe.train")
 
 
 def check_data(config: TrainConfig) -> Manifest:
@@ -57,8 +58,9 @@ def build_loggers(config: LogConfig, run_name: str, folder: str) -> list:
     """train.jsonl always, Weights & Biases where asked for."""
     loggers = [JSONLines(f"{folder}/train.jsonl", config.interval)]
     if config.wandb != "off":
+        Path(folder).mkdir(parents=True, exist_ok=True)
         loggers.append(
-            WandBLogger(
+            MetricsToWandB(
                 project=config.wandb_project,
                 name=run_name,
                 init_kwargs={"mode": config.wandb, "dir": folder, "id": run_name, "resume": "allow"},
@@ -69,6 +71,7 @@ def build_loggers(config: LogConfig, run_name: str, folder: str) -> list:
 
 def build_schedule(config: OptimizerConfig) -> ComposerScheduler:
     """Composer's scheduler of that name."""
+    warnings.filterwarnings("ignore", message="The warmup duration is 0")
     schedules = {
         "constant": ConstantWithWarmupScheduler,
         "linear": LinearWithWarmupScheduler,
@@ -125,14 +128,19 @@ def main(arguments: list[str]) -> None:
     """Command line: CONFIG.yaml [key=value ...]."""
     if not arguments:
         raise SystemExit("usage: composer recipe/train.py CONFIG.yaml [key=value ...]")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("recipe").setLevel(logging.INFO if dist.get_global_rank() == 0 else logging.WARNING)
     try:
         config = load_config(TrainConfig, arguments[0], arguments[1:])
         trainer = build_trainer(config)
     except ConfigError as error:
         raise SystemExit(f"config error: {error}") from error
+    step = int(trainer.state.timestamp.batch)
     if trainer.state.timestamp >= trainer.state.max_duration:
-        log.info("%s: already finished at step %d", config.run_name, int(trainer.state.timestamp.batch))
+        log.info("%s: already finished at step %d", config.run_name, step)
     else:
+        if step:
+            log.info("%s: resumed at step %d from %s/checkpoints", config.run_name, step, config.folder)
         trainer.logger.log_hyperparameters(as_dict(config))
         trainer.fit()
     trainer.close()
