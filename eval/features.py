@@ -285,7 +285,8 @@ class Inception2015:
 class DinoV2:
     """DINOv2 ViT-L/14, the normalised class token (1024 features), by transformers.
 
-    For FD-DINOv2 (Stein et al. 2023). Images are resized to 224x224 pixels, bicubic with antialiasing, and normalised as for ImageNet.
+    For FD-DINOv2 (Stein et al. 2023). Images are resized to 224x224 pixels, bicubic with antialiasing, and
+    normalised as for ImageNet.
     """
 
     name = "dinov2-vitl14"
