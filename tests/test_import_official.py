@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch import nn
 
 from eval.import_official import main, read_snapshot
@@ -85,6 +86,7 @@ class TVMWrapper(Persistent):
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim = config.size, config.channels, config.classes
         self.do_scale_param, self.detach_jvp, self.dtype = True, False, torch.bfloat16
+        self.model_kwargs = OmegaConf.create({"qk_norm": True, "sizes": [1, 2]})
         self.model = model
 
 
