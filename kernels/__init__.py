@@ -5,6 +5,8 @@
 B batch, H heads, N tokens, D head dimension. Every tensor is (B, H, N, D).
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,14 +57,19 @@ def jvp_attention(
     tensors = _autocast({"q": q, "k": k, "v": v, "tq": tq, "tk": tk, "tv": tv})
     _check(tensors)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):
+    with _without_autocast(q.device.type):
         return reference.jvp_attention(*tensors.values(), scale)
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    available = torch.amp.is_autocast_available(device)  # it is not on meta tensors
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def _autocast(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """Cast as autocast does the operands of a product: all but float64 become the autocast type."""
     device = tensors["q"].device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return {

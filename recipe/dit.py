@@ -135,16 +135,15 @@ def unpatchify(z: Tensor, p: int, channels: int) -> Tensor:
 
 
 class Modulation(nn.Sequential):
-    """SiLU(cond) (B, D) -> n vectors (B, D), each RMS-normed (paper, section 4)."""
+    """SiLU(cond) (B, D) -> n vectors (B, 1, D), each RMS-normed (paper, section 4)."""
 
     def __init__(self, width: int, n: int) -> None:
         super().__init__(nn.SiLU(), nn.Linear(width, n * width))
         self.n = n
 
     def forward(self, c: Dual) -> list[Dual]:
-        m = dual.map_linear(lambda z: z.unflatten(-1, (self.n, -1)), dual.linear(self[1], c))
-        m = dual.rms_norm(m)
-        return [dual.map_linear(lambda z, i=i: z[:, i], m) for i in range(self.n)]
+        m = dual.map_linear(lambda z: z.unflatten(-1, (self.n, 1, -1)), dual.linear(self[1], c))
+        return dual.unbind(dual.rms_norm(m), 1)
 
 
 class Attention(nn.Module):
@@ -160,7 +159,7 @@ class Attention(nn.Module):
 
     def forward(self, z: Dual) -> Dual:
         qkv = dual.map_linear(lambda y: y.unflatten(-1, (3, self.heads, -1)), dual.linear(self.qkv, z))
-        q, k, v = (dual.map_linear(lambda y, i=i: y[:, :, i].transpose(1, 2), qkv) for i in range(3))
+        q, k, v = (dual.map_linear(lambda y: y.transpose(1, 2), part) for part in dual.unbind(qkv, 2))
         q, k = dual.rms_norm(q, self.q_norm.weight), dual.rms_norm(k, self.k_norm.weight)
         out = dual.map_linear(lambda y: y.transpose(1, 2).flatten(2), dual.attention(q, k, v))
         return dual.linear(self.proj, out)
@@ -190,9 +189,9 @@ class Block(nn.Module):
     def forward(self, z: Dual, c: Dual) -> Dual:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)
         h = self.attn(dual.modulate(dual.rms_norm(z), shift1, scale1))
-        z = dual.add(z, dual.mul(dual.map_linear(lambda m: m[:, None], gate1), h))
+        z = dual.add(z, dual.mul(gate1, h))
         h = self.mlp(dual.modulate(dual.rms_norm(z), shift2, scale2))
-        return dual.add(z, dual.mul(dual.map_linear(lambda m: m[:, None], gate2), h))
+        return dual.add(z, dual.mul(gate2, h))
 
 
 class FinalLayer(nn.Module):
@@ -211,7 +210,8 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """F(x, t, d, label, beta); parameter names are those of the published weights."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, initialize: bool = True) -> None:
+        """initialize=False leaves the weights to be loaded, which saves time."""
         super().__init__()
         self.config = config
         width, side = config.width, config.size // config.patch
@@ -223,7 +223,8 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_ratio) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, config.patch**2 * config.channels)
         self.register_buffer("pos_embed", position_embedding(width, side), persistent=False)
-        self.init_weights()
+        if initialize:
+            self.init_weights()
 
     def forward(
         self,

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from recipe.algorithms import ema_update
 from torch import Tensor
 
+from recipe.algorithms import ema_update
 from recipe.dit import DiT, DiTConfig
 from recipe.draws import Stream, keys, uniform
 from recipe.dual import Dual
@@ -232,7 +232,9 @@ def check_sampler(table: Table, case: str, parts: dict) -> None:
 def check_times(table: Table, folder: Path) -> None:
     """The deterministic map at injected draws; quantiles of our draws against 2,000,000 golden ones."""
     with np.load(folder / "sample_ts.npz") as arrays:
-        golden = {name: torch.from_numpy(arrays[name]) for name in arrays.files if arrays[name].dtype.kind == "f"}
+        golden = {
+            name: torch.from_numpy(arrays[name]) for name in arrays.files if arrays[name].dtype.kind == "f"
+        }
     z_gap, u, z_s = (golden[f"default/inj_{n}"] for n in ("z_gap", "u", "z_s_prime"))
     injected = torch.stack([torch.special.ndtr(z_gap), u, torch.special.ndtr(z_s), torch.ones_like(u)], -1)
     for name, got in zip(("t", "s", "s_prime"), sample_times(injected, TVMConfig()), strict=True):
