@@ -299,6 +299,8 @@ def weights_facts(facts: dict, guidance: float) -> dict:
         "method": {**facts["method"], "guidance": [guidance]},
         "data": {"column": "latents", "mean": mean, "std": std, "class_names": [], "encoder": encoder},
         "average": "ema",
+        "step": None,
+        "train_seconds": None,
     }
 
 

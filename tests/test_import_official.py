@@ -223,7 +223,13 @@ def refused(data, folder, message):
 # ---------------------------------------------------------------- genuine files
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+# What torch.compile's wrapper pickles to changes with torch; torch 2.7 wrote the released files.
+TORCH_2_7 = pytest.mark.skipif(
+    not torch.__version__.startswith("2.7."), reason="needs the wrapper of torch 2.7"
+)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=TORCH_2_7)])
 def test_weights_are_recovered_bit_for_bit(tmp_path, compiled):
     data, expected = snapshot(compiled=compiled)
     state, facts = read(data, tmp_path)
