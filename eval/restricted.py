@@ -5,8 +5,8 @@ by a machine that knows only containers and constants. Where the pickle asks for
 down which global would have been called on what (`Node`) and goes on; deciding what that means is left to the
 reader of the result. Globals outside a list given by the caller are refused by name.
 
-Memory besides the mapped file stays below its size (four times that for text) plus about 300 bytes for each of
-at most `max_operations` opcodes; a declared length reserves nothing beyond what is left of the file.
+Memory besides the mapped file stays below its size (four times that for text) plus about 300 bytes for each
+of at most `max_operations` opcodes; a declared length reserves nothing beyond what is left of the file.
 """
 
 import mmap
