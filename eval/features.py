@@ -153,6 +153,8 @@ class SmallImageClassifier:
         """Writes `path`.safetensors and, last, `path`.json."""
         weights_file, facts_file = _files(path)
         weights_file.parent.mkdir(parents=True, exist_ok=True)
+        # An interrupted save must not leave new weights beside the description of old ones.
+        facts_file.unlink(missing_ok=True)
         save_file(self.network.state_dict(), weights_file)
         facts = {"settings": asdict(self.settings), "accuracy": self.accuracy}
         facts_file.write_text(json.dumps(facts, indent=2) + "\n")
@@ -285,7 +287,8 @@ class Inception2015:
 class DinoV2:
     """DINOv2 ViT-L/14, the normalised class token (1024 features), by transformers.
 
-    For FD-DINOv2 (Stein et al. 2023). Images are resized to 224x224 pixels, bicubic with antialiasing, and normalised as for ImageNet.
+    For FD-DINOv2 (Stein et al. 2023). Images are resized to 224x224 pixels, bicubic with antialiasing, and
+    normalised as for ImageNet.
     """
 
     name = "dinov2-vitl14"

@@ -1,0 +1,229 @@
+"""Reads a pickle as data. Nothing that it names is imported, called or executed.
+
+The opcodes are decoded by the standard library's `pickletools`, which does not run them, and interpreted here
+by a machine that knows only containers and constants. Where the pickle asks for a call, the machine writes
+down which global would have been called on what (`Node`) and goes on; deciding what that means is left to the
+reader of the result. Globals outside a list given by the caller are refused by name.
+
+Memory besides the mapped file stays below its size (four times that for text) plus about 300 bytes for each
+of at most `max_operations` opcodes; a declared length reserves nothing beyond what is left of the file.
+"""
+
+import mmap
+import pickletools
+import struct
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+MAX_OPERATIONS = 1_000_000
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE"}
+LITERALS |= {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
+EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "EMPTY_TUPLE": tuple}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+# Tuples are refused as keys because hashing one that contains itself 2^n times never ends.
+KEY_TYPES = (str, int, float, bool, type(None))
+
+
+class RefusedPickle(ValueError):
+    """The file is damaged, or contains something that its format does not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A reference to something importable, by its dotted name."""
+
+    name: str
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """The object that calling the global `function` on `args` would have made, and the state set on it.
+
+    Items that the pickle adds to such an object are dropped.
+    """
+
+    function: str
+    args: object
+    state: object = None
+
+
+def read_file(path: str | Path, allowed: Collection[str]) -> object:
+    """Reads the pickle in the file `path`; see `read_stream`.
+
+    Raises:
+        RefusedPickle: as `read_stream`, naming the file.
+        OSError: the file cannot be opened.
+    """
+    with open(path, "rb") as file:
+        if Path(path).stat().st_size == 0:
+            raise RefusedPickle(f"{path}: the file is empty")
+        # A mapped file hands out at most what it has; file.read(n) would allocate n bytes first.
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+            try:
+                return read_stream(stream, allowed)
+            except RefusedPickle as error:
+                raise RefusedPickle(f"{path}: {error}") from error
+
+
+def read_stream(
+    stream: BinaryIO | mmap.mmap, allowed: Collection[str], max_operations: int = MAX_OPERATIONS
+) -> object:
+    """Reads one pickle and leaves `stream` behind it.
+
+    Args:
+        stream: its `read(n)` must not allocate more than is left.
+        allowed: dotted names of the globals that may occur.
+
+    Returns:
+        Containers, constants, `Global` and `Node`. `collections.OrderedDict()` becomes a dict.
+
+    Raises:
+        RefusedPickle: an unlisted global, an opcode that plain data does not need, or a damaged stream.
+    """
+    machine = _Machine(frozenset(allowed))
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if count >= max_operations:
+                raise RefusedPickle(f"more than {max_operations} pickle operations")
+            if opcode.name == "STOP":
+                return machine.pop()
+            machine.step(opcode.name, argument)
+    except RefusedPickle:
+        raise
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
+        # What pickletools and the stack raise on damaged input; their texts can be as long as the input.
+        raise RefusedPickle(f"damaged pickle ({type(error).__name__}: {str(error)[:200]})") from error
+    raise RefusedPickle("damaged pickle (no STOP)")
+
+
+class _Machine:
+    """The stack machine; each method carries out the opcode of its name."""
+
+    def __init__(self, allowed: frozenset[str]) -> None:
+        self.allowed = allowed
+        self.stack: list = []
+        self.below: list[list] = []  # the stacks under each MARK
+        self.memo: dict[int, object] = {}
+
+    def step(self, name: str, argument: object) -> None:
+        if name in LITERALS:
+            self.stack.append(argument)
+        elif name in CONSTANTS:
+            self.stack.append(CONSTANTS[name])
+        elif name in EMPTY:
+            self.stack.append(EMPTY[name]())
+        elif name in TUPLES:
+            self.stack.append(tuple(reversed([self.pop() for _ in range(TUPLES[name])])))
+        elif name in OPERATIONS:
+            OPERATIONS[name](self, argument)
+        elif name not in ("PROTO", "FRAME"):
+            raise RefusedPickle(f"refused pickle opcode {name}")
+
+    def pop(self) -> object:
+        return self.stack.pop()
+
+    def pop_mark(self) -> list:
+        items, self.stack = self.stack, self.below.pop()
+        return items
+
+    def mark(self, _: None) -> None:
+        self.below.append(self.stack)
+        self.stack = []
+
+    def make_tuple(self, _: None) -> None:
+        items = self.pop_mark()
+        self.stack.append(tuple(items))
+
+    def append(self, _: None) -> None:
+        self.extend([self.pop()])
+
+    def appends(self, _: None) -> None:
+        self.extend(self.pop_mark())
+
+    def extend(self, items: list) -> None:
+        target = self.stack[-1]
+        if type(target) is list:
+            target.extend(items)
+        elif type(target) is not Node:
+            raise RefusedPickle(f"items appended to a {type(target).__name__}")
+
+    def setitem(self, _: None) -> None:
+        value, key = self.pop(), self.pop()
+        self.update([key, value])
+
+    def setitems(self, _: None) -> None:
+        self.update(self.pop_mark())
+
+    def update(self, items: list) -> None:
+        target, keys = self.stack[-1], items[::2]
+        if type(target) is Node:
+            return
+        if type(target) is not dict or len(items) % 2:
+            raise RefusedPickle(f"{len(items)} keys and values set on a {type(target).__name__}")
+        for key in keys:
+            if type(key) not in KEY_TYPES:
+                raise RefusedPickle(f"refused a {type(key).__name__} as key of a dict")
+        target.update(zip(keys, items[1::2], strict=True))
+
+    def memoize(self, _: None) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def put(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def get(self, index: int) -> None:
+        self.stack.append(self.memo[index])
+
+    def stack_global(self, _: None) -> None:
+        name, module = self.pop(), self.pop()
+        if type(name) is not str or type(module) is not str:
+            raise RefusedPickle("a global whose name is not text")
+        self.push_global(f"{module}.{name}")
+
+    def text_global(self, argument: str) -> None:
+        self.push_global(argument.replace(" ", "."))
+
+    def push_global(self, name: str) -> None:
+        if name not in self.allowed:
+            raise RefusedPickle(f"refused global {name[:200]!r}")
+        self.stack.append(Global(name))
+
+    def persistent_id(self, _: None) -> None:
+        self.stack.append(Node("persistent id", self.pop()))
+
+    def call(self, _: None) -> None:
+        args, function = self.pop(), self.pop()
+        if type(function) is not Global or type(args) is not tuple:
+            raise RefusedPickle("a call of something that is not a global")
+        empty = function.name == "collections.OrderedDict" and not args
+        self.stack.append({} if empty else Node(function.name, args))
+
+    def build(self, _: None) -> None:
+        state = self.pop()
+        if type(self.stack[-1]) is not Node:
+            raise RefusedPickle(f"state set on a {type(self.stack[-1]).__name__}")
+        self.stack[-1].state = state
+
+
+OPERATIONS = {
+    "MARK": _Machine.mark,
+    "TUPLE": _Machine.make_tuple,
+    "APPEND": _Machine.append,
+    "APPENDS": _Machine.appends,
+    "SETITEM": _Machine.setitem,
+    "SETITEMS": _Machine.setitems,
+    "MEMOIZE": _Machine.memoize,
+    "BINPUT": _Machine.put,
+    "LONG_BINPUT": _Machine.put,
+    "BINGET": _Machine.get,
+    "LONG_BINGET": _Machine.get,
+    "STACK_GLOBAL": _Machine.stack_global,
+    "GLOBAL": _Machine.text_global,
+    "BINPERSID": _Machine.persistent_id,
+    "REDUCE": _Machine.call,
+    "NEWOBJ": _Machine.call,
+    "BUILD": _Machine.build,
+}

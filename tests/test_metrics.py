@@ -1,0 +1,515 @@
+"""Metrics against closed forms, scipy and direct implementations; extractors; reference statistics."""
+
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_digits
+from streaming import MDSWriter
+
+from eval import reference
+from eval.features import SmallImageClassifier, load_extractor
+from eval.metrics import (
+    FeatureMoments,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+
+
+def samples(n, f, seed=0, rank=None):
+    """Correlated features (n, f) around a mean that is not zero; of the given rank."""
+    g = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(rank or f, f, generator=g, dtype=torch.float64)
+    return torch.randn(n, rank or f, generator=g, dtype=torch.float64) @ mixing + seed + 0.5
+
+
+def moments(features, batch=None, shift=None):
+    metric = FeatureMoments(features.shape[1], shift)
+    for part in features.split(batch or len(features)):
+        metric.update(part)
+    return metric.compute()
+
+
+def close(a, b, tolerance):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ---------------------------------------------------------------- moments
+
+
+@pytest.mark.parametrize("batch", [1, 50, 64])
+def test_moments_do_not_depend_on_the_batches(batch):
+    x = samples(500, 32)
+    for found, expected in zip(moments(x, batch), (x.mean(0), torch.cov(x.T)), strict=True):
+        close(found, expected, 1e-9)
+    y = samples(400, 32, seed=1)
+    distances = [frechet_distance(*moments(x, b), *moments(y, b)) for b in (batch, None)]
+    assert distances[0] == pytest.approx(distances[1], rel=1e-9)
+
+
+def test_a_shift_keeps_the_digits_of_features_far_from_the_origin():
+    x = samples(500, 8)
+    far = x + 1e7
+    expected = torch.cov((far - 1e7).T)
+    close(moments(far, 50, shift=far[0])[1], expected, 1e-12)
+    assert (moments(far, 50)[1] - expected).abs().max() > 1e-6
+
+
+def test_merged_and_reset_moments():
+    x = samples(100, 4)
+    first, second = FeatureMoments(4), FeatureMoments(4)
+    first.update(x[:30])
+    second.update(x[30:])
+    first.merge_state(second)
+    close(first.compute()[1], torch.cov(x.T), 1e-12)
+    first.reset()
+    first.update(x[:10])
+    close(first.compute()[0], x[:10].mean(0), 1e-12)
+
+
+def test_bad_features_are_refused():
+    metric = FeatureMoments(4)
+    with pytest.raises(ValueError, match=r"expected \(N, 4\)"):
+        metric.update(torch.zeros(2, 5))
+    metric.update(torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+        metric.compute()
+    metric.update(torch.full((1, 4), torch.nan))
+    with pytest.raises(ValueError, match="not finite"):
+        metric.compute()
+
+
+RANK = """
+import sys, torch
+from eval.metrics import FeatureMoments
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+metric = FeatureMoments(32)
+for part in torch.load(f"{folder}/in{rank}.pt").split(7 + rank):
+    metric.update(part)
+torch.save(metric.compute(), f"{folder}/out{rank}.pt")
+"""
+
+
+def test_two_ranks_give_the_moments_of_one(tmp_path):
+    x, other = samples(301, 32), moments(samples(300, 32, seed=1))
+    ranks = []
+    for rank, share in enumerate((x[:101], x[101:])):
+        torch.save(share.clone(), tmp_path / f"in{rank}.pt")
+        command = [sys.executable, "-c", RANK, str(rank), str(tmp_path)]
+        ranks.append(subprocess.Popen(command, cwd=Path(__file__).parents[1]))
+    assert [process.wait(120) for process in ranks] == [0, 0]
+    expected = moments(x)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"out{rank}.pt")
+        close(found[0], expected[0], 1e-9)
+        close(found[1], expected[1], 1e-9)
+        distance = frechet_distance(*found, *other)
+        assert distance == pytest.approx(frechet_distance(*expected, *other), rel=1e-9)
+
+
+@pytest.fixture
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_accumulation_costs_little_more_than_its_matrix_product():
+    n, f, batch = 2000, 2048, 50
+    x = torch.rand(n, f, dtype=torch.float64)
+
+    def seconds(work):
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    pairs = [(seconds(lambda: moments(x, batch)), seconds(lambda: x.T @ x)) for _ in range(3)]
+    ours, product = (min(times) for times in zip(*pairs, strict=True))
+    print(f"\n{n} x {f} features in batches of {batch}: {ours:.3f} s, one matrix product {product:.3f} s")
+    assert ours < 2 * product
+
+
+# ---------------------------------------------------------------- Frechet distance
+
+
+def test_frechet_distance_of_gaussians_in_closed_form():
+    zero, eye = torch.zeros(5), torch.eye(5)
+    assert frechet_distance(zero, eye, zero + 2, eye) == pytest.approx(20)
+    a, b = torch.tensor([1.0, 2, 3, 4, 0]), torch.tensor([9.0, 1, 0, 4, 2])
+    expected = float((a.sqrt() - b.sqrt()).square().double().sum())
+    assert frechet_distance(zero, a.diag(), zero, b.diag()) == pytest.approx(expected, rel=1e-6)
+    # Covariances that do not commute: for 2 x 2 matrices tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)).
+    p, q = (torch.cov(samples(20, 2, seed).T) for seed in (1, 2))
+    root = float(torch.sqrt((p @ q).trace() + 2 * torch.sqrt(p.det() * q.det())))
+    expected = float(p.trace() + q.trace()) - 2 * root
+    assert frechet_distance(zero[:2], p, zero[:2], q) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("n", "f", "rank"), [(400, 64, None), (1000, 256, None), (300, 64, 40)])
+def test_frechet_distance_equals_scipys(n, f, rank):
+    (m1, c1), (m2, c2) = (moments(samples(n, f, seed, rank)) for seed in (0, 1))
+    ours = frechet_distance(m1, c1, m2, c2)
+    product = c1.numpy() @ c2.numpy()
+    if rank is not None:
+        # sqrtm loses half the digits on singular input, so it gets the nonzero part: the spectrum of AB' B A'
+        # is that of (B A')(A B').
+        left, right = (np.linalg.svd(c.numpy())[0][:, :rank] for c in (c1, c2))
+        a, b = left.T @ c1.numpy() @ left, right.T @ c2.numpy() @ right
+        product = a @ (left.T @ right) @ b @ (right.T @ left)
+    root = scipy.linalg.sqrtm(product)
+    expected = float((m1 - m2).square().sum() + c1.trace() + c2.trace()) - 2 * np.trace(root).real
+    assert ours == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_of_singular_covariances_is_accurate():
+    # Fewer samples than features, twice the same: the distance is exactly 0.
+    mean, covariance = moments(samples(50, 256))
+    assert abs(frechet_distance(mean, covariance, mean, covariance)) < 1e-12 * float(covariance.trace())
+    zero = torch.zeros(3, 3)
+    assert frechet_distance(torch.zeros(3), zero, torch.ones(3), zero) == 3
+
+
+def test_frechet_distance_refuses_what_it_cannot_mean():
+    mean, cov = torch.zeros(3), torch.eye(3)
+    with pytest.raises(ValueError, match=r"\(F,\), \(F, F\)"):
+        frechet_distance(mean, cov, torch.zeros(4), torch.eye(4))
+    with pytest.raises(ValueError, match="finite"):
+        frechet_distance(mean, cov, mean, cov * torch.nan)
+
+
+# ---------------------------------------------------------------- other metrics
+
+
+def test_kernel_distance_against_its_definition():
+    x, y = samples(40, 6) / 4, samples(40, 6, seed=1) / 4
+
+    def k(a, b):
+        return (float(a @ b) / 6 + 1) ** 3
+
+    n = len(x)
+    same = sum(k(z[i], z[j]) for z in (x, y) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    expected = same - 2 * sum(k(a, b) for a in x for b in y) / n**2
+    # One subset of all samples is the estimator itself.
+    assert kernel_distance(x, y, subsets=1, subset_size=n)[0] == pytest.approx(expected, rel=1e-9)
+    spread = kernel_distance(x, y, subsets=20, subset_size=10)
+    assert spread == kernel_distance(x, y, subsets=20, subset_size=10)
+    assert spread != kernel_distance(x, y, subsets=20, subset_size=10, seed=1)
+    with pytest.raises(ValueError, match="subset_size 41 exceeds the number of samples, 40"):
+        kernel_distance(x, y, subset_size=41)
+
+
+def test_inception_score_against_its_definition():
+    logits = samples(60, 5)
+
+    def score(part):
+        p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
+        return np.exp((p * np.log(p / p.mean(0))).sum(1).mean())
+
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    scores = [score(part.numpy()) for part in logits[order].chunk(4)]
+    assert inception_score(logits, splits=4) == pytest.approx((np.mean(scores), np.std(scores, ddof=1)))
+    certain = 100 * torch.eye(10).repeat(6, 1)
+    assert 1 < inception_score(certain, splits=2)[0] <= 10
+    with pytest.raises(ValueError, match="splits"):
+        inception_score(logits, splits=1)
+
+
+@pytest.mark.parametrize("rows", [7, 1000])
+def test_precision_recall_against_a_direct_implementation(rows):
+    x, y = samples(60, 3), 0.5 * samples(80, 3, seed=1)
+
+    def inside(points, support, k):
+        def reaches(s):
+            return sorted(float((s - o).norm()) for o in support)[k]
+
+        radii = [reaches(s) for s in support]
+        hits = [any(float((p - s).norm()) <= r for s, r in zip(support, radii, strict=True)) for p in points]
+        return sum(hits) / len(hits)
+
+    expected = inside(x, y, 3), inside(y, x, 3)
+    assert min(expected) > 0 and max(expected) < 1
+    assert precision_recall(x, y, rows=rows) == expected
+    assert precision_recall(x, x, rows=rows) == (1, 1)
+    with pytest.raises(ValueError, match="k = 3"):
+        precision_recall(x[:3], y)
+
+
+def test_global_random_state_is_left_alone():
+    x = samples(40, 4)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    kernel_distance(x, x, subsets=2, subset_size=10)
+    inception_score(x, splits=2)
+    assert torch.equal(torch.rand(3), expected)
+
+
+# ---------------------------------------------------------------- extractors
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = load_digits()
+    images = torch.tensor(data.images * 255 / 16).round().to(torch.uint8)[:, None]
+    return images, torch.tensor(data.target)
+
+
+@pytest.fixture(scope="module")
+def classifier(digits, tmp_path_factory):
+    path = tmp_path_factory.mktemp("classifier") / "digits"
+    return SmallImageClassifier.train(*digits, seed=0, path=path), path
+
+
+def test_digits_classifier_is_accurate_and_deterministic(digits, classifier):
+    images, labels = digits
+    trained, _ = classifier
+    assert trained.accuracy >= 0.99
+    assert float((trained.logits(images).argmax(1) == labels).double().mean()) >= trained.accuracy
+    features = trained(images)
+    assert features.shape == (1797, 64) and features.dtype == torch.float64
+    torch.testing.assert_close(trained(images[5:6]), features[5:6], rtol=0, atol=1e-12)
+    small = [SmallImageClassifier.train(images[:200], labels[:200], seed=3, epochs=2) for _ in range(2)]
+    assert torch.equal(small[0](images), small[1](images))
+
+
+def test_digits_classifier_separates_kinds_of_data(digits, classifier):
+    images, _ = digits
+    trained, _ = classifier
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    first, second = images[order[:898]], images[order[898:]]
+    noise = torch.randint(0, 40, second.shape, generator=torch.Generator().manual_seed(0))
+    noisy = (second.int() + noise).clamp(0, 255).to(torch.uint8)
+    real, halves, worse = (moments(trained(x)) for x in (first, second, noisy))
+    assert frechet_distance(*worse, *real) > 1.5 * frechet_distance(*halves, *real)
+
+
+def test_classifier_is_cached_until_something_changes(digits, classifier, tmp_path):
+    images, labels = digits[0][:100], digits[1][:100]
+    path = tmp_path / "folder" / "c"
+    first = SmallImageClassifier.train(images, labels, path=path, epochs=1)
+    with mock.patch("eval.features._fit", side_effect=AssertionError("trained again")):
+        again = SmallImageClassifier.train(images, labels, path=path, epochs=1)
+        assert torch.equal(again(images), first(images)) and again.accuracy == first.accuracy
+        for other in ({"seed": 1}, {"epochs": 2}, {"labels": labels.flip(0)}):
+            with pytest.raises(AssertionError, match="trained again"):
+                SmallImageClassifier.train(
+                    **{"images": images, "labels": labels, "path": path, "epochs": 1} | other
+                )
+    loaded = load_extractor("classifier", str(path))
+    assert torch.equal(loaded(images), first(images))
+
+
+def test_classifier_takes_small_colour_images():
+    images = torch.randint(
+        0, 256, (40, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    labels = torch.arange(40) % 4
+    images[labels == 0] //= 4
+    trained = SmallImageClassifier.train(images, labels, epochs=1, num_features=16)
+    assert trained(images).shape == (40, 16) and trained.logits(images).shape == (40, 4)
+    with pytest.raises(ValueError, match=r"uint8 images \(N, 3, H, W\)"):
+        trained(images.float())
+    with pytest.raises(ValueError, match="20x20"):
+        trained(images[:, :, :8, :8])
+    with pytest.raises(ValueError, match="square"):
+        SmallImageClassifier.train(images[:, :, :8], labels)
+
+
+def test_dinov2_reads_a_folder_of_weights(tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    model = Dinov2Model(config).eval()
+    model.save_pretrained(tmp_path)
+    extractor = load_extractor("dinov2-vitl14", str(tmp_path))
+    images = torch.randint(0, 256, (3, 3, 224, 224), dtype=torch.uint8)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+    with torch.no_grad():
+        expected = model((images / 255 - mean) / std).last_hidden_state[:, 0]
+    features = extractor(images)
+    assert features.dtype == torch.float64 and features.shape == (3, extractor.num_features)
+    close(features.float(), expected, 1e-4)
+    assert extractor(images[:, :1, :40, :40]).shape == (3, 32)
+
+
+def test_inception_reads_weights_by_path(tmp_path):
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    graph = module.FeatureExtractorInceptionV3
+    with (
+        mock.patch.object(module, "load_state_dict_from_url", lambda *_, **__: {}),
+        mock.patch.object(graph, "load_state_dict", lambda *_: None),
+    ):
+        untrained = graph("untrained", ["2048"])
+    torch.save(untrained.state_dict(), tmp_path / "inception.pth")
+    extractor = load_extractor("inception-2015", str(tmp_path / "inception.pth"))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    features, logits = extractor.features_and_logits(images)
+    assert features.shape == (2, 2048) and features.dtype == torch.float64 and logits.shape == (2, 1008)
+    close(features, untrained(images)[0].double(), 1e-6)
+
+    (tmp_path / "hostile.pth").write_bytes(pickle.dumps(Trap(), protocol=2))
+    with pytest.raises(pickle.UnpicklingError):
+        load_extractor("inception-2015", str(tmp_path / "hostile.pth"))
+    assert not Trap.sprung
+
+
+class Trap:
+    """Notices being unpickled by anything but a restricted reader."""
+
+    sprung = False
+
+    def __reduce__(self):
+        return Trap.spring, ()
+
+    @staticmethod
+    def spring():
+        Trap.sprung = True
+
+
+def test_absent_extractors_and_weights_are_named():
+    with pytest.raises(ValueError, match="'fid' is not one of inception-2015, dinov2-vitl14, classifier"):
+        load_extractor("fid")
+    for name in ("dinov2-vitl14", "classifier"):
+        with pytest.raises(FileNotFoundError, match="/absent"):
+            load_extractor(name, "/absent")
+
+
+# ---------------------------------------------------------------- reference statistics
+
+
+def test_command_measures_a_dataset_folder(digits, classifier, tmp_path, capsys):
+    images, labels = digits
+    columns = {"image": "ndarray:uint8:1,8,8", "label": "int64"}
+    with MDSWriter(out=str(tmp_path / "mds"), columns=columns, size_limit=20_000) as writer:
+        for image, label in zip(images[:333], labels, strict=False):
+            writer.write({"image": image.numpy(), "label": np.int64(label)})
+    out = tmp_path / "stats.npz"
+    trained, path = classifier
+    arguments = ["--extractor", "classifier", "--weights", str(path), "--out", str(out), "--batch-size", "50"]
+    assert reference.main([str(tmp_path / "mds"), *arguments]) == 0
+    for found, expected in zip(reference.read_statistics(out), moments(trained(images[:333])), strict=True):
+        close(found, expected, 1e-9)
+    assert int(np.load(out)["num_samples"]) == 333
+
+    assert reference.main([str(tmp_path / "absent"), *arguments]) == 1
+    assert "absent: no such folder" in capsys.readouterr().err
+
+
+def test_image_folders_are_read_whole(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    (tmp_path / "b").mkdir()
+    for name, array in zip(("a.png", "b/1.png", "b/2.png"), pixels, strict=True):
+        Image.fromarray(array).save(tmp_path / name)
+    images = reference.open_images(tmp_path)
+    assert torch.equal(torch.stack(list(images)), torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    Image.fromarray(pixels[0, :4]).save(tmp_path / "c.png")
+    with pytest.raises(ValueError, match=r"c\.png: is \(8, 4\) pixels"):
+        list(reference.open_images(tmp_path))
+    (tmp_path / "c.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"c\.png: not a readable image"):
+        list(reference.open_images(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images"):
+        reference.open_images(tmp_path / "empty")
+
+
+def published(mean, covariance):
+    """The layouts in which others publish a mean and covariance of 100 samples."""
+    pair = {"mu": mean, "sigma": covariance}
+    second = covariance + np.outer(mean, mean)
+    sums = {"capture_all": False, "num_items": 100, "raw_mean": 100 * mean, "raw_cov": 100 * second}
+    return pair, {"fid": pair, "fd_dinov2": {}}, sums
+
+
+@pytest.mark.parametrize("layout", range(3))
+def test_published_statistics_are_read_without_unpickling(tmp_path, layout):
+    mean, covariance = (x.numpy() for x in moments(samples(100, 5)))
+    path = tmp_path / "stats.pkl"
+    path.write_bytes(pickle.dumps(published(mean, covariance)[layout], protocol=4))
+    with (
+        mock.patch("pickle.loads", side_effect=AssertionError),
+        mock.patch("pickle.load", side_effect=AssertionError),
+    ):
+        found = reference.read_statistics(path)
+    close(found[0], torch.from_numpy(mean), 1e-12)
+    close(found[1], torch.from_numpy(covariance), 1e-12)
+
+
+def test_npz_statistics(tmp_path):
+    path = tmp_path / "stats.npz"
+    mean, covariance = np.arange(3.0, dtype=np.float32), np.asfortranarray(np.arange(9.0).reshape(3, 3))
+    np.savez(path, mu=mean, sigma=covariance, arr_0=np.zeros((2, 2)))
+    found = reference.read_statistics(path)
+    assert found[0].dtype == torch.float64
+    assert np.array_equal(found[1], covariance)
+
+
+def test_damaged_statistics_are_refused(tmp_path):
+    eye = np.eye(3)
+    objects = np.array([Trap()], dtype=object)
+    for arrays, message in [
+        ({"mu": np.zeros(3)}, "sigma"),
+        ({"mu": np.zeros(4), "sigma": eye}, r"expected \(F,\) and \(F, F\)"),
+        ({"mu": np.full(3, np.nan), "sigma": eye}, "not finite"),
+        ({"mu": objects, "sigma": eye}, "allow_pickle"),
+    ]:
+        np.savez(tmp_path / "s.npz", **arrays)
+        with pytest.raises(ValueError, match=message):
+            reference.read_statistics(tmp_path / "s.npz")
+    for content, message in [
+        ({"mu": np.zeros(3, int), "sigma": eye}, "little-endian float"),
+        ({"mu": [0, 0], "sigma": eye}, "not a numpy array"),
+        ({"mean": np.zeros(3)}, "neither"),
+        ({"mu": Trap(), "sigma": eye}, "refused global"),
+        ({"raw_mean": np.zeros(4), "raw_cov": eye, "num_items": 3}, "belong together"),
+    ]:
+        (tmp_path / "s.pkl").write_bytes(pickle.dumps(content, protocol=4))
+        with pytest.raises(ValueError, match=message) as error:
+            reference.read_statistics(tmp_path / "s.pkl")
+        assert "s.pkl" in str(error.value)
+    assert not Trap.sprung
+    with pytest.raises(ValueError, match=r"\.npz or \.pkl"):
+        reference.read_statistics(tmp_path / "s.json")
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    suffix=st.sampled_from(["npz", "pkl"]),
+    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
+    share=st.floats(0, 1),
+)
+def test_mutated_statistics_give_moments_or_one_error(tmp_path_factory, suffix, edits, share):
+    folder = Path(tmp_path_factory.getbasetemp())
+    path = folder / f"mutated.{suffix}"
+    pair = {"mu": np.zeros(3), "sigma": np.eye(3)}
+    if suffix == "npz":
+        np.savez(path, **pair)
+    else:
+        path.write_bytes(pickle.dumps(pair, protocol=4))
+    data = bytearray(path.read_bytes())
+    for at, value in edits:
+        data[int(at * (len(data) - 1))] = value
+    path.write_bytes(data[: int(share * len(data))] if share < 0.5 else data)
+    try:
+        mean, covariance = reference.read_statistics(path)
+    except ValueError as error:
+        assert path.name in str(error)
+    else:
+        assert covariance.shape == (len(mean), len(mean))
