@@ -18,6 +18,7 @@ setup(
         "omegaconf>=2.3,<3",
         "wandb>=0.18,<0.19",
         "torchmetrics>=1.7,<2",
+        "torch-fidelity>=0.4,<0.5",
         "oci-cli",
         "safetensors>=0.4",
         "scikit-learn>=1.4",

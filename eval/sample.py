@@ -6,6 +6,7 @@ Image i of a call has the seed `seed + i` and depends on nothing else: neither b
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def parse_labels(text: str, net: DiT) -> Tensor:
     return torch.tensor(labels)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Draw a grid of samples, one row per label.")
     parser.add_argument("weights", help="NAME, NAME.json or NAME.safetensors")
@@ -97,28 +98,28 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--scale", type=int, default=4, help="pixels of the picture per pixel")
     parser.add_argument("--out", default="grid.png")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
-        if arguments.nfe < 1:
-            raise ValueError(f"--nfe: {arguments.nfe} must be at least 1")
-        if arguments.w is not None and arguments.w <= 0:
-            raise ValueError(f"--w: {arguments.w} must be positive")
+        if options.nfe < 1:
+            raise ValueError(f"--nfe: {options.nfe} must be at least 1")
+        if options.w is not None and options.w <= 0:
+            raise ValueError(f"--w: {options.w} must be positive")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        generator = Generator(arguments.weights, device)
+        generator = Generator(options.weights, device)
         classes = generator.net.config.classes
         default = ",".join(map(str, range(min(classes, 10)))) or "none"
-        labels = parse_labels(arguments.labels or default, generator.net)
+        labels = parse_labels(options.labels or default, generator.net)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    labels = labels.repeat_interleave(arguments.columns)
-    seeds = arguments.seed + torch.arange(len(labels))
-    w = generator.default_w if arguments.w is None else arguments.w
-    batches = generator.batches(labels, seeds, arguments.nfe, w, arguments.batch_size)
-    total = -(-len(labels) // arguments.batch_size)
+    labels = labels.repeat_interleave(options.columns)
+    seeds = options.seed + torch.arange(len(labels))
+    w = generator.default_w if options.w is None else options.w
+    batches = generator.batches(labels, seeds, options.nfe, w, options.batch_size)
+    total = -(-len(labels) // options.batch_size)
     images = torch.cat([images.cpu() for images, _ in tqdm(batches, "sampling", total, unit="batch")])
-    Image.fromarray(grid(images, arguments.columns, arguments.scale)).save(arguments.out)
-    tqdm.write(arguments.out)
+    Image.fromarray(grid(images, options.columns, options.scale)).save(options.out)
+    tqdm.write(options.out)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -8,6 +8,7 @@ import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,9 @@ def local(tensors: list[Tensor]) -> list[Tensor]:
 @torch.no_grad()
 def ema_update(average: nn.Module, net: nn.Module, decay: float) -> None:
     """average <- net + decay (average - net), in place, on whatever shard this rank holds (no gather)."""
+    for module in (average, net):
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward without gradient leaves the root gathered, in a copy to be dropped
     torch._foreach_lerp_(local(list(average.parameters())), local(list(net.parameters())), 1 - decay)
 
 

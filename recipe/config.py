@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from recipe.data import DataConfig
 from recipe.dit import DiTConfig
+from recipe.parallel import ParallelConfig
 from recipe.tvm import TVMConfig
 
 T = TypeVar("T")
@@ -114,6 +115,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     step: StepConfig = field(default_factory=StepConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:

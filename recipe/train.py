@@ -26,6 +26,7 @@ from recipe.config import ConfigError, LogConfig, OptimizerConfig, TrainConfig, 
 from recipe.data import normalizer, train_loader
 from recipe.dit import DiT
 from recipe.model import StepKey, TVMModel
+from recipe.parallel import parallelism, prepare_blocks
 from streaming_convert.manifest import Manifest, read_manifest
 from streaming_convert.store import DatasetError
 
@@ -51,7 +52,11 @@ def check_data(config: TrainConfig) -> Manifest:
 def build_model(config: TrainConfig, manifest: Manifest) -> TVMModel:
     """Student and averages from the seed alone: the same on every rank."""
     reproducibility.seed_all(config.seed)
-    return TVMModel(DiT(config.model), config.objective, normalizer(config.data, manifest), config.seed)
+    model = TVMModel(DiT(config.model), config.objective, normalizer(config.data, manifest), config.seed)
+    for net, trained in ((model.net, True), (model.target, False), (model.ema, False)):
+        if net is not None:
+            prepare_blocks(net, config.parallel, trained)
+    return model
 
 
 def build_loggers(config: LogConfig, run_name: str, folder: str) -> list:
@@ -84,6 +89,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
     """Everything that one run needs, from its configuration."""
     manifest = check_data(config)
     model = build_model(config, manifest)
+    device = "gpu" if torch.cuda.is_available() else "cpu"
     o = config.optimizer
     optimizer = torch.optim.AdamW(
         model.net.parameters(), lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay
@@ -116,7 +122,8 @@ def build_trainer(config: TrainConfig) -> Trainer:
         save_num_checkpoints_to_keep=config.save_keep,
         save_overwrite=True,
         autoresume=True,
-        device="gpu" if torch.cuda.is_available() else "cpu",
+        device=device,
+        parallelism_config=parallelism(config.parallel, "cuda" if device == "gpu" else "cpu"),
         precision=config.precision,
         device_train_microbatch_size=config.microbatch,
         progress_bar=config.log.progress_bar,

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,20 @@ def load_weights(path: str | Path, device: str | torch.device = "cpu") -> tuple[
 def _files(path: str | Path) -> tuple[Path, Path]:
     stem = str(path).removesuffix(".json").removesuffix(".safetensors")
     return Path(f"{stem}.safetensors"), Path(f"{stem}.json")
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m recipe.weights NAME [KEY]`: print the facts, or one of them."""
+    if not 1 <= len(arguments) <= 2:
+        raise SystemExit("usage: python -m recipe.weights NAME [KEY]")
+    try:
+        facts = read_facts(arguments[0])
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    if arguments[1:] and arguments[1] not in facts:
+        raise SystemExit(f"{arguments[1]}: not one of {', '.join(facts)}")
+    sys.stdout.write(json.dumps(facts[arguments[1]] if arguments[1:] else facts, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

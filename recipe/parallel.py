@@ -1,0 +1,77 @@
+"""Sharding, per-block compilation and activation checkpointing, applied in one place to a plain model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from composer.utils import dist
+from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
+
+from recipe.dit import Block, DiT
+
+
+@dataclass
+class ParallelConfig:
+    """How a model is spread over ranks and how its blocks are run.
+
+    fsdp2: shard student and averages block by block (false: DDP, whole copies); replicas: with fsdp2, shard
+    within groups of world / replicas ranks and replicate across them (hybrid sharding);
+    reshard_after_forward: free gathered weights between forward and backward; mixed_precision: Composer's
+    DEFAULT, PURE or FULL; compile: torch.compile of every block; checkpoint_every: recompute every k-th block
+    of the student in the backward pass (0: none, 1: all).
+    """
+
+    fsdp2: bool = False
+    replicas: int = 1
+    reshard_after_forward: bool = True
+    mixed_precision: str = "DEFAULT"
+    compile: bool = False
+    checkpoint_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ValueError(f"parallel.replicas: {self.replicas} must be at least 1")
+        if self.replicas > 1 and not self.fsdp2:
+            raise ValueError(f"parallel.replicas: {self.replicas} needs parallel.fsdp2: true")
+        if self.mixed_precision not in ("DEFAULT", "PURE", "FULL"):
+            raise ValueError(
+                f"parallel.mixed_precision: {self.mixed_precision!r} is not DEFAULT, PURE or FULL"
+            )
+        if self.checkpoint_every < 0:
+            raise ValueError(f"parallel.checkpoint_every: {self.checkpoint_every} must be 0 (off) or more")
+
+
+def prepare_blocks(net: DiT, config: ParallelConfig, trained: bool) -> None:
+    """Compile and checkpoint the blocks of one network, and mark them as units of sharding.
+
+    Only `forward` is replaced, so parameter names stay and FSDP2's hooks remain outside the compiled code.
+    Value and tangent are recomputed together, since a block takes and returns both.
+    """
+    net.fsdp_wrap_fn = lambda module: isinstance(module, Block)
+    for i, block in enumerate(net.blocks):
+        if config.compile:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        if trained and config.checkpoint_every and i % config.checkpoint_every == 0:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def parallelism(config: ParallelConfig, device: str) -> ParallelismConfig | None:
+    """Composer's configuration of FSDP2; None leaves it to DistributedDataParallel. Raises ValueError."""
+    if not config.fsdp2:
+        return None
+    mesh, world = None, dist.get_world_size()
+    if config.replicas > 1:
+        if world % config.replicas:
+            raise ValueError(f"parallel.replicas: {config.replicas} does not divide the {world} ranks")
+        shape = (config.replicas, world // config.replicas)
+        mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+    fsdp2 = FSDP2Config(
+        device_mesh=mesh,
+        reshard_after_forward=config.reshard_after_forward,
+        mixed_precision=config.mixed_precision,
+    )
+    return ParallelismConfig(fsdp2=fsdp2)
