@@ -1,0 +1,66 @@
+"""Tile sizes of the Triton kernels by (architecture, padded head dimension), and how they were chosen.
+
+Chosen from compiled code alone (`python -m kernels.inspect` prints the figures): of the candidates whose
+products are all wgmma on sm_90 and whose spills stay under the bars (none at D = 64, 64 bytes per thread at
+D = 128), the one with the largest tile, which re-reads keys, values and queries least. Timing: not measured
+yet. Sequence length has no entry of its own until a measurement asks for one. The candidates
+and their figures stand in docs/kernels.md.
+"""
+
+from dataclasses import dataclass
+
+import triton
+
+# Triton 3.3 keeps a descriptor per k-step of each resident tile in registers; later versions do not.
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One launch: `queries` x `keys` scores at a time, by `warps` warps, loads `stages` deep."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of the three kernels; two in `columns` are a launch for dk, dtk and another for dv, dtv."""
+
+    forward: Tile
+    rows: Tile
+    columns: tuple[Tile, ...]
+
+
+# At D = 128 four accumulators of (keys, D) would fill the register file, hence two launches by columns, of 9
+# and 6 products where one would do with 12.
+TABLE = {
+    (90, 64): Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), (Tile(32, 64, 4, 2),)),
+    (90, 128): Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2))),
+    (80, 64): Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(16, 64, 4, 2),)),
+    (80, 128): Config(Tile(128, 32, 8, 2), Tile(32, 32, 4, 2), (Tile(16, 128, 8, 2), Tile(16, 128, 8, 2))),
+}
+if OLD_TRITON:
+    TABLE[90, 128] = Config(
+        Tile(128, 32, 8, 2), Tile(128, 16, 8, 2), (Tile(16, 128, 8, 2), Tile(32, 128, 8, 2))
+    )
+
+# float32 takes twice the room and, with tf32 off, no matrix instruction: small tiles on every architecture.
+FLOAT32 = Config(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)))
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two, 16 at least, that tiles of this head dimension are padded to."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def choose(capability: tuple[int, int], head_dim: int, element_size: int) -> Config:
+    """The configuration for a CUDA compute capability, a head dimension up to 128 and bytes per element."""
+    if element_size == 4:
+        return FLOAT32
+    arch = (
+        90 if capability[0] in (9, 10) else 80
+    )  # by shared memory per block: 227 KB there, 99 KB and up elsewhere
+    return TABLE[arch, max(64, padded_head_dim(head_dim))]
