@@ -47,8 +47,8 @@ if OLD_TRITON:
         Tile(128, 32, 8, 2), Tile(128, 16, 8, 2), (Tile(16, 128, 8, 2), Tile(32, 128, 8, 2))
     )
 
-# float32 takes twice the room and, with tf32 off, no matrix instruction: small tiles on every architecture.
-FLOAT32 = Config(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)))
+# float32 operands pass through registers, as three tf32 parts each: tiny tiles on every architecture.
+FLOAT32 = Config(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)))
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -54,7 +54,10 @@ def _launch(
     scale: float,
     **flags: bool,
 ) -> None:
-    """Run `kernel` on `blocks` blocks of every head of every batch element, all on grid axis 0."""
+    """Run `kernel` on `blocks` blocks of every head of every batch element, all on grid axis 0.
+
+    PRECISION concerns float32 alone: tf32x3 is float32's own accuracy from three tf32 products.
+    """
     batch, heads, n_q, n_k, head_dim = sizes
     padded = configs.padded_head_dim(head_dim)
     with torch.cuda.device_of(matrices[0][0]):
@@ -62,7 +65,7 @@ def _launch(
             *matrices, scale, heads, n_q, n_k,
             D=head_dim, BLOCK_D=padded, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
             MASKED=n_q % tile.queries != 0 or n_k % tile.keys != 0 or head_dim != padded,
-            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
             num_warps=tile.warps, num_stages=tile.stages, **flags,
         )  # fmt: skip
 
@@ -193,8 +196,9 @@ def _save(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
 
 
 def _differentiate(ctx, do: Tensor, dto: Tensor, *statistics: None) -> tuple[MaybeTensor, ...]:  # noqa: ANN001
-    gradients = iter(jvp_attention_backward(do, dto, *ctx.saved_tensors, ctx.scale))
-    return *(None if x is None else next(gradients) for x in ctx.saved_tensors[:6]), None
+    saved = ctx.saved_tensors  # once: checkpointing computes them anew at every access
+    gradients = iter(jvp_attention_backward(do, dto, *saved, ctx.scale))
+    return *(None if x is None else next(gradients) for x in saved[:6]), None
 
 
 def _differentiate_qkv(ctx, do: Tensor, dto: Tensor, *statistics: None) -> tuple[MaybeTensor, ...]:  # noqa: ANN001

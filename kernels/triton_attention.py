@@ -8,9 +8,9 @@ tO = tP V + P tV, and dO, dtO the gradients of the outputs, the backward is
     dtS = P * (G - a)          dS = P * (dO V' + dtO tV' - delta + (G - a) * (tS - mu))
 
 A matrix argument is a tuple (tensor, stride of batch, of head, of token); its tangent, or the gradient of
-that, follows as a bare tensor of the same strides, or None where it is zero everywhere. BLOCK_D is D padded to a
-power of two. Everything is accumulated in float32; P, tP, dS and dtS are rounded to the inputs' type where they
-become left operands of a product. lse is kept in base 2, which spares a multiplication per exponential.
+that, follows as a bare tensor of the same strides, or None where it is zero. BLOCK_D is D padded to
+a power of two. Everything is accumulated in float32; P, tP, dS and dtS are rounded to the inputs' type where
+they become left operands of a product. lse is in base 2, which spares a multiplication per exponential.
 """
 
 import os
@@ -19,7 +19,7 @@ from pathlib import Path
 import triton
 import triton.language as tl
 
-# Triton 3.3 ships two assemblers and takes the older for Hopper, which puts a wait after each wgmma (C7515).
+# Triton 3.3 ships two assemblers and takes for Hopper the older, which puts a wait after each wgmma (C7515).
 NEWER_PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
 if triton.__version__.startswith("3.3.") and NEWER_PTXAS.exists():
     os.environ.setdefault("TRITON_PTXAS_PATH", str(NEWER_PTXAS))
@@ -109,8 +109,8 @@ def forward(q, tq, k, tk, v, tv, o, to, lse, mu, scale, heads, n_q, n_k,
             MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """o, to and the row statistics lse, mu (float32, (B * H, Nq)) of BLOCK_Q queries of one head; 6 products.
 
-    Online softmax over blocks of keys. tP is formed around the running mean mu, never as P * tS - mu * P: the
-    sum for to follows mu as it moves, so nothing cancels where mu is large, as in rows that one key dominates.
+    Online softmax over blocks of keys. tP is formed around the running mean mu, not as P * tS - mu * P: the
+    sum for to follows mu as it moves, and nothing cancels where mu is large, as in rows that one key rules.
     """
     blocks = tl.cdiv(n_q, BLOCK_Q)
     index = tl.program_id(0) // blocks
