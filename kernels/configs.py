@@ -56,11 +56,14 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def choose(capability: tuple[int, int], head_dim: int, element_size: int) -> Config:
-    """The configuration for a CUDA compute capability, a head dimension up to 128 and bytes per element."""
-    if element_size == 4:
-        return FLOAT32
+def table_key(capability: tuple[int, int], head_dim: int) -> tuple[int, int]:
+    """Where the table has a CUDA compute capability and a head dimension up to 128."""
     arch = (
         90 if capability[0] in (9, 10) else 80
-    )  # by shared memory per block: 227 KB there, 99 KB and up elsewhere
-    return TABLE[arch, max(64, padded_head_dim(head_dim))]
+    )  # shared memory per block: 227 KB there, 99 KB or more elsewhere
+    return arch, max(64, padded_head_dim(head_dim))
+
+
+def choose(capability: tuple[int, int], head_dim: int, element_size: int) -> Config:
+    """The configuration for a capability, a head dimension up to 128 and bytes per element."""
+    return FLOAT32 if element_size == 4 else TABLE[table_key(capability, head_dim)]
