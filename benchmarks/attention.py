@@ -218,7 +218,7 @@ def environment(cuda: bool) -> dict[str, str]:
 
 
 def tune(size: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Time the candidates of each kernel at this size, the others as in the table; failed ones are left out."""
+    """Time the candidates of each kernel at this size, with the other kernels as the table has them."""
     from kernels import configs
     from kernels.inspect import SIZES as CANDIDATES
 
@@ -237,7 +237,8 @@ def tune(size: tuple[int, ...], dtype: torch.dtype) -> None:
             except Exception as failure:  # noqa: BLE001  (too much shared memory, say: not a candidate here)
                 times = {"note": type(failure).__name__}
             part = "forward_ms" if field == "forward" else "backward_ms"
-            result = times.get("note") or (f"{times[part]:.3f} ms" if error < TOLERANCE[dtype] else "WRONG")
+            right = "note" not in times and error < TOLERANCE[dtype]
+            result = f"{times[part]:.3f} ms" if right else times.get("note", "wrong")
             print(f"  {kernel} {choice}: {result}")
     configs.TABLE[key] = table
 

@@ -1,10 +1,12 @@
 """Tile sizes of the Triton kernels by (architecture, padded head dimension), and how they were chosen.
 
-Chosen from compiled code alone (`python -m kernels.inspect` prints the figures): of the candidates whose
-products are all wgmma on sm_90 and whose spills stay under the bars (none at D = 64, 64 bytes per thread at
-D = 128), the one with the largest tile, which re-reads keys, values and queries least. Timing: not measured
-yet. Sequence length has no entry of its own until a measurement asks for one. The candidates
-and their figures stand in docs/kernels.md.
+Timing: not measured yet. The entries are judgements from compiled code, which `python -m kernels.inspect
+--candidates` prints, to be replaced by what `python -m benchmarks.attention --tune` measures. Every entry
+keeps to the inspector's bars on spills. On sm_90, of the tiles that do, the widest score product up to 64
+(a narrower wgmma waits for its left operand in shared memory), then the larger resident side (queries by
+rows, keys by columns), which re-reads the other side less; at D = 64 by columns two blocks of 64 keys share
+a multiprocessor. On sm_80 the resident side comes first, and entries stay under the 99 KB of shared memory
+that a block has on consumer GPUs. Sequence length has no entry until a measurement asks for one.
 """
 
 from dataclasses import dataclass
