@@ -141,7 +141,7 @@ def test_large_logits(device):
     with torch.no_grad():
         tensors[0] *= 300.0
         tensors[1] -= 2 * tensors[0][:, :, :1].sign()
-    assert_close([x.detach().requires_grad_() for x in tensors], 1e-3)
+    assert_close([x.detach().requires_grad_() for x in tensors], 5e-3)
 
 
 @every_backend
@@ -152,7 +152,7 @@ def test_rows_that_one_key_dominates(device):
         tensors[0].copy_(tensors[0].sign() * 4)
         tensors[1][:, :, :40].copy_(tensors[0])
         tensors[3] *= 20.0
-    assert_close([x.detach().requires_grad_() for x in tensors], 1e-4)
+    assert_close([x.detach().requires_grad_() for x in tensors], 1e-3)
 
 
 @every_fused
