@@ -70,7 +70,8 @@ def read_manifest(uri: str) -> Manifest:
     Raises DatasetError when there is none: the folder is empty, or its conversion has not finished.
     """
     try:
-        text = Store(uri).read(MANIFEST)
+        with Store(uri) as store:
+            text = store.read(MANIFEST)
     except FileNotFoundError as error:
         raise DatasetError(
             f"{uri} holds no {MANIFEST}: not a dataset, or its conversion did not finish"
