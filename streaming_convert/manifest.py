@@ -12,6 +12,7 @@ from streaming_convert.store import DatasetError, Store
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+STORED_DTYPE = {"image": "uint8", "latents": "float16"}
 RESULTS = ("num_samples", "class_counts", "channel_mean", "channel_std", "rejected", "shards")
 
 

@@ -5,12 +5,10 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
-from streaming_convert.manifest import Manifest, read_manifest
+from streaming_convert.manifest import STORED_DTYPE, Manifest, read_manifest
 from streaming_convert.moments import Moments
 from streaming_convert.shards import Shard, open_shard, read_index, stored_file
 from streaming_convert.store import DatasetError, Store
-
-DTYPES = {"image": np.uint8, "latents": np.float16}
 
 
 def verify(uri: str) -> list[str]:
@@ -50,7 +48,7 @@ def _check_samples(shard: Shard, manifest: Manifest, counts: Counter, moments: M
         value, label = sample.get(manifest.column), sample.get("label")
         if value is None or label is None:
             return [f"{shard.name}: the columns are {sorted(sample)}, not {manifest.column} and label"]
-        if value.dtype != DTYPES[manifest.column] or list(value.shape) != manifest.shape:
+        if value.dtype != STORED_DTYPE[manifest.column] or list(value.shape) != manifest.shape:
             problems.append(f"{shard.name}, sample {i}: {value.dtype} {value.shape}, not {manifest.shape}")
             continue
         if not 0 <= label < classes:

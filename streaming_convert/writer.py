@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from streaming_convert.encoders import Encoder
 from streaming_convert.images import Rejected
-from streaming_convert.manifest import MANIFEST, Manifest, difference
+from streaming_convert.manifest import MANIFEST, STORED_DTYPE, Manifest, difference
 from streaming_convert.moments import Moments
 from streaming_convert.sources import Source
 from streaming_convert.store import WORK, DatasetError, Store
@@ -170,8 +170,10 @@ def _shard_writer(plan: Manifest, folder: Path) -> "MDSWriter":
     from streaming import MDSWriter
 
     shutil.rmtree(folder, ignore_errors=True)
-    dtype = {"image": "uint8", "latents": "float16"}[plan.column]
-    columns = {plan.column: f"ndarray:{dtype}:{','.join(map(str, plan.shape))}", "label": "int64"}
+    columns = {
+        plan.column: f"ndarray:{STORED_DTYPE[plan.column]}:{','.join(map(str, plan.shape))}",
+        "label": "int64",
+    }
     return MDSWriter(
         columns=columns, out=str(folder), compression=plan.compression, hashes=["xxh64"], size_limit=None
     )
@@ -203,12 +205,16 @@ def _load(
     source: Source, items: Iterable[int], loaders: Executor | None, ahead: int
 ) -> Iterator[np.ndarray | Rejected]:
     """Loads samples in order, with `loaders` up to `ahead` of the one that is asked for."""
+    dtype = STORED_DTYPE[source.column]
 
     def load(position: int) -> np.ndarray | Rejected:
         try:
-            return source.load(source.keys[position])
+            sample = source.load(source.keys[position])
         except Rejected as error:
             return error
+        if sample.shape != source.shape or sample.dtype != dtype:
+            return Rejected(f"{sample.dtype} {sample.shape}, expected {dtype} {source.shape}")
+        return sample
 
     if loaders is None:
         yield from map(load, items)
