@@ -16,9 +16,11 @@ class DatasetError(ValueError):
 class Store:
     """Reads and publishes the files of the folder `uri`. One per process: clients do not survive a fork."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, scratch: Path | None = None) -> None:
+        """`scratch`: where to make the scratch folder; a worker's lies in its parent's, which deletes it."""
         self.uri = uri.rstrip("/")
         self.remote = "://" in uri
+        self._scratch = scratch
         self._staging: Path | None = None
         self._uploader = None
         self._downloader = None
@@ -35,10 +37,10 @@ class Store:
     def staging(self) -> Path:
         """A private scratch folder; for a local target on its own disk, so that a rename is atomic."""
         if self._staging is None:
-            work = None if self.remote else Path(self.uri, WORK)
-            if work:
-                work.mkdir(parents=True, exist_ok=True)
-            self._staging = Path(tempfile.mkdtemp(prefix="tmp-", dir=work))
+            if not self.remote:
+                Path(self.uri, WORK).mkdir(parents=True, exist_ok=True)
+            folder = self._scratch or (None if self.remote else Path(self.uri, WORK))
+            self._staging = Path(tempfile.mkdtemp(prefix="tmp-", dir=folder))
         return self._staging
 
     def publish(self, name: str) -> None:

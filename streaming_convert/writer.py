@@ -82,26 +82,22 @@ def convert(job: Job, workers: int, shard: tuple[int, int] = (1, 1)) -> None:
         names = store.names()
         if PLAN not in names:
             store.write(PLAN, job.plan.to_json())
-    mine = range(shard[0] - 1, _num_parts(job.plan), shard[1])
-    todo = [number for number in mine if _record_name(number) not in names]
-    total, left = (sum(len(job.part(number)) for number in numbers) for numbers in (mine, todo))
-    with tqdm(total=total, initial=total - left, unit="img", desc=job.uri, dynamic_ncols=True) as bar:
-        if job.encoder.in_process or workers == 1 or len(todo) < 2:
-            _convert_here(job, todo, workers, bar)
-        else:
-            _convert_in_processes(job, todo, min(workers, len(todo)), bar)
+        mine = range(shard[0] - 1, _num_parts(job.plan), shard[1])
+        todo = [number for number in mine if _record_name(number) not in names]
+        total, left = (sum(len(job.part(number)) for number in numbers) for numbers in (mine, todo))
+        with tqdm(total=total, initial=total - left, unit="img", desc=job.uri, dynamic_ncols=True) as bar:
+            if job.encoder.in_process or workers == 1 or len(todo) < 2:
+                with ThreadPoolExecutor(workers) as loaders:
+                    for number in todo:
+                        _convert_part(job, number, store, loaders, bar.update)
+            else:
+                _convert_in_processes(job, todo, min(workers, len(todo)), store.staging, bar)
 
 
-def _convert_here(job: Job, parts: list[int], threads: int, bar: tqdm) -> None:
-    with Store(job.uri) as store, ThreadPoolExecutor(threads) as loaders:
-        for number in parts:
-            _convert_part(job, number, store, loaders, bar.update)
-
-
-def _convert_in_processes(job: Job, parts: list[int], workers: int, bar: tqdm) -> None:
+def _convert_in_processes(job: Job, parts: list[int], workers: int, scratch: Path, bar: tqdm) -> None:
     # Forked, not spawned: a list of a million files is shared instead of sent, and torch is imported once.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _start_worker, (job, os.getpid())) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (job, scratch, os.getpid())) as pool:
         futures = [pool.submit(_work, number) for number in parts]
         try:
             for future in as_completed(futures):
@@ -112,12 +108,12 @@ def _convert_in_processes(job: Job, parts: list[int], workers: int, bar: tqdm) -
             pool.shutdown(cancel_futures=True)
 
 
-_job: Job  # in a worker process
+_worker: tuple[Job, Store]  # in a worker process
 
 
-def _start_worker(job: Job, parent: int) -> None:
-    global _job
-    _job = job
+def _start_worker(job: Job, scratch: Path, parent: int) -> None:
+    global _worker
+    _worker = job, Store(job.uri, scratch)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
 
@@ -130,9 +126,9 @@ def _exit_with(parent: int) -> None:
 
 
 def _work(number: int) -> int:
-    with Store(_job.uri) as store:
-        _convert_part(_job, number, store, None, lambda samples: None)
-    return len(_job.part(number))
+    job, store = _worker
+    _convert_part(job, number, store, None, lambda samples: None)
+    return len(job.part(number))
 
 
 def _convert_part(
