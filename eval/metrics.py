@@ -1,0 +1,174 @@
+"""Distances between sets of features: everything here works on features, none of it knows about images.
+
+Shapes: N samples, F features, K classes. Features are float64 unless said otherwise.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
+
+
+class FeatureMoments(Metric):
+    """Mean and covariance of a stream of feature vectors, in memory that does not depend on its length.
+
+    The states are float64 sums, which torchmetrics adds up over ranks; any split of the samples into batches
+    and ranks therefore gives the same moments up to the order of additions (1e-9 is tested).
+
+    Raw second moments lose log10(mean^2 / variance) of float64's 16 digits. Network features lose one or two;
+    for data far from the origin pass `shift`, a point near the mean and the same on every rank, which is
+    subtracted first. Sums were chosen over pairwise-merged centred moments because those are not additive, so
+    torchmetrics could neither reduce nor merge them.
+
+    Args:
+        num_features: F.
+        shift: (F,) point that the moments are accumulated about; the origin by default.
+    """
+
+    full_state_update = False
+    sum_outer: Tensor
+    sum: Tensor
+    count: Tensor
+
+    def __init__(self, num_features: int, shift: Tensor | None = None) -> None:
+        super().__init__()
+        shift = torch.zeros(num_features) if shift is None else shift
+        if shift.shape != (num_features,):
+            raise ValueError(f"shift has shape {tuple(shift.shape)}, expected ({num_features},)")
+        self.register_buffer("shift", shift.double(), persistent=False)
+        zeros = {"dtype": torch.float64, "device": shift.device}
+        self.add_state("sum_outer", torch.zeros(num_features, num_features, **zeros), dist_reduce_fx="sum")
+        self.add_state("sum", torch.zeros(num_features, **zeros), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64, device=shift.device), dist_reduce_fx="sum")
+
+    def update(self, features: Tensor) -> None:
+        """Adds a batch of features (N, F), of any floating-point type."""
+        if features.ndim != 2 or features.shape[1] != len(self.sum):
+            raise ValueError(f"features have shape {tuple(features.shape)}, expected (N, {len(self.sum)})")
+        centred = features.double() - self.shift
+        self.sum_outer.addmm_(centred.T, centred)
+        self.sum += centred.sum(0)
+        self.count += len(features)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Returns the mean (F,) and the unbiased covariance (F, F) of everything seen.
+
+        Raises:
+            ValueError: fewer than two samples, or a feature that is not finite.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {int(self.count)}")
+        if not torch.isfinite(self.sum).all():
+            raise ValueError("features contain values that are not finite")
+        offset = self.sum / self.count
+        covariance = (self.sum_outer - torch.outer(self.sum, offset)) / (self.count - 1)
+        return self.shift + offset, covariance
+
+
+def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
+    """Squared Frechet (2-Wasserstein) distance of two Gaussians, in float64 (Dowson and Landau 1982):
+
+        |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1^1/2 cov2 cov1^1/2)^1/2).
+
+    With cov = R R' from a symmetric eigendecomposition, the trace of that root is the sum of the singular
+    values of R1' R2. This is real for singular covariances too, and never takes the root of a squared number:
+    the eigenvalues of cov1^1/2 cov2 cov1^1/2 carry rounding errors of 1e-16, hence their roots of 1e-8, for
+    every feature that does not vary.
+
+    Args:
+        mean1, mean2: (F,).
+        cov1, cov2: (F, F), symmetric; eigenvalues that rounding made negative count as 0.
+
+    Raises:
+        ValueError: shapes differ, or a value is not finite.
+    """
+    shapes = [tuple(x.shape) for x in (mean1, cov1, mean2, cov2)]
+    if mean1.ndim != 1 or shapes != [(len(mean1),), (len(mean1),) * 2] * 2:
+        raise ValueError(f"means and covariances must be (F,), (F, F), (F,), (F, F); got {shapes}")
+    mean1, cov1, mean2, cov2 = (x.to(cov1.device, torch.float64) for x in (mean1, cov1, mean2, cov2))
+    if not all(torch.isfinite(x).all() for x in (mean1, cov1, mean2, cov2)):
+        raise ValueError("means and covariances must be finite")
+    trace_of_root = torch.linalg.matrix_norm(_root(cov1).T @ _root(cov2), ord="nuc")
+    return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace_of_root)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """R (F, F) with R R' = covariance."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp_min(0).sqrt()
+
+
+def kernel_distance(
+    features: Tensor, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Kernel distance (KID, Binkowski et al. 2018): unbiased MMD^2 with the kernel (x.y / F + 1)^3.
+
+    torchmetrics' implementation on given features; its subsets come from `seed` alone, so the result depends
+    on the order of the rows and on nothing else.
+
+    Args:
+        features, reference: (N, F) and (M, F); both at least `subset_size` long.
+
+    Returns:
+        Mean and standard deviation over the subsets.
+    """
+    shortest = min(len(features), len(reference))
+    if shortest < subset_size:
+        raise ValueError(f"subset_size {subset_size} exceeds the number of samples, {shortest}")
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
+        torch.manual_seed(seed)
+        metric = KernelInceptionDistance(nn.Identity(), subsets=subsets, subset_size=subset_size)
+        metric.update(reference, real=True)
+        metric.update(features, real=False)
+        mean, std = metric.compute()
+    return float(mean), float(std)
+
+
+def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
+    """Inception score (Salimans et al. 2016): exp E KL(p(y|x) || p(y)), by torchmetrics, on given logits.
+
+    Args:
+        logits: (N, K). For the 2015 graph these are the outputs without bias.
+        splits: the score is taken on this many shuffled parts; `seed` determines the shuffle.
+
+    Returns:
+        Mean and (unbiased) standard deviation over the parts.
+    """
+    if not 2 <= splits <= len(logits):
+        raise ValueError(f"splits must lie between 2 and the number of samples, {len(logits)}; got {splits}")
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
+        torch.manual_seed(seed)
+        metric = InceptionScore(nn.Identity(), splits=splits)
+        metric.update(logits)
+        mean, std = metric.compute()
+    return float(mean), float(std)
+
+
+def precision_recall(
+    features: Tensor, reference: Tensor, k: int = 3, rows: int = 2048
+) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019), which torchmetrics does not have.
+
+    Precision is the share of samples inside the union of balls around the reference points, each reaching to
+    that point's k-th neighbour in the reference; recall is the same with the roles exchanged.
+
+    Args:
+        features, reference: (N, F) and (M, F); both longer than k.
+        rows: distances are computed for this many rows at a time, which bounds the memory.
+    """
+    if min(len(features), len(reference)) <= k:
+        raise ValueError(f"k = {k} needs more than {k} samples, got {len(features)} and {len(reference)}")
+    return _coverage(features, reference, k, rows), _coverage(reference, features, k, rows)
+
+
+def _coverage(points: Tensor, support: Tensor, k: int, rows: int) -> float:
+    """Share of `points` inside the union of the k-neighbour balls around `support`."""
+    # A point is its own nearest neighbour, hence k + 1.
+    radii = torch.cat([torch.cdist(part, support).kthvalue(k + 1).values for part in support.split(rows)])
+    inside = [(torch.cdist(part, support) <= radii).any(1) for part in points.split(rows)]
+    return float(torch.cat(inside).double().mean())

@@ -1,0 +1,159 @@
+"""Composer algorithms of the method: weight averages, and what guards and scales a step."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+log = logging.getLogger(__name__)
+
+
+def local(tensors: list[Tensor]) -> list[Tensor]:
+    """The shards that this rank holds; plain tensors stay as they are."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+@torch.no_grad()
+def ema_update(average: nn.Module, net: nn.Module, decay: float) -> None:
+    """average <- net + decay (average - net), in place, on whatever shard this rank holds (no gather)."""
+    torch._foreach_lerp_(local(list(average.parameters())), local(list(net.parameters())), 1 - decay)
+
+
+def ema_decay(decay: float, update: int, ramp: bool) -> float:
+    """Decay of update number `update` (from 0): constant, or min(decay, (1 + k) / (10 + k)) with `ramp`."""
+    return min(decay, (1 + update) / (10 + update)) if ramp else decay
+
+
+def stepped(net: nn.Module) -> bool:
+    """Whether the optimizer moved the weights: a skipped step leaves no gradient behind."""
+    return any(p.grad is not None for p in net.parameters())
+
+
+class EMA(Algorithm):
+    """Keeps the target average (the teacher of the loss) and the evaluation average of the student.
+
+    Both are modules of the model, so they are sharded and checkpointed like it; the decays are those of the
+    paper (0.99 and 0.9999). `ramp` lets the evaluation average start short, for short runs.
+    """
+
+    def __init__(self, target_decay: float = 0.99, decay: float = 0.9999, ramp: bool = False) -> None:
+        self.target_decay, self.decay, self.ramp = target_decay, decay, ramp
+
+    def match(self, event: Event, state: State) -> bool:
+        """After each optimizer step."""
+        return event == Event.BATCH_END
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Update both averages in place; a skipped step changes neither."""
+        model = unwrap(state.model)
+        if not stepped(model.net):
+            return
+        update = int(state.timestamp.batch) - 1
+        ema_update(model.ema, model.net, ema_decay(self.decay, update, self.ramp))
+        if model.target is not None:
+            ema_update(model.target, model.net, self.target_decay)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The ComposerModel inside DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Global L2 norm of the gradients, over all shards and ranks."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+class ScaleParameter(Algorithm):
+    """Sets the scaled parameterisation f = (s - t) w F at the start and guards every step.
+
+    scaled: k = w in the displacement (paper, section 4), else k = 1. tangent_warmup: over that many steps
+    dF/ds grows from 0 to its full size (0: off). clip: largest global gradient norm (None: off, the paper's
+    choice at 256 px). A step whose gradient is not finite is no step at all: weights, averages and optimizer
+    state stay as they are, and the ids of the samples with a non-finite loss are logged; after
+    `max_skipped` in a row the run stops with an error.
+    """
+
+    def __init__(
+        self,
+        scaled: bool = True,
+        tangent_warmup: int = 0,
+        clip: float | None = None,
+        max_skipped: int = 5,
+    ) -> None:
+        self.scaled, self.tangent_warmup = scaled, tangent_warmup
+        self.clip, self.max_skipped = clip, max_skipped
+        self.skipped = self.skipped_in_row = 0
+        self.bad_samples: list[int] = []
+
+    def match(self, event: Event, state: State) -> bool:
+        """At the start, around each loss, and between the backward pass and the optimizer."""
+        return event in (Event.INIT, Event.BATCH_START, Event.AFTER_LOSS, Event.AFTER_TRAIN_BATCH)
+
+    def state_dict(self) -> dict[str, int]:
+        """Counters travel with the checkpoint."""
+        return {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
+
+    def load_state_dict(self, state: dict[str, int], strict: bool = False) -> None:
+        """Restore the counters."""
+        self.skipped, self.skipped_in_row = state["skipped"], state["skipped_in_row"]
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Dispatch to the event's work."""
+        model = unwrap(state.model)
+        if event == Event.INIT:
+            model.objective.scaled = self.scaled
+        elif event == Event.BATCH_START:
+            self.losses: list[tuple[Tensor, Tensor]] = []
+            step = int(state.timestamp.batch)
+            model.tangent = min(1.0, step / self.tangent_warmup) if self.tangent_warmup else 1.0
+        elif event == Event.AFTER_LOSS:
+            self.losses.append((state.batch["sample"], state.outputs.total.detach()))
+            logger.log_metrics(residuals(state.outputs))
+        else:
+            self.guard(state, list(model.net.parameters()), logger)
+
+    def guard(self, state: State, parameters: list[nn.Parameter], logger: Logger) -> None:
+        """Clip the gradient, or drop it where it is not finite."""
+        norm = gradient_norm(parameters)
+        if torch.isfinite(norm):
+            self.skipped_in_row = 0
+            if self.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        else:
+            for p in parameters:
+                p.grad = None
+            self.report(state)
+        logger.log_metrics({"train/gradient_norm": norm.item(), "train/skipped_steps": self.skipped})
+
+    def report(self, state: State) -> None:
+        """Count a skipped step, name its samples, stop the run after too many."""
+        self.skipped += 1
+        self.skipped_in_row += 1
+        self.bad_samples = [
+            int(i) for sample, loss in self.losses for i in sample[~torch.isfinite(loss)].tolist()
+        ]
+        message = (
+            f"step {int(state.timestamp.batch)}: gradient not finite, step skipped "
+            f"({self.skipped_in_row} in a row, {self.skipped} in all); "
+            f"samples with a non-finite loss: {self.bad_samples or 'none on this rank'}"
+        )
+        log.warning(message)
+        if self.skipped_in_row >= self.max_skipped:
+            raise RuntimeError(f"{message}. Stopping: algorithms.max_skipped is {self.max_skipped}")
+
+
+def residuals(loss) -> dict[str, Tensor]:  # noqa: ANN001
+    """RMS of F, of dF/ds and of both residuals over this rank's microbatch."""
+    return {
+        "train/rms_F": loss.network.square().mean().sqrt(),
+        "train/rms_dF_ds": loss.derivative.square().mean().sqrt(),
+        "train/rms_terminal": loss.terminal.detach().mean().sqrt(),
+        "train/rms_flow_matching": loss.flow_matching.detach().mean().sqrt(),
+    }

@@ -1,0 +1,169 @@
+"""Configuration: a YAML, the YAML that it names as `base`, and key=value overrides, checked before any work.
+
+Every section is a dataclass beside the code that reads it. An unknown key, a wrong type or an impossible
+combination is a ConfigError of one line that names the key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from recipe.data import DataConfig
+from recipe.dit import DiTConfig
+from recipe.tvm import TVMConfig
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: the message names the key, what it was and what is allowed."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW; the defaults are the paper's. schedule: constant, linear or cosine (both to zero at the end of
+    `duration`), after a linear warmup of e.g. 100ba.
+    """
+
+    lr: float = 1e-4
+    schedule: str = "constant"
+    warmup: str = "0ba"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optimizer.lr: {self.lr} must be positive")
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"optimizer.schedule: {self.schedule!r} is not one of constant, linear, cosine")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"optimizer.betas: {self.betas} must be two numbers in [0, 1)")
+
+
+@dataclass
+class EMAConfig:
+    """Decays of the teacher (target) and of the evaluated weights; ramp: see `algorithms.ema_decay`."""
+
+    target_decay: float = 0.99
+    decay: float = 0.9999
+    ramp: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("target_decay", "decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"ema.{name}: {getattr(self, name)} must be in [0, 1)")
+
+
+@dataclass
+class StepConfig:
+    """Guards of a step: see `algorithms.ScaleParameter`."""
+
+    tangent_warmup: int = 0
+    clip: float | None = None
+    max_skipped: int = 5
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"step.clip: {self.clip} must be positive, or null for no clipping")
+        if self.max_skipped < 1:
+            raise ValueError(f"step.max_skipped: {self.max_skipped} must be at least 1")
+
+
+@dataclass
+class LogConfig:
+    """interval: batches between lines of train.jsonl; wandb: off, online or offline."""
+
+    interval: int = 10
+    progress_bar: bool = True
+    wandb: str = "off"
+    wandb_project: str = "terminal-velocity"
+
+    def __post_init__(self) -> None:
+        if self.wandb not in ("off", "online", "offline"):
+            raise ValueError(f"log.wandb: {self.wandb!r} is not one of off, online, offline")
+
+
+@dataclass
+class TrainConfig:
+    """One training run. Times are Composer's: 2400ba, 3ep, 600sec.
+
+    folder: holds checkpoints/, weights/ and train.jsonl; export: which weights are written to weights/, `ema`
+    and/or `net`, every export_interval; microbatch: samples per rank and forward pass (null: all of them).
+    """
+
+    run_name: str
+    folder: str
+    duration: str
+    save_interval: str = "1000ba"
+    save_keep: int = 2
+    export_interval: str = "10000ba"
+    export: list[str] = field(default_factory=lambda: ["ema"])
+    seed: int = 0
+    precision: str = "fp32"
+    microbatch: int | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    model: DiTConfig = field(default_factory=DiTConfig)
+    objective: TVMConfig = field(default_factory=TVMConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    step: StepConfig = field(default_factory=StepConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "amp_bf16"):
+            raise ValueError(f"precision: {self.precision!r} is not one of fp32, amp_bf16")
+        if self.microbatch is not None and self.microbatch < 1:
+            raise ValueError(f"microbatch: {self.microbatch} must be at least 1, or null")
+        if not set(self.export) <= {"ema", "net"}:
+            raise ValueError(f"export: {self.export} may hold ema and net only")
+        if self.data.remote is None and not Path(self.data.local).is_dir():
+            raise ValueError(f"data.local: {self.data.local} is not a folder, and data.remote is not set")
+
+
+def read_yaml(path: str) -> DictConfig:
+    """The YAML at `path` over the one that its key `base` names (relative to it), and so on."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"{path}: no such file")
+    try:
+        config = OmegaConf.load(file)
+    except YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"{path}: must be a mapping of keys to values")
+    base = config.pop("base", None)
+    return config if base is None else OmegaConf.merge(read_yaml(str(file.parent / base)), config)
+
+
+def load_config(schema: type[T], path: str, overrides: list[str]) -> T:
+    """The configuration as an instance of `schema`. Raises ConfigError."""
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise ConfigError(f"{override}: overrides are written key=value")
+    try:
+        merged = OmegaConf.merge(
+            OmegaConf.structured(schema), read_yaml(path), OmegaConf.from_dotlist(overrides)
+        )
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_describe(error)) from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _describe(error: OmegaConfBaseException) -> str:
+    key = error.full_key or error.key
+    reason = str(error.msg or error).splitlines()[0]
+    return f"{key}: {reason}" if key else reason
+
+
+def as_dict(config: Any) -> dict[str, Any]:  # noqa: ANN401
+    """The resolved configuration as plain containers, to log and to print."""
+    return OmegaConf.to_container(OmegaConf.structured(config))

@@ -1,0 +1,139 @@
+"""Training data: MDS shards => dict batches of {image | latents, label, sample} => normalised network input.
+
+Columns are those that `streaming_convert` writes: `image` uint8 (C, H, W), or `latents` float16 (2C, H, W)
+holding a VAE posterior's mean and standard deviation; and `label` int64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from composer.utils import dist
+from streaming import StreamingDataLoader, StreamingDataset
+from torch import Tensor, nn
+
+from recipe.draws import Stream, keys, normal
+from streaming_convert.manifest import Manifest, read_manifest
+
+
+@dataclass
+class DataConfig:
+    """Where the samples are and how they become network input.
+
+    remote: folder or s3://, gs://, oci:// of the dataset, None when `local` holds it already; local: cache
+    folder; batch_size: global, over all ranks; normalize: `pixels` (x / 127.5 - 1), `manifest` (the dataset's
+    own per-channel mean and deviation), or {mean: [...], std: [...]}; canonical_nodes fixes the sample order
+    for any number of nodes; cache_limit: e.g. 100gb.
+    """
+
+    local: str = "data/digits/train"
+    remote: str | None = None
+    batch_size: int = 256
+    workers: int = 1
+    normalize: Any = "pixels"
+    shuffle: bool = True
+    canonical_nodes: int = 64
+    cache_limit: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"data.batch_size: {self.batch_size} must be at least 1")
+        if self.workers < 0:
+            raise ValueError(f"data.workers: {self.workers} must not be negative")
+        if isinstance(self.normalize, dict):
+            if sorted(self.normalize) != ["mean", "std"]:
+                raise ValueError(f"data.normalize: {self.normalize} must have the keys mean and std")
+        elif self.normalize not in ("pixels", "manifest"):
+            raise ValueError(f"data.normalize: {self.normalize!r} is not pixels, manifest or {{mean, std}}")
+
+    @property
+    def source(self) -> str:
+        """Where the manifest is."""
+        return self.remote or self.local
+
+
+class TrainingDataset(StreamingDataset):
+    """A StreamingDataset whose samples carry their global id, the key of all their random draws."""
+
+    def __getitem__(self, at: Any) -> dict[str, Any]:  # noqa: ANN401
+        return {**super().__getitem__(at), "sample": at}
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Dicts of arrays and integers to a dict of tensors; np.stack copies Streaming's read-only arrays."""
+    return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
+
+
+def train_loader(config: DataConfig, seed: int) -> StreamingDataLoader:
+    """This rank's share of the global batch, in an order that depends on the seed and the epoch alone."""
+    world = dist.get_world_size()
+    if config.batch_size % world:
+        raise ValueError(f"data.batch_size: {config.batch_size} is not a multiple of the {world} ranks")
+    per_rank = config.batch_size // world
+    dataset = TrainingDataset(
+        remote=config.remote,
+        local=config.local,
+        batch_size=per_rank,
+        shuffle=config.shuffle,
+        shuffle_seed=seed,
+        num_canonical_nodes=config.canonical_nodes,
+        cache_limit=config.cache_limit,
+        validate_hash="xxh64" if config.remote else None,
+    )
+    return StreamingDataLoader(
+        dataset,
+        batch_size=per_rank,
+        collate_fn=collate,
+        num_workers=config.workers,
+        persistent_workers=config.workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=True,
+    )
+
+
+class Normalizer(nn.Module):
+    """Stored sample => network input x0 = (value - mean) / std per channel, and back to uint8 pixels."""
+
+    def __init__(self, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
+
+    def forward(self, batch: dict[str, Tensor], step: Tensor, seed: int) -> Tensor:
+        """(B, C, H, W). Latents are drawn from the posterior, keyed by (seed, step, sample id)."""
+        if "image" in batch:
+            value = batch["image"].to(self.mean.dtype)
+        else:
+            mean, std = batch["latents"].to(self.mean.dtype).chunk(2, 1)
+            noise = normal(keys(seed, step, batch["sample"], Stream.POSTERIOR), *mean.shape[1:])
+            value = mean + std * noise.to(mean.dtype)
+        return (value - self.mean) / self.std
+
+    def invert(self, x0: Tensor) -> Tensor:
+        """Network output (B, C, H, W) => stored values."""
+        return x0 * self.std + self.mean
+
+
+def to_uint8(values: Tensor) -> Tensor:
+    """Pixel values in 0..255 units => uint8, rounded to nearest."""
+    return values.round().clamp(0, 255).to(torch.uint8)
+
+
+def normalizer(config: DataConfig, manifest: Manifest) -> Normalizer:
+    """The normaliser that `data.normalize` asks for."""
+    channels = manifest.shape[0] if manifest.column == "image" else manifest.shape[0] // 2
+    if config.normalize == "pixels":
+        mean, std = [127.5] * channels, [127.5] * channels
+    elif config.normalize == "manifest":
+        mean, std = manifest.channel_mean, manifest.channel_std
+    else:
+        mean, std = config.normalize["mean"], config.normalize["std"]
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(f"data.normalize: needs {channels} values of mean and std, one per channel")
+    return Normalizer(list(mean), list(std))
+
+
+__all__ = ["DataConfig", "Normalizer", "normalizer", "read_manifest", "to_uint8", "train_loader"]

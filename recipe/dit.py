@@ -1,0 +1,288 @@
+"""The network F(x, t, d, label, beta) of Terminal Velocity Matching: a diffusion transformer.
+
+It differs from DiT (arXiv 2212.09748) as the TVM paper asks (arXiv 2511.19797, section 4): RMSNorm without
+gain instead of LayerNorm, RMS-normed modulation, RMS-normed queries and keys, a second time input d = t - s,
+a guidance input beta = 1/w, and a spectral initialisation. It is written once, on (value, tangent) pairs.
+
+Shapes: B batch, C channels, H x W image, N = (H / patch) * (W / patch) tokens, D width, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from recipe import dual
+from recipe.dual import Dual
+
+PRESETS = {
+    "S/2": {"width": 384, "depth": 12, "heads": 6},
+    "B/2": {"width": 768, "depth": 12, "heads": 12},
+    "L/2": {"width": 1024, "depth": 24, "heads": 16},
+    "XL/2": {"width": 1152, "depth": 28, "heads": 16},
+    "XL/2-18": {"width": 1152, "depth": 28, "heads": 18},
+}
+
+
+@dataclass
+class DiTConfig:
+    """Architecture. `preset` (S/2, B/2, L/2, XL/2, XL/2-18) fills in width, depth and heads with patch 2.
+
+    size: image or latent side in pixels; classes: 0 for unconditional; label_std: standard deviation of the
+    initial class embeddings; time_init: `normal` (N(0, 0.02^2)) or `spectral`; patch_init: `spectral` (the
+    paper) or `xavier` (what the released code does).
+    """
+
+    preset: str | None = None
+    size: int = 32
+    channels: int = 4
+    classes: int = 1000
+    patch: int = 2
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    label_std: float = 0.02
+    time_init: str = "normal"
+    patch_init: str = "spectral"
+
+    def __post_init__(self) -> None:
+        if self.preset is not None:
+            if self.preset not in PRESETS:
+                raise ValueError(f"model.preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
+            self.patch = 2
+            for name, value in PRESETS[self.preset].items():
+                setattr(self, name, value)
+        for name in ("size", "channels", "patch", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}: {getattr(self, name)} must be at least 1")
+        if self.classes < 0:
+            raise ValueError(f"model.classes: {self.classes} must be 0 (unconditional) or more")
+        if self.width % self.heads:
+            raise ValueError(f"model.heads: {self.heads} does not divide model.width {self.width}")
+        if self.width % 4:
+            raise ValueError(f"model.width: {self.width} must be a multiple of 4 (2-D position embedding)")
+        if self.size % self.patch:
+            raise ValueError(f"model.patch: {self.patch} does not divide model.size {self.size}")
+        for name, allowed in (("time_init", ("normal", "spectral")), ("patch_init", ("spectral", "xavier"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"model.{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+
+    @property
+    def tokens(self) -> int:
+        """Length of the token sequence."""
+        return (self.size // self.patch) ** 2
+
+
+def position_embedding(width: int, side: int) -> Tensor:
+    """Fixed 2-D sine-cosine embedding, (1, side^2, width): half from the column, half from the row."""
+    freqs = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * freqs
+    line = torch.cat([angles.sin(), angles.cos()], -1)
+    columns, rows = line.repeat(side, 1), line.repeat_interleave(side, 0)
+    return torch.cat([columns, rows], -1).float()[None]
+
+
+class ScalarEmbedder(nn.Module):
+    """(B,) -> (B, D): sinusoid, then a two-layer MLP."""
+
+    def __init__(self, width: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, u: Dual) -> Dual:
+        hidden = dual.linear(self.mlp[0], dual.sinusoid(u, self.frequencies))
+        return dual.linear(self.mlp[2], dual.silu(hidden))
+
+
+class LabelEmbedder(nn.Module):
+    """(B,) class indices -> (B, D); index K, the last row, stands for "no label"."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, label: Tensor) -> Dual:
+        return Dual(self.embedding_table(label))
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, H, W) -> (B, N, D): a strided convolution, evaluated as one matrix product."""
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, x: Dual) -> Dual:
+        p = self.proj.kernel_size[0]
+        return dual.linear(self.proj, dual.map_linear(lambda z: patchify(z, p), x))
+
+
+def patchify(x: Tensor, p: int) -> Tensor:
+    """(B, C, H, W) -> (B, N, C p p), tokens in row-major order."""
+    b, c, h, w = x.shape
+    return x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)
+
+
+def unpatchify(z: Tensor, p: int, channels: int) -> Tensor:
+    """(B, N, p p C) -> (B, C, H, W); features are ordered (row, column, channel)."""
+    side = int(z.shape[1] ** 0.5)
+    z = z.reshape(z.shape[0], side, side, p, p, channels)
+    return z.permute(0, 5, 1, 3, 2, 4).reshape(z.shape[0], channels, side * p, side * p)
+
+
+class Modulation(nn.Sequential):
+    """SiLU(cond) (B, D) -> n vectors (B, 1, D), each RMS-normed (paper, section 4)."""
+
+    def __init__(self, width: int, n: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, n * width))
+        self.n = n
+
+    def forward(self, c: Dual) -> list[Dual]:
+        m = dual.map_linear(lambda z: z.unflatten(-1, (self.n, 1, -1)), dual.linear(self[1], c))
+        return dual.unbind(dual.rms_norm(m), 1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with RMS-normed queries and keys (gain shared by the heads)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.RMSNorm(width // heads)
+        self.k_norm = nn.RMSNorm(width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, z: Dual) -> Dual:
+        qkv = dual.map_linear(lambda y: y.unflatten(-1, (3, self.heads, -1)), dual.linear(self.qkv, z))
+        q, k, v = (dual.map_linear(lambda y: y.transpose(1, 2), part) for part in dual.unbind(qkv, 2))
+        q, k = dual.rms_norm(q, self.q_norm.weight), dual.rms_norm(k, self.k_norm.weight)
+        out = dual.map_linear(lambda y: y.transpose(1, 2).flatten(2), dual.attention(q, k, v))
+        return dual.linear(self.proj, out)
+
+
+class MLP(nn.Module):
+    """Linear, GELU (tanh form), linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, z: Dual) -> Dual:
+        return dual.linear(self.fc2, dual.gelu(dual.linear(self.fc1, z)))
+
+
+class Block(nn.Module):
+    """z += gate1 Attn(modulate(rms(z))); z += gate2 MLP(modulate(rms(z))). z (B, N, D), c (B, D)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.adaLN_modulation = Modulation(width, 6)
+
+    def forward(self, z: Dual, c: Dual) -> Dual:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)
+        h = self.attn(dual.modulate(dual.rms_norm(z), shift1, scale1))
+        z = dual.add(z, dual.mul(gate1, h))
+        h = self.mlp(dual.modulate(dual.rms_norm(z), shift2, scale2))
+        return dual.add(z, dual.mul(gate2, h))
+
+
+class FinalLayer(nn.Module):
+    """(B, N, D) -> (B, N, p p C)."""
+
+    def __init__(self, width: int, features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, features)
+        self.adaLN_modulation = Modulation(width, 2)
+
+    def forward(self, z: Dual, c: Dual) -> Dual:
+        shift, scale = self.adaLN_modulation(c)
+        return dual.linear(self.linear, dual.modulate(dual.rms_norm(z), shift, scale))
+
+
+class DiT(nn.Module):
+    """F(x, t, d, label, beta); parameter names are those of the published weights."""
+
+    def __init__(self, config: DiTConfig, initialize: bool = True) -> None:
+        """initialize=False leaves the weights to be loaded, which saves time."""
+        super().__init__()
+        self.config = config
+        width, side = config.width, config.size // config.patch
+        self.x_embedder = PatchEmbed(config.channels, width, config.patch)
+        self.t_embedder = ScalarEmbedder(width)
+        self.s_embedder = ScalarEmbedder(width)
+        self.guidance_embedder = ScalarEmbedder(width)
+        self.y_embedder = LabelEmbedder(config.classes, width)
+        self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        self.final_layer = FinalLayer(width, config.patch**2 * config.channels)
+        self.register_buffer("pos_embed", position_embedding(width, side), persistent=False)
+        if initialize:
+            self.init_weights()
+
+    def forward(
+        self,
+        x: Tensor | Dual,
+        t: Tensor | Dual,
+        d: Tensor | Dual,
+        label: Tensor,
+        beta: Tensor | None = None,
+    ) -> Dual:
+        """F and, where x, t or d carries a tangent, its directional derivative.
+
+        x: (B, C, H, W); t, d: (B,) times in [0, 1] with d = t - s; label: (B,) int64 in 0..K, K meaning none;
+        beta: (B,) = 1/w, or None to leave the guidance term out. Returns a pair of (B, C, H, W).
+        """
+        cond = [
+            self.t_embedder(dual.dual(t)),
+            self.s_embedder(dual.dual(d)),
+            self.y_embedder(label),
+        ]
+        if beta is not None:
+            cond.append(self.guidance_embedder(Dual(beta)))
+        c = dual.silu(dual.add(*cond))
+        z = dual.add(self.x_embedder(dual.dual(x)), Dual(self.pos_embed))
+        for block in self.blocks:
+            z = block(z, c)
+        config = self.config
+        return dual.map_linear(lambda y: unpatchify(y, config.patch, config.channels), self.final_layer(z, c))
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Spectral norm 1 for every linear layer; modulation and output layers start at zero, so F = 0."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.label_std)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.zeros_(module.bias)
+                self._init_matrix(name, module.weight)
+
+    def _init_matrix(self, name: str, weight: Tensor) -> None:
+        if "adaLN_modulation" in name or name == "final_layer.linear":
+            nn.init.zeros_(weight)
+        elif name.startswith(("t_embedder", "s_embedder", "guidance_embedder")):
+            if self.config.time_init == "normal":
+                nn.init.normal_(weight, std=0.02)
+            else:
+                spectral_(weight)
+        elif name == "x_embedder.proj" and self.config.patch_init == "xavier":
+            nn.init.xavier_normal_(weight.flatten(1))
+        else:
+            spectral_(weight)
+
+
+def spectral_(weight: Tensor) -> None:
+    """Fill with a Gaussian matrix scaled to spectral norm 1; in place."""
+    nn.init.normal_(weight)
+    if not weight.is_meta:
+        matrix = weight.flatten(1).double()
+        gram = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
+        weight.div_(torch.linalg.eigvalsh(gram)[-1].sqrt())

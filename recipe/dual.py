@@ -1,0 +1,169 @@
+"""Forward-mode differentiation written out: every operation maps a (value, tangent) pair to a pair.
+
+A tangent is the directional derivative of its value. `None` is a tangent known to be zero: it is never
+computed, so the same network serves plain evaluation (all tangents None) and dual evaluation, and ordinary
+autograd differentiates through both. Nothing here needs torch.func, so FSDP2, DDP, torch.compile and
+activation checkpointing see ordinary tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+import kernels
+
+EPS = 1e-6
+
+
+class Dual(NamedTuple):
+    """A value and its directional derivative (same shape); `tangent=None` means exactly zero."""
+
+    value: Tensor
+    tangent: Tensor | None = None
+
+
+def dual(x: Tensor | Dual) -> Dual:
+    """A plain tensor becomes a pair with zero tangent; a pair stays as it is."""
+    return x if isinstance(x, Dual) else Dual(x)
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    present = [term for term in terms if term is not None]
+    return sum(present[1:], present[0]) if present else None
+
+
+def add(*pairs: Dual) -> Dual:
+    """Sum of pairs."""
+    return Dual(_sum(*(p.value for p in pairs)), _sum(*(p.tangent for p in pairs)))
+
+
+def mul(a: Dual, b: Dual) -> Dual:
+    """Product rule: (ab)' = a'b + ab'."""
+    left = None if a.tangent is None else a.tangent * b.value
+    right = None if b.tangent is None else a.value * b.tangent
+    return Dual(a.value * b.value, _sum(left, right))
+
+
+def map_linear(f, x: Dual) -> Dual:  # noqa: ANN001
+    """Any linear map f without a constant term (a reshape, a permutation) acts on both alike."""
+    return Dual(f(x.value), None if x.tangent is None else f(x.tangent))
+
+
+def unbind(x: Dual, dim: int) -> list[Dual]:
+    """Slices along `dim`."""
+    values = x.value.unbind(dim)
+    tangents = [None] * len(values) if x.tangent is None else x.tangent.unbind(dim)
+    return [Dual(*pair) for pair in zip(values, tangents, strict=True)]
+
+
+def linear(layer: torch.nn.Module, x: Dual) -> Dual:
+    """x W' + b; the tangent sees W alone. `layer` has `weight` of shape (out, in, ...) and `bias` (out)."""
+    weight = layer.weight.flatten(1)
+    return Dual(
+        F.linear(x.value, weight, layer.bias),
+        None if x.tangent is None else F.linear(x.tangent, weight),
+    )
+
+
+def silu(x: Dual) -> Dual:
+    """x sigmoid(x)."""
+    if x.tangent is None:
+        return Dual(F.silu(x.value))
+    gate = torch.sigmoid(x.value)
+    y = x.value * gate
+    return Dual(y, x.tangent * (gate + y * (1 - gate)))
+
+
+def gelu(x: Dual) -> Dual:
+    """GELU, tanh form."""
+    if x.tangent is None:
+        return Dual(F.gelu(x.value, approximate="tanh"))
+    return Dual(*_DualGELU.apply(x.value, x.tangent))
+
+
+class _DualGELU(torch.autograd.Function):
+    """(y, y') = (g(x), g'(x) x'), with g'' written out for the backward pass.
+
+    Autograd's own second derivative of GELU is a chain of some thirty elementwise passes (a fifth of a small
+    step on a CPU) and keeps its intermediates; this keeps x and x'.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, tx: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN001
+        ctx.save_for_backward(x, tx)
+        return F.gelu(x, approximate="tanh"), _gelu_slope_times(tx, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y: Tensor, grad_ty: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN001
+        x, tx = ctx.saved_tensors
+        bend = _gelu_second_derivative(x) * tx * grad_ty
+        return _gelu_slope_times(grad_y, x) + bend.to(x.dtype), _gelu_slope_times(grad_ty, x)
+
+
+def _gelu_slope_times(y: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(y, x, approximate="tanh")
+
+
+def _gelu_second_derivative(x: Tensor) -> Tensor:
+    """g = x (1 + h) / 2, h = tanh(a x + c x^3). With i = a + 3 c x^2,
+
+        g'' = (1 - h^2) (i + 3 c x^2 - x h i^2).
+
+    In float32 at least; in place where it can be, since a CPU spends its time on fresh pages here.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    a, c = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
+    square = x * x
+    h = (square * c).add_(a).mul_(x).tanh_()
+    i = square.mul_(3 * c) + a
+    return square.add_(i).sub_(i.square_().mul_(h).mul_(x)).mul_(h.square_().neg_().add_(1))
+
+
+def rms_norm(x: Dual, gain: Tensor | None = None) -> Dual:
+    """y = x / sqrt(mean(x^2) + 1e-6) over the last axis, times an optional gain; at least in float32.
+
+    With r = 1 / sqrt(mean(x^2) + 1e-6): y' = r (x' - y mean(y x')).
+    """
+    value = x.value.to(torch.promote_types(x.value.dtype, torch.float32))
+    r = torch.rsqrt(value.square().mean(-1, keepdim=True) + EPS)
+    y, tangent = value * r, None
+    if x.tangent is not None:
+        tangent = x.tangent.to(value.dtype)
+        tangent = (tangent - y * (y * tangent).mean(-1, keepdim=True)) * r
+    return Dual(y, tangent) if gain is None else map_linear(lambda z: z * gain, Dual(y, tangent))
+
+
+def modulate(x: Dual, shift: Dual, scale: Dual) -> Dual:
+    """x (1 + scale) + shift; shift and scale (B, 1, D) apply to every token of x (B, N, D)."""
+    return add(mul(x, Dual(1 + scale.value, scale.tangent)), shift)
+
+
+def attention(q: Dual, k: Dual, v: Dual) -> Dual:
+    """softmax(q k' / sqrt(head_dim)) v over (B, H, N, head_dim); fused SDPA where no tangent is asked for."""
+    if q.tangent is None and k.tangent is None and v.tangent is None:
+        return Dual(kernels.attention(q.value, k.value, v.value))
+    return Dual(*kernels.jvp_attention(q.value, k.value, v.value, q.tangent, k.tangent, v.tangent))
+
+
+def sinusoid(u: Dual, width: int = 256, max_period: float = 10000.0) -> Dual:
+    """[cos(u f_i), sin(u f_i)] with f_i = max_period^(-2i/width): (B,) -> (B, width).
+
+    The angles are taken in float64 and the result has the type of u: no factor of 1000 on the time.
+    """
+    half = width // 2
+    steps = torch.arange(half, dtype=torch.float64, device=u.value.device)
+    freqs = max_period ** (-steps / half)
+    angles = u.value.double()[:, None] * freqs
+    cos, sin = angles.cos(), angles.sin()
+    value = torch.cat([cos, sin], -1).to(u.value.dtype)
+    if u.tangent is None:
+        return Dual(value)
+    slope = torch.cat([-sin * freqs, cos * freqs], -1)
+    return Dual(value, (u.tangent.double()[:, None] * slope).to(u.value.dtype))

@@ -1,0 +1,65 @@
+"""The ComposerModel: a student, its two averages, and one training step as a pure function of the batch."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from composer import ComposerModel
+from composer.core import Callback, State
+from composer.loggers import Logger
+from torch import Tensor, nn
+
+from recipe.data import Normalizer
+from recipe.dit import DiT
+from recipe.tvm import Loss, TVMConfig, draw, flow_matching_loss, tvm_loss
+
+
+def frozen_copy(net: nn.Module) -> nn.Module:
+    """A copy that is never trained."""
+    return copy.deepcopy(net).requires_grad_(False)
+
+
+class TVMModel(ComposerModel):
+    """net: the student; target: its fast average, the teacher of the loss (None for flow matching); ema: its
+    slow average, the weights that are evaluated. All three are sharded and checkpointed alike.
+
+    A batch holds `image` or `latents`, `label`, `sample` (dataset ids) and `step` (see `StepKey`), all of
+    length B. Every random draw is keyed by (seed, step, sample), so ranks, microbatches and resumes change
+    nothing.
+    """
+
+    def __init__(self, net: DiT, objective: TVMConfig, normalizer: Normalizer, seed: int) -> None:
+        super().__init__()
+        self.net = net
+        self.ema = frozen_copy(net)
+        self.target = frozen_copy(net) if objective.name == "tvm" else None
+        self.objective, self.normalizer, self.seed = objective, normalizer, seed
+        self.null = net.config.classes
+        self.tangent = 1.0
+
+    def forward(self, batch: dict[str, Tensor]) -> Loss:
+        """Per-sample loss terms (B,)."""
+        step, sample = batch["step"], batch["sample"]
+        with torch.no_grad():
+            x0 = self.normalizer(batch, step, self.seed)
+            drawn = draw(x0, batch["label"], step, sample, self.seed, self.objective, self.null)
+        if self.target is None:
+            return flow_matching_loss(self.net, drawn)
+        return tvm_loss(self.net, self.target, drawn, self.objective, self.null, self.tangent)
+
+    def loss(self, outputs: Loss, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Means over the microbatch; Composer differentiates `total` and logs all."""
+        return {
+            "total": outputs.total.mean(),
+            "terminal": outputs.terminal.mean(),
+            "flow_matching": outputs.flow_matching.mean(),
+        }
+
+
+class StepKey(Callback):
+    """Writes the step into the batch, so that the forward pass depends on nothing else."""
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Adds `step`, int64 (B,)."""
+        state.batch["step"] = torch.full_like(state.batch["sample"], int(state.timestamp.batch))

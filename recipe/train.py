@@ -1,0 +1,150 @@
+"""Train: `composer recipe/train.py CONFIG.yaml [key=value ...]`, or python for a single process.
+
+Started again, the same command resumes from the newest checkpoint, or says that the run is finished.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from composer import Trainer
+from composer.optim import (
+    ComposerScheduler,
+    ConstantWithWarmupScheduler,
+    CosineAnnealingWithWarmupScheduler,
+    LinearWithWarmupScheduler,
+)
+from composer.utils import dist, reproducibility
+
+from recipe.algorithms import EMA, ScaleParameter
+from recipe.callbacks import ExportWeights, JSONLines, MetricsToWandB
+from recipe.config import ConfigError, LogConfig, OptimizerConfig, TrainConfig, as_dict, load_config
+from recipe.data import normalizer, train_loader
+from recipe.dit import DiT
+from recipe.model import StepKey, TVMModel
+from streaming_convert.manifest import Manifest, read_manifest
+from streaming_convert.store import DatasetError
+
+log = logging.getLogger("recipe.train")
+
+
+def check_data(config: TrainConfig) -> Manifest:
+    """The dataset's manifest, after comparing it with the model. Raises ConfigError."""
+    try:
+        manifest = read_manifest(config.data.source)
+    except DatasetError as error:
+        raise ConfigError(f"data.{'remote' if config.data.remote else 'local'}: {error}") from error
+    channels = manifest.shape[0] // (1 if manifest.column == "image" else 2)
+    found = {"channels": channels, "size": manifest.shape[1], "classes": len(manifest.class_names)}
+    for key, value in found.items():
+        if getattr(config.model, key) != value and not (key == "classes" and config.model.classes == 0):
+            raise ConfigError(
+                f"model.{key}: {getattr(config.model, key)} differs from the {value} of {config.data.source}"
+            )
+    return manifest
+
+
+def build_model(config: TrainConfig, manifest: Manifest) -> TVMModel:
+    """Student and averages from the seed alone: the same on every rank."""
+    reproducibility.seed_all(config.seed)
+    return TVMModel(DiT(config.model), config.objective, normalizer(config.data, manifest), config.seed)
+
+
+def build_loggers(config: LogConfig, run_name: str, folder: str) -> list:
+    """train.jsonl always, Weights & Biases where asked for."""
+    loggers = [JSONLines(f"{folder}/train.jsonl", config.interval)]
+    if config.wandb != "off":
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        loggers.append(
+            MetricsToWandB(
+                project=config.wandb_project,
+                name=run_name,
+                init_kwargs={"mode": config.wandb, "dir": folder, "id": run_name, "resume": "allow"},
+            )
+        )
+    return loggers
+
+
+def build_schedule(config: OptimizerConfig) -> ComposerScheduler:
+    """Composer's scheduler of that name."""
+    warnings.filterwarnings("ignore", message="The warmup duration is 0")
+    schedules = {
+        "constant": ConstantWithWarmupScheduler,
+        "linear": LinearWithWarmupScheduler,
+        "cosine": CosineAnnealingWithWarmupScheduler,
+    }
+    return schedules[config.schedule](t_warmup=config.warmup)
+
+
+def build_trainer(config: TrainConfig) -> Trainer:
+    """Everything that one run needs, from its configuration."""
+    manifest = check_data(config)
+    model = build_model(config, manifest)
+    o = config.optimizer
+    optimizer = torch.optim.AdamW(
+        model.net.parameters(), lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay
+    )
+    data = {
+        "column": manifest.column,
+        "class_names": manifest.class_names,
+        "class_counts": manifest.class_counts,
+        "encoder": manifest.encoder,
+        "source": config.data.source,
+    }
+    return Trainer(
+        model=model,
+        train_dataloader=train_loader(config.data, config.seed),
+        optimizers=optimizer,
+        schedulers=build_schedule(o),
+        max_duration=config.duration,
+        algorithms=[
+            ScaleParameter(config.objective.scaled, **vars(config.step)),
+            EMA(**vars(config.ema)),
+        ],
+        callbacks=[
+            StepKey(),
+            ExportWeights(f"{config.folder}/weights", config.export_interval, config.export, data),
+        ],
+        loggers=build_loggers(config.log, config.run_name, config.folder),
+        run_name=config.run_name,
+        save_folder=f"{config.folder}/checkpoints",
+        save_interval=config.save_interval,
+        save_num_checkpoints_to_keep=config.save_keep,
+        save_overwrite=True,
+        autoresume=True,
+        device="gpu" if torch.cuda.is_available() else "cpu",
+        precision=config.precision,
+        device_train_microbatch_size=config.microbatch,
+        progress_bar=config.log.progress_bar,
+        seed=config.seed,
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Command line: CONFIG.yaml [key=value ...]."""
+    if not arguments:
+        raise SystemExit("usage: composer recipe/train.py CONFIG.yaml [key=value ...]")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("recipe").setLevel(logging.INFO if dist.get_global_rank() == 0 else logging.WARNING)
+    try:
+        config = load_config(TrainConfig, arguments[0], arguments[1:])
+        trainer = build_trainer(config)
+    except ConfigError as error:
+        raise SystemExit(f"config error: {error}") from error
+    step = int(trainer.state.timestamp.batch)
+    if trainer.state.timestamp >= trainer.state.max_duration:
+        log.info("%s: already finished at step %d", config.run_name, step)
+    else:
+        if step:
+            log.info("%s: resumed at step %d from %s/checkpoints", config.run_name, step, config.folder)
+        trainer.logger.log_hyperparameters(as_dict(config))
+        trainer.fit()
+    trainer.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,276 @@
+"""Checks the network, the loss, training and the sampler against golden float64 data of the published method.
+
+    python tests/parity.py FOLDER
+
+FOLDER holds `<case>_io.npz`, `<case>_weights_{student,teacher}.npz`, `<case>_grads.npz`, `<case>_acts.npz`
+and `sample_ts.npz`; sizes and loss options are read from each case's `config_json`. Prints the worst relative
+error (max abs error / max abs value) of each array and exits 1 where one is above its tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recipe.algorithms import ema_update
+from recipe.dit import DiT, DiTConfig
+from recipe.draws import Stream, keys, uniform
+from recipe.dual import Dual
+from recipe.sampler import sample
+from recipe.tvm import Batch, TVMConfig, displacement, sample_times, tvm_loss
+
+TOLERANCE = 1e-9
+QUANTILE_TOLERANCE = 0.01
+
+
+def load_case(folder: Path, case: str) -> dict[str, dict[str, Tensor]]:
+    """All arrays of a case: part -> name -> tensor; `io` also carries the configuration as a dict."""
+    parts = {}
+    for part in ("io", "weights_student", "weights_teacher", "grads", "acts"):
+        path = folder / f"{case}_{part}.npz"
+        if path.exists():
+            with np.load(path) as arrays:
+                parts[part] = {name: arrays[name] for name in arrays.files}
+    parts["config"] = json.loads(str(parts["io"].pop("config_json")))
+    return parts
+
+
+def tensors(arrays: dict) -> dict[str, Tensor]:
+    return {n: torch.from_numpy(a) for n, a in arrays.items() if a.dtype.kind in "fi"}
+
+
+def build(config: dict, weights: dict) -> DiT:
+    """The network of a case with the given weights, in float64."""
+    net = DiT(
+        DiTConfig(
+            size=config["img"],
+            channels=config["channels"],
+            classes=config["num_classes"],
+            patch=config["patch"],
+            width=config["hidden"],
+            depth=config["depth"],
+            heads=config["heads"],
+            mlp_ratio=config.get("mlp_ratio", 4.0),
+        )
+    ).double()
+    state = {name.removeprefix("model."): w.double() for name, w in tensors(weights).items()}
+    torch.testing.assert_close(net.pos_embed, state.pop("pos_embed"), rtol=0, atol=0)
+    net.load_state_dict(state)
+    return net
+
+
+def index(one_hot: Tensor) -> Tensor:
+    """One-hot rows to class indices; an all-zero row is the index K, no label."""
+    return torch.where(one_hot.sum(1) > 0, one_hot.argmax(1), one_hot.shape[1])
+
+
+class Table:
+    """Collects (array, relative error, tolerance)."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, float, float]] = []
+
+    def check(self, name: str, got: Tensor, want: Tensor | np.ndarray, tolerance: float = TOLERANCE) -> None:
+        want = torch.as_tensor(want)
+        got = got.detach().reshape(want.shape)
+        scale = want.abs().max().clamp(min=1e-300)
+        error = ((got - want).abs().max() / scale).nan_to_num(nan=float("inf")).item()
+        self.rows.append((name, error, tolerance))
+
+    @property
+    def failed(self) -> list[tuple[str, float, float]]:
+        return [row for row in self.rows if not row[1] <= row[2]]
+
+    def __str__(self) -> str:
+        lines = [f"{'array':58} {'error':>9} {'tolerance':>9}"]
+        for name, error, tolerance in self.rows:
+            lines.append(f"{name:58} {error:9.1e} {tolerance:9.1e}{'' if error <= tolerance else '  FAILED'}")
+        return "\n".join(lines)
+
+
+def objective(config: dict) -> TVMConfig:
+    loss = config["loss"]
+    guidance = loss.get("cfg") or [loss.get("min_cfg", 1.0), loss.get("max_cfg", 2.0)]
+    return TVMConfig(guidance=guidance, scaled=config["do_scale_param"])
+
+
+def injected_batch(io: dict[str, Tensor], config: dict) -> Batch:
+    """The step's random draws as the golden data injected them, w and labels derived by the stated rules."""
+    loss, null = config["loss"], config["num_classes"]
+    u = io["in/u_beta"]
+    if loss.get("cfg"):
+        w = torch.full_like(u, loss["cfg"])
+    elif loss.get("max_cfg"):
+        w = u * (loss["max_cfg"] - loss["min_cfg"]) + loss["min_cfg"]
+    else:
+        w = 1 / u
+    dropped = io["in/u_drop"] < loss.get("label_dropout", 0.0)
+    label = torch.where(dropped, null, index(io["in/labels_before_drop"]))
+    times = (io["in/t"], io["in/s"], io["in/s_prime"])
+    return Batch(io["in/images"], io["in/noise"], *times, label, torch.where(dropped, 1.0, w))
+
+
+def check_forward(table: Table, case: str, parts: dict) -> None:
+    io, config = tensors(parts["io"]), parts["config"]
+    student, teacher = (build(config, parts[f"weights_{who}"]) for who in ("student", "teacher"))
+    x, t, s, label, beta = (io[f"in/fwd_{n}"] for n in ("x", "t", "s", "labels", "beta"))
+    label = index(label)
+    acts: dict[str, Tensor] = {}
+
+    def record(module: torch.nn.Module, _inputs: tuple, out: Dual | list) -> None:
+        if isinstance(out, Dual):
+            acts.setdefault(paths[module], out.value)
+
+    paths = {module: name for name, module in student.named_modules()}
+    for module in paths:
+        module.register_forward_hook(record)
+    table.check(f"{case} fwd_out", student(x, t, t - s, label, beta).value, io["out/fwd_out"])
+    check_activations(table, case, acts, parts.get("acts", {}))
+    table.check(f"{case} fwd_out_nobeta", student(x, t, t - s, label).value, io["out/fwd_out_nobeta"])
+    table.check(f"{case} fwd_out_teacher", teacher(x, t, t - s, label, beta).value, io["out/fwd_out_teacher"])
+    k = 1 / beta if config["do_scale_param"] else torch.ones_like(beta)
+    f, _ = displacement(student, x, t, s, label, beta, k)
+    table.check(f"{case} fwd_f_st", x + f.value, io["out/fwd_f_st"])
+    table.check(f"{case} fwd_df_ds", f.tangent, io["out/fwd_df_ds"])
+
+
+def check_activations(table: Table, case: str, acts: dict[str, Tensor], golden: dict) -> None:
+    names = {
+        "block0_attn_out": "blocks.0.attn",
+        "block0_mlp_out": "blocks.0.mlp",
+        **{n: n for n in ("t_embedder", "s_embedder", "guidance_embedder", "y_embedder", "x_embedder")},
+        "final_layer": "final_layer",
+    }
+    for name, want in golden.items():
+        ours = names.get(name, name.replace("block", "blocks."))
+        if ours in acts:
+            table.check(f"{case} activation {name}", acts[ours], want)
+
+
+def check_loss(table: Table, case: str, parts: dict) -> None:
+    io, config = tensors(parts["io"]), parts["config"]
+    student, teacher = (build(config, parts[f"weights_{who}"]) for who in ("student", "teacher"))
+    batch, null = injected_batch(io, config), config["num_classes"]
+    table.check(f"{case} w", batch.w, io["out/w"])
+    table.check(f"{case} labels", batch.label.double(), index(io["out/labels"]).double())
+    for detach, key in ((False, "grad"), (True, "grad_detach_jvp")):
+        options = objective(config)
+        options.detach_jvp = detach
+        student.zero_grad()
+        loss = tvm_loss(student, teacher, batch, options, null)
+        loss.total.mean().backward()
+        if not detach:
+            table.check(f"{case} terminal_loss", loss.terminal, io["out/terminal_loss"])
+            table.check(f"{case} fm_loss", loss.flow_matching, io["out/fm_loss"])
+            table.check(f"{case} mean_loss", loss.total.mean(), io["out/mean_loss"])
+            table.check(f"{case} F_ts", loss.network, io["out/F_ts"])
+        check_gradients(table, case, key, student, parts["grads"])
+
+
+def check_gradients(table: Table, case: str, key: str, net: DiT, golden: dict) -> None:
+    grads = {f"model.{name}": p.grad for name, p in net.named_parameters()}
+    names = [str(name) for name in golden["grad_names" if key == "grad" else f"{key}_names"]]
+    assert sorted(grads) == sorted(names), "the parameters with a gradient differ"
+    norms = torch.stack([grads[name].norm() for name in names])
+    table.check(f"{case} {key} norms of all parameters", norms, golden[f"{key}_l2"])
+    sums, want = torch.stack([grads[n].sum() for n in names]), torch.as_tensor(golden[f"{key}_sum"])
+    table.check(f"{case} {key} sums of all parameters", sums, want)
+    for name, array in golden.items():
+        kind, _, parameter = name.partition("/")
+        if kind == key:
+            table.check(f"{case} {name}", grads[parameter], array)
+        elif kind == f"{key}_val":
+            at = torch.as_tensor(golden[f"{key}_idx/{parameter}"])
+            table.check(f"{case} {name}", grads[parameter].flatten()[at], array)
+
+
+def check_training(table: Table, case: str, parts: dict) -> None:
+    """Four AdamW steps on one batch, with target average 0.99, evaluation average 0.9999 and clipping."""
+    io, config = tensors(parts["io"]), parts["config"]
+    net = build(config, parts["weights_student"])
+    target, average = copy.deepcopy(net), copy.deepcopy(net)
+    batch, options, null = injected_batch(io, config), objective(config), config["num_classes"]
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-4, (0.9, 0.95), 1e-8, 0.0)
+    losses, norms = [], []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = tvm_loss(net, target, batch, options, null).total
+        loss.mean().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), config["clip"] or float("inf")))
+        optimizer.step()
+        ema_update(target, net, 0.99)
+        ema_update(average, net, 0.9999)
+        losses.append(loss.detach())
+    table.check(f"{case} train_loss", torch.stack(losses), io["out/train_loss"])
+    table.check(f"{case} train_grad_norm", torch.stack(norms), io["out/train_grad_norm"])
+    for kind, module in (("net", net), ("ema", average), ("ema_target", target)):
+        state = module.state_dict()
+        for name, want in io.items():
+            if name.startswith(f"out/train_{kind}/"):
+                table.check(f"{case} {name[4:]}", state[name.split("/model.")[1]], want)
+
+
+def check_sampler(table: Table, case: str, parts: dict) -> None:
+    io, config = tensors(parts["io"]), parts["config"]
+    net = build(config, parts["weights_student"])
+    method = {"objective": "tvm", "scaled": config["do_scale_param"]}
+    z, label = io["in/samp_z"], index(io["in/samp_labels"])
+    for nfe in (1, 2, 4):
+        got = sample(net, z, label, nfe, config["samp_cfg"], method)
+        table.check(f"{case} samp_out_{nfe}step", got, io[f"out/samp_out_{nfe}step"])
+    got = sample(net, z, label, 1, 1.0, method)
+    table.check(f"{case} samp_out_default_1step_w1", got, io["out/samp_out_default_1step_w1"])
+
+
+def check_times(table: Table, folder: Path) -> None:
+    """The deterministic map at injected draws; quantiles of our draws against 2,000,000 golden ones."""
+    with np.load(folder / "sample_ts.npz") as arrays:
+        golden = {
+            name: torch.from_numpy(arrays[name]) for name in arrays.files if arrays[name].dtype.kind == "f"
+        }
+    z_gap, u, z_s = (golden[f"default/inj_{n}"] for n in ("z_gap", "u", "z_s_prime"))
+    injected = torch.stack([torch.special.ndtr(z_gap), u, torch.special.ndtr(z_s), torch.ones_like(u)], -1)
+    for name, got in zip(("t", "s", "s_prime"), sample_times(injected, TVMConfig()), strict=True):
+        table.check(f"times: map to {name}", got, golden[f"default/inj_{name}"])
+    sample = torch.arange(400_000)
+    draws = uniform(keys(0, torch.zeros_like(sample), sample, Stream.TIMES), 4)
+    t, s, s_prime = sample_times(draws, TVMConfig())
+    for name, values in (("t", t), ("s", s), ("s_prime", s_prime), ("gap", t - s)):
+        got, want = torch.quantile(values, golden["levels"]), golden[f"default_2M/{name}_q"]
+        error = (got - want).abs().max().item()
+        table.rows.append((f"times: quantiles of {name}", error, QUANTILE_TOLERANCE))
+
+
+def check_folder(folder: Path) -> Table:
+    """Runs every check for every case of the folder."""
+    cases = sorted(path.name.removesuffix("_io.npz") for path in folder.glob("*_io.npz"))
+    if not cases:
+        raise SystemExit(f"parity: {folder} holds no <case>_io.npz")
+    table = Table()
+    for case in cases:
+        parts = load_case(folder, case)
+        for check in (check_forward, check_loss, check_training, check_sampler):
+            check(table, case, parts)
+    if (folder / "sample_ts.npz").exists():
+        check_times(table, folder)
+    return table
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    table = check_folder(parser.parse_args().folder)
+    sys.stdout.write(f"{table}\n")
+    sys.exit(1 if table.failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The dual forward against torch.func: values, tangents, and parameter gradients through both."""
+
+import pytest
+import torch
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from recipe import dual
+from recipe.dit import DiT, DiTConfig
+from recipe.dual import Dual
+
+
+def network(classes=5, **sizes):
+    torch.manual_seed(0)
+    config = DiTConfig(**{"size": 6, "channels": 3, "patch": 3, "width": 24, "depth": 2, "heads": 2, **sizes})
+    config.classes = classes
+    net = DiT(config).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return net
+
+
+def query(net, batch=4):
+    torch.manual_seed(1)
+    shape = (batch, net.config.channels, net.config.size, net.config.size)
+    x, tx = torch.randn(2, *shape, dtype=torch.float64)
+    t, d, tt, td = torch.rand(4, batch, dtype=torch.float64)
+    label = torch.randint(0, net.config.classes + 1, (batch,))
+    return x, tx, t, tt, d, td, label, torch.rand(batch, dtype=torch.float64) + 0.5
+
+
+def by_torch_func(net, params, x, tx, t, tt, d, td, label, beta):
+    def plain(x, t, d):
+        return functional_call(net, params, (x, t, d, label, beta)).value
+
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
+        return jvp(plain, (x, t, d), (tx, tt, td))
+
+
+@pytest.mark.parametrize("classes", [5, 0])
+@pytest.mark.parametrize("inputs", ["s", "x", "t", "xts"])
+def test_dual_forward_and_its_gradients_equal_torch_func(inputs, classes):
+    net = network(classes)
+    x, tx, t, tt, d, td, label, beta = query(net)
+    tx, tt, td = (
+        tangent if name in inputs else torch.zeros_like(tangent)
+        for tangent, name in ((tx, "x"), (tt, "t"), (td, "s"))
+    )
+    pairs = [
+        Dual(value, tangent) if name in inputs else value
+        for value, tangent, name in ((x, tx, "x"), (t, tt, "t"), (d, td, "s"))
+    ]
+    value, tangent = net(*pairs, label, beta)
+    want_value, want_tangent = by_torch_func(
+        net, dict(net.named_parameters()), x, tx, t, tt, d, td, label, beta
+    )
+    torch.testing.assert_close(value, want_value, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(tangent, want_tangent, rtol=1e-10, atol=1e-12)
+    weights = torch.randn(2, *x.shape, dtype=torch.float64)
+    params = list(net.parameters())
+    got = torch.autograd.grad((weights[0] * value + weights[1] * tangent).sum(), params, allow_unused=True)
+    want = torch.autograd.grad(
+        (weights[0] * want_value + weights[1] * want_tangent).sum(), params, allow_unused=True
+    )
+    for (name, _), a, b in zip(net.named_parameters(), got, want, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            error = (a - b).norm() / b.norm().clamp(min=1e-8)
+            assert error < 1e-10, name
+
+
+def test_plain_evaluation_is_the_value_of_the_dual_one_and_has_no_tangent():
+    net = network()
+    x, _, t, _, d, td, label, beta = query(net)
+    plain = net(x, t, d, label, beta)
+    assert plain.tangent is None
+    torch.testing.assert_close(plain.value, net(x, t, Dual(d, td), label, beta).value, rtol=1e-12, atol=1e-14)
+
+
+def test_gelu_slopes_up_to_the_second():
+    x, tx = (torch.randn(50, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda a, b: tuple(dual.gelu(Dual(a, b))), (x, tx))
+
+
+def test_low_precision_norms_are_taken_in_float32():
+    x = (torch.randn(4, 8, 64) * 300).bfloat16()
+    y = dual.rms_norm(Dual(x)).value
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.square().mean(-1), torch.ones(4, 8), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"heads": 5, "width": 384}, "model.heads: 5 does not divide model.width 384"),
+        ({"patch": 3, "size": 32}, "model.patch: 3 does not divide model.size 32"),
+        ({"preset": "XXL"}, "model.preset: 'XXL' is not one of S/2"),
+        ({"classes": -1}, "model.classes: -1"),
+        ({"time_init": "zero"}, "model.time_init: 'zero' is not one of normal, spectral"),
+    ],
+)
+def test_impossible_architectures_name_the_key(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DiTConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"), [("S/2", 33), ("B/2", 131), ("L/2", 459), ("XL/2", 677), ("XL/2-18", 677)]
+)
+def test_preset_sizes(preset, millions):
+    with torch.device("meta"):
+        net = DiT(DiTConfig(preset=preset))
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)

@@ -1,0 +1,200 @@
+"""Training through Composer and Streaming: real processes, real digits."""
+
+import json
+
+import pytest
+import torch
+from composer import Trainer
+from composer.core import Callback
+
+from recipe.algorithms import EMA, ScaleParameter, ema_decay
+from recipe.config import TrainConfig, load_config
+from recipe.data import train_loader
+from recipe.model import StepKey
+from recipe.train import build_model, check_data
+from recipe.weights import load_weights
+from tests.conftest import TINY, run
+
+
+class Recorder(Callback):
+    """Per-step sample ids and losses in full precision; poisons the samples of one step if told to."""
+
+    def __init__(self, poison_step=None):
+        self.poison_step, self.rows, self.states = poison_step, [], []
+
+    def after_dataloader(self, state, logger):
+        self.samples = state.batch["sample"].tolist()
+        self.loss = 0.0
+        if int(state.timestamp.batch) == self.poison_step:
+            state.batch["image"] = state.batch["image"].float()
+            state.batch["image"][3] = torch.nan
+
+    def after_loss(self, state, logger):
+        self.loss += float(state.loss["total"].detach()) * len(state.batch["sample"]) / len(self.samples)
+
+    def batch_end(self, state, logger):
+        self.rows.append((self.samples, self.loss))
+        optimizer = {k: v for s in state.optimizers[0].state.values() for k, v in s.items()}
+        tensors = [*state.model.state_dict().values(), *optimizer.values()]
+        self.states.append([t.clone() for t in tensors])
+
+
+def fit(digits, steps, *overrides, recorder=None, **trainer):
+    """Train in this process; returns (model, recorder)."""
+    config = load_config(TrainConfig, "yamls/digits.yaml", [f"data.local={digits}", *TINY, *overrides])
+    model = build_model(config, check_data(config)).double()
+    recorder = recorder or Recorder()
+    optimizer = torch.optim.AdamW(model.net.parameters(), lr=1e-3)
+    guard = ScaleParameter(config.objective.scaled, **vars(config.step))
+    Trainer(
+        model=model,
+        train_dataloader=train_loader(config.data, config.seed),
+        optimizers=optimizer,
+        max_duration=f"{steps}ba",
+        algorithms=[guard, EMA(**vars(config.ema))],
+        callbacks=[StepKey(), recorder],
+        device="cpu",
+        device_train_microbatch_size=config.microbatch,
+        progress_bar=False,
+        **trainer,
+    ).fit()
+    recorder.guard = guard
+    return model, recorder
+
+
+def test_the_same_seed_gives_the_same_run_and_microbatches_change_nothing(digits):
+    whole, recorder = fit(digits, 4)
+    again, repeated = fit(digits, 4)
+    assert recorder.rows == repeated.rows
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    parts, split = fit(digits, 4, "microbatch=4")
+    assert [row[0] for row in split.rows] == [row[0] for row in recorder.rows]
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_bad_sample_leaves_weights_averages_and_optimizer_untouched_and_is_named(digits):
+    _, recorder = fit(digits, 5, recorder=Recorder(poison_step=2))
+    before, after, last = recorder.states[1], recorder.states[2], recorder.states[4]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(after, last, strict=True))
+    assert recorder.guard.skipped == 1
+    assert recorder.guard.bad_samples == [recorder.rows[2][0][3]]
+
+
+def test_several_bad_steps_in_a_row_stop_the_run(digits):
+    class AlwaysBad(Recorder):
+        def after_dataloader(self, state, logger):
+            self.poison_step = int(state.timestamp.batch)
+            super().after_dataloader(state, logger)
+
+    with pytest.raises(RuntimeError, match=r"gradient not finite.*3 in a row.*max_skipped is 3"):
+        fit(digits, 10, "step.max_skipped=3", recorder=AlwaysBad())
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for(digits):
+    class Norms(Recorder):
+        def batch_end(self, state, logger):
+            grads = [p.grad.flatten() for p in state.model.net.parameters()]
+            self.rows.append(torch.cat(grads).norm().item())
+
+    _, free = fit(digits, 3, recorder=Norms())
+    _, clipped = fit(digits, 3, "step.clip=0.01", recorder=Norms())
+    assert min(free.rows) > 0.02
+    assert clipped.rows == pytest.approx([0.01] * 3, rel=1e-3)
+
+
+def test_the_average_ramps_up_to_its_decay():
+    assert ema_decay(0.999, 0, ramp=True) == 0.1
+    assert ema_decay(0.999, 10**6, ramp=True) == 0.999
+    assert ema_decay(0.999, 0, ramp=False) == 0.999
+
+
+def last_rows(folder):
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss/train/total"] for row in rows}
+
+
+def test_a_run_stopped_in_mid_epoch_continues_to_the_last_bit(digits, tiny_run, tmp_path):
+    command = ["recipe/train.py", "yamls/digits.yaml", f"data.local={digits}", *TINY]
+    command += [f"folder={tmp_path}/run", "save_interval=4ba", "log.interval=1", "export=[ema,net]"]
+    run(*command, "duration=4ba")
+    run(*command, "duration=8ba")
+    for average in ("ema", "net"):
+        resumed, _ = load_weights(tmp_path / f"run/weights/ba0000008-{average}")
+        straight, _ = load_weights(tiny_run / f"weights/ba0000008-{average}")
+        for a, b in zip(resumed.state_dict().values(), straight.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+    assert last_rows(tmp_path / "run") == last_rows(tiny_run)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(digits, tiny_run):
+    before = (tiny_run / "weights/ba0000008-ema.safetensors").stat().st_mtime_ns
+    command = ["recipe/train.py", "yamls/digits.yaml", f"data.local={digits}", *TINY]
+    process = run(*command, f"folder={tiny_run}", "duration=8ba", "save_interval=4ba", "export=[ema,net]")
+    assert "already finished at step 8" in process.stdout + process.stderr
+    assert (tiny_run / "weights/ba0000008-ema.safetensors").stat().st_mtime_ns == before
+
+
+def test_two_ranks_take_the_same_samples_and_reach_the_same_weights(digits, tiny_run, tmp_path):
+    run(
+        *("-m", "composer.cli.launcher", "-n", 2, "--master_port", 29511, "recipe/train.py"),
+        *("yamls/digits.yaml", f"data.local={digits}", *TINY, f"folder={tmp_path}/run", "duration=8ba"),
+        *("save_interval=8ba", "log.interval=1", "export=[ema,net]"),
+    )
+    one, two = last_rows(tiny_run), last_rows(tmp_path / "run")
+    assert one.keys() == two.keys()
+    for step, loss in one.items():
+        assert two[step] == pytest.approx(loss, rel=1e-3)
+    a, _ = load_weights(tiny_run / "weights/ba0000008-net")
+    b, _ = load_weights(tmp_path / "run/weights/ba0000008-net")
+    for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
+
+
+def test_wandb_logs_offline_when_asked_to(digits, tmp_path):
+    command = [
+        "recipe/train.py",
+        "yamls/digits.yaml",
+        f"data.local={digits}",
+        *TINY,
+        f"folder={tmp_path}/run",
+    ]
+    run(*command, "duration=2ba", "log.wandb=offline")
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_flow_matching_trains_through_the_same_key_without_a_target(digits):
+    model, recorder = fit(digits, 2, "objective.name=flow_matching")
+    assert model.target is None
+    assert len(recorder.rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["modle.width=3"], "modle"),
+        (["model.width=wide"], "model.width"),
+        (["model.heads=3"], "model.heads: 3 does not divide model.width 64"),
+        (["model.patch=3"], "model.patch: 3 does not divide model.size 8"),
+        (["objective.guidance=0"], "objective.guidance"),
+        (["data.local=nowhere"], "data.local: nowhere is not a folder"),
+        (["data.local=yamls"], "data.local: yamls holds no manifest.json"),
+        (["model.channels=3"], "model.channels: 3 differs from the 1"),
+        (["precision=fp8"], "precision: 'fp8' is not one of"),
+        (["duration"], "duration: overrides are written key=value"),
+        (["data.batch_size=0"], "data.batch_size: 0"),
+        (["data.normalize={mean: [1.0]}"], "data.normalize"),
+        (["log.wandb=yes"], "log.wandb"),
+    ],
+)
+def test_a_bad_setting_is_one_line_that_names_the_key(digits, overrides, message, capsys):
+    from recipe.train import main
+
+    with pytest.raises(SystemExit) as error:
+        main(["yamls/digits.yaml", f"data.local={digits}", *overrides])
+    text = str(error.value)
+    assert text.startswith("config error: ")
+    assert message in text
+    assert "\n" not in text
