@@ -128,7 +128,7 @@ def _target_options() -> argparse.ArgumentParser:
         help="most samples per shard (default: %(default)s)",
     )
     add(
-        "--shard-size", type=_bytes, default="64mb", help="most bytes per shard, uncompressed (default: 64mb)"
+        "--shard-size", type=_bytes, default="16mb", help="most bytes per shard, uncompressed (default: 16mb)"
     )
     add(
         "--compression", type=_compression, help="of the shards, in Streaming's names: zstd:3 (default: none)"

@@ -86,10 +86,13 @@ def convert(job: Job, workers: int, shard: tuple[int, int] = (1, 1)) -> None:
         todo = [number for number in mine if _record_name(number) not in names]
         total, left = (sum(len(job.part(number)) for number in numbers) for numbers in (mine, todo))
         with tqdm(total=total, initial=total - left, unit="img", desc=job.uri, dynamic_ncols=True) as bar:
-            if job.encoder.in_process or workers == 1 or len(todo) < 2:
+            if job.encoder.in_process:
                 with ThreadPoolExecutor(workers) as loaders:
                     for number in todo:
                         _convert_part(job, number, store, loaders, bar.update)
+            elif workers == 1 or len(todo) < 2:
+                for number in todo:
+                    _convert_part(job, number, store, None, bar.update)
             else:
                 _convert_in_processes(job, todo, min(workers, len(todo)), store.staging, bar)
 
