@@ -274,6 +274,23 @@ def test_too_many_rejected_fail_at_the_end_with_the_list(folder, tmp_path, capsy
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
+def test_part_without_a_single_good_image_has_no_shard(folder, tmp_path):
+    for path in (folder / SYNSETS[0]).iterdir():
+        path.write_bytes(b"")
+    options = ["--size", 16, "--shard-samples", 4, "--max-rejected", 4]
+    assert convert("images", folder, *options, "--out", tmp_path / "out") == 0
+    manifest = read_manifest(str(tmp_path / "out" / "train"))
+    assert list(manifest.shards) == ["shard.00001.mds", "shard.00002.mds"]
+    assert manifest.class_counts == [0, 4, 4] and main(["verify", str(tmp_path / "out")]) == 0
+    assert len(StreamingDataset(local=str(tmp_path / "out" / "train"), batch_size=1)) == 8
+
+    for path in folder.rglob("*.*"):
+        path.write_bytes(b"")
+    assert convert("images", folder, *options, "--max-rejected", 99, "--out", tmp_path / "none") == 1
+    with pytest.raises(DatasetError, match="did not finish"):
+        read_manifest(str(tmp_path / "none" / "train"))
+
+
 # Labels
 
 

@@ -92,9 +92,9 @@ def test_killed_five_times_ends_byte_for_byte_the_same(pictures, uninterrupted, 
     seen: dict[str, int] = {}
     for kill in range(5):
         run = Run(command(pictures, tmp_path), tmp_path / "log")
-        goal = min(len(seen) + rng.integers(1, 8), SHARDS - 1)
+        goal = min(len(seen) + rng.integers(1, 5), SHARDS - 1)
         wait_for(lambda goal=goal: len(finished_parts(train)) >= goal)
-        time.sleep(rng.uniform(0, 0.02))
+        time.sleep(rng.uniform(0, 0.01))
         # By turns the whole job as when a machine goes down, and the main process alone.
         (os.killpg if kill % 2 else os.kill)(run.pid, signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
