@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from streaming_convert.__main__ import main
 from streaming_convert.manifest import read_manifest
@@ -50,6 +52,9 @@ class Run:
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
+            tqdm.set_lock(
+                threading.RLock()
+            )  # tqdm's own is shared with this process, and a kill would keep it
             sys.stderr = log.open("w", buffering=1)
             prepare()
             os._exit(main(words))
