@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,8 +119,8 @@ def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: 
     owner = json.loads(folder.read(RUN))
     if not fork and owner["run_name"] != config.run_name:
         raise ConfigError(
-            f"save_folder: {folder.uri} belongs to run_name {owner['run_name']!r}, not {config.run_name!r}: choose "
-            f"another folder (to start from that run's state, set fork_from to one of its checkpoints)"
+            f"save_folder: {folder.uri} belongs to run_name {owner['run_name']!r}, not {config.run_name!r}: "
+            f"choose another folder (to start from that run's state, set fork_from to one of its checkpoints)"
         )
     for name, value in identity(config).items():
         if owner["identity"].get(name) != value:
@@ -130,27 +130,34 @@ def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: 
             )
 
 
-def candidates(config: TrainConfig) -> tuple[str, list[tuple[str, dict[str, str]]]]:
-    """(folder, [(checkpoint, {file: checksum}), ...]): what could be resumed, newest first; on rank 0.
+def claim(config: TrainConfig) -> tuple[Folder, list[Checkpoint]]:
+    """The checkpoints of this run, newest first, or the one that it forks from. A new run claims its folder.
 
-    The folder of a new run is claimed for it. Raises ConfigError, StorageError.
+    Raises ConfigError, StorageError.
     """
     folder = Folder(config.save_folder)
-    names = [n for n in folder.names() if n != PROBE]
+    names = [name for name in folder.names() if name != PROBE]
     if names:
         check_identity(config, folder, names)
     else:
         owner = {"run_name": config.run_name, "identity": identity(config)}
         folder.write(RUN, json.dumps(owner, indent=2).encode())
     found = checkpoints(folder, names)
-    if not found and config.fork_from:
-        uri, _, name = config.fork_from.rstrip("/").rpartition("/")
-        folder = Folder(uri)
-        names = folder.names()
-        found = [c for c in checkpoints(folder, names) if c.name == name]
-        if not found:
-            raise ConfigError(f"fork_from: {config.fork_from} holds no checkpoint")
-        check_identity(config, folder, names, fork=True)
+    if any(receipts(folder, c) for c in found) or not config.fork_from:
+        return folder, found
+    uri, _, name = config.fork_from.rstrip("/").rpartition("/")
+    parent = Folder(uri)
+    names = parent.names()
+    found = [c for c in checkpoints(parent, names) if c.name == name and receipts(parent, c)]
+    if not found:
+        raise ConfigError(f"fork_from: {config.fork_from} is not a complete checkpoint")
+    check_identity(config, parent, names, fork=True)
+    return parent, found
+
+
+def candidates(config: TrainConfig) -> tuple[str, list[tuple[str, dict[str, str]]]]:
+    """(folder, [(checkpoint, {file: checksum}), ...]): the complete ones, newest first."""
+    folder, found = claim(config)
     result = []
     for checkpoint in found:
         parts = receipts(folder, checkpoint)
@@ -158,8 +165,6 @@ def candidates(config: TrainConfig) -> tuple[str, list[tuple[str, dict[str, str]
             log.warning("%s/%s was never completed: not used", folder.uri, checkpoint.name)
         else:
             result.append((checkpoint.name, {k: v for part in parts for k, v in part["files"].items()}))
-    if config.fork_from and folder.uri != Folder(config.save_folder).uri and not result:
-        raise ConfigError(f"fork_from: {config.fork_from} is not complete")
     return folder.uri, result
 
 
@@ -204,8 +209,8 @@ def newest(config: TrainConfig) -> Iterator[tuple[str, str] | None]:
             log.warning("%s/%s is damaged: not used (%s)", uri, name, problem)
         if problems:
             raise ConfigError(
-                f"save_folder: none of the checkpoints in {uri} can be read ({'; '.join(problems)}). Restore one, "
-                f"or start over with another save_folder"
+                f"save_folder: none of the checkpoints in {uri} can be read ({'; '.join(problems)}). "
+                f"Restore one, or start over with another save_folder"
             )
         yield None
     finally:
@@ -227,6 +232,12 @@ def on_rank_zero(action):  # noqa: ANN001, ANN201
     return answer[0]
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Other files in it stay, and it with them; buckets have no folders."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def prune(folder: Folder, keep: int, run_name: str) -> None:
     """Deletes all but the `keep` newest complete checkpoints (-1: none), and leftovers older than those.
 
@@ -242,8 +253,7 @@ def prune(folder: Folder, keep: int, run_name: str) -> None:
             continue
         for file in sorted(old.files, key=lambda f: not f.endswith(".json")):  # receipts first
             folder.delete(f"{old.name}/{file}")
-        if not folder.remote:
-            shutil.rmtree(Path(folder.uri, old.name), ignore_errors=True)
+        remove_if_empty(Path(folder.uri, old.name))
 
 
 class Checkpoints(CheckpointSaver):
@@ -263,6 +273,8 @@ class Checkpoints(CheckpointSaver):
             save_interval=config.save_interval,
             overwrite=True,
         )
+        if self.target.remote and dist.get_local_rank() == 0:
+            shutil.rmtree(local, ignore_errors=True)  # what a killed process left
         self.attempt = on_rank_zero(lambda: uuid.uuid4().hex)
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
@@ -296,6 +308,7 @@ class Checkpoints(CheckpointSaver):
             for path in mine:
                 self.target.put(f"{name}/{path.name}", path)
                 path.unlink()
+            remove_if_empty(local)
         self.target.write(f"{name}/rank{rank}.json", json.dumps(receipt).encode())
         if rank == 0:
             prune(self.target, self.config.save_keep, self.config.run_name)
@@ -316,7 +329,7 @@ class Checkpoints(CheckpointSaver):
 
 
 class Preemption(Callback):
-    """Ends training after the current step on SIGTERM to any rank, or `limit` after the start (e.g. 86000sec).
+    """Ends training after the current step on SIGTERM to any rank, or `limit` (e.g. 86000sec) after start.
 
     Composer then saves a checkpoint; `stopped` tells the caller to exit with PREEMPTED.
     """

@@ -39,13 +39,15 @@ NETWORK_ERRORS = (
 
 
 class StorageError(RuntimeError):
-    """A file that cannot be listed, read, written or deleted: names it, and says what the service answered."""
+    """A file that cannot be listed, read, written or deleted; names it and the service's answer."""
 
 
 def normalize_uri(uri: str) -> str:
     """The spelling that both libraries take: no trailing slash, a known scheme. Raises ValueError."""
     if "://" in uri and parse_uri(uri)[0] not in SCHEMES:
-        raise ValueError(f"{uri!r} is neither a local path nor one of {', '.join(s + '://' for s in SCHEMES)}")
+        raise ValueError(
+            f"{uri!r} is neither a local path nor one of {', '.join(s + '://' for s in SCHEMES)}"
+        )
     return uri.rstrip("/")
 
 
