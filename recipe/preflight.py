@@ -111,7 +111,8 @@ def oci_agreement(config: TrainConfig) -> list[str]:
     if different:
         problems.append(
             f"OCI_CONFIG_FILE: {os.environ['OCI_CONFIG_FILE']} and ~/.oci/config differ in "
-            f"{', '.join(different)}; checkpoints would use the first, data the second. To mend: unset OCI_CONFIG_FILE"
+            f"{', '.join(different)}; checkpoints would use the first, data the second. "
+            f"To mend: unset OCI_CONFIG_FILE"
         )
     for key, uri in uris.items():
         other = uri.partition("://")[2].partition("/")[0].partition("@")[2]

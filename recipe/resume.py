@@ -4,7 +4,8 @@ Composer saves and loads them on local disk; around it stands
 
     SAVE_FOLDER/run.json                  whose folder this is: run name, architecture
     SAVE_FOLDER/ep0-ba40/__0_0.distcp     what each rank saved (rank0.pt without FSDP2), and .metadata
-    SAVE_FOLDER/ep0-ba40/rank0.json       that rank's receipt: sizes and checksums, written after its files
+    SAVE_FOLDER/ep0-ba40/rank0.json       that rank's receipt: checksums of its files, written after them
+    SAVE_FOLDER/weights/, train.jsonl     where it is a bucket: copies of what is exported and logged locally
 
 A checkpoint is complete when every rank's receipt is there. No pointer to the newest one exists that could be
 missing, stale or dangling.
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 PREEMPTED = 75  # exit status: saved before the end, start the same command again (EX_TEMPFAIL)
 RUN = "run.json"
+LOG = "train.jsonl"
 PROBE = ".preflight"
 FOLDER = re.compile(r"ep(\d+)-ba(\d+)")
 FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata|rank\d+\.(pt|json)")
@@ -139,6 +141,8 @@ def claim(config: TrainConfig) -> tuple[Folder, list[Checkpoint]]:
     names = [name for name in folder.names() if name != PROBE]
     if names:
         check_identity(config, folder, names)
+        if folder.remote and LOG in names and not Path(config.folder, LOG).exists():
+            folder.get(LOG, Path(config.folder, LOG))
     else:
         owner = {"run_name": config.run_name, "identity": identity(config)}
         folder.write(RUN, json.dumps(owner, indent=2).encode())
@@ -311,7 +315,20 @@ class Checkpoints(CheckpointSaver):
             remove_if_empty(local)
         self.target.write(f"{name}/rank{rank}.json", json.dumps(receipt).encode())
         if rank == 0:
+            self.mirror()
             prune(self.target, self.config.save_keep, self.config.run_name)
+
+    def mirror(self) -> None:
+        """Copies exported weights and the log of numbers beside remote checkpoints."""
+        if not self.target.remote:
+            return
+        there = set(self.target.names())
+        for description in sorted(Path(self.config.folder, "weights").glob("*.json")):
+            for path in (description.with_suffix(".safetensors"), description):
+                if f"weights/{path.name}" not in there:
+                    self.target.put(f"weights/{path.name}", path)
+        if (rows := Path(self.config.folder, LOG)).is_file():
+            self.target.put(LOG, rows)
 
     def wait(self) -> None:
         """Until everything saved so far is where it belongs. Raises StorageError."""
@@ -324,6 +341,7 @@ class Checkpoints(CheckpointSaver):
         self.wait()
         dist.barrier()
         if dist.get_global_rank() == 0:
+            self.mirror()
             prune(self.target, self.config.save_keep, self.config.run_name)
         dist.barrier()
 
