@@ -96,7 +96,7 @@ def damage(path: Path, expected: dict[str, str]) -> str | None:
     """What is wrong with the checkpoint in the local folder `path`, or None."""
     for name, digest in expected.items():
         if not (path / name).is_file():
-            return f"{name} is missing"
+            return f"{name} is gone"
         if checksum(path / name) != digest:
             return f"{name} has another checksum than when it was saved"
     return None
@@ -173,15 +173,17 @@ def candidates(config: TrainConfig) -> tuple[str, list[tuple[str, dict[str, str]
 
 
 def fetch(uri: str, name: str, files: dict[str, str], scratch: Path) -> tuple[Path, str | None]:
-    """(local folder of the checkpoint, what is wrong with it or None); a remote one is downloaded first."""
+    """(local folder of the checkpoint, what is wrong with it or None); a remote one is downloaded first.
+
+    Raises StorageError: a service that does not answer is no reason to go back to an older checkpoint.
+    """
     folder = Folder(uri)
     if not folder.remote:
         return Path(uri, name), damage(Path(uri, name), files)
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda file: folder.get(f"{name}/{file}", scratch / name / file), files))
-    except StorageError as error:
-        return scratch / name, str(error)
+    there = set(folder.names())
+    present = [file for file in files if f"{name}/{file}" in there]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda file: folder.get(f"{name}/{file}", scratch / name / file), present))
     return scratch / name, damage(scratch / name, files)
 
 

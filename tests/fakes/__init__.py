@@ -1,4 +1,4 @@
-"""Object storage on loopback: moto as S3, a fake of OCI's, and a layer that injects faults in front of both."""
+"""Object storage on loopback: moto as S3, a fake of OCI's, and a layer in front that injects faults."""
 
 import os
 import random
