@@ -73,14 +73,16 @@ def checkpoints(folder: Folder, names: list[str]) -> list[Checkpoint]:
 
 def receipts(folder: Folder, checkpoint: Checkpoint) -> list[dict] | None:
     """The receipts of all ranks, of one attempt at saving; None if the checkpoint is not complete."""
-    if "rank0.json" not in checkpoint.files:
-        return None
-    first = json.loads(folder.read(f"{checkpoint.name}/rank0.json"))
-    names = [f"rank{rank}.json" for rank in range(1, first["ranks"])]
-    if not checkpoint.files.issuperset(names):
-        return None
-    found = [first, *(json.loads(folder.read(f"{checkpoint.name}/{name}")) for name in names)]
-    return found if all(r["attempt"] == first["attempt"] for r in found) else None
+    found: list[dict] = []
+    while not found or len(found) < found[0]["ranks"]:
+        name = f"rank{len(found)}.json"
+        if name not in checkpoint.files:
+            return None
+        try:
+            found.append(json.loads(folder.read(f"{checkpoint.name}/{name}")))
+        except ValueError:
+            return None
+    return found if all(r["attempt"] == found[0]["attempt"] for r in found) else None
 
 
 def checksum(path: Path) -> str:
@@ -125,9 +127,10 @@ def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: 
             f"choose another folder (to start from that run's state, set fork_from to one of its checkpoints)"
         )
     for name, value in identity(config).items():
-        if owner["identity"].get(name) != value:
+        saved = owner["identity"].get(name, value)  # a key that is newer than the run says nothing
+        if saved != value:
             raise ConfigError(
-                f"{name}: {value} differs from the {owner['identity'].get(name)} of the checkpoints in "
+                f"{name}: {value} differs from the {saved} of the checkpoints in "
                 f"{folder.uri}: set it to that, or choose another run_name and save_folder"
             )
 
