@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from recipe.algorithms import unwrap
 from recipe.model import TVMModel
+from recipe.resume import Preemption
 from recipe.weights import save_weights
 
 
@@ -37,16 +38,22 @@ def inference_facts(model: TVMModel, data: dict[str, Any]) -> dict[str, Any]:
 class ExportWeights(Callback):
     """Writes weights to FOLDER/ba{step}-{average} every `interval` and at the end of training.
 
-    averages: `ema` (the evaluation average) and/or `net` (the student as it is).
+    averages: `ema` (the evaluation average) and/or `net` (the student as it is). A preempted run exports
+    nothing on its way out.
     """
 
-    def __init__(self, folder: str, interval: str, averages: list[str], data: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: str, interval: str, averages: list[str], data: dict[str, Any], preemption: Preemption
+    ) -> None:
         self.folder, self.averages, self.data = Path(folder), averages, data
+        self.preemption = preemption
         self.due: Callable[[State, Event], bool] = create_interval_scheduler(interval)
         self.last = -1
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         """Exports when due; after the averages, which are algorithms and run before callbacks."""
+        if self.preemption.stopped:
+            return
         if event == Event.FIT_END or (event == Event.BATCH_CHECKPOINT and self.due(state, event)):
             self.export(state)
 

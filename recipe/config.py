@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from composer.core import Time, TimeUnit
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -17,6 +18,7 @@ from yaml import YAMLError
 from recipe.data import DataConfig
 from recipe.dit import DiTConfig
 from recipe.parallel import ParallelConfig
+from recipe.storage import normalize_uri
 from recipe.tvm import TVMConfig
 
 T = TypeVar("T")
@@ -95,15 +97,22 @@ class LogConfig:
 class TrainConfig:
     """One training run. Times are Composer's: 2400ba, 3ep, 600sec.
 
-    folder: holds checkpoints/, weights/ and train.jsonl; export: which weights are written to weights/, `ema`
-    and/or `net`, every export_interval; microbatch: samples per rank and forward pass (null: all of them).
+    folder: local; holds weights/, train.jsonl and what is on its way to a bucket; save_folder: where
+    checkpoints are, local or s3://, gs://, oci:// (then weights and log are copied there too); save_keep: how
+    many stay, -1 for all; fork_from: the checkpoint, SAVE_FOLDER/ep0-ba40, from which a new run starts;
+    time_limit: save and exit with status 75 so long after the start, e.g. 86000sec; export: which weights are
+    written to weights/, `ema` and/or `net`, every export_interval; microbatch: samples per rank and forward
+    pass (null: all of them).
     """
 
     run_name: str
     folder: str
     duration: str
+    save_folder: str = "${folder}/checkpoints"
     save_interval: str = "1000ba"
     save_keep: int = 2
+    fork_from: str | None = None
+    time_limit: str | None = None
     export_interval: str = "10000ba"
     export: list[str] = field(default_factory=lambda: ["ema"])
     seed: int = 0
@@ -125,6 +134,14 @@ class TrainConfig:
             raise ValueError(f"microbatch: {self.microbatch} must be at least 1, or null")
         if not set(self.export) <= {"ema", "net"}:
             raise ValueError(f"export: {self.export} may hold ema and net only")
+        if self.save_keep < 1 and self.save_keep != -1:
+            raise ValueError(f"save_keep: {self.save_keep} must be at least 1, or -1 for all")
+        if self.time_limit and Time.from_timestring(self.time_limit).unit != TimeUnit.SECOND:
+            raise ValueError(f"time_limit: {self.time_limit} must be in seconds, e.g. 86000sec")
+        if "://" in self.folder:
+            raise ValueError(f"folder: {self.folder} must be local; save_folder may be in a bucket")
+        self.save_folder = normalize_uri(self.save_folder)
+        self.data.remote = normalize_uri(self.data.remote) if self.data.remote else None
         if self.data.remote is None and not Path(self.data.local).is_dir():
             raise ValueError(f"data.local: {self.data.local} is not a folder, and data.remote is not set")
 

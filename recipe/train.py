@@ -1,6 +1,7 @@
 """Train: `composer recipe/train.py CONFIG.yaml [key=value ...]`, or python for a single process.
 
-Started again, the same command resumes from the newest checkpoint, or says that the run is finished.
+Started again, the same command resumes from the newest complete checkpoint, or says that the run is finished.
+Exit status: 0 finished, 75 preempted (start again), anything else an error.
 """
 
 from __future__ import annotations
@@ -27,26 +28,12 @@ from recipe.data import normalizer, train_loader
 from recipe.dit import DiT
 from recipe.model import StepKey, TVMModel
 from recipe.parallel import parallelism, prepare_blocks
-from streaming_convert.manifest import Manifest, read_manifest
-from streaming_convert.store import DatasetError
+from recipe.preflight import check, check_data
+from recipe.resume import PREEMPTED, Checkpoints, Preemption, newest
+from recipe.storage import StorageError, retry_more
+from streaming_convert.manifest import Manifest
 
 log = logging.getLogger("recipe.train")
-
-
-def check_data(config: TrainConfig) -> Manifest:
-    """The dataset's manifest, after comparing it with the model. Raises ConfigError."""
-    try:
-        manifest = read_manifest(config.data.source)
-    except DatasetError as error:
-        raise ConfigError(f"data.{'remote' if config.data.remote else 'local'}: {error}") from error
-    channels = manifest.shape[0] // (1 if manifest.column == "image" else 2)
-    found = {"channels": channels, "size": manifest.shape[1], "classes": len(manifest.class_names)}
-    for key, value in found.items():
-        if getattr(config.model, key) != value and not (key == "classes" and config.model.classes == 0):
-            raise ConfigError(
-                f"model.{key}: {getattr(config.model, key)} differs from the {value} of {config.data.source}"
-            )
-    return manifest
 
 
 def build_model(config: TrainConfig, manifest: Manifest) -> TVMModel:
@@ -85,8 +72,18 @@ def build_schedule(config: OptimizerConfig) -> ComposerScheduler:
     return schedules[config.schedule](t_warmup=config.warmup)
 
 
-def build_trainer(config: TrainConfig) -> Trainer:
-    """Everything that one run needs, from its configuration."""
+def set_optimizer(trainer: Trainer, config: OptimizerConfig) -> None:
+    """Lets the YAML, not the checkpoint, say how to go on: Composer restores the settings of the past run."""
+    for group in trainer.state.optimizers[0].param_groups:
+        scale = config.lr / group["initial_lr"]
+        group.update(lr=group["lr"] * scale, initial_lr=config.lr, betas=tuple(config.betas))
+        group.update(eps=config.eps, weight_decay=config.weight_decay)
+    for schedule in trainer.state.schedulers:
+        schedule.base_lrs = [config.lr] * len(schedule.base_lrs)
+
+
+def build_trainer(config: TrainConfig, load_path: str | None, preemption: Preemption) -> Trainer:
+    """Everything that one run needs, from its configuration; load_path: see `resume.newest`."""
     manifest = check_data(config)
     model = build_model(config, manifest)
     device = "gpu" if torch.cuda.is_available() else "cpu"
@@ -101,7 +98,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
         "encoder": manifest.encoder,
         "source": config.data.source,
     }
-    return Trainer(
+    trainer = Trainer(
         model=model,
         train_dataloader=train_loader(config.data, config.seed),
         optimizers=optimizer,
@@ -113,15 +110,15 @@ def build_trainer(config: TrainConfig) -> Trainer:
         ],
         callbacks=[
             StepKey(),
-            ExportWeights(f"{config.folder}/weights", config.export_interval, config.export, data),
+            preemption,
+            ExportWeights(
+                f"{config.folder}/weights", config.export_interval, config.export, data, preemption
+            ),
+            Checkpoints(config),
         ],
         loggers=build_loggers(config.log, config.run_name, config.folder),
         run_name=config.run_name,
-        save_folder=f"{config.folder}/checkpoints",
-        save_interval=config.save_interval,
-        save_num_checkpoints_to_keep=config.save_keep,
-        save_overwrite=True,
-        autoresume=True,
+        load_path=load_path,
         device=device,
         parallelism_config=parallelism(config.parallel, "cuda" if device == "gpu" else "cpu"),
         precision=config.precision,
@@ -129,6 +126,25 @@ def build_trainer(config: TrainConfig) -> Trainer:
         progress_bar=config.log.progress_bar,
         seed=config.seed,
     )
+    set_optimizer(trainer, o)
+    return trainer
+
+
+def start(config: TrainConfig, preemption: Preemption) -> Trainer:
+    """Checks the surroundings, and builds the trainer at the step where the run stands."""
+    dist.initialize_dist("gpu" if torch.cuda.is_available() else "cpu")
+    check(config)
+    with newest(config) as found:
+        load_path, source = found or (None, None)
+        trainer = build_trainer(config, load_path, preemption)
+    step = int(trainer.state.timestamp.batch)
+    if trainer.state.timestamp >= trainer.state.max_duration:
+        log.info("%s: already finished at step %d (%s)", config.run_name, step, source)
+    elif source:
+        log.info("%s: resumed at step %d from %s", config.run_name, step, source)
+    else:
+        log.info("%s: starting at step 0, no checkpoint in %s yet", config.run_name, config.save_folder)
+    return trainer
 
 
 def main(arguments: list[str]) -> None:
@@ -137,20 +153,23 @@ def main(arguments: list[str]) -> None:
         raise SystemExit("usage: composer recipe/train.py CONFIG.yaml [key=value ...]")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("recipe").setLevel(logging.INFO if dist.get_global_rank() == 0 else logging.WARNING)
+    retry_more()
     try:
         config = load_config(TrainConfig, arguments[0], arguments[1:])
-        trainer = build_trainer(config)
+        preemption = Preemption(config.time_limit)
+        trainer = start(config, preemption)
+        if trainer.state.timestamp < trainer.state.max_duration:
+            trainer.logger.log_hyperparameters(as_dict(config))
+            trainer.fit()
     except ConfigError as error:
         raise SystemExit(f"config error: {error}") from error
-    step = int(trainer.state.timestamp.batch)
-    if trainer.state.timestamp >= trainer.state.max_duration:
-        log.info("%s: already finished at step %d", config.run_name, step)
-    else:
-        if step:
-            log.info("%s: resumed at step %d from %s/checkpoints", config.run_name, step, config.folder)
-        trainer.logger.log_hyperparameters(as_dict(config))
-        trainer.fit()
+    except StorageError as error:
+        raise SystemExit(f"storage error: {error}") from error
     trainer.close()
+    if preemption.stopped:
+        step = int(trainer.state.timestamp.batch)
+        log.info("%s: stopped at step %d, saved to %s", config.run_name, step, config.save_folder)
+        raise SystemExit(PREEMPTED)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,209 @@
+"""Check everything outside the code before a run: `python -m recipe.preflight CONFIG.yaml [key=value ...]`.
+
+Every run does the same first. Each failure names the setting, and the command that mends it.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from composer.utils import dist, parse_uri
+
+from recipe.config import ConfigError, TrainConfig, load_config
+from recipe.dit import DiT
+from recipe.resume import PROBE
+from recipe.storage import Folder, StorageError, retry_more, status
+from streaming_convert.manifest import MANIFEST, Manifest, read_manifest
+from streaming_convert.store import DatasetError
+
+OCI_LOGIN = "oci setup config"
+
+
+def check_data(config: TrainConfig) -> Manifest:
+    """The dataset's manifest, after comparing it with the model. Raises ConfigError."""
+    try:
+        manifest = read_manifest(config.data.source)
+    except DatasetError as error:
+        raise ConfigError(f"data.{'remote' if config.data.remote else 'local'}: {error}") from error
+    channels = manifest.shape[0] // (1 if manifest.column == "image" else 2)
+    found = {"channels": channels, "size": manifest.shape[1], "classes": len(manifest.class_names)}
+    for key, value in found.items():
+        if getattr(config.model, key) != value and not (key == "classes" and config.model.classes == 0):
+            raise ConfigError(
+                f"model.{key}: {getattr(config.model, key)} differs from the {value} of {config.data.source}"
+            )
+    return manifest
+
+
+def login(scheme: str) -> str:
+    """The command that stores credentials for a service."""
+    return {"s3": "aws configure", "gs": "gcloud auth application-default login", "oci": OCI_LOGIN}[scheme]
+
+
+def mend(uri: str, error: StorageError) -> str:
+    """The command that mends, or at least shows, why `uri` cannot be used."""
+    if "://" not in uri:
+        return f"ls -ld {uri}"
+    scheme, bucket, path = parse_uri(uri)
+    code = status(error)
+    if code is None or code == 401:
+        return login(scheme)
+    if "BucketNotFound" in str(error) or "NoSuchBucket" in str(error):
+        return {
+            "s3": f"aws s3 mb s3://{bucket}",
+            "gs": f"gcloud storage buckets create gs://{bucket}",
+            "oci": f"oci os bucket create --name {bucket} --compartment-id OCID",
+        }[scheme]
+    return {
+        "s3": f"aws s3 ls s3://{bucket}/{path}/",
+        "gs": f"gcloud storage ls gs://{bucket}/{path}/",
+        "oci": f"oci os object list --bucket-name {bucket} --prefix {path}/ --limit 1",
+    }[scheme]
+
+
+def readable_data(config: TrainConfig) -> list[str]:
+    """The manifest through both libraries' clients, its schema, and its agreement with the model."""
+    if config.data.remote:
+        try:
+            Folder(config.data.remote).read(MANIFEST)
+        except StorageError as error:
+            return [f"data.remote: {error}. To mend: {mend(config.data.remote, error)}"]
+    try:
+        check_data(config)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def writable_checkpoints(config: TrainConfig) -> list[str]:
+    """List, write and delete in the checkpoint folder."""
+    try:
+        folder = Folder(config.save_folder)
+        folder.names()
+        folder.write(PROBE, b"")
+        folder.delete(PROBE)
+    except StorageError as error:
+        return [f"save_folder: {error}. To mend: {mend(config.save_folder, error)}"]
+    return []
+
+
+def oci_agreement(config: TrainConfig) -> list[str]:
+    """Composer reads OCI_CONFIG_FILE first, Streaming ~/.oci/config: both must lead to the same account."""
+    import oci
+
+    uris = {"data.remote": config.data.remote or "", "save_folder": config.save_folder}
+    if not any(uri.startswith("oci://") for uri in uris.values()):
+        return []
+    try:
+        named = oci.config.from_file(os.environ.get("OCI_CONFIG_FILE", "~/.oci/config"))
+        home = oci.config.from_file()
+        oci.config.validate_config(named)
+        namespace = oci.object_storage.ObjectStorageClient(named).get_namespace().data
+    except Exception as error:  # the SDK has many for a bad configuration
+        return [f"oci://: {type(error).__name__}: {error}. To mend: {OCI_LOGIN} (shown by: oci os ns get)"]
+    different = [k for k in ("user", "tenancy", "fingerprint", "region") if named.get(k) != home.get(k)]
+    problems = []
+    if different:
+        problems.append(
+            f"OCI_CONFIG_FILE: {os.environ['OCI_CONFIG_FILE']} and ~/.oci/config differ in "
+            f"{', '.join(different)}; checkpoints would use the first, data the second. "
+            f"To mend: unset OCI_CONFIG_FILE"
+        )
+    for key, uri in uris.items():
+        other = uri.partition("://")[2].partition("/")[0].partition("@")[2]
+        if uri.startswith("oci://") and other and other != namespace:
+            problems.append(
+                f"{key}: namespace {other!r} is not {namespace!r}, the one that `oci os ns get` shows"
+            )
+    return problems
+
+
+def free(path: str) -> int:
+    """Bytes free on the disk that holds, or will hold, `path`."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def disk_space(config: TrainConfig) -> list[str]:
+    """Room for the cache and for checkpoints: one more than are kept, or two where they are remote."""
+    with torch.device("meta"):
+        size = 4 * sum(p.numel() for p in DiT(config.model).parameters())
+    size *= 5 if config.objective.name == "tvm" else 4  # student, averages, two moments of Adam
+    if "://" in config.save_folder:
+        need = {"folder": (config.folder, 2 * size)}
+    else:
+        need = {"save_folder": (config.save_folder, (max(config.save_keep, 1) + 1) * size)}
+    if config.data.remote and config.data.cache_limit is None:
+        local = Path(config.data.local)
+        shards = read_manifest(config.data.remote).shards
+        missing = sum(s["bytes"] for name, s in shards.items() if not (local / name).exists())
+        need["data.local"] = (config.data.local, missing)
+    return [
+        f"{key}: {path} needs {bytes_ / 1e9:.1f} GB and has {free(path) / 1e9:.1f} GB. To mend: df -h {path}"
+        for key, (path, bytes_) in need.items()
+        if free(path) < bytes_
+    ]
+
+
+def divisible(config: TrainConfig, ranks: int) -> list[str]:
+    """The global batch and the replicas against the number of ranks."""
+    problems = []
+    if config.data.batch_size % ranks:
+        problems.append(f"data.batch_size: {config.data.batch_size} is not a multiple of the {ranks} ranks")
+    if ranks % config.parallel.replicas:
+        problems.append(f"parallel.replicas: {config.parallel.replicas} does not divide the {ranks} ranks")
+    return problems
+
+
+def wandb_key(config: TrainConfig) -> list[str]:
+    """A key for Weights & Biases where log.wandb is online."""
+    if config.log.wandb != "online" or os.environ.get("WANDB_API_KEY"):
+        return []
+    try:
+        if netrc.netrc().authenticators("api.wandb.ai"):
+            return []
+    except (OSError, netrc.NetrcParseError):
+        pass
+    return ["log.wandb: online, but there is no key. To mend: wandb login, or log.wandb=offline"]
+
+
+def problems(config: TrainConfig, ranks: int) -> list[str]:
+    """All that would make a run of `config` on that many ranks fail."""
+    found = [*divisible(config, ranks), *wandb_key(config), *oci_agreement(config)]
+    found += [*readable_data(config), *writable_checkpoints(config)]
+    return found or disk_space(config)
+
+
+def check(config: TrainConfig) -> None:
+    """The same on every node of a run, since each has its own credentials and disks. Raises ConfigError."""
+    mine = problems(config, dist.get_world_size()) if dist.get_local_rank() == 0 else []
+    found = sorted({p for node in dist.all_gather_object(mine) for p in node})
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def main(arguments: list[str]) -> None:
+    """Command line: CONFIG.yaml [key=value ...]."""
+    if not arguments:
+        raise SystemExit("usage: python -m recipe.preflight CONFIG.yaml [key=value ...]")
+    retry_more()
+    ranks = int(os.environ.get("WORLD_SIZE", 0)) or torch.cuda.device_count() or 1
+    try:
+        config = load_config(TrainConfig, arguments[0], arguments[1:])
+    except ConfigError as error:
+        raise SystemExit(f"config error: {error}") from error
+    found = problems(config, ranks)
+    if found:
+        raise SystemExit("\n".join(found))
+    print(f"{config.run_name}: ready on {ranks} rank(s): {config.data.source} -> {config.save_folder}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

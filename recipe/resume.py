@@ -1,0 +1,376 @@
+"""Checkpoints that can be trusted: found by listing, complete or not at all, checked before they are loaded.
+
+Composer saves and loads them on local disk; around it stands
+
+    SAVE_FOLDER/run.json                  whose folder this is: run name, architecture
+    SAVE_FOLDER/ep0-ba40/__0_0.distcp     what each rank saved (rank0.pt without FSDP2), and .metadata
+    SAVE_FOLDER/ep0-ba40/rank0.json       that rank's receipt: checksums of its files, written after them
+    SAVE_FOLDER/weights/, train.jsonl     where it is a bucket: copies of what is exported and logged locally
+
+A checkpoint is complete when every rank's receipt is there. No pointer to the newest one exists that could be
+missing, stale or dangling.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import signal
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, State, Time
+from composer.loggers import Logger
+from composer.utils import dist
+
+from recipe.config import ConfigError, TrainConfig, as_dict
+from recipe.storage import Folder, StorageError
+
+log = logging.getLogger(__name__)
+
+PREEMPTED = 75  # exit status: saved before the end, start the same command again (EX_TEMPFAIL)
+RUN = "run.json"
+LOG = "train.jsonl"
+PROBE = ".preflight"
+FOLDER = re.compile(r"ep(\d+)-ba(\d+)")
+FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata|rank\d+\.(pt|json)")
+INIT_ONLY = ("preset", "label_std", "time_init", "patch_init")  # do not change the shape of the network
+
+
+@dataclass
+class Checkpoint:
+    """A folder of this layout; `files` are the names in it that a listing shows."""
+
+    name: str
+    files: set[str]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps before it."""
+        return int(FOLDER.fullmatch(self.name)[2])
+
+
+def checkpoints(folder: Folder, names: list[str]) -> list[Checkpoint]:
+    """Complete or not, newest first."""
+    found: dict[str, Checkpoint] = {}
+    for name in names:
+        parent, _, file = name.rpartition("/")
+        if FOLDER.fullmatch(parent) and FILE.fullmatch(file):
+            found.setdefault(parent, Checkpoint(parent, set())).files.add(file)
+    return sorted(found.values(), key=lambda c: c.step, reverse=True)
+
+
+def receipts(folder: Folder, checkpoint: Checkpoint) -> list[dict] | None:
+    """The receipts of all ranks, of one attempt at saving; None if the checkpoint is not complete."""
+    found: list[dict] = []
+    while not found or len(found) < found[0]["ranks"]:
+        name = f"rank{len(found)}.json"
+        if name not in checkpoint.files:
+            return None
+        try:
+            found.append(json.loads(folder.read(f"{checkpoint.name}/{name}")))
+        except ValueError:
+            return None
+    return found if all(r["attempt"] == found[0]["attempt"] for r in found) else None
+
+
+def checksum(path: Path) -> str:
+    """xxh64 of a file, hexadecimal."""
+    digest = xxhash.xxh64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def damage(path: Path, expected: dict[str, str]) -> str | None:
+    """What is wrong with the checkpoint in the local folder `path`, or None."""
+    for name, digest in expected.items():
+        if not (path / name).is_file():
+            return f"{name} is gone"
+        if checksum(path / name) != digest:
+            return f"{name} has another checksum than when it was saved"
+    return None
+
+
+def identity(config: TrainConfig) -> dict:
+    """What a checkpoint must agree on with the run that loads it."""
+    model = {k: v for k, v in as_dict(config.model).items() if k not in INIT_ONLY}
+    return {"objective.name": config.objective.name, "parallel.fsdp2": config.parallel.fsdp2} | {
+        f"model.{k}": v for k, v in model.items()
+    }
+
+
+def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: bool = False) -> None:
+    """Raises ConfigError if the folder is another run's, or of another architecture, or not ours at all."""
+    key = "fork_from" if fork else "save_folder"
+    if RUN not in names:
+        raise ConfigError(
+            f"{key}: {folder.uri} is not empty and holds no {RUN}, so nothing in it can be resumed: "
+            f"choose another folder ({names[0]} is there)"
+        )
+    owner = json.loads(folder.read(RUN))
+    if not fork and owner["run_name"] != config.run_name:
+        raise ConfigError(
+            f"save_folder: {folder.uri} belongs to run_name {owner['run_name']!r}, not {config.run_name!r}: "
+            f"choose another folder (to start from that run's state, set fork_from to one of its checkpoints)"
+        )
+    for name, value in identity(config).items():
+        saved = owner["identity"].get(name, value)  # a key that is newer than the run says nothing
+        if saved != value:
+            raise ConfigError(
+                f"{name}: {value} differs from the {saved} of the checkpoints in "
+                f"{folder.uri}: set it to that, or choose another run_name and save_folder"
+            )
+
+
+def claim(config: TrainConfig) -> tuple[Folder, list[Checkpoint]]:
+    """The checkpoints of this run, newest first, or the one that it forks from. A new run claims its folder.
+
+    Raises ConfigError, StorageError.
+    """
+    folder = Folder(config.save_folder)
+    names = [name for name in folder.names() if name != PROBE]
+    if names:
+        check_identity(config, folder, names)
+        if folder.remote and LOG in names and not Path(config.folder, LOG).exists():
+            folder.get(LOG, Path(config.folder, LOG))
+    else:
+        owner = {"run_name": config.run_name, "identity": identity(config)}
+        folder.write(RUN, json.dumps(owner, indent=2).encode())
+    found = checkpoints(folder, names)
+    if any(receipts(folder, c) for c in found) or not config.fork_from:
+        return folder, found
+    uri, _, name = config.fork_from.rstrip("/").rpartition("/")
+    parent = Folder(uri)
+    names = parent.names()
+    found = [c for c in checkpoints(parent, names) if c.name == name and receipts(parent, c)]
+    if not found:
+        raise ConfigError(f"fork_from: {config.fork_from} is not a complete checkpoint")
+    check_identity(config, parent, names, fork=True)
+    return parent, found
+
+
+def candidates(config: TrainConfig) -> tuple[str, list[tuple[str, dict[str, str]]]]:
+    """(folder, [(checkpoint, {file: checksum}), ...]): the complete ones, newest first."""
+    folder, found = claim(config)
+    result = []
+    for checkpoint in found:
+        parts = receipts(folder, checkpoint)
+        if parts is None:
+            log.warning("%s/%s was never completed: not used", folder.uri, checkpoint.name)
+        else:
+            result.append((checkpoint.name, {k: v for part in parts for k, v in part["files"].items()}))
+    return folder.uri, result
+
+
+def fetch(uri: str, name: str, files: dict[str, str], scratch: Path) -> tuple[Path, str | None]:
+    """(local folder of the checkpoint, what is wrong with it or None); a remote one is downloaded first.
+
+    Raises StorageError: a service that does not answer is no reason to go back to an older checkpoint.
+    """
+    folder = Folder(uri)
+    if not folder.remote:
+        return Path(uri, name), damage(Path(uri, name), files)
+    there = set(folder.names())
+    present = [file for file in files if f"{name}/{file}" in there]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda file: folder.get(f"{name}/{file}", scratch / name / file), present))
+    return scratch / name, damage(scratch / name, files)
+
+
+@contextmanager
+def newest(config: TrainConfig) -> Iterator[tuple[str, str] | None]:
+    """(what Composer's load_path takes, where it came from) of the newest usable checkpoint, None if the run
+    is new. All ranks call it; each node has its own copy of a remote checkpoint until the end of the block.
+
+    Raises ConfigError if there are checkpoints and none of them is sound: a run never starts over by itself.
+    """
+    uri, found = on_rank_zero(lambda: candidates(config))
+    scratch, problems = None, []
+    if dist.get_local_rank() == 0:
+        Path(config.folder).mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.mkdtemp(prefix="resume-", dir=config.folder)
+    try:
+        for name, files in found:
+            path, problem = "", None
+            if dist.get_local_rank() == 0:
+                path, problem = fetch(uri, name, files, Path(scratch))
+            answers = dist.all_gather_object((str(path), problem))
+            problem = next((p for _, p in answers if p), None)
+            if problem is None:
+                local = Path(answers[dist.get_global_rank() - dist.get_local_rank()][0]).absolute()
+                yield str(local if config.parallel.fsdp2 else local / "rank0.pt"), f"{uri}/{name}"
+                dist.barrier()
+                return
+            problems.append(f"{name}: {problem}")
+            log.warning("%s/%s is damaged: not used (%s)", uri, name, problem)
+        if problems:
+            raise ConfigError(
+                f"save_folder: none of the checkpoints in {uri} can be read ({'; '.join(problems)}). "
+                f"Restore one, or start over with another save_folder"
+            )
+        yield None
+    finally:
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def on_rank_zero(action):  # noqa: ANN001, ANN201
+    """The result of `action`, run on rank 0 alone; what it raises is raised on all ranks."""
+    answer = [None, None]
+    if dist.get_global_rank() == 0:
+        try:
+            answer[0] = action()
+        except (ConfigError, StorageError) as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Other files in it stay, and it with them; buckets have no folders."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def prune(folder: Folder, keep: int, run_name: str) -> None:
+    """Deletes all but the `keep` newest complete checkpoints (-1: none), and leftovers older than those.
+
+    Only names of this layout are touched, and no checkpoint with another run's receipt.
+    """
+    found = checkpoints(folder, folder.names())
+    complete = [c for c in found if receipts(folder, c) is not None]
+    if keep < 0 or len(complete) < keep:
+        return
+    for old in (c for c in found if c.step < complete[keep - 1].step):
+        receipt = f"{old.name}/rank0.json"
+        if "rank0.json" in old.files and json.loads(folder.read(receipt))["run_name"] != run_name:
+            continue
+        for file in sorted(old.files, key=lambda f: not f.endswith(".json")):  # receipts first
+            folder.delete(f"{old.name}/{file}")
+        remove_if_empty(Path(folder.uri, old.name))
+
+
+class Checkpoints(CheckpointSaver):
+    """Composer's saver, with receipts, uploads in the background, and pruning where the checkpoints are.
+
+    One upload is under way at a time: a save waits for the one before it, and raises its error.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.target = config, Folder(config.save_folder)
+        local = Path(config.folder, "staging") if self.target.remote else Path(config.save_folder)
+        super().__init__(
+            folder=local,
+            filename="rank{rank}.pt" if config.parallel.fsdp2 else "ep{epoch}-ba{batch}/rank{rank}.pt",
+            remote_file_name=None,
+            latest_filename=None,
+            save_interval=config.save_interval,
+            overwrite=True,
+        )
+        if self.target.remote and dist.get_local_rank() == 0:
+            shutil.rmtree(local, ignore_errors=True)  # what a killed process left
+        self.attempt = on_rank_zero(lambda: uuid.uuid4().hex)
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+        self.seconds = 0.0
+
+    def state_dict(self) -> dict:
+        """Nothing: the folder itself says what has been saved."""
+        return {}
+
+    def _save_checkpoint(self, state: State, logger: Logger) -> None:
+        started = time.monotonic()
+        self.wait()
+        super()._save_checkpoint(state, logger)
+        name = f"ep{int(state.timestamp.epoch)}-ba{int(state.timestamp.batch)}"
+        self.pending = self.thread.submit(self.publish, name)
+        self.seconds += time.monotonic() - started
+        logger.log_metrics({"time/checkpoint_seconds": self.seconds})
+
+    def publish(self, name: str) -> None:
+        """Checksums, uploads and signs for what this rank saved; rank 0 also prunes."""
+        rank, local = dist.get_global_rank(), Path(self.folder, name)
+        mine = [*local.glob(f"__{rank}_*.distcp"), *local.glob(f"rank{rank}.pt")]
+        mine += local.glob(".metadata") if rank == 0 else []
+        receipt = {
+            "run_name": self.config.run_name,
+            "attempt": self.attempt,
+            "ranks": dist.get_world_size(),
+            "files": {path.name: checksum(path) for path in mine},
+        }
+        if self.target.remote:
+            for path in mine:
+                self.target.put(f"{name}/{path.name}", path)
+                path.unlink()
+            remove_if_empty(local)
+        self.target.write(f"{name}/rank{rank}.json", json.dumps(receipt).encode())
+        if rank == 0:
+            self.mirror()
+            prune(self.target, self.config.save_keep, self.config.run_name)
+
+    def mirror(self) -> None:
+        """Copies exported weights and the log of numbers beside remote checkpoints."""
+        if not self.target.remote:
+            return
+        there = set(self.target.names())
+        for description in sorted(Path(self.config.folder, "weights").glob("*.json")):
+            for path in (description.with_suffix(".safetensors"), description):
+                if f"weights/{path.name}" not in there:
+                    self.target.put(f"weights/{path.name}", path)
+        if (rows := Path(self.config.folder, LOG)).is_file():
+            self.target.put(LOG, rows)
+
+    def wait(self) -> None:
+        """Until everything saved so far is where it belongs. Raises StorageError."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """No rank leaves before all uploads are done: the launcher ends the others when one is gone."""
+        self.wait()
+        dist.barrier()
+        if dist.get_global_rank() == 0:
+            self.mirror()
+            prune(self.target, self.config.save_keep, self.config.run_name)
+        dist.barrier()
+
+
+class Preemption(Callback):
+    """Ends training after the current step on SIGTERM to any rank, or `limit` (e.g. 86000sec) after start.
+
+    Composer then saves a checkpoint; `stopped` tells the caller to exit with PREEMPTED.
+    """
+
+    def __init__(self, limit: str | None) -> None:
+        self.limit = Time.from_timestring(limit).value if limit else float("inf")
+        self.started, self.signalled, self.stopped = time.monotonic(), False, False
+        signal.signal(signal.SIGTERM, self.on_signal)
+
+    def on_signal(self, *_: object) -> None:
+        """Only a flag: the state may be halfway through a step."""
+        self.signalled = True
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Asks all ranks, stops if one was told to."""
+        stop = self.signalled or time.monotonic() - self.started > self.limit
+        flag = state.device.tensor_to_device(torch.tensor([int(stop)]))
+        dist.all_reduce(flag, "MAX")
+        if flag.item() and state.timestamp < state.max_duration:
+            self.stopped = True
+            state.stop_training()

@@ -1,0 +1,393 @@
+"""Resuming, preemption and preflight against object storage on loopback: real sockets, real processes."""
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from recipe import preflight
+from recipe.config import ConfigError, TrainConfig, load_config
+from recipe.resume import checkpoints, newest, prune, receipts
+from recipe.storage import Folder, StorageError, normalize_uri
+from recipe.weights import load_weights
+from streaming_convert.manifest import read_manifest
+from tests.conftest import ROOT, TINY
+from tests.fakes import Cloud
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory):
+    cloud = Cloud("s3", tmp_path_factory.mktemp("home"))
+    yield cloud
+    cloud.close()
+
+
+@pytest.fixture
+def oci(tmp_path_factory, monkeypatch):
+    """Its settings hold for this process, too."""
+    cloud = Cloud("oci", tmp_path_factory.mktemp("home"))
+    for name, value in cloud.env.items():
+        monkeypatch.setenv(name, value)
+    importlib.import_module("tests.fakes.site.sitecustomize")
+    yield cloud
+    cloud.close()
+
+
+@pytest.fixture(scope="module")
+def s3_digits(s3, digits):
+    """The dataset in the bucket."""
+    folder = Folder(s3.uri("digits"))
+    for file in digits.iterdir():
+        if file.is_file():
+            folder.put(file.name, file)
+    return folder.uri
+
+
+def settings(folder, data, save_folder, *more):
+    return [
+        *(
+            "yamls/digits.yaml",
+            f"folder={folder}",
+            f"data.local={folder}/cache",
+            f"data.remote={data}",
+            *TINY,
+        ),
+        *(f"save_folder={save_folder}", "save_interval=4ba", "duration=12ba", "log.interval=1"),
+        *("export=[ema,net]", *more),
+    ]
+
+
+# Streaming's shared memory is one for a machine: two nodes on one need a private /dev/shm each.
+OWN_SHM = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh"]
+NAMESPACES = (
+    shutil.which("unshare") and not subprocess.run([*OWN_SHM, "true"], capture_output=True).returncode
+)
+
+
+class Job:
+    """`composer recipe/train.py` as a process; its launcher's output goes to one file."""
+
+    def __init__(self, env, *arguments, node=0, nodes=1):
+        launcher = ["-m", "composer.cli.launcher", "-n", "1", "--world_size", str(nodes)]
+        launcher += ["--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", "29533"]
+        self.process = subprocess.Popen(
+            [
+                *(OWN_SHM if nodes > 1 else ()),
+                sys.executable,
+                *launcher,
+                "recipe/train.py",
+                *map(str, arguments),
+            ],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def end(self, timeout=120):
+        """(exit status, output)."""
+        output, _ = self.process.communicate(timeout=timeout)
+        return self.process.returncode, output
+
+    def kill(self):
+        """SIGKILL to the launcher and everything that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def result(folder, step=12):
+    """Losses of all steps, and final weights, as written by a run."""
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["loss/train/total"] for row in rows}
+    nets = [load_weights(folder / f"weights/ba{step:07d}-{average}")[0] for average in ("ema", "net")]
+    return losses, [t.tolist() for net in nets for t in net.state_dict().values()]
+
+
+@pytest.fixture(scope="module")
+def straight(s3, s3_digits, tmp_path_factory):
+    """Losses and weights of a run of 12 steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("straight")
+    status, output = Job(s3.env, *settings(folder, s3_digits, s3.uri("straight"))).end()
+    assert status == 0, output
+    return result(folder)
+
+
+def test_killed_in_an_upload_then_preempted_then_on_another_node_the_run_ends_with_the_same_bits(
+    s3, s3_digits, straight, tmp_path
+):
+    killed = Job(s3.env, *settings(tmp_path / "one", s3_digits, s3.uri("faults"), "time_limit=600sec"))
+    s3.faults.watch = lambda method, path: (
+        killed.kill() if method == "PUT" and path.endswith("ep0-ba8/rank0.pt") else None
+    )
+    assert killed.end()[0] == -signal.SIGKILL
+    s3.faults.heal()
+    command = settings(tmp_path / "one", s3_digits, s3.uri("faults"))
+    preempted = Job(s3.env, *command)
+    s3.faults.watch = lambda method, path: (
+        preempted.process.terminate() if method == "PUT" and path.endswith("ep0-ba8/rank0.pt") else None
+    )
+    status, output = preempted.end()
+    s3.faults.heal()
+    assert status == 75, output
+    assert "resumed at step 4 from s3://tests/faults/ep0-ba4" in output
+    stopped = int(re.search(r"stopped at step (\d+)", output)[1])
+    assert 8 <= stopped < 12
+    shutil.rmtree(tmp_path / "one")
+    status, output = Job(s3.env, *settings(tmp_path / "two", s3_digits, s3.uri("faults"))).end()
+    assert status == 0, output
+    assert f"resumed at step {stopped} from" in output
+    assert result(tmp_path / "two") == straight
+    names = Folder(s3.uri("faults")).names()
+    assert len(checkpoints(Folder(s3.uri("faults")), names)) == 2
+    assert "weights/ba0000012-ema.safetensors" in names
+
+
+@pytest.mark.skipif(not NAMESPACES, reason="needs user namespaces")
+def test_two_sharded_ranks_through_two_launchers_stop_together_and_one_rank_goes_on(
+    s3, s3_digits, straight, tmp_path
+):
+    sharded = settings(tmp_path / "run", s3_digits, s3.uri("sharded"), "parallel.fsdp2=true")
+    nodes = [Job(s3.env, *sharded, "time_limit=0sec", node=node, nodes=2) for node in (0, 1)]
+    for node in nodes:
+        status, output = node.end()
+        assert status == 75, output
+    status, output = Job(s3.env, *sharded).end()
+    assert status == 0, output
+    assert "resumed at step 1 from" in output
+    losses, _ = result(tmp_path / "run")
+    assert losses == pytest.approx(straight[0], rel=1e-5)
+
+
+@pytest.fixture
+def cloud_env(s3, monkeypatch):
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+
+
+def config_of(digits, save_folder, *more):
+    return load_config(
+        TrainConfig, "yamls/digits.yaml", [f"data.local={digits}", f"save_folder={save_folder}", *TINY, *more]
+    )
+
+
+@pytest.fixture
+def saved(s3, s3_digits, straight, tmp_path, request):
+    """A copy, under its own URI, of the finished run's two checkpoints."""
+    source, target = Folder(s3.uri("straight")), Folder(s3.uri(f"copy-{request.node.name[:40]}"))
+    for name in source.names():
+        source.get(name, tmp_path / "file")
+        target.put(name, tmp_path / "file")
+    return target
+
+
+def resumed_from(config):
+    with newest(config) as found:
+        return found and found[1].rpartition("/")[2]
+
+
+def test_the_newest_sound_checkpoint_is_taken_and_damage_is_said(saved, digits, tmp_path, caplog):
+    config = config_of(digits, saved.uri, f"folder={tmp_path}/run")
+    assert resumed_from(config) == "ep0-ba12"
+    good = saved.read("ep0-ba12/rank0.pt")
+    saved.write("ep0-ba12/rank0.pt", good[: len(good) // 2])
+    assert resumed_from(config) == "ep0-ba8"
+    assert "ep0-ba12 is damaged: not used (rank0.pt has another checksum" in caplog.text
+    saved.delete("ep0-ba12/rank0.pt")
+    assert resumed_from(config) == "ep0-ba8"
+    assert "rank0.pt is gone" in caplog.text
+    saved.delete("ep0-ba12/rank0.json")
+    assert resumed_from(config) == "ep0-ba8"
+    assert "ep0-ba12 was never completed" in caplog.text
+    saved.write("latest-rank0.pt.symlink", b"elsewhere/ep0-ba99")  # a pointer as Composer writes it
+    assert resumed_from(config) == "ep0-ba8"
+    saved.write("ep0-ba8/rank0.pt", b"")
+    with pytest.raises(
+        ConfigError, match=r"none of the checkpoints in .* can be read .*ep0-ba8.*Restore one"
+    ):
+        resumed_from(config)
+
+
+def test_a_first_checkpoint_that_was_never_completed_is_no_obstacle(s3, digits, tmp_path, cloud_env):
+    config = config_of(digits, s3.uri("first"), f"folder={tmp_path}/run")
+    assert resumed_from(config) is None
+    Folder(s3.uri("first")).write("ep0-ba4/rank0.pt", b"half")
+    assert resumed_from(config) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.width=32", r"model\.width: 32 differs from the 16"),
+        ("objective.name=flow_matching", r"objective\.name: flow_matching differs from the tvm"),
+        ("parallel.fsdp2=true", r"parallel\.fsdp2: True differs from the False"),
+        ("run_name=other", r"belongs to run_name 'digits', not 'other'"),
+    ],
+)
+def test_checkpoints_of_another_run_or_architecture_are_refused(s3, straight, digits, override, message):
+    with pytest.raises(ConfigError, match=message):
+        resumed_from(config_of(digits, s3.uri("straight"), override))
+
+
+def test_a_folder_with_other_files_is_refused_and_left_as_it_is(s3, digits, cloud_env):
+    Folder(s3.uri("foreign")).write("ep0-ba40/__0_0.distcp", b"")
+    with pytest.raises(ConfigError, match=r"foreign is not empty and holds no run.json"):
+        resumed_from(config_of(digits, s3.uri("foreign")))
+    assert Folder(s3.uri("foreign")).names() == ["ep0-ba40/__0_0.distcp"]
+
+
+def test_a_folder_that_may_not_be_listed_is_an_error(s3, straight, digits):
+    s3.faults.denied = "prefix=straight/"
+    try:
+        with pytest.raises(StorageError, match="cannot list s3://tests/straight: .*403"):
+            resumed_from(config_of(digits, s3.uri("straight")))
+    finally:
+        s3.faults.heal()
+
+
+def test_a_fork_starts_from_another_runs_checkpoint_in_its_own_folder(s3, straight, digits, tmp_path):
+    fork = f"fork_from={s3.uri('straight')}/ep0-ba8"
+    config = config_of(digits, s3.uri("fork"), fork, "run_name=fork", f"folder={tmp_path}")
+    assert resumed_from(config) == "ep0-ba8"
+    assert Folder(s3.uri("fork")).names() == ["run.json"]
+    with pytest.raises(ConfigError, match="fork_from: .*ep0-ba9 is not a complete checkpoint"):
+        resumed_from(config_of(digits, s3.uri("fork2"), f"{fork[:-1]}9"))
+
+
+def test_pruning_deletes_old_checkpoints_of_this_run_alone(saved):
+    saved.write("ep0-ba2/rank0.pt", b"left over")
+    saved.write("ep0-ba8/notes.txt", b"not ours")
+    saved.write("ep0-ba3/rank0.json", json.dumps({"run_name": "other", "ranks": 1, "attempt": "x"}).encode())
+    prune(saved, -1, "digits")
+    assert "ep0-ba8/rank0.pt" in saved.names()
+    prune(saved, 1, "digits")
+    names = {n for n in saved.names() if n.startswith("ep")}
+    assert names == {"ep0-ba12/rank0.pt", "ep0-ba12/rank0.json", "ep0-ba8/notes.txt", "ep0-ba3/rank0.json"}
+
+
+def test_receipts_of_two_attempts_at_one_checkpoint_do_not_make_it_complete(tmp_path):
+    folder = Folder(str(tmp_path))
+    for rank, attempt in enumerate("ab"):
+        receipt = {"run_name": "r", "ranks": 2, "attempt": attempt, "files": {}}
+        folder.write(f"ep0-ba4/rank{rank}.json", json.dumps(receipt).encode())
+    (found,) = checkpoints(folder, folder.names())
+    assert receipts(folder, found) is None
+
+
+def test_a_flaky_endpoint_is_tried_again_until_it_answers(s3, cloud_env, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    preflight.retry_more()
+    folder, content = Folder(s3.uri("flaky")), os.urandom(100_000)
+    s3.faults.rate, before = 0.3, s3.faults.failed
+    try:
+        for i in range(20):
+            folder.write(f"{i}", content)
+            assert folder.read(f"{i}") == content
+        assert sorted(folder.names(), key=int) == [str(i) for i in range(20)]
+    finally:
+        s3.faults.heal()
+    assert s3.faults.failed > before + 10
+
+
+@pytest.mark.parametrize("uri", ["http://bucket/x", "s4://bucket/x"])
+def test_an_unknown_scheme_is_refused(uri):
+    with pytest.raises(ValueError, match="neither a local path nor one of s3://, gs://, oci://"):
+        normalize_uri(uri)
+
+
+class TestPreflight:
+    def test_it_passes_where_all_is_well(self, s3, s3_digits, tmp_path, capsys):
+        preflight.main(settings(tmp_path, s3_digits, s3.uri("preflight")))
+        assert (
+            "digits: ready on 1 rank(s): s3://tests/digits -> s3://tests/preflight" in capsys.readouterr().out
+        )
+        assert Folder(s3.uri("preflight")).names() == []
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("data.remote=s3://nowhere/x", r"data\.remote: .*To mend: aws s3 (mb|ls) s3://nowhere"),
+            ("save_folder=s3://nowhere/x", r"save_folder: .*To mend: aws s3 mb s3://nowhere"),
+            ("data.batch_size=5", r"data\.batch_size: 5 is not a multiple of the 2 ranks"),
+            ("log.wandb=online", r"log\.wandb: online, but there is no key\. To mend: wandb login"),
+            ("model.size=16", r"model\.size: 16 differs from the 8"),
+            ("model.width=400000", r"folder: .* needs .* GB and has .* GB"),
+        ],
+    )
+    def test_each_failure_names_the_setting_and_the_command(
+        self, s3, s3_digits, tmp_path, monkeypatch, override, message
+    ):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        with pytest.raises(SystemExit, match=message):
+            preflight.main([*settings(tmp_path, s3_digits, s3.uri("preflight")), override])
+
+    def test_without_credentials_it_says_how_to_get_them(self, s3, s3_digits, tmp_path, monkeypatch):
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        with pytest.raises(SystemExit, match=r"save_folder: .*NoCredentialsError.*To mend: aws configure"):
+            preflight.main(settings(tmp_path, s3_digits, s3.uri("preflight")))
+
+    def test_oci_configurations_that_differ_are_named(self, oci, tmp_path, monkeypatch):
+        other = tmp_path / "config"
+        other.write_text((oci.home / ".oci/config").read_text().replace("tester", "somebody"))
+        other.chmod(0o600)
+        for name, value in {**oci.env, "OCI_CONFIG_FILE": str(other)}.items():
+            monkeypatch.setenv(name, value)
+        (problem,) = preflight.oci_agreement(config_of(ROOT / "recipe", "oci://tests/run"))
+        assert problem.startswith("OCI_CONFIG_FILE:")
+        assert "differ in user; checkpoints would use the first" in problem
+        assert problem.endswith("To mend: unset OCI_CONFIG_FILE")
+
+    def test_a_namespace_that_is_not_the_accounts_is_named(self, oci):
+        (problem,) = preflight.oci_agreement(config_of(ROOT / "recipe", "oci://tests@elsewhere/run"))
+        assert (
+            problem
+            == "save_folder: namespace 'elsewhere' is not 'testing', the one that `oci os ns get` shows"
+        )
+
+    def test_without_an_oci_configuration_it_says_how_to_make_one(self, oci, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (problem,) = preflight.oci_agreement(config_of(ROOT / "recipe", "oci://tests/run"))
+        assert "ConfigFileNotFound" in problem
+        assert "To mend: oci setup config" in problem
+
+    def test_a_bucket_that_is_not_there_comes_with_the_command_that_makes_it(self, oci):
+        (problem,) = preflight.writable_checkpoints(config_of(ROOT / "recipe", "oci://nowhere/run"))
+        assert "To mend: oci os bucket create --name nowhere" in problem
+
+
+@pytest.mark.parametrize("uri", ["oci://tests/folder", "oci://tests@testing/folder/"])
+def test_one_spelling_of_an_oci_uri_serves_both_libraries(oci, digits, uri, tmp_path):
+    folder = Folder(uri)
+    for name in ("manifest.json", "index.json"):
+        folder.put(name, digits / name)
+    assert sorted(folder.names()) == ["index.json", "manifest.json"]
+    assert read_manifest(normalize_uri(uri)).num_samples == 1797
+    folder.delete("index.json")
+    assert folder.names() == ["manifest.json"]
+
+
+def test_the_run_resumes_to_the_same_bits_through_oci(oci, digits, straight, tmp_path):
+    data = Folder(oci.uri("digits"))
+    for file in digits.iterdir():
+        if file.is_file():
+            data.put(file.name, file)
+    command = settings(tmp_path / "run", data.uri, oci.uri("run"))
+    job = Job(oci.env, *command)
+    oci.faults.watch = lambda method, path: job.kill() if path.endswith("o/run/ep0-ba8/rank0.pt") else None
+    assert job.end()[0] == -signal.SIGKILL
+    oci.faults.heal()
+    status, output = Job(oci.env, *command).end()
+    assert status == 0, output
+    assert "resumed at step 4 from oci://tests/run/ep0-ba4" in output
+    assert result(tmp_path / "run") == straight
