@@ -1,6 +1,7 @@
 """Train: `composer recipe/train.py CONFIG.yaml [key=value ...]`, or python for a single process.
 
-Started again, the same command resumes from the newest checkpoint, or says that the run is finished.
+Started again, the same command resumes from the newest checkpoint, or says that the run is finished. With
+--dry-run it says what it would do, and stops.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from composer.optim import (
     LinearWithWarmupScheduler,
 )
 from composer.utils import dist, reproducibility
+from omegaconf import OmegaConf
 
 from recipe.algorithms import EMA, ScaleParameter
 from recipe.callbacks import ExportWeights, JSONLines, MetricsToWandB
 from recipe.config import ConfigError, LogConfig, OptimizerConfig, TrainConfig, as_dict, load_config
-from recipe.data import normalizer, train_loader
+from recipe.data import Normalizer, normalizer, train_loader
 from recipe.dit import DiT
 from recipe.model import StepKey, TVMModel
 from recipe.parallel import parallelism, prepare_blocks
@@ -131,14 +133,35 @@ def build_trainer(config: TrainConfig) -> Trainer:
     )
 
 
+def dry_run(config: TrainConfig) -> str:
+    """The run in words, its network built of shapes alone: nothing is read, allocated or sent."""
+    world, batch = dist.get_world_size(), config.data.batch_size
+    if batch % world:
+        raise ConfigError(f"data.batch_size: {batch} is not a multiple of the {world} ranks")
+    with torch.device("meta"):
+        model = TVMModel(DiT(config.model), config.objective, Normalizer([0.0], [1.0]), config.seed)
+    parameters = sum(p.numel() for p in model.net.parameters())
+    return (
+        f"{OmegaConf.to_yaml(as_dict(config))}\n"
+        f"parameters: {parameters} ({parameters / 1e6:.0f}M)\n"
+        f"tokens: {config.model.tokens}\n"
+        f"batch: {batch} = {world} ranks x {batch // world}, "
+        f"in microbatches of {min(config.microbatch or batch, batch // world)}\n"
+    )
+
+
 def main(arguments: list[str]) -> None:
-    """Command line: CONFIG.yaml [key=value ...]."""
+    """Command line: CONFIG.yaml [key=value ...] [--dry-run]."""
+    dry, arguments = "--dry-run" in arguments, [a for a in arguments if a != "--dry-run"]
     if not arguments:
-        raise SystemExit("usage: composer recipe/train.py CONFIG.yaml [key=value ...]")
+        raise SystemExit("usage: composer recipe/train.py CONFIG.yaml [key=value ...] [--dry-run]")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("recipe").setLevel(logging.INFO if dist.get_global_rank() == 0 else logging.WARNING)
     try:
         config = load_config(TrainConfig, arguments[0], arguments[1:])
+        if dry:
+            sys.stdout.write(dry_run(config) if dist.get_global_rank() == 0 else "")
+            return
         trainer = build_trainer(config)
     except ConfigError as error:
         raise SystemExit(f"config error: {error}") from error
