@@ -24,11 +24,20 @@ setup(
         "scikit-learn>=1.4",
         "scipy>=1.11",
         "matplotlib>=3.8",
-        "pillow>=10",
+        "pillow>=10.1",
+        "xxhash>=3",
         "tqdm>=4.66",
     ],
     extras_require={
-        "vae": ["diffusers>=0.30", "accelerate"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "moto[server]>=5", "ruff>=0.8"],
+        "vae": ["diffusers>=0.30,<0.40", "accelerate>=1,<2"],
+        "dev": [
+            "diffusers>=0.30,<0.40",
+            "accelerate>=1,<2",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "moto[server]>=5",
+            "ruff>=0.8",
+        ],
     },
 )
