@@ -10,9 +10,12 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from composer import Trainer
+from composer.callbacks import MemoryMonitor
+from composer.core import Callback
 from composer.optim import (
     ComposerScheduler,
     ConstantWithWarmupScheduler,
@@ -23,8 +26,16 @@ from composer.utils import dist, reproducibility
 from omegaconf import OmegaConf
 
 from recipe.algorithms import EMA, ScaleParameter
-from recipe.callbacks import ExportWeights, JSONLines, MetricsToWandB
-from recipe.config import ConfigError, LogConfig, OptimizerConfig, TrainConfig, as_dict, load_config
+from recipe.callbacks import ExportWeights, JSONLines, LossByTime, MetricsToWandB, SampleGrid, Throughput
+from recipe.config import (
+    ConfigError,
+    GridConfig,
+    LogConfig,
+    OptimizerConfig,
+    TrainConfig,
+    as_dict,
+    load_config,
+)
 from recipe.data import Normalizer, normalizer, train_loader
 from recipe.dit import DiT
 from recipe.model import StepKey, TVMModel
@@ -76,6 +87,30 @@ def build_loggers(config: LogConfig, run_name: str, folder: str) -> list:
     return loggers
 
 
+def build_callbacks(config: TrainConfig, data: dict[str, Any], device: str) -> list[Callback]:
+    """What a run writes and measures; `data` is what exported weights say about their data."""
+    interval = config.log.interval
+    callbacks = [
+        StepKey(),
+        ExportWeights(f"{config.folder}/weights", config.export_interval, config.export, data),
+        Throughput(interval, config.log.peak_tflops),
+        LossByTime(interval),
+    ]
+    if config.grid.interval is not None:
+        callbacks.append(build_grid(f"{config.folder}/samples", config.grid, data["column"]))
+    if device == "gpu":
+        callbacks.append(MemoryMonitor())
+    return callbacks
+
+
+def build_grid(folder: str, config: GridConfig, column: str) -> SampleGrid:
+    """The grid with its autoencoder loaded, where it needs one. Raises ConfigError."""
+    try:
+        return SampleGrid(folder, config, column)
+    except DatasetError as error:
+        raise ConfigError(f"grid.vae: {error}") from error
+
+
 def build_schedule(config: OptimizerConfig) -> ComposerScheduler:
     """Composer's scheduler of that name."""
     warnings.filterwarnings("ignore", message="The warmup duration is 0")
@@ -113,10 +148,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
             ScaleParameter(config.objective.scaled, **vars(config.step)),
             EMA(**vars(config.ema)),
         ],
-        callbacks=[
-            StepKey(),
-            ExportWeights(f"{config.folder}/weights", config.export_interval, config.export, data),
-        ],
+        callbacks=build_callbacks(config, data, device),
         loggers=build_loggers(config.log, config.run_name, config.folder),
         run_name=config.run_name,
         save_folder=f"{config.folder}/checkpoints",
