@@ -56,7 +56,6 @@ def test_the_yamls_hold_the_numbers_of_the_paper(name):
 
 
 def test_a_dry_run_builds_xl_of_shapes_alone_and_stops(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "64")
     monkeypatch.setattr("composer.utils.dist.get_world_size", lambda: 64)
     main(["yamls/imagenet512_w2p25.yaml", "--dry-run", "seed=3"])
     text = capsys.readouterr().out
