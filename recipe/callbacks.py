@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: inference weights and a log of numbers."""
+"""What a run writes beside its checkpoints: inference weights, pictures of samples and a log of numbers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from composer.core import Callback, Event, State, Time
+import torch
+from composer.callbacks import SpeedMonitor
+from composer.core import Callback, Event, State, Time, get_precision_context
 from composer.loggers import Logger, LoggerDestination, WandBLogger
 from composer.utils import create_interval_scheduler, dist
+from PIL import Image
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from eval.sample import grid
 from recipe.algorithms import unwrap
+from recipe.config import GridConfig
+from recipe.data import Normalizer, to_uint8
+from recipe.draws import Stream, keys, uniform
 from recipe.model import TVMModel
+from recipe.plan import step_flops
 from recipe.resume import Preemption
+from recipe.sampler import initial_noise, sample
+from recipe.tvm import sample_times
 from recipe.weights import save_weights
+from streaming_convert.encoders import load_vae
 
 
 def inference_facts(model: TVMModel, data: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +88,124 @@ class ExportWeights(Callback):
                     "train_seconds": round(state.timestamp.total_wct.total_seconds(), 1),
                 }
                 save_weights(self.folder / f"ba{step:07d}-{average}", weights, model.net.config, facts)
+
+
+class SampleGrid(Callback):
+    """Draws FOLDER/ba{step}-nfe{n}.png from the evaluation average, one row for each label, and logs it.
+
+    Noise and labels are always the same, so that pictures of one run, or of two, can be compared. Every rank
+    takes part, as the average may be sharded; rank 0 writes.
+    """
+
+    def __init__(self, folder: str, config: GridConfig, column: str) -> None:
+        self.folder, self.config, self.column = Path(folder), config, column
+        self.due: Callable[[State, Event], bool] = create_interval_scheduler(config.interval)
+        wanted = column == "latents" and config.vae and dist.get_global_rank() == 0
+        self.vae = load_vae(config.vae) if wanted else None
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        """Draws when due; after the averages, which are algorithms and run before callbacks."""
+        if event != Event.BATCH_CHECKPOINT or not self.due(state, event):
+            return
+        for nfe in self.config.nfe:
+            with get_precision_context(state.precision):
+                x0 = self.sample(unwrap(state.model), nfe)
+            if dist.get_global_rank() == 0:
+                images = pictures(x0, unwrap(state.model).normalizer, self.column, self.vae)
+                picture = grid(images, self.config.columns)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                path = self.folder / f"ba{int(state.timestamp.batch):07d}-nfe{nfe}.png"
+                Image.fromarray(picture).save(path)
+                logger.log_images(picture, name=f"samples/nfe{nfe}", channels_last=True, use_table=False)
+
+    def sample(self, model: TVMModel, nfe: int) -> Tensor:
+        """Normalised images (labels x columns, C, H, W), row by row."""
+        net = model.net.config
+        labels = self.config.labels or list(range(min(net.classes, 10))) or [net.classes]
+        device = model.normalizer.mean.device
+        label = torch.tensor(labels, device=device).repeat_interleave(self.config.columns)
+        seeds, dtype = torch.arange(len(label), device=device), model.normalizer.mean.dtype
+        noise = initial_noise(seeds, (net.channels, net.size, net.size), dtype)
+        method = inference_facts(model, {})["method"]
+        return sample(model.ema, noise, label, nfe, method["guidance"][0], method)
+
+
+def pictures(x0: Tensor, normalizer: Normalizer, column: str, vae: nn.Module | None) -> Tensor:
+    """Network output (B, C, H, W) => uint8 pixels (B, 1 or 3, ...).
+
+    Latents go through the autoencoder; without one their first three channels are shown as colours, two
+    standard deviations on either side of grey.
+    """
+    if column == "image":
+        return to_uint8(normalizer.invert(x0))
+    if vae is None:
+        return to_uint8(127.5 + 63.75 * x0[:, :3])
+    latents = normalizer.invert(x0).to(vae.device, vae.dtype)
+    with torch.no_grad():
+        decoded = [vae.decode(one).sample.float() for one in latents.split(1)]
+    return to_uint8(127.5 + 127.5 * torch.cat(decoded))
+
+
+class Throughput(SpeedMonitor):
+    """Composer's SpeedMonitor, told the FLOPs of a batch: images/s, FLOP/s and, where the peak is known, MFU.
+
+    FLOPs are those of `plan.step_flops`: nothing that is recomputed counts. window: batches averaged over;
+    peak_tflops: of one device, None for Composer's table of GPUs.
+    """
+
+    def __init__(self, window: int, peak_tflops: float | None = None) -> None:
+        peak = None if peak_tflops is None else peak_tflops * 1e12
+        super().__init__(window_size=window, gpu_flops_available=peak)
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Gives the model the method that SpeedMonitor calls."""
+        model = unwrap(state.model)
+        flops = step_flops(model.net.config, model.objective)
+        model.flops_per_batch = lambda batch: flops * len(batch["sample"])
+        super().init(state, logger)
+
+
+class LossByTime(Callback):
+    """Mean losses in quarters of time, over `interval` batches and all ranks.
+
+    The terminal loss goes by the gap t - s that the map jumps over (0.75-1: nearly from noise to data in one
+    step), flow matching by s'. Times are drawn again from the batch's keys. A quarter without samples is
+    left out.
+    """
+
+    quarters = ("0-0.25", "0.25-0.5", "0.5-0.75", "0.75-1")
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+        self.totals: Tensor | None = None
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        """Adds this microbatch's sums and counts, (2 losses, 2, 4 quarters), on its device."""
+        model, batch, loss = unwrap(state.model), state.batch, state.outputs
+        key = keys(model.seed, batch["step"], batch["sample"], Stream.TIMES)
+        t, s, s_prime = sample_times(uniform(key, 4), model.objective)
+        rows = [(s_prime, loss.flow_matching)]
+        if model.target is not None:
+            rows.append((t - s, loss.terminal))
+        sums = torch.stack([quarter_sums(time, value.detach()) for time, value in rows])
+        self.totals = sums if self.totals is None else self.totals + sums
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Logs the means when they are due."""
+        if int(state.timestamp.batch) % self.interval or self.totals is None:
+            return
+        dist.all_reduce(self.totals)
+        for name, (total, count) in zip(("flow_matching", "terminal"), self.totals.tolist(), strict=False):
+            means = {q: a / n for q, a, n in zip(self.quarters, total, count, strict=True) if n}
+            logger.log_metrics({f"loss/{name}/{quarter}": mean for quarter, mean in means.items()})
+        self.totals = None
+
+
+def quarter_sums(time: Tensor, value: Tensor) -> Tensor:
+    """Sums of `value` (B,) over the quarters of `time` (B,) in [0, 1], and their counts: float64 (2, 4)."""
+    quarter = (4 * time).long().clamp(max=3)
+    member = torch.nn.functional.one_hot(quarter, 4).bool()
+    return torch.stack([torch.where(member, value[:, None].double(), 0.0).sum(0), member.double().sum(0)])
 
 
 class JSONLines(LoggerDestination):

@@ -80,15 +80,41 @@ class StepConfig:
 
 
 @dataclass
+class GridConfig:
+    """Samples of the evaluation average every `interval` (null: never), always from the same noise.
+
+    labels: one row each (empty: the first ten classes); columns: samples of a label; nfe: steps, one picture
+    each; vae: folder or hub name of the autoencoder of latents (null: false colours).
+    """
+
+    interval: str | None = "1000ba"
+    labels: list[int] = field(default_factory=list)
+    columns: int = 8
+    nfe: list[int] = field(default_factory=lambda: [1])
+    vae: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.columns < 1:
+            raise ValueError(f"grid.columns: {self.columns} must be at least 1")
+        if not self.nfe or min(self.nfe) < 1:
+            raise ValueError(f"grid.nfe: {self.nfe} must be one or more numbers of at least 1")
+
+
+@dataclass
 class LogConfig:
-    """interval: batches between lines of train.jsonl; wandb: off, online or offline."""
+    """interval: batches between lines of train.jsonl, which throughput and losses by time are averaged over;
+    wandb: off, online or offline; peak_tflops: of one device, for the MFU (null: Composer's table of GPUs).
+    """
 
     interval: int = 10
+    peak_tflops: float | None = None
     progress_bar: bool = True
     wandb: str = "off"
     wandb_project: str = "terminal-velocity"
 
     def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise ValueError(f"log.interval: {self.interval} must be at least 1")
         if self.wandb not in ("off", "online", "offline"):
             raise ValueError(f"log.wandb: {self.wandb!r} is not one of off, online, offline")
 
@@ -97,12 +123,12 @@ class LogConfig:
 class TrainConfig:
     """One training run. Times are Composer's: 2400ba, 3ep, 600sec.
 
-    folder: local; holds weights/, train.jsonl and what is on its way to a bucket; save_folder: where
-    checkpoints are, local or s3://, gs://, oci:// (then weights and log are copied there too); save_keep: how
-    many stay, -1 for all; fork_from: the checkpoint, SAVE_FOLDER/ep0-ba40, from which a new run starts;
-    time_limit: save and exit with status 75 so long after the start, e.g. 86000sec; export: which weights are
-    written to weights/, `ema` and/or `net`, every export_interval; microbatch: samples per rank and forward
-    pass (null: all of them).
+    folder: local; holds weights/, samples/, train.jsonl and what is on its way to a bucket; save_folder:
+    where checkpoints are, local or s3://, gs://, oci:// (then weights and log are copied there too);
+    save_keep: how many stay, -1 for all; fork_from: the checkpoint, SAVE_FOLDER/ep0-ba40, from which a new
+    run starts; time_limit: save and exit with status 75 so long after the start, e.g. 86000sec; export: which
+    weights are written to weights/, `ema` and/or `net`, every export_interval; microbatch: samples per rank
+    and forward pass (null: all of them).
     """
 
     run_name: str
@@ -125,6 +151,7 @@ class TrainConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
     step: StepConfig = field(default_factory=StepConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    grid: GridConfig = field(default_factory=GridConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
@@ -142,6 +169,8 @@ class TrainConfig:
             raise ValueError(f"folder: {self.folder} must be local; save_folder may be in a bucket")
         self.save_folder = normalize_uri(self.save_folder)
         self.data.remote = normalize_uri(self.data.remote) if self.data.remote else None
+        if not all(0 <= label <= self.model.classes for label in self.grid.labels):
+            raise ValueError(f"grid.labels: {self.grid.labels} must be in 0..{self.model.classes}")
         if self.data.remote is None and not Path(self.data.local).is_dir():
             raise ValueError(f"data.local: {self.data.local} is not a folder, and data.remote is not set")
 
@@ -161,14 +190,14 @@ def read_yaml(path: str) -> DictConfig:
     return config if base is None else OmegaConf.merge(read_yaml(str(file.parent / base)), config)
 
 
-def load_config(schema: type[T], path: str, overrides: list[str]) -> T:
-    """The configuration as an instance of `schema`. Raises ConfigError."""
+def load_config(schema: type[T], path: str | None, overrides: list[str]) -> T:
+    """The configuration as an instance of `schema`; path None: its defaults. Raises ConfigError."""
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise ConfigError(f"{override}: overrides are written key=value")
     try:
         merged = OmegaConf.merge(
-            OmegaConf.structured(schema), read_yaml(path), OmegaConf.from_dotlist(overrides)
+            OmegaConf.structured(schema), read_yaml(path) if path else {}, OmegaConf.from_dotlist(overrides)
         )
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:

@@ -1,7 +1,8 @@
 """Train: `composer recipe/train.py CONFIG.yaml [key=value ...]`, or python for a single process.
 
 Started again, the same command resumes from the newest complete checkpoint, or says that the run is finished.
-Exit status: 0 finished, 75 preempted (start again), anything else an error.
+With --dry-run it says what it would do, and stops. Exit status: 0 finished, 75 preempted (start again),
+anything else an error.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from composer import Trainer
+from composer.callbacks import MemoryMonitor
+from composer.core import Callback
 from composer.optim import (
     ComposerScheduler,
     ConstantWithWarmupScheduler,
@@ -20,11 +24,20 @@ from composer.optim import (
     LinearWithWarmupScheduler,
 )
 from composer.utils import dist, reproducibility
+from omegaconf import OmegaConf
 
 from recipe.algorithms import EMA, ScaleParameter
-from recipe.callbacks import ExportWeights, JSONLines, MetricsToWandB
-from recipe.config import ConfigError, LogConfig, OptimizerConfig, TrainConfig, as_dict, load_config
-from recipe.data import normalizer, train_loader
+from recipe.callbacks import ExportWeights, JSONLines, LossByTime, MetricsToWandB, SampleGrid, Throughput
+from recipe.config import (
+    ConfigError,
+    GridConfig,
+    LogConfig,
+    OptimizerConfig,
+    TrainConfig,
+    as_dict,
+    load_config,
+)
+from recipe.data import Normalizer, normalizer, train_loader
 from recipe.dit import DiT
 from recipe.model import StepKey, TVMModel
 from recipe.parallel import parallelism, prepare_blocks
@@ -32,6 +45,7 @@ from recipe.preflight import check, check_data
 from recipe.resume import PREEMPTED, Checkpoints, Preemption, newest
 from recipe.storage import StorageError, retry_more
 from streaming_convert.manifest import Manifest
+from streaming_convert.store import DatasetError
 
 log = logging.getLogger("recipe.train")
 
@@ -59,6 +73,33 @@ def build_loggers(config: LogConfig, run_name: str, folder: str) -> list:
             )
         )
     return loggers
+
+
+def build_callbacks(
+    config: TrainConfig, data: dict[str, Any], device: str, preemption: Preemption
+) -> list[Callback]:
+    """What a run writes and measures; `data` is what exported weights say about their data."""
+    interval = config.log.interval
+    callbacks = [
+        StepKey(),
+        preemption,
+        ExportWeights(f"{config.folder}/weights", config.export_interval, config.export, data, preemption),
+        Throughput(interval, config.log.peak_tflops),
+        LossByTime(interval),
+    ]
+    if config.grid.interval is not None:
+        callbacks.append(build_grid(f"{config.folder}/samples", config.grid, data["column"]))
+    if device == "gpu":
+        callbacks.append(MemoryMonitor())
+    return [*callbacks, Checkpoints(config)]
+
+
+def build_grid(folder: str, config: GridConfig, column: str) -> SampleGrid:
+    """The grid with its autoencoder loaded, where it needs one. Raises ConfigError."""
+    try:
+        return SampleGrid(folder, config, column)
+    except DatasetError as error:
+        raise ConfigError(f"grid.vae: {error}") from error
 
 
 def build_schedule(config: OptimizerConfig) -> ComposerScheduler:
@@ -108,14 +149,7 @@ def build_trainer(config: TrainConfig, load_path: str | None, preemption: Preemp
             ScaleParameter(config.objective.scaled, **vars(config.step)),
             EMA(**vars(config.ema)),
         ],
-        callbacks=[
-            StepKey(),
-            preemption,
-            ExportWeights(
-                f"{config.folder}/weights", config.export_interval, config.export, data, preemption
-            ),
-            Checkpoints(config),
-        ],
+        callbacks=build_callbacks(config, data, device, preemption),
         loggers=build_loggers(config.log, config.run_name, config.folder),
         run_name=config.run_name,
         load_path=load_path,
@@ -147,15 +181,36 @@ def start(config: TrainConfig, preemption: Preemption) -> Trainer:
     return trainer
 
 
+def dry_run(config: TrainConfig) -> str:
+    """The run in words, its network built of shapes alone: nothing is read, allocated or sent."""
+    world, batch = dist.get_world_size(), config.data.batch_size
+    if batch % world:
+        raise ConfigError(f"data.batch_size: {batch} is not a multiple of the {world} ranks")
+    with torch.device("meta"):
+        model = TVMModel(DiT(config.model), config.objective, Normalizer([0.0], [1.0]), config.seed)
+    parameters = sum(p.numel() for p in model.net.parameters())
+    return (
+        f"{OmegaConf.to_yaml(as_dict(config))}\n"
+        f"parameters: {parameters} ({parameters / 1e6:.0f}M)\n"
+        f"tokens: {config.model.tokens}\n"
+        f"batch: {batch} = {world} ranks x {batch // world}, "
+        f"in microbatches of {min(config.microbatch or batch, batch // world)}\n"
+    )
+
+
 def main(arguments: list[str]) -> None:
-    """Command line: CONFIG.yaml [key=value ...]."""
+    """Command line: CONFIG.yaml [key=value ...] [--dry-run]."""
+    dry, arguments = "--dry-run" in arguments, [a for a in arguments if a != "--dry-run"]
     if not arguments:
-        raise SystemExit("usage: composer recipe/train.py CONFIG.yaml [key=value ...]")
+        raise SystemExit("usage: composer recipe/train.py CONFIG.yaml [key=value ...] [--dry-run]")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("recipe").setLevel(logging.INFO if dist.get_global_rank() == 0 else logging.WARNING)
     retry_more()
     try:
         config = load_config(TrainConfig, arguments[0], arguments[1:])
+        if dry:
+            sys.stdout.write(dry_run(config) if dist.get_global_rank() == 0 else "")
+            return
         preemption = Preemption(config.time_limit)
         trainer = start(config, preemption)
         if trainer.state.timestamp < trainer.state.max_duration:

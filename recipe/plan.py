@@ -1,0 +1,374 @@
+"""What a run will need: `python -m recipe.plan CONFIG.yaml gpus=8,64,512 gpu=h100 [key=value ...]`.
+
+FLOPs, memory and traffic follow from the network's shape by formulas that the tests hold against torch's FLOP
+counter, against the tensors that autograd saves and against the collectives that FSDP2 issues. Times follow
+from those and from a data sheet, an efficiency and a latency, which are assumptions and are printed as such.
+
+Letters: P parameters, N tokens, D width, r = mlp_ratio, G ranks that hold one sharded copy.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
+
+import torch
+from composer.core import Time, TimeUnit
+
+from recipe.config import ConfigError, TrainConfig, load_config
+from recipe.dit import DiT, DiTConfig
+from recipe.parallel import ParallelConfig
+from recipe.tvm import TVMConfig
+
+GIB = 2**30
+FP32, BF16 = 4, 2
+DDP_BUCKET = 25 * 2**20  # DistributedDataParallel's default
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Data sheet: dense bf16 FLOP/s; bytes of memory; bytes/s of memory, of NVLink (one GPU, one direction)
+    and of a whole node's network cards.
+    """
+
+    flops: float
+    memory: float
+    memory_rate: float
+    node_rate: float
+    network_rate: float
+
+
+GPUS = {
+    "a100": GPU(312e12, 80 * GIB, 2.0e12, 300e9, 200e9),
+    "h100": GPU(989e12, 79.6 * GIB, 3.35e12, 450e9, 400e9),
+    "h200": GPU(989e12, 140.4 * GIB, 4.8e12, 450e9, 400e9),
+}
+
+
+@dataclass
+class Cluster:
+    """Where the run is planned. gpus: one or more counts, one column each; efficiency: share of `flops` that
+    a step's compute reaches, and hop: seconds that one rank adds to a collective's latency: both assumed.
+    """
+
+    gpus: list[int] = field(default_factory=lambda: [8, 64, 512])
+    gpu: str = "h100"
+    per_node: int = 8
+    efficiency: float = 0.45
+    hop: float = 2e-6
+
+    def __post_init__(self) -> None:
+        if not self.gpus or min(self.gpus) < 1:
+            raise ValueError(f"gpus: {self.gpus} must be one or more counts of at least 1")
+        if self.gpu not in GPUS:
+            raise ValueError(f"gpu: {self.gpu!r} is not one of {', '.join(GPUS)}")
+        if not 0 < self.efficiency <= 1:
+            raise ValueError(f"efficiency: {self.efficiency} must be in (0, 1]")
+
+
+def parameter_counts(model: DiTConfig) -> tuple[int, int]:
+    """Parameters of all blocks together, and of the rest."""
+    with torch.device("meta"):
+        net = DiT(model)
+    blocks = sum(p.numel() for p in net.blocks.parameters())
+    return blocks, sum(p.numel() for p in net.parameters()) - blocks
+
+
+def forward_flops(model: DiTConfig) -> tuple[int, int]:
+    """FLOPs of the linear layers and of attention's two products, one plain forward pass of one sample."""
+    N, D, patch = model.tokens, model.width, model.patch**2 * model.channels
+    tokens = N * (model.depth * (4 + 2 * model.mlp_ratio) * D * D + 2 * patch * D)
+    conditioning = model.depth * 6 * D * D + 2 * D * D + 3 * (256 * D + D * D)
+    return int(2 * (tokens + conditioning)), 4 * model.depth * N * N * D
+
+
+def step_flops(model: DiTConfig, objective: TVMConfig) -> int:
+    """FLOPs of one sample's training step, nothing recomputed.
+
+    In forward passes: flow matching 1 + 2 backward. TVM adds the dual pass, whose linear layers cost 2 and
+    whose attention costs 3 (6 products for 2), twice that backward, and the teacher's pass, or two where the
+    guidance weight is not always 1. `detach_jvp` saves nothing here: gradients of zero take the same way.
+    """
+    linear, attention = forward_flops(model)
+    if objective.name == "flow_matching":
+        return 3 * (linear + attention)
+    teacher = 1 if objective.guidance == [1.0] else 2
+    return (2 + 4 + teacher + 3) * linear + (3 + 6 + teacher + 3) * attention
+
+
+def recomputed_flops(model: DiTConfig, objective: TVMConfig, checkpoint_every: int) -> float:
+    """FLOPs of one sample that checkpointed blocks spend a second time (the network's ends neglected)."""
+    linear, attention = forward_flops(model)
+    dual = 2 * linear + 3 * attention if objective.name == "tvm" else 0
+    return checkpointed_blocks(model, checkpoint_every) / model.depth * (linear + attention + dual)
+
+
+def student_passes(objective: TVMConfig) -> tuple[bool, ...]:
+    """Whether each pass of the student in a step is dual: plain, and for TVM dual as well."""
+    return (False, True) if objective.name == "tvm" else (False,)
+
+
+def averages(objective: TVMConfig) -> int:
+    """Copies of the weights beside the student: evaluation average and, for TVM, target."""
+    return 2 if objective.name == "tvm" else 1
+
+
+def checkpointed_blocks(model: DiTConfig, every: int) -> int:
+    """Number of blocks 0, every, 2 every, ... (0: none)."""
+    return math.ceil(model.depth / every) if every else 0
+
+
+def block_bytes(model: DiTConfig, dual: bool, compiled: bool, low: int) -> float:
+    """What autograd keeps of one sample in one block, with attention that keeps no N x N matrix.
+
+    A value (and as much again for a tangent) keeps 10 + 2r tensors of N x D in the autocast type (`low`
+    bytes): inputs of qkv, proj and fc1 (3), of fc2 and GELU (2r), qkv's output (3), normed queries and keys
+    (2), the outputs of both branches (2). Norms, modulation and gates keep float32 tensors: 8, or 20 with
+    tangents; the compiler recomputes them from the block's input (1 or 2).
+    """
+    pair = 2 if dual else 1
+    wide = pair if compiled else (20 if dual else 8)
+    return model.tokens * model.width * (FP32 * wide + low * pair * (10 + 2 * model.mlp_ratio))
+
+
+def activation_bytes(
+    model: DiTConfig, dual: bool, compiled: bool = False, checkpoint_every: int = 0, low: int = BF16
+) -> float:
+    """What autograd keeps of one sample in one student pass; a checkpointed block keeps its input alone."""
+    pair = 2 if dual else 1
+    unit = model.tokens * model.width * pair
+    checkpointed = checkpointed_blocks(model, checkpoint_every)
+    kept = (model.depth - checkpointed) * block_bytes(model, dual, compiled, low)
+    ends = unit * (2 * FP32 + low)
+    return kept + checkpointed * FP32 * unit + ends
+
+
+def step_activations(config: TrainConfig, parallel: ParallelConfig) -> float:
+    """Bytes of one sample at the peak: all student passes, and the block that is in its backward pass."""
+    low = BF16 if config.precision == "amp_bf16" else FP32
+    passes = student_passes(config.objective)
+    how = parallel.compile, parallel.checkpoint_every, low
+    kept = sum(activation_bytes(config.model, dual, *how) for dual in passes)
+    return kept + block_bytes(config.model, passes[-1], False, low)
+
+
+def layout(config: TrainConfig, gpus: int) -> tuple[int, int]:
+    """(samples per GPU and microbatch, microbatches). Raises ConfigError."""
+    if config.data.batch_size % gpus:
+        raise ConfigError(f"data.batch_size: {config.data.batch_size} is not a multiple of the {gpus} ranks")
+    if gpus % config.parallel.replicas:
+        raise ConfigError(f"parallel.replicas: {config.parallel.replicas} does not divide the {gpus} ranks")
+    batch = config.data.batch_size // gpus
+    microbatch = min(config.microbatch or batch, batch)
+    return microbatch, math.ceil(batch / microbatch)
+
+
+def gathered_size(config: TrainConfig) -> int:
+    """Bytes of a parameter when it is gathered: Composer's FULL leaves it in float32."""
+    low = config.precision == "amp_bf16" and config.parallel.mixed_precision != "FULL"
+    return BF16 if low else FP32
+
+
+def memory(config: TrainConfig, gpus: int) -> dict[str, float]:
+    """Bytes on each GPU, by part. Gathered: what is not in blocks, and two blocks (one is prefetched)."""
+    blocks, rest = parameter_counts(config.model)
+    P, parallel = blocks + rest, config.parallel
+    shards = gpus // parallel.replicas if parallel.fsdp2 else 1
+    copies, passes = averages(config.objective), len(student_passes(config.objective))
+    sharded = parallel.fsdp2 and shards > 1
+    gathered = copies * rest + 2 * blocks / config.model.depth if sharded else 0
+    autocast = config.precision == "amp_bf16" and not (sharded and gathered_size(config) == BF16)
+    unchecked = 1 - checkpointed_blocks(config.model, parallel.checkpoint_every) / config.model.depth
+    rounded = blocks * unchecked * (passes if parallel.compile else 1) if autocast else 0
+    return {
+        "weights": FP32 * P / shards,
+        "averages": FP32 * copies * P / shards,
+        "optimizer (two moments)": 2 * FP32 * P / shards,
+        "gradients": FP32 * P / shards,
+        "gathered weights": gathered_size(config) * gathered,
+        "bf16 copies of weights": BF16 * rounded,
+        "activations": step_activations(config, parallel) * layout(config, gpus)[0],
+    }
+
+
+def gathers(config: TrainConfig) -> tuple[int, int]:
+    """All-gathers of every block in a microbatch: (of the student, of the target).
+
+    Each student pass gathers forward and backward. Unless weights are freed after a forward pass, both share
+    the first one; the backward pass frees them, so the second to be differentiated gathers again.
+    """
+    passes = len(student_passes(config.objective))
+    return (2 * passes if config.parallel.reshard_after_forward else passes), passes - 1
+
+
+class Collective(NamedTuple):
+    """One kind of message: bytes that each GPU receives in a step, number of messages, ranks of the group and
+    the distance between neighbours in it.
+    """
+
+    name: str
+    received: float
+    count: int
+    ranks: int
+    stride: int = 1
+
+
+def traffic(config: TrainConfig, gpus: int) -> list[Collective]:
+    """Collectives of one step. FSDP2 communicates in every microbatch, DDP once."""
+    blocks, rest = parameter_counts(config.model)
+    P, messages = blocks + rest, config.model.depth + 1
+    if not config.parallel.fsdp2:
+        buckets = math.ceil(FP32 * P / DDP_BUCKET)
+        return [Collective("all-reduce gradients", 2 * FP32 * P * (gpus - 1) / gpus, buckets, gpus)]
+    microbatches, replicas = layout(config, gpus)[1], config.parallel.replicas
+    shards, width = gpus // replicas, gathered_size(config)
+    reduced = width if config.parallel.mixed_precision == "PURE" else FP32
+    share = microbatches * (shards - 1) / shards
+    student, target = gathers(config)
+    rows = [
+        Collective(name, width * share * (n * blocks + rest), microbatches * (n * (messages - 1) + 1), shards)
+        for name, n in (("all-gather student", student), ("all-gather target", target))
+        if n
+    ]
+    rows.append(Collective("reduce-scatter gradients", reduced * share * P, microbatches * messages, shards))
+    if replicas > 1:
+        received = microbatches * 2 * reduced * P / shards * (replicas - 1) / replicas
+        count = microbatches * messages
+        rows.append(Collective("all-reduce gradients", received, count, replicas, shards))
+    return rows
+
+
+def communication_time(collectives: list[Collective], cluster: Cluster) -> tuple[float, float]:
+    """Seconds of a step's collectives as rings: (bandwidth, latency).
+
+    A group inside a node has NVLink. Between nodes a ring of neighbours uses all network cards of a node;
+    groups of distant ranks, as many as there are of them in a node, share those.
+    """
+    gpu = GPUS[cluster.gpu]
+    bandwidth = latency = 0.0
+    for c in collectives:
+        inside = c.ranks * c.stride <= cluster.per_node
+        rate = gpu.node_rate if inside else gpu.network_rate / min(c.stride, cluster.per_node)
+        bandwidth += c.received / rate
+        latency += c.count * cluster.hop * (c.ranks - 1)
+    return bandwidth, latency
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one step."""
+
+    compute: float
+    bandwidth: float
+    latency: float
+    update: float
+
+    @property
+    def step(self) -> float:
+        """With all communication hidden behind the compute."""
+        return max(self.compute, self.bandwidth + self.latency) + self.update
+
+    @property
+    def exposed(self) -> float:
+        """With none of it hidden."""
+        return self.compute + self.bandwidth + self.latency + self.update
+
+
+def times(config: TrainConfig, gpus: int, cluster: Cluster) -> Times:
+    """Compute at the assumed efficiency, traffic, and the optimizer and averages at the memory's speed."""
+    gpu, model, objective = GPUS[cluster.gpu], config.model, config.objective
+    flops = step_flops(model, objective) + recomputed_flops(
+        model, objective, config.parallel.checkpoint_every
+    )
+    shards = gpus // config.parallel.replicas if config.parallel.fsdp2 else 1
+    averages = 2 if objective.name == "tvm" else 1
+    touched = (
+        FP32 * (7 + 3 * averages) * sum(parameter_counts(model)) / shards
+    )  # AdamW 4 reads, 3 writes; EMA 2, 1
+    return Times(
+        flops * config.data.batch_size / gpus / (gpu.flops * cluster.efficiency),
+        *communication_time(traffic(config, gpus), cluster),
+        touched / gpu.memory_rate,
+    )
+
+
+def column(config: TrainConfig, gpus: int, cluster: Cluster) -> dict[str, str]:
+    """All figures for one number of GPUs, as text."""
+    microbatch, microbatches = layout(config, gpus)
+    parts, t, gpu = memory(config, gpus), times(config, gpus, cluster), GPUS[cluster.gpu]
+    flops = step_flops(config.model, config.objective) * config.data.batch_size
+    others = {
+        "eager": replace(config.parallel, compile=False, checkpoint_every=0),
+        "compiled": replace(config.parallel, compile=True, checkpoint_every=0),
+        "every block checkpointed": replace(config.parallel, checkpoint_every=1),
+    }
+    total = sum(parts.values())
+    rows = {"batch per GPU": f"{microbatches} x {microbatch}"}
+    rows |= {f"{name}, GiB": f"{value / GIB:.2f}" for name, value in parts.items()}
+    rows |= {"memory, GiB": f"{total / GIB:.1f}" + ("" if total < 0.9 * gpu.memory else " TOO MUCH")}
+    rows |= {
+        f"  activations {name}, GiB": f"{step_activations(config, other) * microbatch / GIB:.2f}"
+        for name, other in others.items()
+    }
+    rows |= {"PFLOP per step": f"{flops / 1e15:.2f}", "compute, ms": f"{1e3 * t.compute:.1f}"}
+    rows |= {f"{c.name}, GB": f"{c.received / 1e9:.2f}" for c in traffic(config, gpus)}
+    seconds = t.step * steps(config)
+    return rows | {
+        "communication, ms": f"{1e3 * t.bandwidth:.1f} + {1e3 * t.latency:.1f}",
+        "optimizer and averages, ms": f"{1e3 * t.update:.1f}",
+        "step, s": f"{t.step:.3f}" + (f" to {t.exposed:.3f}" if gpus > 1 else ""),
+        "images/s": f"{config.data.batch_size / t.step:.0f}",
+        "MFU": f"{flops / gpus / t.step / gpu.flops:.0%}",
+        "days": f"{seconds / 86400:.2f}",
+        "GPU-hours": f"{seconds / 3600 * gpus:.0f}",
+    }
+
+
+def steps(config: TrainConfig) -> int:
+    """Batches of the run. Raises ConfigError unless `duration` is in batches."""
+    duration = Time.from_timestring(config.duration)
+    if duration.unit != TimeUnit.BATCH:
+        raise ConfigError(f"duration: {config.duration} must be in batches, e.g. 300000ba, to be planned")
+    return duration.value
+
+
+def report(config: TrainConfig, cluster: Cluster) -> str:
+    """A Markdown table, one column for each number of GPUs, under the assumptions that it rests on."""
+    blocks, rest = parameter_counts(config.model)
+    columns = [column(config, gpus, cluster) for gpus in cluster.gpus]
+    lines = [
+        f"{config.run_name}: {(blocks + rest) / 1e6:.0f}M parameters, {config.model.tokens} tokens, "
+        f"batch {config.data.batch_size}, {config.duration}, {config.precision}.",
+        f"Assumed, not measured yet: {cluster.efficiency:.0%} of an {cluster.gpu}'s "
+        f"{GPUS[cluster.gpu].flops / 1e12:.0f} bf16 TFLOP/s, {cluster.hop * 1e6:g} us a hop.",
+        "Communication is bandwidth + latency. A step takes from the first time (all of it hidden behind",
+        "compute) to the second (none of it); the rows below go by the first.",
+        "",
+        "| GPUs | " + " | ".join(map(str, cluster.gpus)) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    lines += [f"| {name} | " + " | ".join(c[name] for c in columns) + " |" for name in columns[0]]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str]) -> None:
+    """Command line: CONFIG.yaml, then keys of Cluster and of the configuration, as key=value."""
+    if not arguments:
+        raise SystemExit(
+            "usage: python -m recipe.plan CONFIG.yaml [gpus=8,64,512] [gpu=h100] [key=value ...]"
+        )
+    own = {f.name for f in fields(Cluster)}
+    mine = [a for a in arguments[1:] if a.split("=")[0] in own]
+    others = [a for a in arguments[1:] if a not in mine]
+    mine = [f"gpus=[{a[5:].strip('[]')}]" if a.startswith("gpus=") else a for a in mine]
+    try:
+        cluster = load_config(Cluster, None, mine)
+        sys.stdout.write(report(load_config(TrainConfig, arguments[0], others), cluster))
+    except ConfigError as error:
+        raise SystemExit(f"config error: {error}") from error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,249 @@
+"""The planner's formulas against torch's FLOP counter, autograd's saved tensors and FSDP2's collectives."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+from benchmarks.device import random_batch
+from benchmarks.step import flops
+from kernels import operators
+from recipe import plan
+from recipe.config import TrainConfig, load_config
+from recipe.dit import DiT, DiTConfig
+from recipe.dual import Dual
+from recipe.parallel import ParallelConfig, prepare_blocks
+from recipe.train import main
+from recipe.tvm import TVMConfig, flow_matching_loss, tvm_loss
+
+IMAGENET = {
+    "imagenet256_w2": (256, [2.0], True, "spectral", None),
+    "imagenet256_w1p75": (256, [1.75], True, "normal", None),
+    "imagenet512_w2p5": (1024, [2.5], False, "normal", 1.0),
+    "imagenet512_w2p25": (1024, [2.25], True, "spectral", 1.0),
+}
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_the_yamls_hold_the_numbers_of_the_paper(name):
+    config = load_config(TrainConfig, f"yamls/{name}.yaml", [])
+    model, objective, optimizer = config.model, config.objective, config.optimizer
+    found = model.tokens, objective.guidance, objective.scaled, model.time_init, config.step.clip
+    assert found == IMAGENET[name]
+    assert (model.width, model.depth, model.heads, model.patch, model.classes) == (1152, 28, 18, 2, 1000)
+    assert (config.duration, config.data.batch_size, config.precision) == ("300000ba", 2048, "amp_bf16")
+    assert (optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay) == (
+        1e-4,
+        [0.9, 0.95],
+        1e-8,
+        0,
+    )
+    assert (optimizer.schedule, optimizer.warmup) == ("constant", "0ba")
+    assert (config.ema.decay, config.ema.target_decay, config.ema.ramp) == (0.9999, 0.99, False)
+    assert (objective.label_dropout, objective.times, objective.equal_share) == (0.1, "gap*", 0)
+    assert config.data.normalize["std"][0] == (4.85503674 if model.size == 32 else 5.27)
+    assert config.parallel.fsdp2
+    assert config.parallel.compile
+    assert config.grid.interval
+    assert config.data.remote
+
+
+def test_a_dry_run_builds_xl_of_shapes_alone_and_stops(capsys, monkeypatch):
+    monkeypatch.setattr("composer.utils.dist.get_world_size", lambda: 64)
+    main(["yamls/imagenet512_w2p25.yaml", "--dry-run", "seed=3"])
+    text = capsys.readouterr().out
+    assert "(678M)" in text
+    assert "tokens: 1024\n" in text
+    assert "batch: 2048 = 64 ranks x 32, in microbatches of 8\n" in text
+    assert "seed: 3\n" in text
+    with pytest.raises(SystemExit, match=r"data.batch_size: 100 is not a multiple of the 64 ranks"):
+        main(["yamls/imagenet256_w2.yaml", "--dry-run", "data.batch_size=100"])
+
+
+SMALLER = {"width": 768, "heads": 12, "depth": 3}
+
+
+@pytest.mark.parametrize(
+    ("shape", "objective", "tolerance"),
+    [
+        ({"preset": "XL/2-18", "size": 32}, TVMConfig(guidance=2.0), 0.005),
+        ({**SMALLER, "size": 64}, TVMConfig(guidance=2.0), 0.005),
+        ({**SMALLER, "size": 32}, TVMConfig(guidance=1.0), 0.005),
+        ({**SMALLER, "size": 32}, TVMConfig(guidance=2.0, detach_jvp=True), 0.03),
+        ({**SMALLER, "size": 32}, TVMConfig(name="flow_matching"), 0.005),
+    ],
+)
+def test_flops_are_those_that_torch_counts(shape, objective, tolerance):
+    model = DiTConfig(**shape)
+    with torch.device("meta"):
+        net = DiT(model)
+        target = copy.deepcopy(net).requires_grad_(False)
+        batch = random_batch(model, 2, "meta")
+
+    def step():
+        if objective.name == "tvm":
+            loss = tvm_loss(net, target, batch, objective, model.classes)
+        else:
+            loss = flow_matching_loss(net, batch)
+        loss.total.mean().backward()
+
+    assert 2 * plan.step_flops(model, objective) == pytest.approx(flops(step), rel=tolerance)
+
+
+@pytest.fixture
+def silent_kernels(monkeypatch):
+    """The Triton operators as they are but for the launches: autograd keeps what it keeps on a GPU."""
+    monkeypatch.setattr(kernels, "_operators", operators)
+    monkeypatch.setattr(kernels, "_use_triton", lambda *_: True)
+    monkeypatch.setattr(operators, "_launch", lambda *_, **__: None)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def saved_bytes(net, dual, bf16, batch):
+    """Distinct storages that are kept for one pass, without parameters and their bf16 copies.
+
+    A checkpoint holds its block's input by reference, which autograd's hooks do not see.
+    """
+    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    weights = {tuple(sorted(p.shape)) for p in net.parameters() if p.dim() > 1}
+    kept = {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters and tuple(sorted(x.shape)) not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), x)
+        return x
+
+    for block in net.blocks:
+        block.register_forward_pre_hook(
+            lambda _, inputs: [keep(z) for z in inputs[0] if z is not None] and None
+        )
+    x, t = torch.randn(batch, net.config.channels, net.config.size, net.config.size), torch.rand(batch)
+    label, d = torch.zeros(batch, dtype=torch.int64), Dual(t, -t) if dual else t
+    with (
+        torch.autocast("cpu", torch.bfloat16, bf16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+    ):
+        result = net(x, t, d, label, t)
+    assert result.value.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize(
+    ("compiled", "every", "bf16", "tolerance"),
+    [(False, 0, True, 0.02), (True, 0, True, 0.02), (False, 2, True, 0.02), (False, 0, False, 0.1)],
+)
+def test_activations_are_what_autograd_keeps(
+    silent_kernels, monkeypatch, dual, compiled, every, bf16, tolerance
+):
+    model = DiTConfig(size=32, width=96, depth=4, heads=2, classes=3)
+    net = DiT(model)
+    # Inductor's partition of forward and backward without its minutes of code generation
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    prepare_blocks(net, ParallelConfig(compile=compiled, checkpoint_every=every), trained=True)
+    planned = plan.activation_bytes(model, dual, compiled, every, plan.BF16 if bf16 else plan.FP32)
+    assert 2 * planned == pytest.approx(saved_bytes(net, dual, bf16, 2), rel=tolerance)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts FSDP2's messages and the bytes of their larger side."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.bytes = {}, {}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator._schema.name
+        if name.startswith("c10d::"):
+            size = max(x.numel() * x.element_size() for x in args if isinstance(x, torch.Tensor))
+            self.count[name] = self.count.get(name, 0) + 1
+            self.bytes[name] = self.bytes.get(name, 0) + size
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def eight_ranks():
+    """A process group of eight in which nothing is sent."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield init_device_mesh("cpu", (8,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("objective", ["tvm", "flow_matching"])
+@pytest.mark.parametrize("reshard", [True, False])
+def test_traffic_is_what_fsdp2_sends(eight_ranks, objective, reshard):
+    overrides = [
+        f"objective.name={objective}",
+        f"parallel.reshard_after_forward={reshard}",
+        "microbatch=null",
+    ]
+    overrides += ["model.preset=null", "model.size=8", "model.width=32", "model.heads=2", "model.depth=3"]
+    overrides += ["precision=fp32", "data.batch_size=16", "model.classes=3", "grid.labels=[]"]
+    config = load_config(TrainConfig, "yamls/imagenet256_w2.yaml", overrides)
+    net = DiT(config.model)
+    target = copy.deepcopy(net).requires_grad_(False)
+    for model in (net, target):
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=eight_ranks, reshard_after_forward=reshard)
+    batch = random_batch(config.model, 2, "cpu")
+    with Collectives() as seen:
+        if objective == "tvm":
+            loss = tvm_loss(net, target, batch, config.objective, 3)
+        else:
+            loss = flow_matching_loss(net, batch)
+        loss.total.mean().backward()
+    rows = plan.traffic(config, 8)
+    for name, word in (("c10d::_allgather_base_", "all-gather"), ("c10d::_reduce_scatter_base_", "reduce")):
+        mine = [row for row in rows if row.name.startswith(word)]
+        assert sum(row.count for row in mine) == seen.count[name]
+        assert sum(row.received for row in mine) == pytest.approx(seen.bytes[name] * 7 / 8, rel=0.01)
+
+
+def test_the_plan_of_a_run_shards_what_is_sharded_and_says_what_does_not_fit(capsys):
+    def table(*overrides):
+        plan.main(["yamls/imagenet256_w2.yaml", *overrides])
+        lines = [
+            line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")
+        ]
+        return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in lines}
+
+    sharded, whole = table("gpus=8,64"), table("gpus=8,64", "parallel.fsdp2=false")
+    assert sharded["GPUs"] == ["8", "64"]
+    state = 4 * 678068496 / 2**30
+    assert [float(x) for x in sharded["weights, GiB"]] == pytest.approx([state / 8, state / 64], abs=0.005)
+    assert [float(x) for x in whole["averages, GiB"]] == pytest.approx([2 * state] * 2, abs=0.005)
+    assert sharded["activations, GiB"] == whole["activations, GiB"]
+    assert sharded["batch per GPU"] == ["8 x 32", "1 x 32"]
+    flops = float(sharded["PFLOP per step"][0]) * 1e15
+    assert float(sharded["compute, ms"][1]) == pytest.approx(1e3 * flops / 64 / 989e12 / 0.45, rel=0.01)
+    assert "TOO MUCH" in table("gpus=8", "microbatch=128")["memory, GiB"][0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["gpu=b300"], "gpu: 'b300' is not one of a100, h100, h200"),
+        (["gpus=0"], "gpus"),
+        (["gpus=3"], "data.batch_size: 2048 is not a multiple of the 3 ranks"),
+        (["gpus=8", "parallel.replicas=3"], "parallel.replicas: 3 does not divide the 8 ranks"),
+        (["efficiency=2"], "efficiency: 2.0"),
+        (["duration=3ep"], "duration: 3ep must be in batches"),
+    ],
+)
+def test_an_impossible_plan_is_one_line_that_names_the_key(overrides, message):
+    with pytest.raises(SystemExit) as error:
+        plan.main(["yamls/imagenet256_w2.yaml", *overrides])
+    assert str(error.value).startswith("config error: ")
+    assert message in str(error.value)
