@@ -1,21 +1,24 @@
 """`python -m streaming_convert SOURCE --out FOLDER_OR_URI`: from images to a dataset that training streams.
 
-Sources: digits, images, zip, emoji, mds. Other commands: merge, verify, show. `--help` after any of them.
+Sources: digits, images, zip, emoji, mds. Then: merge, verify, show. Each explains itself with --help.
 """
 
 import argparse
 import os
 import shlex
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import xxhash
 
 from streaming_convert import sources, writer
-from streaming_convert.encoders import Encoder, Stored
+from streaming_convert.encoders import DTYPES, VAE, Encoder, Stored
 from streaming_convert.manifest import Manifest
 from streaming_convert.sources import Source
-from streaming_convert.store import DatasetError
+from streaming_convert.store import DatasetError, Store
+
+PASSING_OPTIONS = ("--workers", "--device", "--shard", "--max-rejected")  # do not decide what is written
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return args.run(args, argv)
-    except DatasetError as error:
+    except (DatasetError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -33,13 +36,70 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser(prog="python -m streaming_convert", description=__doc__.splitlines()[0])
+    """The command line: one subcommand per source, and merge, verify, show."""
+    top = argparse.ArgumentParser(prog="python -m streaming_convert", description=__doc__, allow_abbrev=False)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    target = _target_options()
-    digits = commands.add_parser("digits", parents=[target], help="scikit-learn's handwritten digits")
-    digits.set_defaults(run=run_convert, source=lambda args: sources.digits())
+    _add_sources(commands)
+
+    merge = commands.add_parser(
+        "merge", help="complete a dataset that several machines converted with --shard"
+    )
+    merge.add_argument("out", metavar="FOLDER_OR_URI", help="the --out that they had in common")
+    merge.add_argument("--max-rejected", type=_at_least(0), default=0, help="as in the conversion")
+    merge.set_defaults(run=run_merge)
+
+    check = commands.add_parser("verify", help="check every sample of a dataset against index and manifest")
+    check.add_argument("uri", metavar="FOLDER_OR_URI")
+    check.set_defaults(run=run_verify)
+
+    show = commands.add_parser("show", help="a picture of samples of a dataset")
+    show.add_argument("uri", metavar="FOLDER_OR_URI")
+    show.add_argument("--out", required=True, metavar="PNG")
+    show.add_argument("--vae", metavar="NAME", help="decodes latents: a diffusers folder or hub name")
+    show.add_argument("--rows", type=_at_least(1), default=10)
+    show.add_argument("--columns", type=_at_least(1), default=10)
+    show.set_defaults(run=run_show)
     return top
+
+
+def _add_sources(commands: argparse._SubParsersAction) -> None:
+    def source(name: str, about: str, build: Callable[[argparse.Namespace], Source]) -> Callable:
+        command = commands.add_parser(name, help=about, parents=[_target_options()], allow_abbrev=False)
+        command.set_defaults(run=run_convert, source=build)
+        return command.add_argument
+
+    source("digits", "scikit-learn's handwritten digits", lambda args: sources.digits())
+
+    add = source(
+        "images",
+        "JPEG, PNG, WebP: one folder per class (as ImageNet), or a label file",
+        lambda a: sources.image_folder(a.path, a.size, a.labels, a.classes, a.unlabelled),
+    )
+    add("path", metavar="FOLDER")
+    add("--size", type=_at_least(1), required=True, help="side of the square that every image is brought to")
+    add(
+        "--labels",
+        metavar="FILE",
+        help="CSV (file,class) or JSON; labels.csv or dataset.json is found by itself",
+    )
+    add("--classes", metavar="FILE", help="class names in order, one a line, such as LOC_synset_mapping.txt")
+    add("--unlabelled", action="store_true", help="all labels 0, no classes")
+
+    add = source(
+        "zip",
+        "ZIP or folder of PNG or NPY (pixels or latents) with dataset.json",
+        lambda a: sources.archive(a.path, a.size, a.unlabelled),
+    )
+    add("path", metavar="FILE")
+    add("--size", type=_at_least(1), help="side to bring pixels to (default: as they are)")
+    add("--unlabelled", action="store_true", help="all labels 0, no classes")
+
+    add = source("emoji", "Noto Color Emoji, by Unicode's groups", lambda a: sources.emoji(a.size))
+    add("--size", type=_at_least(1), default=64, help="side in pixels (default: %(default)s)")
+
+    add = source("mds", "a dataset made by this program", lambda a: sources.mds(a.path, a.size))
+    add("path", metavar="FOLDER_OR_URI")
+    add("--size", type=_at_least(1), help="side to bring pixels to (default: as they are)")
 
 
 def _target_options() -> argparse.ArgumentParser:
@@ -49,63 +109,83 @@ def _target_options() -> argparse.ArgumentParser:
         "--out",
         required=True,
         metavar="FOLDER_OR_URI",
-        help="writes its train/ and val/",
+        help="writes its train/ and val/; s3://, gs://, oci:// too",
+    )
+    add("--val", type=_share, default=0.0, metavar="SHARE", help="share of samples for val/ (default: 0)")
+    add("--only", nargs="+", metavar="CLASS", help="these classes only, numbered in this order")
+    add("--limit", type=_at_least(1), metavar="N", help="N samples only, drawn at random")
+    add("--seed", type=int, default=0, help="of --val and --limit (default: 0)")
+    add("--flips", action="store_true", help="store every sample a second time, mirrored")
+    add("--encoder", choices=("none", "vae"), default="none", help="default: none, which stores uint8 pixels")
+    add("--vae", default="stabilityai/sd-vae-ft-ema", metavar="NAME", help="diffusers folder or hub name")
+    add("--dtype", choices=tuple(DTYPES), default="fp32", help="precision of the encoder (default: fp32)")
+    add("--batch-size", type=_at_least(1), default=32, help="of the encoder (default: %(default)s)")
+    add("--device", help="of the encoder, such as cuda:1 (default: a GPU if there is one)")
+    add(
+        "--shard-samples",
+        type=_at_least(1),
+        default=1000,
+        help="most samples per shard (default: %(default)s)",
     )
     add(
-        "--val",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="share of samples for val/ (default: 0)",
+        "--shard-size", type=_bytes, default="16mb", help="most bytes per shard, uncompressed (default: 16mb)"
     )
-    add("--seed", type=int, default=0, help="of the choice of validation samples")
-    add("--flips", action="store_true", help="store every sample a second time, mirrored")
-    add("--shard-samples", type=int, default=1000, help="most samples per shard (default: %(default)s)")
-    add("--compression", help="of the shards, as Streaming names it, such as zstd:3 (default: none)")
-    add("--max-rejected", type=int, default=0, help="bad samples to leave out before failing (default: 0)")
-    add("--workers", type=int, default=os.cpu_count(), help="default: one per core (%(default)s)")
+    add(
+        "--compression", type=_compression, help="of the shards, in Streaming's names: zstd:3 (default: none)"
+    )
+    add("--max-rejected", type=_at_least(0), default=0, help="bad samples to leave out without failing")
+    add("--workers", type=_at_least(1), default=os.cpu_count(), help="default: one per core (%(default)s)")
+    add("--shard", type=_machine, default=(1, 1), metavar="I/N", help="machine I of N; at the end, run merge")
     return options
 
 
 def run_convert(args: argparse.Namespace, argv: list[str]) -> int:
     """Converts a source, split by split; a finished identical dataset is left as it is."""
-    source = args.source(args)
+    source = sources.subset(args.source(args), args.only, args.limit, args.seed)
     encoder = Stored(source)
+    if args.encoder == "vae":
+        encoder = VAE(source, args.vae, args.dtype, args.batch_size, args.device)
     jobs = []
-    for split, items in splits(len(source.keys), args.val, args.seed).items():
-        manifest = plan(args, argv, split, source, encoder, items)
+    for split, items in split_items(len(source.keys), args.val, args.seed).items():
+        manifest = make_plan(args, argv, split, source, encoder, items)
         jobs.append(writer.Job(f"{args.out.rstrip('/')}/{split}", source, encoder, items, manifest))
     complete = [writer.is_complete(job) for job in jobs]
     for job, done in zip(jobs, complete, strict=True):
         if done:
             print(f"{job.uri}: already complete")
             continue
-        writer.convert(job, args.workers)
-        manifest = writer.finish(job.uri, args.max_rejected)
-        count = f"{manifest.num_samples} samples in {len(manifest.shards)} shards"
-        print(f"{job.uri}: {count}, {manifest.rejected} rejected")
+        writer.convert(job, args.workers, args.shard)
+        if args.shard == (1, 1):
+            _finish(job.uri, args.max_rejected)
+        else:
+            print(f"{job.uri}: this machine's part is done; run merge {args.out} when all are")
     return 0
 
 
-def splits(samples: int, share: float, seed: int) -> dict[str, np.ndarray]:
+def split_items(samples: int, share: float, seed: int) -> dict[str, np.ndarray]:
     """Positions of the training and, if `share` > 0, of round(share * samples) random validation samples."""
     held_out = np.zeros(samples, bool)
     held_out[np.random.default_rng(seed).permutation(samples)[: round(share * samples)]] = True
     parts = {"train": np.flatnonzero(~held_out), "val": np.flatnonzero(held_out)}
-    return {name: items for name, items in parts.items() if name == "train" or len(items)}
+    empty = [name for name, items in parts.items() if not len(items) and (name == "train" or share)]
+    if empty:
+        raise DatasetError(f"--val {share}: of {samples} samples, none are left for {empty[0]}")
+    return {name: items for name, items in parts.items() if len(items)}
 
 
-def plan(
+def make_plan(
     args: argparse.Namespace, argv: list[str], split: str, source: Source, encoder: Encoder, items: np.ndarray
 ) -> Manifest:
     """The manifest without results: everything that decides the bytes of the dataset."""
     listing = xxhash.xxh64()
-    for item in items:
-        listing.update(f"{source.keys[item]}\t{source.labels[item]}\n".encode())
+    for i in items:
+        version = source.versions[i] if source.versions else ""
+        listing.update(f"{source.keys[i]}\t{source.labels[i]}\t{version}\n".encode())
+    sample_bytes = int(np.prod(encoder.shape)) * (2 if encoder.column == "latents" else 1)
     return Manifest(
         source=source.name,
         input={"split": split, "samples": len(items), "xxh64": listing.hexdigest()},
-        command=shlex.join(["python", "-m", "streaming_convert", *argv]),
+        command=_command(argv),
         column=encoder.column,
         shape=list(encoder.shape),
         class_names=source.class_names,
@@ -113,8 +193,109 @@ def plan(
         crop=source.crop,
         flips=args.flips,
         compression=args.compression,
-        shard_samples=args.shard_samples,
+        shard_samples=max(1, min(args.shard_samples, args.shard_size // sample_bytes)),
     )
+
+
+def _command(argv: list[str]) -> str:
+    """The command as the manifest states it: OUT for --out, and without what does not change the result."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    kept = []
+    for previous, word in zip([None, *words], words, strict=False):
+        if previous == "--out":
+            kept.append("OUT")
+        elif previous not in PASSING_OPTIONS and word not in PASSING_OPTIONS:
+            kept.append(word)
+    return shlex.join(["python", "-m", "streaming_convert", *kept])
+
+
+def run_merge(args: argparse.Namespace, argv: list[str]) -> int:
+    """Completes train/ and val/ from the parts that all machines converted."""
+    out = args.out.rstrip("/")
+    with Store(out) as store:
+        names = store.names()
+    splits = [split for split in ("train", "val") if f"{split}/{writer.PLAN}" in names]
+    if not splits:
+        raise DatasetError(f"{out} holds no unfinished conversion")
+    for split in splits:
+        _finish(f"{out}/{split}", args.max_rejected)
+    return 0
+
+
+def _finish(uri: str, max_rejected: int) -> None:
+    manifest = writer.finish(uri, max_rejected)
+    count = f"{manifest.num_samples} samples in {len(manifest.shards)} shards"
+    print(f"{uri}: {count}, {manifest.rejected} rejected")
+
+
+def run_verify(args: argparse.Namespace, argv: list[str]) -> int:
+    """Checks every split of a dataset and prints what is wrong; 1 if anything is."""
+    from streaming_convert.shards import dataset_folders
+    from streaming_convert.verify import verify
+
+    found = {uri: verify(uri) for uri in dataset_folders(args.uri).values()}
+    for uri, problems in found.items():
+        print(f"{uri}: {f'{len(problems)} problems' if problems else 'sound'}")
+        for problem in problems:
+            print(f"  {problem}")
+    return 1 if any(found.values()) else 0
+
+
+def run_show(args: argparse.Namespace, argv: list[str]) -> int:
+    """Writes a PNG with samples of the first split."""
+    from streaming_convert.shards import dataset_folders
+    from streaming_convert.show import sample_grid
+
+    uri = next(iter(dataset_folders(args.uri).values()))
+    sample_grid(uri, args.columns, args.rows, args.vae).save(args.out, format="PNG")
+    print(f"{args.out}: samples of {uri}")
+    return 0
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return integer
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share: 0 up to, not including, 1")
+    return share
+
+
+def _machine(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, such as 1/4")
+    return int(number), int(of)
+
+
+def _bytes(text: str) -> int:
+    from streaming.base.util import bytes_to_int
+
+    try:
+        size = bytes_to_int(text)
+    except (ValueError, TypeError):
+        size = 0
+    if not 0 < size < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size of at most 4gb, such as 64mb")
+    return size
+
+
+def _compression(text: str) -> str:
+    from streaming.base.compression import is_compression
+
+    if not is_compression(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a compression of Streaming's, such as zstd:3")
+    return text
 
 
 if __name__ == "__main__":

@@ -1,10 +1,17 @@
 """From pixels to what is stored: uint8 pixels as they are, or the latents of a variational autoencoder."""
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import xxhash
 
 from streaming_convert.sources import Source
+from streaming_convert.store import DatasetError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class Encoder(Protocol):
@@ -26,7 +33,7 @@ class Encoder(Protocol):
 class Stored:
     """The encoder `none`: stores what the source gives (pixels, or latents that were made elsewhere)."""
 
-    batch_size = 64
+    batch_size = 16
     in_process = False
 
     def __init__(self, source: Source) -> None:
@@ -35,3 +42,66 @@ class Stored:
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         return samples
+
+
+class VAE:
+    """A diffusers AutoencoderKL: uint8 (N,3,H,W) to float16 (N,2c,h,w), the posterior's mean, then its std.
+
+    Latents are the encoder's own, not times the model's scaling factor: `scaling` is 1.0 in the manifest.
+    """
+
+    column = "latents"
+    in_process = True
+
+    def __init__(self, source: Source, model: str, dtype: str, batch_size: int, device: str | None) -> None:
+        """`model` is a folder or hub name, `dtype` a key of DTYPES, `device` None the GPU if there is one."""
+        import torch
+
+        if source.column != "image":
+            raise DatasetError(f"--encoder vae: the source {source.name} holds latents already")
+        self.vae = load_vae(model, dtype, device)
+        config = self.vae.config
+        channels, height, width = source.shape
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        if channels != config.in_channels or height % factor or width % factor:
+            raise DatasetError(
+                f"--vae: {model} wants {config.in_channels} channels and sides divisible by {factor}, "
+                f"the images are {channels}x{height}x{width}"
+            )
+        torch.backends.cudnn.allow_tf32 = False  # or fp32 would mean 10 bits of mantissa on a GPU
+        self.shape = (2 * config.latent_channels, height // factor, width // factor)
+        self.batch_size = batch_size
+        hashed = {"name": "vae", "hash": hash_weights(self.vae), "scaling": 1.0}
+        self.info = {**hashed, "model": model, "dtype": dtype, "batch_size": batch_size}
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            images = torch.from_numpy(samples).to(self.vae.device, self.vae.dtype) / 127.5 - 1
+            posterior = self.vae.encode(images).latent_dist
+            return torch.cat([posterior.mean, posterior.std], dim=1).half().cpu().numpy()
+
+
+def load_vae(model: str, dtype: str = "fp32", device: str | None = None):  # noqa: ANN201 (diffusers is optional)
+    """The AutoencoderKL in the folder, or of the hub name, `model`. DatasetError if it cannot be loaded."""
+    import torch
+
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise DatasetError("a VAE needs diffusers: pip install 'terminal-velocity[vae]'") from error
+    try:
+        vae = AutoencoderKL.from_pretrained(model, torch_dtype=getattr(torch, DTYPES[dtype]))
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"--vae: cannot load {model}: {error}") from error
+    return vae.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def hash_weights(model: "torch.nn.Module") -> str:
+    """xxh64 over the names and values of all parameters, in the order of their names, in fp32."""
+    digest = xxhash.xxh64()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -12,6 +12,7 @@ from streaming_convert.store import DatasetError, Store
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+STORED_DTYPE = {"image": "uint8", "latents": "float16"}
 RESULTS = ("num_samples", "class_counts", "channel_mean", "channel_std", "rejected", "shards")
 
 
@@ -70,7 +71,8 @@ def read_manifest(uri: str) -> Manifest:
     Raises DatasetError when there is none: the folder is empty, or its conversion has not finished.
     """
     try:
-        text = Store(uri).read(MANIFEST)
+        with Store(uri) as store:
+            text = store.read(MANIFEST)
     except FileNotFoundError as error:
         raise DatasetError(
             f"{uri} holds no {MANIFEST}: not a dataset, or its conversion did not finish"

@@ -1,16 +1,41 @@
 """Where samples come from: each function lists one kind of input and says how to load one of its samples."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import atexit
+import functools
+import io
+import os
+import shutil
+import tempfile
+import threading
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont, features
+from tqdm import tqdm
+
+from streaming_convert import labels
+from streaming_convert.images import ADM_CROP, Rejected, centre_crop, decode, to_array, to_image
+from streaming_convert.manifest import read_manifest
+from streaming_convert.store import DatasetError, Store
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+EMOJI_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+EMOJI_LIST = "/usr/share/unicode/emoji/emoji-test.txt"
+EMOJI_STRIKE = 109  # pixels per em of the only bitmaps that the font holds
+EMOJI_WIDTH = 136  # of these bitmaps
+FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
 class Source:
-    """A listed input: `load(keys[i])` returns a `shape` array with label `labels[i]`.
+    """A listed input: `load(keys[i])` returns a `shape` array with label `labels[i]`, or raises Rejected.
 
     column: "image" (uint8, C,H,W) or "latents" (float16, 2c,h,w) as `load` returns it.
+    versions: sizes or checksums of the inputs, so that changed files are noticed.
     crop: how an image was brought to `shape`, in words; "none" where it already had it.
     encoder: who made the latents, for a source that holds them.
     """
@@ -19,11 +44,36 @@ class Source:
     keys: list[str]
     labels: np.ndarray
     class_names: list[str]
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     load: Callable[[str], np.ndarray]
+    versions: list[str] | None = None
     column: str = "image"
     crop: str = "none"
     encoder: dict | None = None
+
+    def take(self, positions: np.ndarray) -> "Source":
+        """The same source with the samples at these positions only."""
+        versions = [self.versions[i] for i in positions] if self.versions else None
+        return replace(
+            self, keys=[self.keys[i] for i in positions], labels=self.labels[positions], versions=versions
+        )
+
+
+def subset(source: Source, only: list[str] | None, limit: int | None, seed: int) -> Source:
+    """Keeps the classes `only`, numbered in that order, and `limit` random samples in their old order."""
+    if only:
+        unknown = [name for name in only if name not in source.class_names]
+        if unknown:
+            raise DatasetError("--only: " + labels.unknown_class(unknown[0], source.class_names))
+        new = {source.class_names.index(name): label for label, name in enumerate(only)}
+        source = source.take(np.flatnonzero(np.isin(source.labels, list(new))))
+        relabelled = np.array([new[label] for label in source.labels.tolist()], np.int64)
+        source = replace(source, labels=relabelled, class_names=list(only))
+    if limit is not None and limit < len(source.keys):
+        source = source.take(np.sort(np.random.default_rng(seed).permutation(len(source.keys))[:limit]))
+    if not source.keys:
+        raise DatasetError("no samples are left to convert")
+    return source
 
 
 def digits() -> Source:
@@ -40,3 +90,280 @@ def digits() -> Source:
         shape=pixels.shape[1:],
         load=lambda key: pixels[int(key)],
     )
+
+
+def image_folder(
+    folder: str,
+    size: int,
+    label_file: str | None = None,
+    classes: str | None = None,
+    unlabelled: bool = False,
+) -> Source:
+    """JPEG, PNG and WebP files in one folder per class, or anywhere in `folder` with a label file.
+
+    Without a label file the first folder level names the classes, in alphabetical order, which for ImageNet's
+    synsets is ImageNet's own; a file `classes` (ImageNet's LOC_synset_mapping.txt) fixes another order.
+    labels.csv, labels.json and dataset.json in `folder` are found by themselves.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DatasetError(f"{folder} is not a folder")
+    keys, versions = _list_images(root)
+    if unlabelled:
+        numbers, class_names = np.zeros(len(keys), np.int64), []
+    else:
+        own = (str(root / name) for name in labels.LABEL_FILES if (root / name).is_file())
+        label_file = label_file or next(own, None)
+        given = labels.from_file(label_file, keys) if label_file else labels.from_folders(folder, keys)
+        numbers, class_names = labels.number(given, labels.read_classes(classes) if classes else None)
+    return Source(
+        name="images",
+        keys=keys,
+        labels=numbers,
+        class_names=class_names,
+        shape=(3, size, size),
+        load=lambda key: decode(_read_file(root / key), size),
+        versions=versions,
+        crop=ADM_CROP,
+    )
+
+
+def _list_images(root: Path) -> tuple[list[str], list[str]]:
+    """Relative names, in order, and sizes in bytes of the image files below `root`, but for hidden ones."""
+    found, others = {}, Counter()
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in (name for name in files if not name.startswith(".")):
+            path = Path(folder, name)
+            if name.lower().endswith(SUFFIXES):
+                found[path.relative_to(root).as_posix()] = str(path.stat().st_size)
+            elif path.suffix.lower() not in (".csv", ".json", ".txt"):
+                others[path.suffix] += 1
+    if others:
+        print(f"{root}: passing over files that are not {', '.join(SUFFIXES)}: {dict(others)}")
+    if not found:
+        raise DatasetError(f"{root} holds no {', '.join(SUFFIXES)} files")
+    keys = sorted(found)
+    return keys, [found[key] for key in keys]
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Rejected(f"cannot be read: {error.strerror}") from error
+
+
+def archive(path: str, size: int | None = None, unlabelled: bool = False) -> Source:
+    """The released code's datasets: a ZIP or folder of PNG or NPY files, with their labels in dataset.json.
+
+    NPY files hold uint8 pixels (C,H,W), or float latents (2c,h,w): the posterior's mean, then its deviation.
+    Shape and kind are those of the first file; `size` crops and scales pixels.
+    """
+    files = Archive(path)
+    keys = sorted(name for name in files.versions if name.lower().endswith((*SUFFIXES, ".npy")))
+    if not keys:
+        raise DatasetError(f"{path} holds no PNG or NPY files")
+    rows = None if unlabelled else files.labels()
+    numbers, class_names = np.zeros(len(keys), np.int64), []
+    if rows is not None:
+        numbers, class_names = labels.number(labels.match(rows, keys, f"{path}: dataset.json"))
+    try:
+        first = files.sample(keys[0], size)
+    except Rejected as error:
+        raise DatasetError(
+            f"{path}: {keys[0]}, the first file, gives the shape but is bad: {error}"
+        ) from error
+    latents = first.dtype == np.float16
+    if latents and size:
+        raise DatasetError(f"--size: {path} holds latents, which cannot be scaled")
+    return Source(
+        name="zip",
+        keys=keys,
+        labels=numbers,
+        class_names=class_names,
+        shape=first.shape,
+        load=lambda key: files.sample(key, size, channels=len(first)),
+        versions=[files.versions[key] for key in keys],
+        column="latents" if latents else "image",
+        crop=ADM_CROP if size else "none",
+        encoder={"name": "precomputed", "hash": None, "scaling": 1.0} if latents else None,
+    )
+
+
+class Archive:
+    """The files of a ZIP, or of a folder in the same layout; `versions` maps their names to sizes."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self._local = threading.local()  # an open ZIP has one file position, so: one per thread and process
+        if self.path.is_dir():
+            files = (file for file in self.path.rglob("*") if file.is_file())
+            self.versions = {f.relative_to(self.path).as_posix(): str(f.stat().st_size) for f in files}
+        else:
+            self.versions = {i.filename: f"{i.file_size} {i.CRC:08x}" for i in self._zip().infolist()}
+
+    def _zip(self) -> zipfile.ZipFile:
+        if getattr(self._local, "pid", None) != os.getpid():
+            try:
+                self._local.zip, self._local.pid = zipfile.ZipFile(self.path), os.getpid()
+            except (OSError, zipfile.BadZipFile) as error:
+                raise DatasetError(f"cannot read {self.path} as a folder or a ZIP file: {error}") from error
+        return self._local.zip
+
+    def read(self, name: str) -> bytes:
+        """Content of one file; Rejected if it is damaged."""
+        if self.path.is_dir():
+            return _read_file(self.path / name)
+        try:
+            return self._zip().read(name)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise Rejected(f"cannot be read: {error}") from error
+
+    def labels(self) -> dict[str, str | int] | None:
+        """The rows of dataset.json; None if it says that there are no labels."""
+        if "dataset.json" not in self.versions:
+            raise DatasetError(
+                f"{self.path} holds no dataset.json with labels; pass --unlabelled to do without"
+            )
+        return labels.parse_json(self.read("dataset.json"), f"{self.path}: dataset.json")
+
+    def sample(self, name: str, size: int | None, channels: int | None = None) -> np.ndarray:
+        """One image as uint8 (C,H,W), scaled to `size`, or latents as float16 (2c,h,w)."""
+        data = self.read(name)
+        if name.lower().endswith(".npy"):
+            return _scaled(_array(data), size)
+        return decode(data, size, channels)
+
+
+def _array(data: bytes) -> np.ndarray:
+    """An NPY file as uint8 pixels or float16 latents (C,H,W); leading axes of length 1 are dropped."""
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise Rejected(f"not an NPY file: {error}") from error
+    array = array.reshape(-1, *array.shape[-2:])
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind != "f" or len(array) % 2:
+        raise Rejected(
+            f"{array.dtype} {array.shape} is neither uint8 pixels nor float latents (mean, deviation)"
+        )
+    if not (np.abs(array) <= FP16_MAX).all():
+        raise Rejected("holds values that are not finite in float16")
+    return array.astype(np.float16)
+
+
+def _scaled(pixels: np.ndarray, size: int | None) -> np.ndarray:
+    """Pixels (C,H,W) cropped and scaled to `size`; as they are without."""
+    return to_array(centre_crop(to_image(pixels), size)) if size and pixels.dtype == np.uint8 else pixels
+
+
+def emoji(size: int, font: str = EMOJI_FONT, listing: str = EMOJI_LIST) -> Source:
+    """Noto Color Emoji on white, labelled by the groups of Unicode's emoji-test.txt; fully qualified ones."""
+    missing = [path for path in (font, listing) if not Path(path).is_file()]
+    if missing:
+        raise DatasetError(f"{missing[0]} is missing: apt-get install fonts-noto-color-emoji unicode-data")
+    typeface = _emoji_typeface(font)
+    groups = {key: group for key, group in _emoji_groups(listing) if _is_one_glyph(typeface, key)}
+    skipped = sum(1 for _ in _emoji_groups(listing)) - len(groups)
+    if skipped:
+        why = "" if features.check("raqm") else "; Pillow lacks libraqm, which sequences of code points need"
+        print(f"passing over {skipped} emoji that cannot be drawn as one picture{why}")
+    numbers, class_names = labels.number(list(groups.values()))
+    lock = threading.Lock()  # FreeType faces are not thread-safe
+
+    def load(key: str) -> np.ndarray:
+        with lock:
+            return to_array(centre_crop(_draw_emoji(typeface, key), size))
+
+    return Source("emoji", list(groups), numbers, class_names, (3, size, size), load, crop=ADM_CROP)
+
+
+def _emoji_typeface(font: str) -> ImageFont.FreeTypeFont:
+    layout = ImageFont.Layout.RAQM if features.check("raqm") else ImageFont.Layout.BASIC
+    return ImageFont.truetype(font, EMOJI_STRIKE, layout_engine=layout)
+
+
+def _emoji_groups(listing: str) -> Iterator[tuple[str, str]]:
+    """The code points ("1F44D 1F3FB") and the group of each fully qualified emoji."""
+    group = ""
+    for line in labels.read_text(listing).splitlines():
+        if line.startswith("# group: "):
+            group = line.removeprefix("# group: ")
+        elif "; fully-qualified" in line:
+            yield line.partition(";")[0].strip(), group
+
+
+def _emoji_text(key: str) -> str:
+    return "".join(chr(int(code, 16)) for code in key.split())
+
+
+def _is_one_glyph(typeface: ImageFont.FreeTypeFont, key: str) -> bool:
+    """Whether the font draws these code points as one picture: not as none, and not side by side."""
+    left, top, right, bottom = typeface.getbbox(_emoji_text(key))
+    return bottom > top and right - left <= EMOJI_WIDTH
+
+
+def _draw_emoji(typeface: ImageFont.FreeTypeFont, key: str) -> Image.Image:
+    """The emoji in the middle of a white square."""
+    text = _emoji_text(key)
+    left, top, right, bottom = typeface.getbbox(text)
+    corner = (EMOJI_WIDTH - right - left) // 2, (EMOJI_WIDTH - bottom - top) // 2
+    canvas = Image.new("RGB", (EMOJI_WIDTH, EMOJI_WIDTH), "white")
+    ImageDraw.Draw(canvas).text(corner, text, font=typeface, embedded_color=True)
+    return canvas
+
+
+def mds(uri: str, size: int | None = None) -> Source:
+    """A finished dataset of this program, to store it in other shards, encoded, scaled or in part.
+
+    A remote one is downloaded to the temporary folder first.
+    """
+    from streaming_convert.shards import dataset_folders, open_shard, read_index, stored_file
+
+    folders = dataset_folders(uri)
+    if len(folders) > 1:
+        raise DatasetError(f"{uri} holds {' and '.join(folders)}: name one of them")
+    (folder,) = folders.values()
+    manifest = read_manifest(folder)
+    if manifest.column == "latents" and size:
+        raise DatasetError(f"--size: {folder} holds latents, which cannot be scaled")
+    store = Store(_local_copy(folder))
+    entries = read_index(store)
+    shard = functools.lru_cache(maxsize=2)(lambda number: open_shard(store, entries[number]))
+    keys, numbers, versions = [], [], []
+    for i, entry in enumerate(tqdm(entries, desc="reading labels", unit="shard", disable=len(entries) < 100)):
+        keys += [f"{i}/{j}" for j in range(entry["samples"])]
+        numbers += [shard(i)[j]["label"] for j in range(entry["samples"])]
+        versions += [stored_file(entry)[1]] * entry["samples"]
+
+    def load(key: str) -> np.ndarray:
+        i, j = map(int, key.split("/"))
+        return _scaled(shard(i)[j][manifest.column], size)
+
+    return Source(
+        name="mds",
+        keys=keys,
+        labels=np.array(numbers, np.int64),
+        class_names=manifest.class_names,
+        shape=(manifest.shape[0], size, size) if size else tuple(manifest.shape),
+        load=load,
+        versions=versions,
+        column=manifest.column,
+        crop=ADM_CROP if size else manifest.crop,
+        encoder=manifest.encoder if manifest.column == "latents" else None,
+    )
+
+
+def _local_copy(uri: str) -> str:
+    """`uri` itself if it is a folder, else a temporary copy that goes when the program ends."""
+    if "://" not in uri:
+        return uri
+    copy = tempfile.TemporaryDirectory(prefix="streaming_convert-")
+    atexit.register(copy.cleanup)
+    with Store(uri) as store:
+        names = ["index.json", *read_manifest(uri).shards]
+        for name in tqdm(names, desc=f"downloading {uri}", unit="file"):
+            shutil.move(store.fetch(name), Path(copy.name, name))
+    return copy.name

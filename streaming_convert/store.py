@@ -1,5 +1,6 @@
 """Files of one dataset folder, on a local disk or in a bucket, through Streaming's own transfer clients."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -15,33 +16,40 @@ class DatasetError(ValueError):
 class Store:
     """Reads and publishes the files of the folder `uri`. One per process: clients do not survive a fork."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, scratch: Path | None = None) -> None:
+        """`scratch`: where to make the scratch folder; a worker's lies in its parent's, which deletes it."""
         self.uri = uri.rstrip("/")
         self.remote = "://" in uri
+        self._scratch = scratch
         self._staging: Path | None = None
         self._uploader = None
         self._downloader = None
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._staging is not None:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = self._uploader = None
 
     @property
     def staging(self) -> Path:
         """A private scratch folder; for a local target on its own disk, so that a rename is atomic."""
         if self._staging is None:
-            work = None if self.remote else Path(self.uri, WORK)
-            if work:
-                work.mkdir(parents=True, exist_ok=True)
-            self._staging = Path(tempfile.mkdtemp(prefix="tmp-", dir=work))
+            if not self.remote:
+                Path(self.uri, WORK).mkdir(parents=True, exist_ok=True)
+            folder = self._scratch or (None if self.remote else Path(self.uri, WORK))
+            self._staging = Path(tempfile.mkdtemp(prefix="tmp-", dir=folder))
         return self._staging
-
-    def close(self) -> None:
-        """Deletes the scratch folder."""
-        if self._staging is not None:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
 
     def publish(self, name: str) -> None:
         """Moves the file `name` from the scratch folder to its place, where it is whole or not at all."""
         if self.remote:
-            self._client().upload_file(name)  # a bucket shows an object only when it is complete
+            try:
+                self._client().upload_file(name)  # a bucket shows an object only when it is complete
+            except Exception as error:  # every provider has its own
+                raise DatasetError(f"cannot upload {self.uri}/{name}: {error}") from error
             return
         source, target = self.staging / name, Path(self.uri, name)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,11 +70,11 @@ class Store:
             return Path(self.uri, name)
         from streaming.base.storage import CloudDownloader
 
-        self._downloader = self._downloader or CloudDownloader.get(self.uri)
         path = self.staging / name
         try:
+            self._downloader = self._downloader or CloudDownloader.get(self.uri)
             self._downloader.download(f"{self.uri}/{name}", str(path))
-        except Exception as error:  # every provider has its own error for a missing object
+        except Exception as error:  # every provider has its own for a missing object, too
             if "404" in str(error) or "not found" in str(error).lower():
                 raise FileNotFoundError(f"{self.uri}/{name}") from error
             raise DatasetError(f"cannot read {self.uri}/{name}: {error}") from error
@@ -86,11 +94,17 @@ class Store:
             root = Path(self.uri)
             return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
         prefix = self.uri.split("://", 1)[1].partition("/")[2] + "/"
-        return {key.removeprefix(prefix) for key in self._client().list_objects() if key.startswith(prefix)}
+        try:
+            keys = self._client().list_objects()
+        except Exception as error:
+            raise DatasetError(f"cannot list {self.uri}: {error}") from error
+        return {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
 
     def _client(self):  # noqa: ANN202 (the class depends on the provider)
         from streaming.base.storage import CloudUploader
 
         if self._uploader is None:
+            # It warns that the folder it uploads from is not empty, which is how this class uses it.
+            logging.getLogger("streaming.base.storage.upload").setLevel(logging.ERROR)
             self._uploader = CloudUploader.get((str(self.staging), self.uri), exist_ok=True)
         return self._uploader

@@ -2,8 +2,8 @@
 
 One part is one shard: a fixed range of the input, converted by one worker and moved into place whole, first
 the shard, then its record under `.parts/`. A run that is killed loses the parts in progress and nothing else;
-the next run converts what has no record. The index and, last, the manifest are made from the records alone, so
-they have the same bytes however often, with however many workers and on however many machines it ran.
+the next run converts what has no record. The index and, last, the manifest come from the records alone, so
+they have the same bytes, however often and with however many workers and machines the conversion ran.
 """
 
 import json
@@ -20,15 +20,20 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from streaming_convert.encoders import Encoder
 from streaming_convert.images import Rejected
-from streaming_convert.manifest import MANIFEST, Manifest, difference
+from streaming_convert.manifest import MANIFEST, STORED_DTYPE, Manifest, difference
+from streaming_convert.moments import Moments
 from streaming_convert.sources import Source
 from streaming_convert.store import WORK, DatasetError, Store
+
+if TYPE_CHECKING:
+    from streaming import MDSWriter
 
 INDEX, REJECTED, PLAN = "index.json", "rejected.jsonl", f"{WORK}/plan.json"
 
@@ -54,8 +59,7 @@ def is_complete(job: Job) -> bool:
 
     Raises DatasetError if it holds another one, finished or not, or files that no conversion put there.
     """
-    store = Store(job.uri)
-    try:
+    with Store(job.uri) as store:
         names = store.names()
         found = MANIFEST if MANIFEST in names else PLAN if PLAN in names else None
         if found:
@@ -64,9 +68,9 @@ def is_complete(job: Job) -> bool:
                 raise DatasetError(f"{job.uri} holds a different dataset: {change}. Nothing was changed")
         elif any(not name.startswith(f"{WORK}/") for name in names):
             raise DatasetError(f"{job.uri} is not empty and holds no dataset of ours. Nothing was changed")
-        return found == MANIFEST
-    finally:
-        store.close()
+    if found == MANIFEST:
+        _clean_up(store)
+    return found == MANIFEST
 
 
 def convert(job: Job, workers: int, shard: tuple[int, int] = (1, 1)) -> None:
@@ -74,39 +78,30 @@ def convert(job: Job, workers: int, shard: tuple[int, int] = (1, 1)) -> None:
 
     Raises DatasetError when a part cannot be written; finished parts stay and are not converted again.
     """
-    store = Store(job.uri)
-    try:
+    with Store(job.uri) as store:
         names = store.names()
         if PLAN not in names:
             store.write(PLAN, job.plan.to_json())
-        done = {number for number in range(_num_parts(job.plan)) if _record_name(number) in names}
-    finally:
-        store.close()
-    mine = range(shard[0] - 1, _num_parts(job.plan), shard[1])
-    todo = [number for number in mine if number not in done]
-    total, left = (sum(len(job.part(number)) for number in numbers) for numbers in (mine, todo))
-    with tqdm(total=total, initial=total - left, unit="img", desc=job.uri, dynamic_ncols=True) as bar:
-        if job.encoder.in_process or workers == 1 or len(todo) < 2:
-            _convert_here(job, todo, workers, bar)
-        else:
-            _convert_in_processes(job, todo, min(workers, len(todo)), bar)
+        mine = range(shard[0] - 1, _num_parts(job.plan), shard[1])
+        todo = [number for number in mine if _record_name(number) not in names]
+        total, left = (sum(len(job.part(number)) for number in numbers) for numbers in (mine, todo))
+        with tqdm(total=total, initial=total - left, unit="img", desc=job.uri, dynamic_ncols=True) as bar:
+            if job.encoder.in_process:
+                with ThreadPoolExecutor(workers) as loaders:
+                    for number in todo:
+                        _convert_part(job, number, store, loaders, bar.update)
+            elif workers == 1 or len(todo) < 2:
+                for number in todo:
+                    _convert_part(job, number, store, None, bar.update)
+            else:
+                _convert_in_processes(job, todo, min(workers, len(todo)), store.staging, bar)
 
 
-def _convert_here(job: Job, parts: list[int], threads: int, bar: tqdm) -> None:
-    store = Store(job.uri)
-    try:
-        with ThreadPoolExecutor(threads) as loaders:
-            for number in parts:
-                _convert_part(job, number, store, loaders, bar.update)
-    finally:
-        store.close()
-
-
-def _convert_in_processes(job: Job, parts: list[int], workers: int, bar: tqdm) -> None:
+def _convert_in_processes(job: Job, parts: list[int], workers: int, scratch: Path, bar: tqdm) -> None:
     # Forked, not spawned: a list of a million files is shared instead of sent, and torch is imported once.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _start_worker, (job, os.getpid())) as pool:
-        futures = {pool.submit(_work, number): number for number in parts}
+    with ProcessPoolExecutor(workers, context, _start_worker, (job, scratch, os.getpid())) as pool:
+        futures = [pool.submit(_work, number) for number in parts]
         try:
             for future in as_completed(futures):
                 bar.update(future.result())
@@ -116,12 +111,12 @@ def _convert_in_processes(job: Job, parts: list[int], workers: int, bar: tqdm) -
             pool.shutdown(cancel_futures=True)
 
 
-_job: Job  # in a worker process
+_worker: tuple[Job, Store]  # in a worker process
 
 
-def _start_worker(job: Job, parent: int) -> None:
-    global _job
-    _job = job
+def _start_worker(job: Job, scratch: Path, parent: int) -> None:
+    global _worker
+    _worker = job, Store(job.uri, scratch)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
 
@@ -134,43 +129,32 @@ def _exit_with(parent: int) -> None:
 
 
 def _work(number: int) -> int:
-    store = Store(_job.uri)
-    try:
-        _convert_part(_job, number, store, None, lambda samples: None)
-    finally:
-        store.close()
-    return len(_job.part(number))
+    job, store = _worker
+    _convert_part(job, number, store, None, lambda samples: None)
+    return len(job.part(number))
 
 
 def _convert_part(
     job: Job, number: int, store: Store, loaders: Executor | None, progress: Callable[[int], object]
 ) -> None:
     """Writes the shard of one part, then its record: index entry, label counts, moments, rejected samples."""
-    from streaming import MDSWriter
-
-    column, encoder = job.plan.column, job.encoder
-    dtype = "uint8" if column == "image" else "float16"
-    columns = {column: f"ndarray:{dtype}:{','.join(map(str, job.plan.shape))}", "label": "int64"}
-    counts, moments, rejected = Counter(), Moments(column), []
-    folder = store.staging / "mds"
+    counts, moments, rejected = Counter(), Moments(job.plan.column), []
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        writer = MDSWriter(
-            columns=columns,
-            out=str(folder),
-            compression=job.plan.compression,
-            hashes=["xxh64"],
-            size_limit=None,
-        )
+        writer = _shard_writer(job.plan, store.staging / "mds")
         for positions, samples in _batches(job, number, loaders, rejected, progress):
-            stored = encoder(samples)
-            moments.add(stored)
-            labels = job.source.labels[positions]
+            stored = job.encoder(samples)
+            finite = np.isfinite(stored).all(axis=(1, 2, 3))
+            bad = [job.source.keys[position] for position in positions[~finite]]
+            rejected += [
+                {"key": key, "reason": "the encoder gives values that are not finite"} for key in bad
+            ]
+            moments.add(stored[finite])
+            labels = job.source.labels[positions[finite]]
             counts.update(labels.tolist())
-            for value, label in zip(stored, labels, strict=True):
-                writer.write({column: value, "label": label})
+            for value, label in zip(stored[finite], labels, strict=True):
+                writer.write({job.plan.column: value, "label": label})
         writer.finish()
-        entry = _publish_shard(store, folder, number, writer.shards)
+        entry = _publish_shard(store, number, writer)
         record = {"shard": entry, "counts": counts, "moments": moments.sums, "rejected": rejected}
         store.write(_record_name(number), json.dumps(record).encode())
     except OSError as error:
@@ -180,13 +164,27 @@ def _convert_part(
         ) from error
 
 
+def _shard_writer(plan: Manifest, folder: Path) -> "MDSWriter":
+    """Streaming's writer of one shard, into an empty `folder`."""
+    from streaming import MDSWriter
+
+    shutil.rmtree(folder, ignore_errors=True)
+    columns = {
+        plan.column: f"ndarray:{STORED_DTYPE[plan.column]}:{','.join(map(str, plan.shape))}",
+        "label": "int64",
+    }
+    return MDSWriter(
+        columns=columns, out=str(folder), compression=plan.compression, hashes=["xxh64"], size_limit=None
+    )
+
+
 def _batches(
     job: Job, number: int, loaders: Executor | None, rejected: list[dict], progress: Callable[[int], object]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (positions in the source, samples) in batches; what cannot be loaded is added to `rejected`."""
     positions, samples = [], []
     items = job.part(number)
-    loaded = _load(job.source, items, loaders, ahead=job.encoder.batch_size)
+    loaded = _load(job.source, items, loaders, ahead=2 * job.encoder.batch_size)
     for position, sample in zip(items, loaded, strict=True):
         progress(1)
         if isinstance(sample, Rejected):
@@ -206,12 +204,16 @@ def _load(
     source: Source, items: Iterable[int], loaders: Executor | None, ahead: int
 ) -> Iterator[np.ndarray | Rejected]:
     """Loads samples in order, with `loaders` up to `ahead` of the one that is asked for."""
+    dtype = STORED_DTYPE[source.column]
 
     def load(position: int) -> np.ndarray | Rejected:
         try:
-            return source.load(source.keys[position])
+            sample = source.load(source.keys[position])
         except Rejected as error:
             return error
+        if sample.shape != source.shape or sample.dtype != dtype:
+            return Rejected(f"{sample.dtype} {sample.shape}, expected {dtype} {source.shape}")
+        return sample
 
     if loaders is None:
         yield from map(load, items)
@@ -224,52 +226,18 @@ def _load(
     yield from (future.result() for future in queue)
 
 
-def _publish_shard(store: Store, folder: Path, number: int, shards: list[dict]) -> dict | None:
-    """Gives the part's shard its number, moves it into place and returns its entry of the index."""
-    if not shards:
+def _publish_shard(store: Store, number: int, writer: "MDSWriter") -> dict | None:
+    """Gives the written shard its number, moves it into place and returns its entry of the index."""
+    if not writer.shards:  # every sample of the part was rejected
         return None
-    (entry,) = shards
-    for key in ("raw_data", "zip_data"):
-        if entry[key]:
-            written = folder / entry[key]["basename"]  # what is left after the loop is the file on disk
-            entry[key]["basename"] = entry[key]["basename"].replace(".00000.", f".{number:05}.")
-    name = (entry["zip_data"] or entry["raw_data"])["basename"]
-    os.replace(written, store.staging / name)
-    store.publish(name)
+    (entry,) = writer.shards
+    file = entry["zip_data"] or entry["raw_data"]
+    written = Path(writer.local, file["basename"])
+    for info in filter(None, (entry["raw_data"], entry["zip_data"])):
+        info["basename"] = info["basename"].replace(".00000.", f".{number:05}.")
+    os.replace(written, store.staging / file["basename"])
+    store.publish(file["basename"])
     return entry
-
-
-class Moments:
-    """Sums over what training sees per channel: pixels, or mean + std * noise for latents.
-
-    Pixel sums are exact integers; latent sums are float64, added up in the order of the samples.
-    """
-
-    def __init__(self, column: str) -> None:
-        self.column = column
-        self.sums: dict = {"n": 0, "x": 0, "xx": 0, "var": 0}
-
-    def add(self, samples: np.ndarray) -> None:
-        """Adds a batch (N, C, H, W) as stored."""
-        if self.column == "image":
-            means, variances = samples.astype(np.int64), np.zeros((1, samples.shape[1], 1, 1), np.int64)
-        else:
-            means, stds = np.split(samples.astype(np.float64), 2, axis=1)
-            variances = stds**2
-        axes = (0, 2, 3)
-        batch = {"x": means.sum(axes), "xx": (means**2).sum(axes), "var": variances.sum(axes)}
-        self.sums["n"] += len(samples) * samples[0, 0].size
-        for key, value in batch.items():
-            self.sums[key] = (np.array(self.sums[key]) + value).tolist()
-
-    def merge(self, sums: dict) -> None:
-        """Adds the sums of another part."""
-        self.sums = {key: (np.array(value) + sums[key]).tolist() for key, value in self.sums.items()}
-
-    def mean_std(self) -> tuple[list[float], list[float]]:
-        """Per-channel mean, and sqrt(var(mean) + E[std^2])."""
-        n, x, xx, var = (np.array(self.sums[key], np.float64) for key in ("n", "x", "xx", "var"))
-        return (x / n).tolist(), np.sqrt(np.maximum(xx / n - (x / n) ** 2, 0) + var / n).tolist()
 
 
 def finish(uri: str, max_rejected: int = 0) -> Manifest:
@@ -278,8 +246,7 @@ def finish(uri: str, max_rejected: int = 0) -> Manifest:
     Raises DatasetError if parts are missing or more than `max_rejected` samples were rejected; the list of
     those is then in rejected.jsonl, and there is no manifest.
     """
-    store = Store(uri)
-    try:
+    with Store(uri) as store:
         names = store.names()
         if PLAN not in names:
             raise DatasetError(f"{uri} holds no unfinished conversion")
@@ -294,11 +261,14 @@ def finish(uri: str, max_rejected: int = 0) -> Manifest:
         shards = [record["shard"] for record in records if record["shard"]]
         store.write(INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
         store.write(MANIFEST, manifest.to_json())
-    finally:
-        store.close()
-    if not store.remote:
-        shutil.rmtree(Path(uri, WORK))
+    _clean_up(store)
     return manifest
+
+
+def _clean_up(store: Store) -> None:
+    """Deletes the records of a finished dataset; in a bucket, where Streaming cannot delete, they stay."""
+    if not store.remote:
+        shutil.rmtree(Path(store.uri, WORK), ignore_errors=True)
 
 
 def _read_records(store: Store, plan: Manifest, names: set[str]) -> list[dict]:
@@ -308,7 +278,10 @@ def _read_records(store: Store, plan: Manifest, names: set[str]) -> list[dict]:
         raise DatasetError(
             f"{store.uri}: {len(missing)} of {len(wanted)} parts are missing, the first is {missing[0]}"
         )
-    return [json.loads(store.read(name)) for name in wanted]
+    with ThreadPoolExecutor(
+        16
+    ) as pool:  # from a bucket, thousands of small files one by one would take minutes
+        return [json.loads(data) for data in pool.map(store.read, wanted)]
 
 
 def _complete(plan: Manifest, records: list[dict], rejected: int) -> Manifest:

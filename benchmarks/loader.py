@@ -1,0 +1,175 @@
+"""Data in and out: `python -m benchmarks.loader` prints samples/s, and exits 1 if a bar is missed.
+
+Training loader: shards of [8, 32, 32] float16 latents and labels through Composer's loader, beside a plain
+torch Dataset over the same samples in an uncompressed ZIP of .npy files. Conversion: 256 px JPEGs with one
+worker, beside the bare loop of decoding, scaling and writing. Both sides of a pair run back to back, and the
+ratio is taken pair by pair, so a machine whose speed drifts does not matter. Files come from the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from recipe.data import DataConfig, train_loader
+from streaming_convert.__main__ import main as convert
+from streaming_convert.images import centre_crop
+
+BATCH = 128
+LOADER_RATIO, LOADER_RATE, CONVERSION_RATIO, CONVERSION_RATE = 0.8, 8000, 1 / 1.3, 300
+
+
+class ZipDataset(Dataset):
+    """The released code's way: one .npy member per sample, labels in dataset.json."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._zip = path, None
+        with zipfile.ZipFile(path) as file:
+            self.labels = json.loads(file.read("dataset.json"))["labels"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        if self._zip is None:  # opened in the worker: processes must not share a file position
+            self._zip = zipfile.ZipFile(self.path)
+        name, label = self.labels[index]
+        with self._zip.open(name) as file:
+            return np.load(file), label
+
+
+def write_zip(path: Path, samples: int) -> None:
+    """Random latents [8, 32, 32] in float16: mean, then deviation."""
+    rng = np.random.default_rng(0)
+    names = [f"{i // 1000:05d}/img-mean-std-{i:08d}.npy" for i in range(samples)]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
+        for name in names:
+            buffer = io.BytesIO()
+            np.save(buffer, np.abs(rng.standard_normal((8, 32, 32), np.float32)).astype(np.float16))
+            file.writestr(name, buffer.getvalue())
+        labels = [[name, i % 1000] for i, name in enumerate(names)]
+        file.writestr("dataset.json", json.dumps({"labels": labels}))
+
+
+def rate(batches: Iterable, skip: int = 8) -> float:
+    """Samples a second of one epoch, without the first batches, which wait for workers to start."""
+    iterator = iter(batches)
+    for _ in range(skip):
+        next(iterator)
+    start = time.perf_counter()
+    count = sum(1 for _ in iterator)
+    return count * BATCH / (time.perf_counter() - start)
+
+
+def compare(
+    first: Callable[[], float], second: Callable[[], float], pairs: int
+) -> tuple[float, float, float]:
+    """Median rates of both and the median of their ratios, after one warm-up each."""
+    first(), second()
+    rates = [(first(), second()) for _ in range(pairs)]
+    ours, theirs = zip(*rates, strict=True)
+    return statistics.median(ours), statistics.median(theirs), statistics.median(a / b for a, b in rates)
+
+
+def loader_rates(folder: Path, workers: int, pairs: int) -> tuple[float, float, float]:
+    """Samples a second of the training loader and of the ZIP, and their ratio."""
+    ours = train_loader(
+        DataConfig(local=str(folder / "mds" / "train"), batch_size=BATCH, workers=workers), seed=0
+    )
+    plain = DataLoader(
+        ZipDataset(folder / "latents.zip"),
+        BATCH,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    return compare(lambda: rate(ours), lambda: rate(plain), pairs)
+
+
+def write_photos(folder: Path, count: int) -> None:
+    """JPEGs of ImageNet's usual size, 500 x 375, with some grain."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375))
+        grain = rng.integers(-12, 13, (375, 500, 1))
+        pixels = (np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:05}.jpg", quality=90)
+
+
+def conversion_rates(folder: Path, pairs: int) -> tuple[float, float, float]:
+    """Images a second of one conversion worker and of the bare loop, and their ratio."""
+    photos = sorted((folder / "photos").iterdir())
+
+    def timed(work: Callable[[Path], object]) -> float:
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            start = time.perf_counter()
+            work(Path(out))
+            return len(photos) / (time.perf_counter() - start)
+
+    def ours(out: Path) -> None:
+        words = ["images", str(folder / "photos"), "--unlabelled", "--size", "256", "--workers", "1"]
+        convert([*words, "--out", str(out)])
+
+    def bare(out: Path) -> None:
+        with open(out / "pixels", "wb") as file:
+            for photo in photos:
+                file.write(np.asarray(centre_crop(Image.open(photo).convert("RGB"), 256)).tobytes())
+
+    return compare(lambda: timed(ours), lambda: timed(bare), pairs)
+
+
+def report(name: str, ours: float, other: str, theirs: float, ratio: float, met: bool) -> bool:
+    """Prints one line and returns whether its bar is met."""
+    print(f"{name}: {ours:.0f}/s, {other} {theirs:.0f}/s, ratio {ratio:.2f}{'' if met else '  BAR MISSED'}")
+    return met
+
+
+def main() -> int:
+    """Runs both comparisons in a temporary folder (about 1 GB)."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=20000, help="latents (default: %(default)s)")
+    parser.add_argument("--photos", type=int, default=600, help="JPEGs (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=5, help="measured pairs (default: %(default)s)")
+    args = parser.parse_args()
+    met = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_zip(folder / "latents.zip", args.samples)
+        convert(
+            [
+                "zip",
+                str(folder / "latents.zip"),
+                "--out",
+                str(folder / "mds"),
+                "--workers",
+                str(os.cpu_count()),
+            ]
+        )
+        for workers in (1, 2):
+            ours, theirs, ratio = loader_rates(folder, workers, args.pairs)
+            good = ratio >= LOADER_RATIO and (ours >= LOADER_RATE or workers > 1)
+            met.append(report(f"loader, {workers} workers", ours, "ZIP", theirs, ratio, good))
+        write_photos(folder / "photos", args.photos)
+        ours, theirs, ratio = conversion_rates(folder, args.pairs)
+        good = ratio >= CONVERSION_RATIO or ours >= CONVERSION_RATE
+        met.append(report("conversion, 1 worker", ours, "bare loop", theirs, ratio, good))
+    return 0 if all(met) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

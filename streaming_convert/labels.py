@@ -1,0 +1,119 @@
+"""Class labels of files: from the folders they lie in or from a label file, and their numbers 0..K-1."""
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from streaming_convert.store import DatasetError
+
+LABEL_FILES = ("labels.csv", "labels.json", "dataset.json")
+
+
+def from_folders(folder: str, keys: list[str]) -> list[str]:
+    """The first folder of each file's name. DatasetError for a file outside, or a folder without files."""
+    loose = [key for key in keys if "/" not in key]
+    if loose:
+        raise DatasetError(
+            f"{folder}: no class folder and no label file says what {loose[0]} is; "
+            f"add one of {', '.join(LABEL_FILES)}, or pass --labels FILE or --unlabelled"
+        )
+    folders = {path.name for path in Path(folder).iterdir() if path.is_dir() and path.name[0] != "."}
+    empty = sorted(folders - {key.split("/")[0] for key in keys})
+    if empty:
+        raise DatasetError(f"{folder}: the class folder {empty[0]!r} holds no images")
+    return [key.split("/")[0] for key in keys]
+
+
+def from_file(path: str, keys: list[str]) -> list[str | int]:
+    """The label of each file in a CSV or JSON label file, where names may lack their suffix."""
+    text = read_text(path)
+    rows = parse_json(text, path) if path.endswith(".json") else parse_csv(text, path)
+    if rows is None:
+        raise DatasetError(f"{path} holds no labels; pass --unlabelled to convert without")
+    return match(rows, keys, path)
+
+
+def match(rows: dict[str, str | int], keys: list[str], path: str) -> list[str | int]:
+    """The label of each key. DatasetError naming the first without one."""
+    found = [rows.get(key, rows.get(key.rpartition(".")[0])) for key in keys]
+    missing = [key for key, label in zip(keys, found, strict=True) if label is None]
+    if missing:
+        raise DatasetError(f"{path} has no label for {missing[0]} ({len(missing)} files in all)")
+    return found
+
+
+def parse_json(text: str | bytes, path: str) -> dict[str, str | int] | None:
+    """{file: label} of {"labels": [[file, label], ...]}; None where it says null: there are no labels."""
+    try:
+        rows = json.loads(text)["labels"]
+        return None if rows is None else {name.replace("\\", "/"): label for name, label in rows}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(
+            f'{path} is not of the form {{"labels": [["file", label], ...]}}: {error!r}'
+        ) from error
+
+
+def parse_csv(text: str, path: str) -> dict[str, str | int]:
+    """{file: label} of rows `file,label`, or of ImageNet's LOC_val_solution.csv."""
+    rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    short = [row for row in rows if len(row) < 2 or not row[1].strip()]
+    if short:
+        raise DatasetError(f"{path}: a row has no class: {','.join(short[0])}")
+    if rows and rows[0][:2] == ["ImageId", "PredictionString"]:  # the class, then boxes
+        return {name: text.split()[0] for name, text, *_ in rows[1:]}
+    return {name: int(label) if label.isdecimal() else label for name, label, *_ in rows}
+
+
+def read_classes(path: str) -> list[str]:
+    """Class names, one a line, in label order; after an ImageNet synset its title may follow."""
+    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if all(re.match(r"n\d{8}\b", name) for name in names):
+        names = [name.split()[0] for name in names]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DatasetError(f"{path} names the class {twice[0]!r} twice")
+    if not names:
+        raise DatasetError(f"{path} names no classes")
+    return names
+
+
+def number(labels: list[str | int], names: list[str] | None = None) -> tuple[np.ndarray, list[str]]:
+    """Labels as int64 in 0..K-1, and the K class names: `names`, or what occurs, in order.
+
+    Whole numbers are taken as they are, names by their position. DatasetError for a label outside `names`.
+    """
+    kinds = {type(label) for label in labels}
+    if kinds == {int}:
+        names = names or [str(i) for i in range(max(labels) + 1)]
+        wrong = [label for label in labels if not 0 <= label < len(names)]
+        if wrong:
+            raise DatasetError(f"label {wrong[0]} is not in 0..{len(names) - 1}")
+        return np.array(labels, np.int64), names
+    if kinds != {str}:
+        found = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise DatasetError(f"labels must be all whole numbers or all names, found {found}")
+    names = names or sorted(set(labels))
+    position = {name: i for i, name in enumerate(names)}
+    unknown = sorted(set(labels) - set(position))
+    if unknown:
+        raise DatasetError(unknown_class(unknown[0], names))
+    return np.array([position[label] for label in labels], np.int64), names
+
+
+def unknown_class(name: str, names: list[str]) -> str:
+    """The error text for a class that is not among `names`."""
+    known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    return f"unknown class {name!r}; there are {len(names)}: {known}"
+
+
+def read_text(path: str) -> str:
+    """The UTF-8 text of a file that the user named; DatasetError if it cannot be read."""
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,68 @@
+"""Reads finished shards without a StreamingDataset's shared memory and caches: for `mds`, verify, show."""
+
+import json
+
+import numpy as np
+import xxhash
+from streaming.base.compression import decompress
+from streaming.base.format.mds import MDSReader
+
+from streaming_convert.manifest import MANIFEST, read_manifest
+from streaming_convert.store import DatasetError, Store
+
+
+def dataset_folders(uri: str) -> dict[str, str]:
+    """Names and URIs of the finished splits below `uri`, which is a converter's --out or one split itself."""
+    uri = uri.rstrip("/")
+    with Store(uri) as store:
+        names = store.names()
+    splits = {name: f"{uri}/{name}" for name in ("train", "val") if f"{name}/{MANIFEST}" in names}
+    if MANIFEST in names:
+        splits = {uri.rsplit("/", 1)[-1]: uri}
+    if not splits:
+        read_manifest(uri)  # raises, saying what is missing
+    return splits
+
+
+def read_index(store: Store) -> list[dict]:
+    """The entries of index.json, one per shard."""
+    try:
+        return json.loads(store.read("index.json"))["shards"]
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise DatasetError(f"{store.uri}/index.json is missing or damaged: {error}") from error
+
+
+class Shard:
+    """The samples of one MDS shard in memory: `shard[i]` is a dict of column values."""
+
+    def __init__(self, entry: dict, data: bytes) -> None:
+        """`entry` is the shard's in index.json, `data` its file. Raises DatasetError if they do not agree."""
+        self.name, checksum = stored_file(entry)
+        if xxhash.xxh64(data).hexdigest() != checksum:
+            raise DatasetError(f"{self.name}: the checksum is not that of the index")
+        if entry["compression"]:
+            data = decompress(entry["compression"], data)
+        self._data = data
+        self._offsets = np.frombuffer(data, np.uint32, entry["samples"] + 1, offset=4)
+        self._reader = MDSReader.from_json("", None, entry)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> dict:
+        return self._reader.decode_sample(self._data[self._offsets[index] : self._offsets[index + 1]])
+
+
+def stored_file(entry: dict) -> tuple[str, str]:
+    """Name and checksum of the file that holds a shard."""
+    file = entry["zip_data"] or entry["raw_data"]
+    return file["basename"], file["hashes"]["xxh64"]
+
+
+def open_shard(store: Store, entry: dict) -> Shard:
+    """Reads one shard of the dataset; DatasetError if its file is missing or damaged."""
+    name, _ = stored_file(entry)
+    try:
+        return Shard(entry, store.read(name))
+    except FileNotFoundError as error:
+        raise DatasetError(f"{name}: the file is missing") from error

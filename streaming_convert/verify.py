@@ -1,0 +1,81 @@
+"""Checks a finished dataset against its index and its manifest, sample by sample."""
+
+from collections import Counter
+
+import numpy as np
+from tqdm import tqdm
+
+from streaming_convert.manifest import STORED_DTYPE, Manifest, read_manifest
+from streaming_convert.moments import Moments
+from streaming_convert.shards import Shard, open_shard, read_index, stored_file
+from streaming_convert.store import DatasetError, Store
+
+
+def verify(uri: str) -> list[str]:
+    """Problems of one split; none if it is sound.
+
+    Checked are the checksum of every shard; number, shape, type and label range of its samples; that latents
+    are finite and deviations not negative; and the manifest's shard list, class counts, mean and deviation.
+    Raises DatasetError if there is no manifest or no index to check against.
+    """
+    manifest = read_manifest(uri)
+    counts, moments, problems = Counter(), Moments(manifest.column), []
+    with Store(uri) as store:
+        entries = read_index(store)
+        problems += _check_listing(entries, manifest)
+        for entry in tqdm(entries, desc=f"verifying {uri}", unit="shard", dynamic_ncols=True):
+            try:
+                problems += _check_samples(open_shard(store, entry), manifest, counts, moments)
+            except DatasetError as error:
+                problems.append(str(error))
+    return problems or _check_totals(manifest, counts, moments)
+
+
+def _check_listing(entries: list[dict], manifest: Manifest) -> list[str]:
+    """Whether index and manifest agree on names, checksums and numbers of samples."""
+    listed = {stored_file(entry)[0]: (stored_file(entry)[1], entry["samples"]) for entry in entries}
+    expected = {name: (shard["xxh64"], shard["samples"]) for name, shard in manifest.shards.items()}
+    names = sorted(set(listed) | set(expected))
+    return [f"{n}: index and manifest disagree" for n in names if listed.get(n) != expected.get(n)]
+
+
+def _check_samples(shard: Shard, manifest: Manifest, counts: Counter, moments: Moments) -> list[str]:
+    """Problems of the samples of one shard, which are added to the counts and moments."""
+    problems = []
+    classes = len(manifest.class_names) or 1
+    for i in range(len(shard)):
+        sample = shard[i]
+        value, label = sample.get(manifest.column), sample.get("label")
+        if value is None or label is None:
+            return [f"{shard.name}: the columns are {sorted(sample)}, not {manifest.column} and label"]
+        if value.dtype != STORED_DTYPE[manifest.column] or list(value.shape) != manifest.shape:
+            problems.append(f"{shard.name}, sample {i}: {value.dtype} {value.shape}, not {manifest.shape}")
+            continue
+        if not 0 <= label < classes:
+            problems.append(f"{shard.name}, sample {i}: label {label} is not in 0..{classes - 1}")
+        if not np.isfinite(value).all():
+            problems.append(f"{shard.name}, sample {i}: not finite")
+        elif manifest.column == "latents" and (value[len(value) // 2 :] < 0).any():
+            problems.append(f"{shard.name}, sample {i}: a negative deviation")
+        counts[int(label)] += 1
+        moments.add(value[None])
+    return problems
+
+
+def _check_totals(manifest: Manifest, counts: Counter, moments: Moments) -> list[str]:
+    """Whether the samples add up to what the manifest says."""
+    mean, std = moments.mean_std()
+    found = {
+        "num_samples": counts.total(),
+        "class_counts": [counts[label] for label in range(len(manifest.class_names))],
+    }
+    problems = [
+        f"{key}: the manifest says {getattr(manifest, key)}, the shards hold {value}"
+        for key, value in found.items()
+        if getattr(manifest, key) != value
+    ]
+    for key, value in {"channel_mean": mean, "channel_std": std}.items():
+        stated = getattr(manifest, key)
+        if len(stated) != len(value) or not np.allclose(stated, value, rtol=1e-6, atol=1e-9):
+            problems.append(f"{key}: the manifest says {stated}, the shards give {value}")
+    return problems

@@ -1,0 +1,593 @@
+"""Conversion in one process: sources, bad input, labels, options, round trips, verify and show."""
+
+import json
+import shutil
+import struct
+import sys
+import zipfile
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+from streaming import StreamingDataset
+
+from streaming_convert import images, sources
+from streaming_convert.__main__ import main, split_items
+from streaming_convert.images import Rejected, decode
+from streaming_convert.manifest import Manifest, read_manifest
+from streaming_convert.shards import open_shard, read_index
+from streaming_convert.store import DatasetError, Store
+
+SYNSETS = ["n01440764", "n02123045", "n03445777"]  # tench, tabby cat, golf ball: 0, 281 and 574 in ImageNet
+
+
+def convert(*words: object) -> int:
+    return main([str(word) for word in words] + ["--workers", "1"])
+
+
+def read_all(folder: Path) -> list[dict]:
+    store = Store(str(folder))
+    return [
+        sample
+        for entry in read_index(store)
+        for sample in map(open_shard(store, entry).__getitem__, range(entry["samples"]))
+    ]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+def picture(rng: np.random.Generator, height: int = 40, width: int = 56) -> Image.Image:
+    """A smooth colour picture, so that JPEG and resampling stay close to it."""
+    small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def to_bytes(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three synset folders of 4 pictures each, in the three file formats."""
+    rng = np.random.default_rng(0)
+    for synset in SYNSETS:
+        for i, (suffix, kind) in enumerate(
+            [("JPEG", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), ("jpg", "JPEG")]
+        ):
+            path = tmp_path / "in" / synset / f"{synset}_{i}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(to_bytes(picture(rng), kind))
+    return tmp_path / "in"
+
+
+# Round trips
+
+
+def test_digits_are_read_back_exactly_and_in_order(tmp_path):
+    assert convert("digits", "--out", tmp_path) == 0
+    data = load_digits()
+    dataset = StreamingDataset(
+        local=str(tmp_path / "train"), batch_size=1, shuffle=False, validate_hash="xxh64"
+    )
+    assert len(dataset) == 1797
+    for i in range(0, 1797, 13):
+        assert dataset[i]["image"].dtype == np.uint8 and dataset[i]["label"].dtype == np.int64
+        np.testing.assert_array_equal(dataset[i]["image"], np.rint(data.images[i] * 255 / 16)[None])
+        assert dataset[i]["label"] == data.target[i]
+
+    manifest = read_manifest(str(tmp_path / "train"))
+    pixels = np.rint(data.images * 255 / 16)
+    assert manifest.shape == [1, 8, 8] and manifest.class_names == [str(i) for i in range(10)]
+    assert manifest.class_counts == np.bincount(data.target).tolist()
+    assert manifest.channel_mean == pytest.approx([pixels.mean()], rel=1e-12)
+    assert manifest.channel_std == pytest.approx([pixels.std()], rel=1e-12)
+    assert not (tmp_path / "train" / ".parts").exists()
+
+
+def test_finished_identical_dataset_is_reused_and_a_different_one_refused(tmp_path, capsys):
+    convert("digits", "--out", tmp_path)
+    before = files(tmp_path)
+    assert convert("digits", "--out", tmp_path) == 0
+    assert "already complete" in capsys.readouterr().out
+    assert convert("digits", "--out", tmp_path, "--shard-samples", 500) == 1
+    error = capsys.readouterr().err
+    assert "different dataset: `shard_samples` is 1000 there and 500 here" in error and error.count("\n") == 1
+    assert files(tmp_path) == before
+
+
+def test_folder_with_other_files_is_refused(tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "notes.txt").write_text("mine")
+    assert convert("digits", "--out", tmp_path) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert files(tmp_path) == {"train/notes.txt": b"mine"}
+
+
+def test_validation_split_shares_out_every_sample_once(tmp_path):
+    convert("digits", "--out", tmp_path, "--val", 0.1, "--compression", "zstd:3", "--shard-samples", 100)
+    train, val = read_all(tmp_path / "train"), read_all(tmp_path / "val")
+    assert (len(train), len(val)) == (1617, 180)
+    both = sorted(sample["image"].tobytes() + bytes([sample["label"]]) for sample in train + val)
+    data = load_digits()
+    pixels = np.rint(data.images * 255 / 16).astype(np.uint8)
+    assert both == sorted(p.tobytes() + bytes([t]) for p, t in zip(pixels, data.target, strict=True))
+    assert read_manifest(str(tmp_path / "train")).shards["shard.00000.mds.zstd"]["samples"] == 100
+    assert main(["verify", str(tmp_path)]) == 0
+
+
+def test_splits_differ_with_the_seed_and_are_never_empty():
+    assert not np.array_equal(split_items(100, 0.2, 0)["val"], split_items(100, 0.2, 1)["val"])
+    with pytest.raises(DatasetError, match="none are left for val"):
+        split_items(10, 0.01, 0)
+
+
+def test_flips_follow_their_originals(tmp_path):
+    convert("digits", "--out", tmp_path, "--limit", 30, "--flips", "--shard-samples", 16)
+    samples = read_all(tmp_path / "train")
+    assert len(samples) == 60
+    for original, mirrored in zip(samples[::2], samples[1::2], strict=True):
+        np.testing.assert_array_equal(original["image"][..., ::-1], mirrored["image"])
+        assert original["label"] == mirrored["label"]
+
+
+def test_shard_size_bounds_the_samples_of_a_shard(tmp_path):
+    convert("digits", "--out", tmp_path, "--shard-size", "8kb")
+    assert {shard["samples"] for shard in read_manifest(str(tmp_path / "train")).shards.values()} == {128, 5}
+
+
+def test_number_of_workers_and_machines_does_not_show_in_the_result(tmp_path, capsys):
+    options = ["digits", "--shard-samples", "100", "--val", "0.2"]
+    assert convert(*options, "--out", tmp_path / "one") == 0
+    assert main([*options, "--out", str(tmp_path / "two"), "--workers", "3"]) == 0
+    for machine in ("2/3", "1/3"):
+        assert convert(*options, "--out", tmp_path / "many", "--shard", machine) == 0
+    assert main(["merge", str(tmp_path / "many")]) == 1
+    assert "parts are missing" in capsys.readouterr().err
+    assert convert(*options, "--out", tmp_path / "many", "--shard", "3/3") == 0
+    assert not (tmp_path / "many" / "train" / "manifest.json").exists()
+    assert main(["merge", str(tmp_path / "many")]) == 0
+    assert files(tmp_path / "one") == files(tmp_path / "two") == files(tmp_path / "many")
+
+
+# Images
+
+
+def test_crop_is_the_adm_convention():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (301, 467, 3), dtype=np.uint8))
+    halved = image.resize((233, 150), Image.Resampling.BOX).resize((116, 75), Image.Resampling.BOX)
+    scaled = np.asarray(halved.resize((round(116 * 64 / 75), 64), Image.Resampling.BICUBIC))
+    left = (scaled.shape[1] - 64) // 2
+    np.testing.assert_array_equal(decode(to_bytes(image), 64), scaled[:, left : left + 64].transpose(2, 0, 1))
+
+
+def test_unusual_but_sound_images_become_the_same_picture():
+    rng = np.random.default_rng(1)
+    image = picture(rng)
+    palette = image.quantize(256)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    cases = {
+        "CMYK": (to_bytes(image.convert("CMYK"), "JPEG", quality=98), image, 3),
+        "EXIF": (to_bytes(turned, "JPEG", exif=exif, quality=98), image, 3),
+        "palette": (to_bytes(palette), palette.convert("RGB"), 0),
+        "grey": (to_bytes(image.convert("L")), image.convert("L").convert("RGB"), 0),
+        "WebP": (to_bytes(image, "WEBP", lossless=True), image, 0),
+    }
+    for name, (data, truth, tolerance) in cases.items():
+        difference = np.abs(decode(data, 32).astype(int) - decode(to_bytes(truth), 32))
+        assert difference.shape == (3, 32, 32) and difference.mean() <= tolerance, name
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    levels = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    found = decode(to_bytes(Image.fromarray(levels)), 32)
+    np.testing.assert_array_equal(found, np.broadcast_to(np.rint(levels / 257), (3, 32, 32)))
+
+
+def test_sixteen_bit_colour_and_transparency():
+    rows = np.full((8, 8, 3), [65535, 32896, 0], ">u2")
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(raw)),
+        (b"IEND", b""),
+    ]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    assert decode(png, 8)[:, 0, 0].tolist() == [255, 128, 0]
+    half = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
+    assert decode(to_bytes(half), 8)[:, 0, 0].tolist() == [255, 127, 127]
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([0, 0, 255])
+    assert decode(to_bytes(palette, transparency=0), 8)[:, 0, 0].tolist() == [255, 255, 255]
+
+
+def bomb() -> bytes:
+    """A PNG of 20000 x 20000 pixels in a few hundred kilobytes."""
+    return to_bytes(Image.new("1", (20000, 20000)))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("zero-byte", lambda: b"", "empty file"),
+        ("not an image", lambda: b"hello " * 100, "not a JPEG, PNG or WebP image"),
+        (
+            "another format",
+            lambda: to_bytes(Image.new("RGB", (9, 9)), "GIF"),
+            "not a JPEG, PNG or WebP image",
+        ),
+        ("truncated JPEG", lambda: to_bytes(picture(np.random.default_rng(0)), "JPEG")[:-200], "truncated"),
+        ("truncated PNG", lambda: to_bytes(picture(np.random.default_rng(0)))[:-400], "truncated"),
+        (
+            "truncated WebP",
+            lambda: to_bytes(picture(np.random.default_rng(0)), "WEBP")[:-99],
+            "truncated|not a JPEG",
+        ),
+        ("bomb", bomb, "decompression bomb"),
+    ],
+)
+def test_bad_images_are_rejected_with_the_reason(name, data, reason):
+    with pytest.raises(Rejected, match=reason):
+        decode(data(), 16)
+
+
+def test_slightly_too_large_image_is_a_bomb_too(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 99)
+    with pytest.raises(Rejected, match="10x10 pixels"):
+        decode(to_bytes(Image.new("RGB", (10, 10))), 8)
+
+
+def test_too_many_rejected_fail_at_the_end_with_the_list(folder, tmp_path, capsys):
+    (folder / SYNSETS[0] / "empty.png").write_bytes(b"")
+    whole = folder / SYNSETS[1] / f"{SYNSETS[1]}_0.JPEG"
+    whole.write_bytes(whole.read_bytes()[:-100])
+    command = ["images", folder, "--size", 16, "--out", tmp_path / "out", "--shard-samples", 3]
+    assert convert(*command, "--max-rejected", 1) == 1
+    error = capsys.readouterr().err
+    assert (
+        "2 samples were rejected, --max-rejected allows 1" in error
+        and f"{SYNSETS[0]}/empty.png: empty file" in error
+    )
+    with pytest.raises(DatasetError, match="did not finish"):
+        read_manifest(str(tmp_path / "out" / "train"))
+
+    assert convert(*command, "--max-rejected", 2) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out/train/rejected.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == [f"{SYNSETS[0]}/empty.png", f"{SYNSETS[1]}/{SYNSETS[1]}_0.JPEG"]
+    manifest = read_manifest(str(tmp_path / "out" / "train"))
+    assert (manifest.num_samples, manifest.rejected, manifest.class_counts) == (11, 2, [4, 3, 4])
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_part_without_a_single_good_image_has_no_shard(folder, tmp_path):
+    for path in (folder / SYNSETS[0]).iterdir():
+        path.write_bytes(b"")
+    options = ["--size", 16, "--shard-samples", 4, "--max-rejected", 4]
+    assert convert("images", folder, *options, "--out", tmp_path / "out") == 0
+    manifest = read_manifest(str(tmp_path / "out" / "train"))
+    assert list(manifest.shards) == ["shard.00001.mds", "shard.00002.mds"]
+    assert manifest.class_counts == [0, 4, 4] and main(["verify", str(tmp_path / "out")]) == 0
+    assert len(StreamingDataset(local=str(tmp_path / "out" / "train"), batch_size=1)) == 8
+
+    for path in folder.rglob("*.*"):
+        path.write_bytes(b"")
+    assert convert("images", folder, *options, "--max-rejected", 99, "--out", tmp_path / "none") == 1
+    with pytest.raises(DatasetError, match="did not finish"):
+        read_manifest(str(tmp_path / "none" / "train"))
+
+
+# Labels
+
+
+def test_class_folders_are_numbered_as_imagenet_numbers_its_synsets(folder):
+    source = sources.image_folder(str(folder), 16)
+    assert source.class_names == SYNSETS
+    assert source.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert source.keys == sorted(source.keys)
+
+
+def test_class_file_fixes_the_order(folder, tmp_path):
+    mapping = tmp_path / "LOC_synset_mapping.txt"
+    mapping.write_text("n03445777 golf ball\nn01440764 tench, Tinca tinca\nn02123045 tabby, tabby cat\n")
+    source = sources.image_folder(str(folder), 16, classes=str(mapping))
+    assert source.class_names == ["n03445777", "n01440764", "n02123045"]
+    assert source.labels.tolist() == [1] * 4 + [2] * 4 + [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("labels.csv", "b.png,cat\na.png,dog\n"),
+        (
+            "LOC_val_solution.csv",
+            "ImageId,PredictionString\nb,cat 1 2 3 4 cat 5 6 7 8 \na,dog 85 1 499 272\n",
+        ),
+        ("dataset.json", '{"labels": [["b.png", 0], ["a.png", 1]]}'),
+    ],
+)
+def test_flat_folder_with_a_label_file(tmp_path, name, text):
+    for key in "ab":
+        (tmp_path / f"{key}.png").write_bytes(to_bytes(Image.new("RGB", (8, 8))))
+    (tmp_path / name).write_text(text)
+    source = sources.image_folder(str(tmp_path), 8, str(tmp_path / name))
+    assert dict(zip(source.keys, source.labels.tolist(), strict=True)) == {"a.png": 1, "b.png": 0}
+
+
+def _loose(folder: Path) -> list:
+    shutil.copy(folder / SYNSETS[0] / f"{SYNSETS[0]}_1.png", folder / "loose.png")
+    return []
+
+
+def _empty_class(folder: Path) -> list:
+    (folder / "n09999999").mkdir()
+    return []
+
+
+def _unlabelled_file(folder: Path) -> list:
+    (folder / "labels.csv").write_text(f"{SYNSETS[0]}/{SYNSETS[0]}_0.JPEG,fish\n")
+    return []
+
+
+def _unknown_class(folder: Path) -> list:
+    (folder / "classes.txt").write_text("\n".join(SYNSETS[:2]))
+    return ["--classes", folder / "classes.txt"]
+
+
+def _no_images(folder: Path) -> list:
+    for path in [*folder.rglob("*.*")]:
+        path.unlink()
+    return []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_loose, "says what loose.png is"),
+        (_empty_class, "class folder 'n09999999' holds no images"),
+        (_unlabelled_file, "labels.csv has no label for n01440764/n01440764_1.png (11 files in all)"),
+        (_unknown_class, "unknown class 'n03445777'; there are 2: n01440764, n02123045"),
+        (_no_images, "holds no .jpg, .jpeg, .png, .webp files"),
+        (lambda folder: ["--only", "dog"], "--only: unknown class 'dog'"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_writes_nothing(folder, tmp_path, capsys, damage, message):
+    extra = damage(folder)
+    assert convert("images", folder, "--size", 16, "--out", tmp_path / "out", *extra) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--val", "1"],
+        ["--shard", "0/4"],
+        ["--shard", "5/4"],
+        ["--shard-size", "many"],
+        ["--compression", "rar"],
+        ["--shard-samples", "0"],
+        ["--encoder", "jpeg"],
+    ],
+)
+def test_bad_options_are_usage_errors(tmp_path, capsys, words):
+    with pytest.raises(SystemExit) as exit_status:
+        main(["digits", "--out", str(tmp_path / "out"), *words])
+    assert exit_status.value.code == 2 and f"argument {words[0]}: " in capsys.readouterr().err
+
+
+def test_vae_without_diffusers_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert convert("digits", "--encoder", "vae", "--out", tmp_path / "out") == 1
+    assert "pip install 'terminal-velocity[vae]'" in capsys.readouterr().err
+
+
+def test_unlabelled_images_have_label_zero_and_no_classes(folder, tmp_path):
+    convert("images", folder, "--size", 16, "--out", tmp_path / "out", "--unlabelled")
+    manifest = read_manifest(str(tmp_path / "out" / "train"))
+    assert (manifest.class_names, manifest.class_counts, manifest.num_samples) == ([], [], 12)
+    assert {int(sample["label"]) for sample in read_all(tmp_path / "out" / "train")} == {0}
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+# The released code's archives
+
+
+def write_archive(path: Path, members: dict[str, bytes], labels: object) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+        file.writestr("dataset.json", json.dumps({"labels": labels}))
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def test_released_pixel_archive(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
+    names = [f"00000/img{i:08d}.png" for i in range(7)]
+    members = {name: to_bytes(Image.fromarray(p)) for name, p in zip(names, pixels, strict=True)}
+    write_archive(tmp_path / "a.zip", members, [[name, (3 * i) % 5] for i, name in enumerate(names)][::-1])
+    assert convert("zip", tmp_path / "a.zip", "--out", tmp_path / "out") == 0
+    samples = read_all(tmp_path / "out" / "train")
+    np.testing.assert_array_equal(np.stack([s["image"] for s in samples]), pixels.transpose(0, 3, 1, 2))
+    assert [int(s["label"]) for s in samples] == [(3 * i) % 5 for i in range(7)]
+
+    with zipfile.ZipFile(tmp_path / "a.zip") as file:
+        file.extractall(tmp_path / "a")
+    convert("zip", tmp_path / "a", "--out", tmp_path / "from_folder")
+    assert (
+        files(tmp_path / "from_folder")["train/shard.00000.mds"]
+        == files(tmp_path / "out")["train/shard.00000.mds"]
+    )
+
+
+def test_released_latent_archive_becomes_latents_rounded_to_half(tmp_path):
+    rng = np.random.default_rng(0)
+    latents = np.concatenate([rng.normal(1, 5, (6, 4, 4, 4)), rng.uniform(0, 2, (6, 4, 4, 4))], 1).astype(
+        np.float32
+    )
+    names = [f"00000/img-mean-std-{i:08d}.npy" for i in range(6)]
+    write_archive(
+        tmp_path / "vae.zip",
+        {name: npy(value) for name, value in zip(names, latents, strict=True)},
+        [[name, i % 3] for i, name in enumerate(names)],
+    )
+    assert convert("zip", tmp_path / "vae.zip", "--out", tmp_path / "out") == 0
+    samples = read_all(tmp_path / "out" / "train")
+    np.testing.assert_array_equal(np.stack([s["latents"] for s in samples]), latents.astype(np.float16))
+    manifest = read_manifest(str(tmp_path / "out" / "train"))
+    assert manifest.column == "latents" and manifest.shape == [8, 4, 4]
+
+    stored = latents.astype(np.float16).astype(np.float64)
+    mean, std = stored[:, :4], stored[:, 4:]
+    expected = np.sqrt(mean.var((0, 2, 3)) + (std**2).mean((0, 2, 3)))
+    np.testing.assert_allclose(manifest.channel_mean, mean.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(manifest.channel_std, expected, rtol=1e-12)
+    draws = mean + std * rng.standard_normal((2000, *mean.shape))
+    np.testing.assert_allclose(manifest.channel_std, draws.std((0, 1, 3, 4)), rtol=5e-3)
+
+
+def test_archive_with_null_labels_is_unlabelled_and_one_with_missing_labels_refused(tmp_path, capsys):
+    members = {f"{i}.png": to_bytes(Image.new("RGB", (8, 8))) for i in range(2)}
+    write_archive(tmp_path / "null.zip", members, None)
+    assert sources.archive(str(tmp_path / "null.zip")).class_names == []
+    write_archive(tmp_path / "short.zip", members, [["0.png", 0]])
+    assert convert("zip", tmp_path / "short.zip", "--out", tmp_path / "out") == 1
+    assert "dataset.json has no label for 1.png" in capsys.readouterr().err
+    write_archive(tmp_path / "negative.zip", members, [["0.png", 0], ["1.png", -1]])
+    with pytest.raises(DatasetError, match="label -1 is not in 0..0"):
+        sources.archive(str(tmp_path / "negative.zip"))
+    assert convert("zip", tmp_path / "nowhere.zip", "--out", tmp_path / "out") == 1
+    assert "as a folder or a ZIP file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (np.full((8, 4, 4), np.nan, np.float32), "not finite in float16"),
+        (np.full((8, 4, 4), 1e6, np.float32), "not finite in float16"),
+        (np.zeros((3, 4, 4), np.float32), "neither uint8 pixels nor float latents"),
+        (np.zeros((8, 4, 5), np.float32), "(8, 4, 5), expected float16 (8, 4, 4)"),
+    ],
+)
+def test_bad_latents_are_rejected(tmp_path, capsys, value, reason):
+    members = {"0.npy": npy(np.ones((8, 4, 4), np.float32)), "1.npy": npy(value)}
+    write_archive(tmp_path / "a.zip", members, [["0.npy", 0], ["1.npy", 0]])
+    assert convert("zip", tmp_path / "a.zip", "--out", tmp_path / "out") == 1
+    assert reason in capsys.readouterr().err
+
+
+# mds, emoji, verify, show
+
+
+def test_subset_of_a_finished_dataset_is_relabelled(tmp_path):
+    convert("digits", "--out", tmp_path / "all", "--compression", "zstd")
+    assert convert("mds", tmp_path / "all", "--only", 7, 3, "--out", tmp_path / "some") == 0
+    data = load_digits()
+    kept = np.isin(data.target, [3, 7])
+    samples = read_all(tmp_path / "some" / "train")
+    np.testing.assert_array_equal(
+        np.stack([s["image"][0] for s in samples]), np.rint(data.images[kept] * 255 / 16).astype(np.uint8)
+    )
+    assert [int(s["label"]) for s in samples] == [{7: 0, 3: 1}[t] for t in data.target[kept]]
+    assert read_manifest(str(tmp_path / "some" / "train")).class_names == ["7", "3"]
+
+
+def test_emoji_of_both_kinds_are_drawn(tmp_path):
+    if not (Path(sources.EMOJI_FONT).is_file() and Path(sources.EMOJI_LIST).is_file()):
+        pytest.skip("needs the Debian packages fonts-noto-color-emoji and unicode-data")
+    source = sources.emoji(32)
+    assert "Food & Drink" in source.class_names and len(source.keys) > 1000
+    apple = source.load("1F34E")
+    centre = apple[:, 12:20, 12:20].reshape(3, -1).mean(1)
+    assert apple.shape == (3, 32, 32) and (apple[:, 0, 0] == 255).all() and centre[0] > 2 * centre[1]
+    assert source.class_names[source.labels[source.keys.index("1F34E")]] == "Food & Drink"
+
+
+def test_emoji_without_its_packages_says_what_to_install(tmp_path):
+    with pytest.raises(DatasetError, match="apt-get install fonts-noto-color-emoji unicode-data"):
+        sources.emoji(32, font=str(tmp_path / "none.ttf"))
+
+
+def _flip_byte(folder: Path) -> str:
+    path = folder / "shard.00001.mds"
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    return "shard.00001.mds: the checksum is not that of the index"
+
+
+def _lose_shard(folder: Path) -> str:
+    (folder / "shard.00000.mds").unlink()
+    return "shard.00000.mds: the file is missing"
+
+
+def _change_manifest(key: str, value: object, message: str):
+    def change(folder: Path) -> str:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest[key] = value
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return message
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _flip_byte,
+        _lose_shard,
+        _change_manifest("class_names", ["0", "1"], "label 5 is not in 0..1"),
+        _change_manifest("num_samples", 1796, "num_samples: the manifest says 1796, the shards hold 1797"),
+        _change_manifest("channel_mean", [77.0], "channel_mean: the manifest says [77.0]"),
+        _change_manifest("shape", [1, 4, 16], "uint8 (1, 8, 8), not [1, 4, 16]"),
+        _change_manifest("column", "latents", "the columns are ['image', 'label'], not latents and label"),
+        _change_manifest("shards", {}, "shard.00000.mds: index and manifest disagree"),
+    ],
+)
+def test_verify_names_the_damage(tmp_path, capsys, damage):
+    convert("digits", "--out", tmp_path)
+    assert main(["verify", str(tmp_path)]) == 0
+    message = damage(tmp_path / "train")
+    assert main(["verify", str(tmp_path / "train")]) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_show_draws_the_stored_samples(tmp_path):
+    convert("digits", "--out", tmp_path)
+    assert (
+        main(["show", str(tmp_path), "--out", str(tmp_path / "grid.png"), "--rows", "2", "--columns", "3"])
+        == 0
+    )
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    samples = read_all(tmp_path / "train")
+    assert grid.shape == (16, 24)
+    np.testing.assert_array_equal(grid[:8, :8], samples[0]["image"][0])
+    np.testing.assert_array_equal(grid[8:, 16:], samples[-1]["image"][0])
+
+
+def test_manifest_of_a_newer_schema_is_refused(tmp_path):
+    with pytest.raises(DatasetError, match="schema_version is 2, expected 1"):
+        Manifest.from_json(b'{"schema_version": 2}', "manifest.json")
+    with pytest.raises(DatasetError, match="is not a dataset manifest"):
+        Manifest.from_json(b'{"schema_version": 1, "colour": 3}', "manifest.json")
