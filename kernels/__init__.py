@@ -2,9 +2,11 @@
 
     from kernels import attention, jvp_attention
 
-B batch, H heads, N tokens, D head dimension. Every tensor is (B, H, N, D).
+B batch, H heads, N tokens, D head dimension. Tensors are (B, H, N, D) unless a docstring says otherwise.
 """
 
+import importlib
+import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,23 +15,28 @@ from torch import Tensor
 
 from kernels import reference
 
-__all__ = ["attention", "jvp_attention", "set_backend"]
+__all__ = ["attention", "jvp_attention", "jvp_attention_qkv", "set_backend"]
 
 BACKENDS = ("auto", "reference", "triton")
-
-_backend = "auto"
-reference.count_cpu_attention_flops()
 
 
 def set_backend(name: str) -> None:
     """Choose what computes `jvp_attention` from here on.
 
-    "auto" (the default) is Triton for CUDA tensors and the PyTorch reference for all others; "reference" and
-    "triton" force one. Triton takes CPU tensors only in its interpreter (TRITON_INTERPRET=1 from the start).
+    "auto" (the default) is Triton for CUDA tensors of 16 or 32 bits and the PyTorch reference for all others;
+    "reference" and "triton" force one. Triton takes CPU tensors in its interpreter alone, that is with
+    TRITON_INTERPRET=1 in the environment before Python starts.
     """
-    global _backend
+    global _backend, _operators
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
+    has_triton = importlib.util.find_spec("triton") is not None
+    if name == "triton" and not has_triton:
+        raise ValueError("backend is 'triton', which is not installed; it must be auto or reference")
+    if name == "triton" or (
+        name == "auto" and has_triton and torch.version.cuda and torch.cuda.is_available()
+    ):
+        _operators = importlib.import_module("kernels.operators")
     _backend = name
 
 
@@ -58,7 +65,30 @@ def jvp_attention(
     _check(tensors)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with _without_autocast(q.device.type):
+        if _use_triton("q", tensors["q"]):
+            return _operators.jvp_attention(*tensors.values(), scale)[:2]
         return reference.jvp_attention(*tensors.values(), scale)
+
+
+def jvp_attention_qkv(qkv: Tensor, tqkv: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """`jvp_attention` of one projection's output, (B, N, 3, H, D), and its tangent: (o, to), (B, H, N, D).
+
+    The kernels read the parts where they lie and write the gradients in place of them, into one buffer per
+    input; with q, k and v given apart, autograd would gather their gradients by a copy.
+    """
+    tensors = _autocast({"qkv": qkv, "tqkv": tqkv})
+    qkv, tqkv = tensors.values()
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or not qkv.is_floating_point():
+        raise ValueError(
+            f"qkv is {qkv.dtype} of shape {tuple(qkv.shape)}; it must be floating-point (B, N, 3, H, D)"
+        )
+    _check_like("tqkv", tqkv, "qkv", qkv)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    with _without_autocast(qkv.device.type):
+        if _use_triton("qkv", qkv):
+            return _operators.jvp_attention_qkv(qkv, tqkv, scale)[:2]
+        parts = (*qkv.permute(2, 0, 3, 1, 4).unbind(), *tqkv.permute(2, 0, 3, 1, 4).unbind())
+        return reference.jvp_attention(*parts, scale)
 
 
 def _without_autocast(device: str) -> AbstractContextManager:
@@ -67,7 +97,7 @@ def _without_autocast(device: str) -> AbstractContextManager:
 
 def _autocast(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """Cast as autocast does the operands of a product: all but float64 become the autocast type."""
-    device = tensors["q"].device.type
+    device = next(iter(tensors.values())).device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -85,15 +115,39 @@ def _check(tensors: dict[str, Tensor | None]) -> None:
         raise ValueError(f"q is {q.dtype} of shape {tuple(q.shape)}; it must be floating-point (B, H, N, D)")
     if k.dim() != 4 or (*k.shape[:2], k.shape[3]) != (*q.shape[:2], q.shape[3]):
         raise ValueError(f"k has shape {tuple(k.shape)}; with q {tuple(q.shape)} it must be (B, H, Nk, D)")
-    for name, x in tensors.items():
-        if x is None:
-            continue
-        like = "q" if name in ("q", "tq") else "k"
-        if x.shape != tensors[like].shape:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; it must be that of {like}, {tuple(tensors[like].shape)}"
-            )
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} is {x.dtype}; it must be that of q, {q.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}; it must be on that of q, {q.device}")
+    _check_like("k", k, "q", q, shapes=False)
+    for name, like in (("v", "k"), ("tq", "q"), ("tk", "k"), ("tv", "k")):
+        if tensors[name] is not None:
+            _check_like(name, tensors[name], like, tensors[like])
+
+
+def _check_like(name: str, x: Tensor, like: str, y: Tensor, shapes: bool = True) -> None:
+    if shapes and x.shape != y.shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be that of {like}, {tuple(y.shape)}")
+    if x.dtype != y.dtype:
+        raise ValueError(f"{name} is {x.dtype}; it must be that of {like}, {y.dtype}")
+    if x.device != y.device:
+        raise ValueError(f"{name} is on {x.device}; it must be on that of {like}, {y.device}")
+
+
+def _use_triton(name: str, x: Tensor) -> bool:
+    """Whether the back end for x is Triton; raises ValueError where it is but cannot take x."""
+    if _backend == "auto" and not (_operators is not None and x.is_cuda and x.dtype in _operators.DTYPES):
+        return False
+    if _backend == "reference":
+        return False
+    if x.dtype not in _operators.DTYPES:
+        raise ValueError(f"{name} is {x.dtype}; the Triton kernels take bfloat16, float16 and float32")
+    head_dim, limit = x.shape[-1], _operators.MAX_HEAD_DIM
+    if head_dim > limit:
+        raise ValueError(f"{name} has head dimension {head_dim}; the Triton kernels take at most {limit}")
+    if not (x.is_cuda or _operators.INTERPRETED):
+        raise ValueError(
+            f"{name} is on {x.device}; the Triton kernels take CUDA tensors (or TRITON_INTERPRET=1)"
+        )
+    return True
+
+
+_operators = None
+set_backend("auto")
+reference.count_cpu_attention_flops()

@@ -26,9 +26,9 @@ def local(tensors: list[Tensor]) -> list[Tensor]:
 @torch.no_grad()
 def ema_update(average: nn.Module, net: nn.Module, decay: float) -> None:
     """average <- net + decay (average - net), in place, on whatever shard this rank holds (no gather)."""
-    for module in (average, net):
+    for module in (*average.modules(), *net.modules()):
         if isinstance(module, FSDPModule):
-            module.reshard()  # a forward without gradient leaves the root gathered, in a copy to be dropped
+            module.reshard()  # a forward without gradient leaves weights gathered, in a copy to be dropped
     torch._foreach_lerp_(local(list(average.parameters())), local(list(net.parameters())), 1 - decay)
 
 

@@ -9,6 +9,7 @@ import torch
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.utils.checkpoint import checkpoint
 
 from recipe.dit import Block, DiT
@@ -63,6 +64,8 @@ def parallelism(config: ParallelConfig, device: str) -> ParallelismConfig | None
     """Composer's configuration of FSDP2; None leaves it to DistributedDataParallel. Raises ValueError."""
     if not config.fsdp2:
         return None
+    if device == "cpu":
+        _divide_gradients_explicitly()
     mesh, world = None, dist.get_world_size()
     if config.replicas > 1:
         if world % config.replicas:
@@ -75,3 +78,13 @@ def parallelism(config: ParallelConfig, device: str) -> ParallelismConfig | None
         mixed_precision=config.mixed_precision,
     )
     return ParallelismConfig(fsdp2=fsdp2)
+
+
+def _divide_gradients_explicitly() -> None:
+    """gloo's reduce_scatter takes AVG for SUM (pytorch 162338): have FSDP2 sum and divide, as for fp16."""
+    original = _fsdp_collectives._get_gradient_divide_factors
+
+    def explicit(scatter_group: object, reduce_group: object, _dtype: torch.dtype, *rest: object) -> object:
+        return original(scatter_group, reduce_group, torch.float16, *rest)
+
+    _fsdp_collectives._get_gradient_divide_factors = explicit

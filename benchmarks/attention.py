@@ -1,0 +1,285 @@
+"""Times attention with a tangent against its peers on one GPU; a size whose check fails gets no times.
+
+    python -m benchmarks.attention --out benchmarks/results   # a table, and JSON named after the GPU
+    python -m benchmarks.attention --tune                     # times every candidate tile of each kernel
+    python -m benchmarks.attention --interpret                # debugs the script; its times mean nothing
+
+Peers, where installed: torch's flash SDPA (the yardstick: plain attention, no tangent) and cuDNN's, plain
+attention under torch.func.jvp, eager and compiled, and jvp-flash-attention 0.14 (forward only). Times are
+medians in milliseconds; memory is the peak of forward and backward over inputs, outputs and their gradients.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kernels
+
+SIZES = [(32, 18, 256, 64), (8, 18, 1024, 64), (1, 24, 1024, 128), (1, 24, 4096, 128), (1, 24, 8192, 128)]
+TINY = [(1, 2, 33, 16)]
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
+FORWARD_BAR, BOTH_BAR, MEMORY_BAR = 3.2, 4.2, 1.05  # the first two in units of flash SDPA
+BACKWARD_BARS_MS = {(1, 24, 1024, 128): 0.8, (1, 24, 4096, 128): 8.0, (1, 24, 8192, 128): 30.0}
+
+Function = Callable[[list[Tensor]], tuple[Tensor, ...]]
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(D)) v, as written."""
+    return torch.softmax(q.shape[-1] ** -0.5 * (q @ k.mT), dim=-1) @ v
+
+
+def func_jvp(x: list[Tensor]) -> tuple[Tensor, ...]:
+    """Plain attention and its tangent by torch's own forward mode."""
+    return torch.func.jvp(plain_attention, tuple(x[:3]), tuple(x[3:]))
+
+
+def ours(x: list[Tensor]) -> tuple[Tensor, ...]:
+    """The fused kernels."""
+    return kernels.jvp_attention(*x)
+
+
+def sdpa(backend: SDPBackend) -> Function:
+    """torch's fused attention by one of its back ends: no tangent."""
+
+    def run(x: list[Tensor]) -> tuple[Tensor, ...]:
+        with sdpa_kernel(backend):
+            return (kernels.attention(*x[:3]),)
+
+    return run
+
+
+def jvp_flash_attention(x: list[Tensor]) -> tuple[Tensor, ...]:
+    """The PyPI package of this name; ImportError where it is not installed."""
+    from jvp_flash_attention.jvp_attention import JVPAttn
+
+    return torch.func.jvp(JVPAttn.fwd_dual, tuple(x[:3]), tuple(x[3:]))
+
+
+def peers(cuda: bool) -> dict[str, tuple[Function, bool]]:
+    """Name => function of q, k, v, tq, tk, tv, and whether it has a backward to time."""
+    eager = {"ours": (ours, True), "math jvp": (func_jvp, True)}
+    if not cuda:
+        return {**eager, "math SDPA": (sdpa(SDPBackend.MATH), True)}
+    return {
+        **eager,
+        "flash SDPA": (sdpa(SDPBackend.FLASH_ATTENTION), True),
+        "cuDNN SDPA": (sdpa(SDPBackend.CUDNN_ATTENTION), True),
+        "math jvp compiled": (torch.compile(func_jvp), True),
+        "jvp-flash-attention": (jvp_flash_attention, False),
+    }
+
+
+def make_inputs(size: tuple[int, ...], device: str, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v, tq, tk, tv: views (B, H, N, D) of token-major tensors."""
+    batch, heads, n, head_dim = size
+    shape = (batch, n, heads, head_dim)
+    return [torch.randn(shape, device=device, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(6)]
+
+
+def largest_error(inputs: list[Tensor]) -> float:
+    """Largest relative L2 error of outputs and gradients, against float64, in the first and the last head."""
+    outputs = ours(inputs)
+    gradients = [torch.randn_like(x) for x in outputs]
+    actual = [*outputs, *torch.autograd.grad(outputs, inputs, gradients)]
+    worst = 0.0
+    for at in (0, -1):
+        exact_inputs = [x[at, at].detach().double().requires_grad_() for x in inputs]
+        exact_outputs = func_jvp(exact_inputs)
+        exact_gradients = [x[at, at].double() for x in gradients]
+        expected = [*exact_outputs, *torch.autograd.grad(exact_outputs, exact_inputs, exact_gradients)]
+        for x, y in zip(actual, expected, strict=True):
+            error = ((x[at, at].double() - y).norm() / y.norm()).item()
+            worst = error if error != error else max(worst, error)  # NaN stays
+    return worst
+
+
+def median_ms(run: Callable[[], object], cuda: bool) -> float:
+    """Median time of a call, with the L2 cache cleared between calls on a GPU."""
+    if cuda:
+        from triton.testing import do_bench
+
+        return do_bench(run, warmup=100, rep=400, return_mode="median")
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def time_peer(function: Function, backward: bool, inputs: list[Tensor], cuda: bool) -> dict[str, float | str]:
+    """forward_ms, backward_ms and both_ms, or why there are none."""
+    try:
+        with torch.no_grad():
+            times = {"forward_ms": median_ms(lambda: function(inputs), cuda)}
+        if backward:
+            outputs = function(inputs)
+            used = inputs[: 3 * len(outputs)]
+            gradients = [torch.randn_like(x) for x in outputs]
+            again = {"retain_graph": True}
+            run = lambda: torch.autograd.grad(outputs, used, gradients, **again)  # noqa: E731
+            times["backward_ms"] = median_ms(run, cuda)
+            times["both_ms"] = median_ms(lambda: torch.autograd.grad(function(inputs), used, gradients), cuda)
+        return times
+    except ImportError:
+        return {"note": "not installed"}
+    except torch.cuda.OutOfMemoryError:
+        return {"note": "out of memory"}
+    except RuntimeError as error:
+        return {"note": str(error).splitlines()[0][:100]}
+
+
+def memory_ratio(size: tuple[int, ...], dtype: torch.dtype) -> float:
+    """Peak memory of forward and backward over the bytes of inputs, outputs and the gradients of both."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    inputs = make_inputs(size, "cuda", dtype)
+    gradients = [torch.randn_like(inputs[0]) for _ in range(2)]
+    torch.cuda.reset_peak_memory_stats()
+    outputs = ours(inputs)
+    results = torch.autograd.grad(outputs, inputs, gradients)
+    needed = sum(x.nbytes for x in (*inputs, *gradients, *outputs, *results))
+    return (torch.cuda.max_memory_allocated() - before) / needed
+
+
+def measure(size: tuple[int, ...], device: str, dtype: torch.dtype) -> dict:
+    """One row of the results: the check, then each peer's times, then the bars that are missed."""
+    cuda = device == "cuda"
+    inputs = make_inputs(size, device, dtype)
+    row = {"size": size, "error": largest_error(inputs), "tolerance": TOLERANCE[dtype]}
+    if not row["error"] < row["tolerance"]:
+        return {**row, "missed": ["correctness"]}
+    row["times"] = {name: time_peer(*peer, inputs, cuda) for name, peer in peers(cuda).items()}
+    if cuda:
+        row["memory_ratio"] = memory_ratio(size, dtype)
+        row["missed"] = missed_bars(row)
+    return row
+
+
+def missed_bars(row: dict) -> list[str]:
+    """What a row of results lacks, in words."""
+    own, flash = row["times"]["ours"], row["times"]["flash SDPA"]
+    missed = [
+        f"{peer}: {times['note']}"
+        for peer, times in (("ours", own), ("flash SDPA", flash))
+        if "note" in times
+    ]
+    if not missed:
+        for part, bar in (("forward_ms", FORWARD_BAR), ("both_ms", BOTH_BAR)):
+            if own[part] > bar * flash[part]:
+                missed.append(f"{part} is {own[part] / flash[part]:.2f} of flash SDPA, bar {bar}")
+        limit = BACKWARD_BARS_MS.get(row["size"], float("inf"))
+        if own["backward_ms"] > limit:
+            missed.append(f"backward takes {own['backward_ms']:.2f} ms, bar {limit}")
+    if row["memory_ratio"] > MEMORY_BAR:
+        missed.append(f"memory is {row['memory_ratio']:.3f} of what is needed, bar {MEMORY_BAR}")
+    return missed
+
+
+def print_row(row: dict) -> None:
+    """A row of results, one peer a line."""
+    print(f"\nB, H, N, D = {row['size']}: error {row['error']:.1e} (at most {row['tolerance']:.0e})")
+    for name, times in row.get("times", {}).items():
+        cells = [
+            f"{part} {times[part]:9.3f}" for part in ("forward_ms", "backward_ms", "both_ms") if part in times
+        ]
+        print(f"  {name:20s}", *cells, times.get("note", ""))
+    if "memory_ratio" in row:
+        print(f"  memory over what inputs, outputs and gradients need: {row['memory_ratio']:.3f}")
+    for bar in row.get("missed", []):
+        print(f"  MISSED: {bar}")
+
+
+def environment(cuda: bool) -> dict[str, str]:
+    """What the results depend on beside this file."""
+    import triton
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu interpreter",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit.stdout.strip(),
+    }
+
+
+def tune(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Time the candidates of each kernel at this size, with the other kernels as the table has them."""
+    from kernels import configs
+    from kernels.inspect import SIZES as CANDIDATES
+
+    key = configs.table_key(torch.cuda.get_device_capability(), size[-1])
+    table, inputs = configs.TABLE[key], make_inputs(size, "cuda", dtype)
+    fields = {"forward": "forward", "backward_rows": "rows", "backward_columns": "columns"}
+    print(f"\nB, H, N, D = {size}, table: {table}")
+    for kernel, field in fields.items():
+        tiles = [configs.Tile(*candidate, stages) for candidate in CANDIDATES[kernel] for stages in (2, 3)]
+        choices = tiles if field != "columns" else [(x,) for x in tiles] + [(x, x) for x in tiles]
+        for choice in choices:
+            configs.TABLE[key] = dataclasses.replace(table, **{field: choice})
+            try:
+                error = largest_error(inputs)
+                times = time_peer(ours, True, inputs, cuda=True)
+            except Exception as failure:  # noqa: BLE001  (too much shared memory, say: not a candidate here)
+                times = {"note": type(failure).__name__}
+            part = "forward_ms" if field == "forward" else "backward_ms"
+            right = "note" not in times and error < TOLERANCE[dtype]
+            result = f"{times[part]:.3f} ms" if right else times.get("note", "wrong")
+            print(f"  {kernel} {choice}: {result}")
+    configs.TABLE[key] = table
+
+
+def main() -> int:
+    """Print the results and write them as JSON; 1 if a check or a bar is missed, 2 without a device."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="folder for the JSON file")
+    parser.add_argument("--tune", action="store_true", help="time the candidate tiles instead")
+    parser.add_argument("--interpret", action="store_true", help="dry run on the CPU at a tiny size")
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available() and not args.interpret
+    if not cuda and not args.interpret:
+        print(
+            "No CUDA device: nothing measured. --interpret debugs this script without one.", file=sys.stderr
+        )
+        return 2
+    if args.interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+        print("Dry run in Triton's interpreter: the times mean nothing, and no bar is checked.")
+    kernels.set_backend("triton")
+    device, dtype, sizes = ("cuda", torch.bfloat16, SIZES) if cuda else ("cpu", torch.float32, TINY)
+    torch.manual_seed(0)
+    if args.tune:
+        for size in sizes:
+            tune(size, dtype)
+        return 0
+    rows = []
+    for size in sizes:
+        rows.append(measure(size, device, dtype))
+        print_row(rows[-1])
+    results = {**environment(cuda), "dtype": str(dtype), "rows": rows}
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / f"attention_{results['device'].replace(' ', '_').lower()}.json"
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"\nwrote {path}")
+    return int(any(row.get("missed") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

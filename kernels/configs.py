@@ -1,0 +1,71 @@
+"""Tile sizes of the Triton kernels by (architecture, padded head dimension), and how they were chosen.
+
+Timing: not measured yet. The entries are judgements from compiled code, which `python -m kernels.inspect
+--candidates` prints, to be replaced by what `python -m benchmarks.attention --tune` measures. Every entry
+keeps to the inspector's bars on spills. On sm_90, of the tiles that do, the widest score product up to 64
+(a narrower wgmma waits for its left operand in shared memory), then the larger resident side (queries by
+rows, keys by columns), which re-reads the other side less; at D = 64 by columns two blocks of 64 keys share
+a multiprocessor. On sm_80 the resident side comes first, and entries stay under the 99 KB of shared memory
+that a block has on consumer GPUs. Sequence length has no entry until a measurement asks for one.
+"""
+
+from dataclasses import dataclass
+
+import triton
+
+# Triton 3.3 keeps a descriptor per k-step of each resident tile in registers; later versions do not.
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One launch: `queries` x `keys` scores at a time, by `warps` warps, loads `stages` deep."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of the three kernels; two in `columns` are a launch for dk, dtk and another for dv, dtv."""
+
+    forward: Tile
+    rows: Tile
+    columns: tuple[Tile, ...]
+
+
+# At D = 128 four accumulators of (keys, D) would fill the register file, hence two launches by columns, of 9
+# and 6 products where one would do with 12.
+TABLE = {
+    (90, 64): Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), (Tile(32, 64, 4, 2),)),
+    (90, 128): Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2))),
+    (80, 64): Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(16, 64, 4, 2),)),
+    (80, 128): Config(Tile(128, 16, 8, 2), Tile(32, 32, 4, 2), (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))),
+}
+if OLD_TRITON:
+    TABLE[90, 128] = Config(
+        Tile(128, 32, 8, 2), Tile(128, 16, 8, 2), (Tile(16, 128, 8, 2), Tile(32, 128, 8, 2))
+    )
+
+# float32 operands pass through registers, as three tf32 parts each: tiny tiles on every architecture.
+FLOAT32 = Config(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)))
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two, 16 at least, that tiles of this head dimension are padded to."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def table_key(capability: tuple[int, int], head_dim: int) -> tuple[int, int]:
+    """Where the table has a CUDA compute capability and a head dimension up to 128."""
+    arch = (
+        90 if capability[0] in (9, 10) else 80
+    )  # shared memory per block: 227 KB there, 99 KB or more elsewhere
+    return arch, max(64, padded_head_dim(head_dim))
+
+
+def choose(capability: tuple[int, int], head_dim: int, element_size: int) -> Config:
+    """The configuration for a capability, a head dimension up to 128 and bytes per element."""
+    return FLOAT32 if element_size == 4 else TABLE[table_key(capability, head_dim)]

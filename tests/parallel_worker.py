@@ -1,0 +1,84 @@
+"""Runs the same 20 steps under several settings in one process group; rank 0 writes losses and weights.
+
+composer -n RANKS tests/parallel_worker.py DIGITS OUT NAME=DTYPE,override,... ...
+"""
+
+import sys
+
+import torch
+from composer import Trainer
+from composer.core import Callback
+from composer.utils import dist
+from torch.distributed.tensor import DTensor
+
+from recipe.algorithms import EMA, ScaleParameter
+from recipe.config import TrainConfig, load_config
+from recipe.data import train_loader
+from recipe.model import StepKey
+from recipe.parallel import parallelism
+from recipe.train import build_model, check_data
+from tests.conftest import TINY
+
+STEPS = 20
+
+
+class Losses(Callback):
+    """Global mean loss and sorted sample ids of every step, in full precision."""
+
+    def __init__(self):
+        self.losses, self.samples = [], []
+
+    def after_dataloader(self, state, logger):
+        self.sum = torch.zeros(1, dtype=torch.float64)
+        ids = dist.all_gather_object(state.batch["sample"].tolist())
+        self.samples.append(sorted(i for part in ids for i in part))
+
+    def after_loss(self, state, logger):
+        self.sum += state.outputs.total.detach().sum().double()
+
+    def batch_end(self, state, logger):
+        dist.all_reduce(self.sum)
+        self.losses.append(self.sum.item() / len(self.samples[-1]))
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def run(digits, dtype, overrides):
+    config = load_config(TrainConfig, "yamls/digits.yaml", [f"data.local={digits}", *TINY, *overrides])
+    model = build_model(config, check_data(config)).to(dtype)
+    optimizer = torch.optim.AdamW(model.net.parameters(), lr=1e-3, betas=(0.9, 0.95))
+    losses = Losses()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=train_loader(config.data, config.seed),
+        optimizers=optimizer,
+        max_duration=f"{STEPS}ba",
+        algorithms=[ScaleParameter(config.objective.scaled, **vars(config.step)), EMA(**vars(config.ema))],
+        callbacks=[StepKey(), losses],
+        parallelism_config=parallelism(config.parallel, "cpu"),
+        device="cpu",
+        device_train_microbatch_size=config.microbatch,
+        progress_bar=False,
+    )
+    trainer.fit()
+    weights = {name: full(p.detach()).clone() for name, p in model.named_parameters()}
+    trainer.close()
+    return {"losses": losses.losses, "samples": losses.samples, "weights": weights}
+
+
+def main():
+    torch.set_num_threads(1)
+    digits, out, *cases = sys.argv[1:]
+    results = {}
+    for case in cases:
+        name, settings = case.split("=", 1)
+        dtype, *overrides = settings.split(",")
+        results[name] = run(digits, getattr(torch, dtype), overrides)
+    if dist.get_global_rank() == 0:
+        torch.save(results, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,457 @@
+"""Attention with a tangent against float64 autograd of plain softmax attention, on every back end.
+
+On a GPU the Triton kernels run compiled (marker gpu). Elsewhere they run in Triton's interpreter, which must
+be chosen before anything imports triton: `test_in_the_interpreter` runs this file in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+fused_here = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_the_interpreter")
+gpu_here = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA device")
+REFERENCE = pytest.param(("reference", "cpu"), id="reference")
+FUSED = [
+    pytest.param(("triton", "cpu"), id="interpreter", marks=fused_here),
+    pytest.param(("triton", "cuda"), id="gpu", marks=[pytest.mark.gpu, gpu_here]),
+]
+every_backend = pytest.mark.parametrize("device", [REFERENCE, *FUSED], indirect=True)
+every_fused = pytest.mark.parametrize("device", FUSED, indirect=True)
+
+TOLERANCE = 1e-5  # float32 against float64
+NAMES = ("o", "to", "dq", "dk", "dv", "dtq", "dtk", "dtv")
+
+
+@pytest.fixture
+def device(request):
+    backend, name = request.param
+    kernels.set_backend(backend)
+    yield name
+    kernels.set_backend("auto")
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run in this process")
+def test_in_the_interpreter():
+    """Everything that is parametrised with the fused kernels, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "interpreter", "-x", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+
+
+def inputs(n_q, n_k, head_dim, device, dtype=torch.float32, batch=1, heads=1, seed=0):
+    """q, k, v, tq, tk, tv: views (B, H, N, D) of token-major tensors, as a projection gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (n_q, n_k, n_k) * 2
+    tensors = [torch.randn(batch, n, heads, head_dim, generator=generator) for n in sizes]
+    return [x.to(device, dtype).transpose(1, 2).requires_grad_() for x in tensors]
+
+
+def plain_attention(q, k, v, scale):
+    return torch.softmax(scale * (q @ k.mT), dim=-1) @ v
+
+
+def exact(tensors, gradients, scale):
+    """Outputs and gradients by torch's own forward mode and autograd, in float64; a None tangent is zeros."""
+    values = [x.detach().double().requires_grad_() for x in tensors[:3]]
+    tangents = [
+        (torch.zeros_like(x) if tx is None else tx.detach().double()).requires_grad_()
+        for x, tx in zip(values, tensors[3:], strict=True)
+    ]
+    outputs = torch.func.jvp(lambda *x: plain_attention(*x, scale), tuple(values), tuple(tangents))
+    wanted = [x for x, given in zip(values + tangents, tensors, strict=True) if given is not None]
+    return [*outputs, *torch.autograd.grad(outputs, wanted, [g.double() for g in gradients])]
+
+
+def measured(tensors, gradients, scale=None):
+    outputs = kernels.jvp_attention(*tensors, scale=scale)
+    given = [x for x in tensors if x is not None]
+    return [*outputs, *torch.autograd.grad(outputs, given, gradients)]
+
+
+def output_gradients(q, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(q.shape, generator=generator).to(q) for _ in range(2)]
+
+
+def errors(actual, expected):
+    """Relative L2 errors; where the exact value is (almost) zero, relative to entries of 0.1."""
+    return [
+        ((x.double() - y).norm() / torch.maximum(y.norm(), torch.full_like(y, 0.1).norm())).item()
+        for x, y in zip(actual, expected, strict=True)
+    ]
+
+
+def assert_close(tensors, tolerance, scale=None):
+    gradients = output_gradients(tensors[0])
+    expected = exact(tensors, gradients, tensors[0].shape[-1] ** -0.5 if scale is None else scale)
+    actual = measured(tensors, gradients, scale)
+    worst = max(errors(actual, expected))
+    assert worst < tolerance, dict(zip(NAMES, errors(actual, expected), strict=False))
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("n_q", "n_k", "head_dim"),
+    [
+        (1, 1, 32),
+        (17, 17, 32),
+        (63, 63, 64),
+        (17, 63, 72),
+        (257, 17, 64),
+        (1, 257, 32),
+        (33, 40, 16),
+        (20, 20, 128),
+    ],
+)
+def test_outputs_and_gradients(device, n_q, n_k, head_dim):
+    assert_close(inputs(n_q, n_k, head_dim, device), TOLERANCE)
+
+
+def test_reference_in_float64():
+    assert_close(inputs(17, 9, 16, "cpu", torch.float64), 1e-14)
+
+
+@pytest.mark.gpu
+@gpu_here
+@pytest.mark.parametrize("head_dim", [32, 64, 72, 96, 128])
+@pytest.mark.parametrize(("n_q", "n_k"), [(257, 257), (1024, 1024), (63, 4096)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_sizes_on_gpu(n_q, n_k, head_dim, dtype):
+    kernels.set_backend("auto")
+    assert_close(
+        inputs(n_q, n_k, head_dim, "cuda", dtype, batch=2, heads=3), 1e-2 if dtype is torch.bfloat16 else 2e-3
+    )
+
+
+@every_backend
+def test_large_logits(device):
+    """Logits in the thousands, of both signs: neither overflow nor NaN, and the maximum alone decides."""
+    tensors = inputs(33, 70, 32, device)
+    with torch.no_grad():
+        tensors[0] *= 300.0
+        tensors[1] -= 2 * tensors[0][:, :, :1].sign()
+    assert_close([x.detach().requires_grad_() for x in tensors], 5e-3)
+
+
+@every_backend
+def test_rows_that_one_key_dominates(device):
+    """P is 1 at one key and tS there is large: tP must come out as the small difference it is."""
+    tensors = inputs(40, 70, 32, device)
+    with torch.no_grad():
+        tensors[0].copy_(tensors[0].sign() * 4)
+        tensors[1][:, :, :40].copy_(tensors[0])
+        tensors[3] *= 20.0
+    assert_close([x.detach().requires_grad_() for x in tensors], 1e-3)
+
+
+@every_fused
+def test_mean_of_score_tangents_cancels(device):
+    """A constant added to every tS of a row changes nothing, in bf16 as little as in exact arithmetic."""
+    tensors = inputs(32, 64, 32, device, torch.bfloat16)
+    with torch.no_grad():
+        tensors[1][..., 0] = 1.0
+        tensors[3][..., 0] = 256.0  # adds 256 * scale to every tS
+    expected = exact(tensors, output_gradients(tensors[0]), 32**-0.5)[1]
+    assert errors([kernels.jvp_attention(*tensors)[1]], [expected])[0] < 2e-2
+
+
+@every_backend
+@pytest.mark.parametrize("missing", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_missing_tangents(device, missing):
+    tensors = inputs(17, 33, 32, device)
+    for index in missing:
+        tensors[3 + index] = None
+    assert_close(tensors, TOLERANCE)
+
+
+@every_backend
+def test_zero_tangents_equal_missing_ones(device):
+    tensors = inputs(17, 33, 32, device)
+    zeros = [*tensors[:3], *(torch.zeros_like(x) for x in tensors[3:])]
+    o, to = kernels.jvp_attention(*zeros)
+    assert errors([o], [plain_attention(*(x.double() for x in tensors[:3]), 32**-0.5)])[0] < 1e-6
+    assert torch.equal(to, torch.zeros_like(to))
+
+
+@every_backend
+def test_any_strides(device):
+    """Tangents laid out otherwise than values, a strided last dimension, keys shared by heads (stride 0)."""
+    q, k, v, tq, tk, tv = inputs(17, 33, 32, device, batch=2, heads=3)
+    tq = tq.detach().contiguous().requires_grad_()
+    v = v.detach().mT.contiguous().mT.requires_grad_()
+    k = k.detach()[:, :1].expand(-1, 3, -1, -1).requires_grad_()
+    assert_close([q, k, v, tq, tk, tv], TOLERANCE, scale=0.3)
+
+
+@every_backend
+def test_expanded_output_gradients(device):
+    tensors = inputs(17, 33, 32, device)
+    ones = [torch.ones_like(tensors[0]) for _ in range(2)]
+    outputs = kernels.jvp_attention(*tensors)
+    actual = torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), tensors)
+    assert max(errors(actual, exact(tensors, ones, 32**-0.5)[2:])) < TOLERANCE
+
+
+def rounded_formulas(q, k, v, tq, tk, tv, do, dto, scale):
+    """The kernels' formulas in PyTorch at their precision: operands in q's type, the rest in float32."""
+
+    def product(x, y):
+        return x.to(q.dtype).float() @ y.to(q.dtype).float()
+
+    p = torch.softmax(scale * product(q, k.mT), -1)
+    ts = scale * (product(tq, k.mT) + product(q, tk.mT))
+    ts = ts - (p * ts).sum(-1, keepdim=True)
+    o, to = product(p, v).to(q.dtype), (product(p * ts, v) + product(p, tv)).to(q.dtype)
+    a = (dto.float() * o.float()).sum(-1, keepdim=True)
+    delta = (do.float() * o.float() + dto.float() * to.float()).sum(-1, keepdim=True)
+    g = product(dto, v.mT) - a
+    dts = p * g
+    ds = p * (product(do, v.mT) + product(dto, tv.mT) - delta + g * ts)
+    dq, dk = product(ds, k) + product(dts, tk), product(ds.mT, q) + product(dts.mT, tq)
+    dv, dtv = product(p.mT, do) + product((p * ts).mT, dto), product(p.mT, dto)
+    gradients = (scale * dq, scale * dk, dv, scale * product(dts, k), scale * product(dts.mT, q), dtv)
+    return [o, to, *(x.to(q.dtype) for x in gradients)]
+
+
+@every_fused
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n_q", "n_k", "head_dim"), [(63, 65, 64), (40, 33, 72)])
+def test_half_precision_error(device, dtype, n_q, n_k, head_dim):
+    """At most 1.5 times the error of the same formulas in PyTorch at the same precision."""
+    tensors = inputs(n_q, n_k, head_dim, device, dtype)
+    gradients = output_gradients(tensors[0])
+    scale = head_dim**-0.5
+    expected = exact(tensors, gradients, scale)
+    with torch.no_grad():
+        allowed = errors(rounded_formulas(*tensors, *gradients, scale), expected)
+    actual = errors(measured(tensors, gradients), expected)
+    ratios = {name: x / y for name, x, y in zip(NAMES, actual, allowed, strict=True)}
+    assert max(ratios.values()) < 1.5, ratios
+
+
+@every_fused
+def test_every_element_is_written(device, monkeypatch):
+    """Memory from torch.empty may hold anything: here it holds NaN."""
+
+    def poisoned(empty):
+        return lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    for head_dim in (64, 72):
+        tensors = inputs(33, 70, head_dim, device)
+        assert all(x.isfinite().all() for x in measured(tensors, output_gradients(tensors[0])))
+
+
+@every_fused
+def test_results_repeat_to_the_bit(device):
+    tensors = inputs(33, 40, 64, device, torch.bfloat16)
+    gradients = output_gradients(tensors[0])
+    assert all(map(torch.equal, measured(tensors, gradients), measured(tensors, gradients)))
+
+
+@pytest.mark.gpu
+@gpu_here
+def test_more_heads_than_a_grid_axis():
+    kernels.set_backend("auto")
+    assert_close(inputs(4, 4, 16, "cuda", batch=70000), TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_second_gpu():
+    kernels.set_backend("auto")
+    assert_close(inputs(33, 33, 64, "cuda:1"), TOLERANCE)
+
+
+@every_backend
+def test_packed_projection(device):
+    """Same numbers as with q, k, v apart."""
+    qkv, tqkv = (torch.randn(2, 17, 3, 2, 32, device=device).requires_grad_() for _ in range(2))
+    parts = [x for packed in (qkv, tqkv) for x in packed.permute(2, 0, 3, 1, 4).unbind()]
+    outputs, expected = kernels.jvp_attention_qkv(qkv, tqkv), kernels.jvp_attention(*parts)
+    gradients = output_gradients(expected[0])
+    torch.testing.assert_close(outputs, expected)
+    actual = torch.autograd.grad(outputs, (qkv, tqkv), gradients)
+    torch.testing.assert_close(actual, torch.autograd.grad(expected, (qkv, tqkv), gradients))
+
+
+@every_fused
+def test_packed_gradients_are_one_buffer(device):
+    """Autograd gets the gradient of the packed buffer whole, laid out as the buffer is."""
+    qkv, tqkv = (torch.randn(1, 9, 3, 2, 16, device=device).requires_grad_() for _ in range(2))
+    o, to = kernels.jvp_attention_qkv(qkv, tqkv)
+    actual = torch.autograd.grad(o.sum() + to.sum(), (qkv, tqkv))
+    assert [x.stride() for x in actual] == [qkv.stride()] * 2
+
+
+@every_fused
+def test_operators_pass_opcheck(device):
+    from kernels import operators
+
+    tensors = inputs(4, 5, 16, device)
+    plain = [x.detach() for x in tensors]
+    outputs = operators.jvp_attention(*plain, 0.3)
+    torch.library.opcheck(operators.jvp_attention, (*tensors, 0.3))
+    torch.library.opcheck(operators.jvp_attention, (*tensors[:4], None, None, 0.3))
+    torch.library.opcheck(operators.jvp_attention_backward, (*outputs[:2], *plain, *outputs, 0.3))
+    qkv, tqkv = (torch.randn(1, 4, 3, 1, 16, device=device) for _ in range(2))
+    outputs = operators.jvp_attention_qkv(qkv, tqkv, 0.3)
+    torch.library.opcheck(operators.jvp_attention_qkv, (qkv.clone().requires_grad_(), tqkv, 0.3))
+    torch.library.opcheck(operators.jvp_attention_qkv_backward, (*outputs[:2], qkv, tqkv, *outputs, 0.3))
+
+
+@every_backend
+def test_compiles_without_graph_break(device):
+    """On the CPU through AOTAutograd alone: there Inductor takes a minute and adds nothing to the test."""
+    compiled = torch.compile(
+        lambda *x: kernels.jvp_attention(*(2 * y for y in x)),
+        fullgraph=True,
+        backend="inductor" if device == "cuda" else "aot_eager",
+    )
+    tensors = inputs(17, 33, 32, device)
+    gradients = output_gradients(tensors[0])
+    doubled = [(2 * x).detach().requires_grad_() for x in tensors]
+    expected = measured(doubled, gradients)
+    outputs = compiled(*tensors)
+    torch.testing.assert_close([*outputs], expected[:2])
+    actual = torch.autograd.grad(outputs, tensors, gradients)
+    torch.testing.assert_close([x / 2 for x in actual], expected[2:], rtol=1e-5, atol=1e-5)
+
+
+@every_backend
+def test_checkpointing_changes_nothing(device):
+    tensors = inputs(17, 33, 32, device)
+    gradients = output_gradients(tensors[0])
+    outputs = checkpoint(kernels.jvp_attention, *tensors, use_reentrant=False)
+    actual = [*outputs, *torch.autograd.grad(outputs, tensors, gradients)]
+    assert all(map(torch.equal, actual, measured(tensors, gradients)))
+
+
+@every_backend
+def test_autocast_casts_as_sdpa_does(device):
+    tensors = inputs(17, 33, 32, device)
+    tensors[3] = tensors[3].detach().bfloat16().requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        o, to = kernels.jvp_attention(*tensors)
+        expected = kernels.attention(*tensors[:3])
+    assert o.dtype == to.dtype == expected.dtype == torch.bfloat16
+    assert errors([o], [expected.double()])[0] < 5e-3
+    gradients = torch.autograd.grad(to.float().sum(), tensors)
+    assert [x.dtype for x in gradients] == [x.dtype for x in tensors]
+
+
+@every_fused
+def test_second_derivatives_are_refused(device):
+    tensors = inputs(9, 9, 16, device)
+    o, to = kernels.jvp_attention(*tensors)
+    first = torch.autograd.grad((o * to).sum(), tensors[0], create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        first.sum().backward()
+
+
+@every_backend
+def test_flops_are_counted(device):
+    """6 products forward and 12 backward with all tangents, 5 and 10 without tk or without tv."""
+    tensors = inputs(8, 16, 16, device, batch=1)
+    for missing, products in ((None, 6), (4, 5), (5, 5)):
+        given = [None if index == missing else x for index, x in enumerate(tensors)]
+        with FlopCounterMode(display=False) as forward:
+            outputs = kernels.jvp_attention(*given)
+        with FlopCounterMode(display=False) as backward:
+            (outputs[0].sum() + outputs[1].sum()).backward()
+        assert forward.get_total_flops() == products * 2 * 8 * 16 * 16
+        assert backward.get_total_flops() == 2 * forward.get_total_flops()
+
+
+def test_plain_attention():
+    q, k, v = inputs(17, 33, 16, "cpu", torch.float64)[:3]
+    with FlopCounterMode(display=False) as flops:
+        o = kernels.attention(q, k, v, scale=0.3)
+        o.sum().backward()
+    torch.testing.assert_close(o, plain_attention(q, k, v, 0.3))
+    assert flops.get_total_flops() == 6 * q.numel() * 2 * 33
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tq": None, "tk": None, "tv": None}, "tq, tk and tv are all None"),
+        ({"q": torch.zeros(2, 4, 8)}, r"q is .* \(2, 4, 8\)"),
+        ({"q": torch.zeros(1, 2, 4, 8, dtype=torch.int64)}, "q is torch.int64"),
+        ({"k": torch.zeros(1, 3, 5, 8)}, r"k has shape \(1, 3, 5, 8\)"),
+        ({"k": torch.zeros(1, 2, 5, 8).double()}, "k is torch.float64"),
+        ({"v": torch.zeros(1, 2, 4, 8)}, r"v has shape \(1, 2, 4, 8\)"),
+        ({"v": torch.zeros(1, 2, 5, 8, device="meta")}, "v is on meta"),
+        ({"tq": torch.zeros(1, 2, 5, 8)}, r"tq has shape \(1, 2, 5, 8\)"),
+        ({"tk": torch.zeros(1, 2, 5, 8).half()}, "tk is torch.float16"),
+        ({"tv": torch.zeros(1, 2, 5, 8, device="meta")}, "tv is on meta"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, message):
+    q, k = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 5, 8)
+    with pytest.raises(ValueError, match=message):
+        kernels.jvp_attention(**{"q": q, "k": k, "v": k, "tq": q, "tk": k, "tv": k, **changes})
+
+
+def test_wrong_packed_arguments_are_named():
+    with pytest.raises(ValueError, match=r"qkv is .* \(1, 4, 2, 2, 8\)"):
+        kernels.jvp_attention_qkv(torch.zeros(1, 4, 2, 2, 8), torch.zeros(1, 4, 2, 2, 8))
+    with pytest.raises(ValueError, match=r"tqkv has shape \(1, 5, 3, 2, 8\)"):
+        kernels.jvp_attention_qkv(torch.zeros(1, 4, 3, 2, 8), torch.zeros(1, 5, 3, 2, 8))
+
+
+@every_fused
+def test_a_small_network_has_the_same_loss_and_gradients_on_both_back_ends(device):
+    from recipe.dit import DiT, DiTConfig
+    from recipe.tvm import TVMConfig, draw, tvm_loss
+
+    torch.manual_seed(0)
+    net = DiT(DiTConfig(size=6, channels=1, classes=3, patch=2, width=32, depth=2, heads=2))
+    for p in net.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    net.to(device)
+    ids = torch.arange(2, device=device)
+    batch = draw(torch.randn(2, 1, 6, 6).to(device), ids, ids, ids, 0, TVMConfig(guidance=1.5), null=3)
+    results = []
+    for backend in ("reference", "triton"):
+        kernels.set_backend(backend)
+        net.zero_grad()
+        loss = tvm_loss(net, net, batch, TVMConfig(guidance=1.5), null=3).total
+        loss.mean().backward()
+        results.append([loss.detach(), *(p.grad for p in net.parameters())])
+    assert max(errors(results[1], [x.double() for x in results[0]])) < 2e-5
+
+
+@every_fused
+def test_what_the_kernels_cannot_take_is_named(device):
+    with pytest.raises(ValueError, match="q is torch.float64"):
+        kernels.jvp_attention(*inputs(4, 4, 16, device, torch.float64))
+    with pytest.raises(ValueError, match="q has head dimension 160"):
+        kernels.jvp_attention(*inputs(4, 4, 160, device))
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="'cuda'; it must be one of auto, reference, triton"):
+        kernels.set_backend("cuda")
+
+
+def test_compiled_kernels_meet_the_bars():
+    """Registers, spills, matrix instructions for sm_80 and sm_90, in a process that interprets nothing."""
+    pytest.importorskip("triton")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.inspect"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "Every bar is met." in run.stdout

@@ -1,0 +1,127 @@
+"""One loss curve, however the work is spread: ranks, sharding, compilation, checkpointing, microbatches."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from recipe.dit import DiT, DiTConfig
+from recipe.draws import Stream, keys, normal
+from recipe.parallel import ParallelConfig, prepare_blocks
+from recipe.tvm import TVMConfig, draw, tvm_loss
+from tests.conftest import run
+
+ONE = {
+    "plain": "float64",
+    "again": "float64",
+    "microbatches": "float64,microbatch=4",
+    "checkpointed": "float64,parallel.checkpoint_every=1",
+    "plain32": "float32",
+}
+TWO = {
+    "ddp": "float64",
+    "fsdp2": "float64,parallel.fsdp2=true,parallel.mixed_precision=FULL",
+    "everything": "float64,parallel.fsdp2=true,parallel.mixed_precision=FULL,parallel.checkpoint_every=1,"
+    "microbatch=4,parallel.reshard_after_forward=false",
+    "hybrid": "float64,parallel.fsdp2=true,parallel.replicas=2,parallel.mixed_precision=FULL",
+    "ddp32": "float32",
+    "fsdp2_32": "float32,parallel.fsdp2=true",
+}
+
+
+@pytest.fixture(scope="module")
+def results(digits, tmp_path_factory):
+    out = {}
+    for ranks, cases in ((1, ONE), (2, TWO)):
+        path = tmp_path_factory.mktemp("parallel") / "results.pt"
+        launcher = ["-m", "composer.cli.launcher", "-n", ranks, "--master_port", 29500 + ranks]
+        run(*launcher, "tests/parallel_worker.py", digits, path, *(f"{k}={v}" for k, v in cases.items()))
+        out |= torch.load(path)
+    return out
+
+
+@pytest.mark.parametrize("name", [n for n in (*ONE, *TWO) if "32" not in n])
+def test_every_setting_gives_the_same_curve_and_weights_in_float64(results, name):
+    plain, other = results["plain"], results[name]
+    assert other["samples"] == plain["samples"]
+    assert other["losses"] == pytest.approx(plain["losses"], rel=1e-10, abs=0)
+    for key, weight in plain["weights"].items():
+        torch.testing.assert_close(other["weights"][key], weight, rtol=1e-9, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("name", ["ddp32", "fsdp2_32"])
+def test_float32_curves_agree_to_rounding_amplified_by_adam(results, name):
+    assert results[name]["losses"] == pytest.approx(results["plain32"]["losses"], rel=1e-3)
+
+
+def test_the_same_setting_repeats_to_the_last_bit(results):
+    assert results["again"]["losses"] == results["plain"]["losses"]
+    for key, weight in results["plain"]["weights"].items():
+        assert torch.equal(results["again"]["weights"][key], weight), key
+
+
+def test_averages_differ_from_the_student_and_from_each_other(results):
+    weights = results["fsdp2"]["weights"]
+    name = "blocks.0.attn.qkv.weight"
+    net, target, ema = (weights[f"{part}.{name}"] for part in ("net", "target", "ema"))
+    assert not torch.equal(net, target)
+    assert not torch.equal(net, ema)
+    assert not torch.equal(target, ema)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"replicas": 2}, "parallel.replicas: 2 needs parallel.fsdp2"),
+        ({"replicas": 0}, "parallel.replicas: 0"),
+        ({"mixed_precision": "HALF"}, "parallel.mixed_precision: 'HALF'"),
+        ({"checkpoint_every": -1}, "parallel.checkpoint_every: -1"),
+    ],
+)
+def test_impossible_settings_name_the_key(options, message):
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(**options)
+
+
+def compiled_and_plain(monkeypatch, checkpoint_every):
+    # aot_eager traces forward and backward like inductor, without a C++ compiler
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    net = DiT(DiTConfig(size=4, channels=1, classes=3, width=16, depth=3, heads=2)).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    pairs = []
+    for config in (ParallelConfig(), ParallelConfig(compile=True, checkpoint_every=checkpoint_every)):
+        student, teacher = copy.deepcopy(net), copy.deepcopy(net).requires_grad_(False)
+        prepare_blocks(student, config, trained=True)
+        prepare_blocks(teacher, config, trained=False)
+        pairs.append((student, teacher))
+    return pairs
+
+
+@pytest.mark.parametrize("checkpoint_every", [0, 1])
+def test_blocks_compile_whole_once_and_change_nothing(monkeypatch, checkpoint_every):
+    pairs = compiled_and_plain(monkeypatch, checkpoint_every)
+    config, ids = TVMConfig(guidance=1.5), torch.arange(4)
+    graphs = []
+    for step in range(10):
+        when = torch.full_like(ids, step)
+        x0 = normal(keys(1, when, ids, Stream.POSTERIOR), 1, 4, 4)
+        batch = draw(x0, ids % 3, when, ids, 0, config, null=3)
+        results = []
+        for student, teacher in pairs:
+            student.zero_grad()
+            loss = tvm_loss(student, teacher, batch, config, null=3).total
+            loss.mean().backward()
+            results.append((loss.detach(), torch.cat([p.grad.flatten() for p in student.parameters()])))
+        torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+        graphs.append(counters["stats"]["unique_graphs"])
+    # first dual block (no token tangent yet), other dual blocks, plain student, plain teacher
+    assert graphs[0] == 4
+    assert graphs[-1] == graphs[0]
+    assert not counters["graph_break"]
