@@ -138,11 +138,11 @@ class Sampler(nn.Module):
 
 
 def export_program(path: str | Path, nfe: int = 1, w: float | None = None) -> torch.export.ExportedProgram:
-    """The sampler with its weights as one graph, for any batch size of at least 1."""
+    """The sampler with its weights as one graph, for any batch size up to 65,536."""
     sampler = Sampler(path, nfe, w)
     config = sampler.net.config
     example = torch.zeros(2, config.channels, config.size, config.size), torch.zeros(2, dtype=torch.int64)
-    batch = torch.export.Dim("batch", min=1)
+    batch = torch.export.Dim("batch", min=1, max=2**16)
     with torch.no_grad():
         return torch.export.export(sampler, example, dynamic_shapes=({0: batch}, {0: batch}))
 

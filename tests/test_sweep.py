@@ -1,8 +1,6 @@
 """Sweeps over a short real run: resume, ranks, metrics, report."""
 
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from eval.report import best_curve, read_log
 from eval.sweep import main as sweep_main
 from eval.sweep import read_results
 from recipe.weights import load_weights, save_weights
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run
 
 PUBLIC = {"nfe", "w", "frechet_distance", "class_agreement", "floor", "objective", "weights", "seconds"}
 PUBLIC |= {
@@ -108,8 +106,7 @@ def test_two_ranks_and_batches_of_one_give_the_same_numbers(tiny_run, digits, cl
         "floor_splits=2",
         "batch_size=7",
     ]
-    launcher = ["-m", "composer.cli.launcher", "-n", "2", "--master_port", "29531", "eval/sweep.py"]
-    subprocess.run([sys.executable, *launcher, *arguments], cwd=ROOT, check=True, timeout=120)
+    run("-m", "composer.cli.launcher", "-n", 2, "--master_port", 29531, "eval/sweep.py", *arguments)
     (ranks,) = read_results(tmp_path / "ranks/results.jsonl")
     keys = ("frechet_distance", "kid", "inception_score", "precision", "recall", "floor", "class_agreement")
     for key in keys:
