@@ -170,6 +170,12 @@ class SmallImageClassifier:
         return torch.cat([self.network[:-1](x) for x in self._batches(images)])
 
     @torch.inference_mode()
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, F) and class scores (N, K) from one pass."""
+        features = self.features(images)
+        return features, self.network[-1](features)
+
+    @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
         """uint8 images (N, C, S, S) => float64 class scores (N, K)."""
         return torch.cat([self.network(x) for x in self._batches(images)])

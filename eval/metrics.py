@@ -11,6 +11,9 @@ from torchmetrics import Metric
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
+# The functions below are given the features of all ranks, so torchmetrics must not gather them once more.
+ALONE = {"sync_on_compute": False}
+
 
 class FeatureMoments(Metric):
     """Mean and covariance of a stream of feature vectors, in memory that does not depend on its length.
@@ -121,7 +124,8 @@ def kernel_distance(
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
         torch.manual_seed(seed)
-        metric = KernelInceptionDistance(nn.Identity(), subsets=subsets, subset_size=subset_size)
+        sizes = {"subsets": subsets, "subset_size": subset_size}
+        metric = KernelInceptionDistance(nn.Identity(), **sizes, **ALONE)
         metric.update(reference, real=True)
         metric.update(features, real=False)
         mean, std = metric.compute()
@@ -143,7 +147,7 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[fl
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
         torch.manual_seed(seed)
-        metric = InceptionScore(nn.Identity(), splits=splits)
+        metric = InceptionScore(nn.Identity(), splits=splits, **ALONE)
         metric.update(logits)
         mean, std = metric.compute()
     return float(mean), float(std)

@@ -43,7 +43,7 @@ class MDSImages(Dataset):
             raise ValueError(f"{folder}: no column `image`, found {', '.join(self.samples[0])}")
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return self.samples.size  # the dataset's own length is this rank's share of it
 
     def __getitem__(self, index: int) -> Tensor:
         return torch.from_numpy(self.samples[index]["image"].copy())

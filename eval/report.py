@@ -1,9 +1,12 @@
-"""What a sweep shows: a markdown table, curves and a grid of samples."""
+"""What a sweep shows: a markdown table, curves, a grid of samples, and all of them on one HTML page."""
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +16,68 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from eval.reference import MDSImages
 from eval.sample import Generator, grid
 
 Row = dict[str, Any]
 
+# Column title => the row's text; a column that is empty in every row is left out.
+COLUMNS = {
+    "weights": lambda r: f"{Path(r['weights']).parent.parent.name}/{Path(r['weights']).name}",
+    "objective": lambda r: r["objective"],
+    "average": lambda r: r["average"],
+    "step": lambda r: _number(r["step"], "d"),
+    "NFE": lambda r: _number(r["nfe"], "d"),
+    "w": lambda r: _number(r["w"], "g"),
+    "Frechet distance": lambda r: _number(r["frechet_distance"], ".3f"),
+    "/ floor": lambda r: _number(r["floor"] and r["frechet_distance"] / r["floor"], ".2f"),
+    "KID x 1000": lambda r: _number(1000 * r["kid"] if "kid" in r else None, ".3f"),
+    "Inception score": lambda r: _number(r.get("inception_score"), ".2f"),
+    "precision": lambda r: _number(r.get("precision"), ".3f"),
+    "recall": lambda r: _number(r.get("recall"), ".3f"),
+    "class agreement": lambda r: _number(r["class_agreement"], ".3f"),
+}
+LEFT_ALIGNED = ("weights", "objective", "average")
 
-def markdown(rows: list[Row]) -> str:
-    """The rows as a table, the newest weights first."""
-    lines = [
-        "| weights | objective | step | NFE | w | Frechet distance | / floor | class agreement |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for r in rows:
-        agreement = "-" if r["class_agreement"] is None else f"{r['class_agreement']:.3f}"
-        lines.append(
-            f"| {Path(r['weights']).parent.parent.name}/{Path(r['weights']).name} | {r['objective']} | "
-            f"{r['step']} | {r['nfe']} | {r['w']:g} | {r['frechet_distance']:.3f} | "
-            f"{r['frechet_distance'] / r['floor']:.2f} | {agreement} |"
-        )
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else f"{value:{spec}}"
+
+
+def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Titles of the columns that say something, and the cells as text, the newest weights first."""
+    cells = {title: [text(r) for r in rows] for title, text in COLUMNS.items()}
+    titles = [title for title in cells if set(cells[title]) != {"-"}]
+    return titles, [[cells[title][i] for title in titles] for i in range(len(rows))]
+
+
+def notes(rows: list[Row], protocol: str) -> list[str]:
+    """Everything a reader needs to know to compare these numbers with others."""
     first = rows[0]
-    note = f"Floor: {first['floor']:.3f}, the mean distance between random halves of the real data."
+    features = f"Features: {first['extractor']}"
     if first["classifier_accuracy"] is not None:
-        note += f" Features: a classifier of held-out accuracy {first['classifier_accuracy']:.4f}."
-    return "\n".join([*lines, "", f"{first['samples']} samples a row. {note}", ""])
+        features += f", of held-out accuracy {first['classifier_accuracy']:.4f}"
+    lines = [
+        protocol,
+        f"{features}. Reference: {first['reference']}. Network in {first['dtype']}, seed {first['seed']}.",
+    ]
+    if first["floor"] is not None:
+        lines.append(
+            f"Floor: {first['floor']:.3f}, the mean distance between random halves of the real data."
+        )
+    return lines
+
+
+def markdown(rows: list[Row], protocol: str) -> str:
+    """The rows as a table, and the notes below."""
+    titles, cells = table(rows)
+    rule = ["---" if title in LEFT_ALIGNED else "---:" for title in titles]
+    lines = [f"| {' | '.join(line)} |" for line in (titles, rule, *cells)]
+    return "\n".join([*lines, "", *notes(rows, protocol), ""])
 
 
 def read_log(path: Path) -> dict[str, np.ndarray]:
@@ -57,61 +97,175 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.convolve(values, np.ones(window) / window, "valid")
 
 
-def plot_metrics(rows: list[Row], path: Path) -> None:
-    """Loss terms of the first row's run (left), distance over training or over NFE (right)."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    log = read_log(Path(rows[0]["weights"]).parent.parent / "train.jsonl")
+def plot_losses(axis: Axes, log: dict[str, np.ndarray]) -> None:
+    """Loss terms over the steps of a run."""
     for name in ("terminal", "flow_matching"):
         if f"loss/train/{name}" in log:
             values = smooth(log[f"loss/train/{name}"], 10)
-            left.plot(log["step"][-len(values) :], values, label=name.replace("_", " "))
-    left.set(xlabel="step", ylabel="loss", yscale="log", title="Loss terms (running mean of 10 points)")
-    left.legend()
-    over_steps = len({r["step"] for r in rows if r["objective"] == rows[0]["objective"]}) > 1
-    axis, other = ("step", "nfe") if over_steps else ("nfe", "objective")
-    for value in dict.fromkeys(r[other] for r in rows):
-        points = sorted((r[axis], r["frechet_distance"]) for r in rows if r[other] == value)
-        right.plot(*zip(*points, strict=True), marker="o", label=f"{value} NFE" if over_steps else value)
-    right.axhline(rows[0]["floor"], color="grey", linestyle=":", label="halves of the real data")
-    right.set(xlabel=axis, ylabel="Frechet distance", yscale="log", title=f"Distance over {axis}")
-    if not over_steps:
-        right.set_xscale("log")
-    right.legend()
+            axis.plot(log["step"][-len(values) :], values, label=name.replace("_", " "))
+    axis.set(xlabel="step", ylabel="loss", yscale="log", title="Loss terms (running mean of 10 points)")
+    axis.legend()
+
+
+def best_curve(rows: list[Row], axis: str) -> tuple[list[float], list[float]]:
+    """For each value of `axis` that is known the lowest distance over everything else."""
+    best: dict[float, float] = {}
+    for row in rows:
+        if row[axis] is not None:
+            best[row[axis]] = min(row["frechet_distance"], best.get(row[axis], float("inf")))
+    return list(zip(*sorted(best.items()), strict=True)) or ([], [])
+
+
+def plot_distances(panel: Axes, rows: list[Row], axis: str) -> None:
+    """Distance over one axis of the grid, a line for each objective, average and NFE."""
+    lines = ("objective", "average", *(() if axis == "nfe" else ("nfe",)))
+    values = [list(dict.fromkeys(r[name] for r in rows)) for name in lines]
+    for key in product(*values):
+        chosen = [r for r in rows if tuple(r[name] for name in lines) == key]
+        words = [
+            f"{v} NFE" if n == "nfe" else v
+            for n, v, all_v in zip(lines, key, values, strict=True)
+            if len(all_v) > 1
+        ]
+        if chosen:
+            panel.plot(*best_curve(chosen, axis), marker="o", label=" ".join(map(str, words)) or "samples")
+    if rows[0]["floor"] is not None:
+        panel.axhline(rows[0]["floor"], color="grey", linestyle=":", label="halves of the real data")
+    title = {"nfe": "NFE", "w": "guidance weight w", "step": "training step"}[axis]
+    panel.set(xlabel=title, ylabel="Frechet distance", yscale="log", title=f"Lowest distance over {title}")
+    if axis == "nfe":
+        ticks = sorted({r["nfe"] for r in rows})
+        panel.set_xscale("log")
+        panel.set_xticks(ticks, map(str, ticks))
+        panel.minorticks_off()
+    panel.legend()
+
+
+def plot_metrics(rows: list[Row], path: Path) -> None:
+    """The losses of the first row's run, if known, and the distance over each axis with several values."""
+    log = read_log(Path(rows[0]["weights"]).parent.parent / "train.jsonl")
+    axes = [name for name in ("step", "nfe", "w") if len({r[name] for r in rows} - {None}) > 1] or ["nfe"]
+    count = len(axes) + bool(log)
+    figure, panels = plt.subplots(1, count, figsize=(5.5 * count, 4), layout="constrained", squeeze=False)
+    if log:
+        plot_losses(panels[0, 0], log)
+    for panel, axis in zip(panels[0, bool(log) :], axes, strict=True):
+        plot_distances(panel, rows, axis)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def plot_samples(rows: list[Row], images: Tensor, labels: Tensor, path: Path, columns: int = 8) -> None:
-    """One row per class: real images, then samples of the newest weights, each NFE from the same noise."""
-    generator = Generator(rows[0]["weights"])
-    classes = max(1, generator.net.config.classes)
-    names = generator.facts["data"]["class_names"] or ["all"]
-    shown = list(range(min(classes, 16)))
-    real = [images[(labels == c).nonzero()[:columns, 0]] for c in shown]
-    real = [torch.cat([r, r.new_full((columns - len(r), *r.shape[1:]), 255)]) for r in real]
-    parts, titles = [torch.cat(real)], ["real"]
+def real_examples(images: Dataset | None, classes: list[int], columns: int) -> Tensor | None:
+    """The first images of each class (len(classes) * columns, C, H, W), white where there are too few."""
+    if not isinstance(images, MDSImages):
+        return None
+    found: dict[int, list[Tensor]] = {c: [] for c in classes}
+    for i in range(len(images)):
+        sample = images.samples[i]
+        chosen = found.get(int(sample["label"]))
+        if chosen is not None and len(chosen) < columns:
+            chosen.append(torch.tensor(sample["image"]))
+            if all(len(c) == columns for c in found.values()):
+                break
+    blank = torch.full_like(torch.tensor(images.samples[0]["image"]), 255)
+    return torch.stack([image for c in found.values() for image in c + [blank] * (columns - len(c))])
+
+
+def plot_samples(
+    rows: list[Row], images: Dataset | None, generator: Generator, path: Path, columns: int = 8
+) -> None:
+    """One row per class: real images, then the first row's weights, each NFE from the same noise."""
+    shown = list(range(min(max(1, generator.net.config.classes), 10)))
+    names = generator.facts["data"].get("class_names") or list(map(str, shown))
+    real = real_examples(images, shown, columns)
+    parts, titles = ([real], ["real"]) if real is not None else ([], [])
     requested = torch.tensor(shown).repeat_interleave(columns)
     for nfe in sorted({r["nfe"] for r in rows if r["weights"] == rows[0]["weights"]}):
-        parts.append(generator(requested, torch.arange(len(requested)), nfe, rows[0]["w"]).cpu())
+        pairs = zip(requested.split(columns), torch.arange(len(requested)).split(columns), strict=True)
+        drawn = [generator(label, seeds, nfe, rows[0]["w"]).cpu() for label, seeds in pairs]
+        parts.append(torch.cat(drawn))
         titles.append(f"{nfe} step{'s' if nfe > 1 else ''}")
-    scale = max(1, 32 // images.shape[-1])
-    pictures = [grid(part, columns, scale) for part in parts]
-    figure, axes = plt.subplots(1, len(parts), figsize=(3.2 * len(parts), 0.42 * len(shown) + 0.5))
-    for axis, picture, title in zip(axes, pictures, titles, strict=True):
+    pictures = [grid(part, columns, max(1, 32 // part.shape[-1])) for part in parts]
+    figure, axes = plt.subplots(
+        1,
+        len(parts),
+        figsize=(3.2 * len(parts), 0.42 * len(shown) + 0.5),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, picture, title in zip(axes[0], pictures, titles, strict=True):
         axis.imshow(picture, interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    step = picture.shape[0] / len(shown)
-    axes[0].set_yticks([(i + 0.5) * step for i in range(len(shown))], [names[c] for c in shown])
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    step = pictures[0].shape[0] / len(shown)
+    axes[0, 0].set_yticks([(i + 0.5) * step for i in range(len(shown))], [names[c] for c in shown])
+    figure.savefig(path, dpi=120 if max(p.shape[1] for p in pictures) < 1000 else 300)
     plt.close(figure)
 
 
-def write_report(folder: Path, rows: list[Row], images: Tensor, labels: Tensor) -> None:
-    """results.md (also printed), metrics.png and samples.png in the folder."""
-    table = markdown(rows)
-    (folder / "results.md").write_text(table)
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2430 }
+body { max-width: 1200px; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+.wide { overflow-x: auto } img { max-width: 100% }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #dfe3ea }
+th.left, td.left { text-align: left } th { border-bottom: 2px solid #1d2430 }
+tr.best { background: #e7f3ea; font-weight: 600 } p, footer { color: #4a5365 }
+"""
+
+
+def html_table(rows: list[Row]) -> str:
+    """The table, with the row of the lowest distance marked."""
+    titles, cells = table(rows)
+    classes = [' class="left"' if title in LEFT_ALIGNED else "" for title in titles]
+    best = min(range(len(rows)), key=lambda i: rows[i]["frechet_distance"])
+
+    def line(tag: str, texts: list[str]) -> str:
+        return "".join(
+            f"<{tag}{c}>{html.escape(text)}</{tag}>" for c, text in zip(classes, texts, strict=True)
+        )
+
+    body = [
+        f"<tr{' class=best' if i == best else ''}>{line('td', texts)}</tr>" for i, texts in enumerate(cells)
+    ]
+    head = f"<thead><tr>{line('th', titles)}</tr></thead>"
+    return f'<div class="wide"><table>{head}<tbody>{"".join(body)}</tbody></table></div>'
+
+
+def html_page(rows: list[Row], protocol: str, title: str, pictures: dict[str, Path]) -> str:
+    """One file that needs no other: the notes, the table, and the pictures, by their headings, inlined."""
+    text = "".join(f"<p>{html.escape(note)}</p>" for note in notes(rows, protocol))
+    figures = ""
+    for heading, path in pictures.items():
+        data = base64.b64encode(path.read_bytes()).decode()
+        figures += f'<h2>{heading}</h2><img alt="{heading}" src="data:image/png;base64,{data}">'
+    made = sorted(r["time"] for r in rows if r.get("time"))
+    commits = ", ".join(sorted({r["commit"] for r in rows}))
+    footer = f"{len(rows)} cells, scored {made[0]} to {made[-1]}, commit {commits}; lowest distance marked."
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
+        f"<h1>{html.escape(title)}</h1>{text}{html_table(rows)}{figures}"
+        f"<footer><p>{html.escape(footer)}</p></footer></body></html>\n"
+    )
+
+
+def write_report(
+    folder: Path, rows: list[Row], images: Dataset | None, generator: Generator, protocol: str
+) -> None:
+    """results.md (also printed), metrics.png, samples.png and report.html in the folder.
+
+    images: the real ones, None if unknown; generator: of the first row's weights; protocol: in words.
+    """
+    text = markdown(rows, protocol)
+    (folder / "results.md").write_text(text)
     plot_metrics(rows, folder / "metrics.png")
-    plot_samples(rows, images, labels, folder / "samples.png")
-    sys.stdout.write(f"{table}\n{folder / 'results.md'}, metrics.png, samples.png\n")
+    plot_samples(rows, images, generator, folder / "samples.png")
+    pictures = {
+        "Curves": folder / "metrics.png",
+        "Samples, from the same noise for every NFE": folder / "samples.png",
+    }
+    page = html_page(rows, protocol, f"Sweep {folder.name}", pictures)
+    (folder / "report.html").write_text(page)
+    sys.stdout.write(f"{text}\n{folder / 'report.html'} (results.md, metrics.png, samples.png)\n")

@@ -1,13 +1,18 @@
 """Draw samples: `python -m eval.sample WEIGHTS --nfe 1 --w 2 --labels 0,1,2 --seed 0 --out grid.png`.
 
-Image i of a call has the seed `seed + i` and depends on nothing else: neither batch size nor ranks.
+OUT.png is a grid with a row for each label; OUT.npz holds arr_0 (N, H, W, C) uint8 and arr_1 (N,) labels, as
+ADM's evaluator reads them; any other OUT is a folder of N files SEED.png. N comes from --samples. With
+--interpolate SEED each row goes from the noise of --seed to that of SEED. Sample i has the seed `--seed` + i
+and depends on nothing else: neither on the batch size nor on the number of ranks.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,52 +21,80 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from recipe.data import Normalizer, to_uint8
+from eval.decode import load_decoder
+from eval.protocols import PROTOCOLS, choose_labels, describe, quantize
+from recipe.data import Normalizer
 from recipe.dit import DiT
 from recipe.sampler import initial_noise, sample
 from recipe.weights import load_weights
 
+DTYPES = ("fp32", "fp64", "amp_bf16")
+
 
 class Generator:
-    """Weights ready to make images: uint8 (B, C, H, W) from labels and seeds."""
+    """Weights ready to make images: uint8 (B, C, H, W) from labels and seeds.
 
-    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
+    dtype: of the network's arithmetic; in fp64 an image does not depend on its batch, in fp32 one pixel in
+    many thousands changes by 1 with the batch size. vae: see `load_decoder`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: str = "fp32",
+        rounding: str = "nearest",
+        vae: str | None = None,
+    ) -> None:
         self.net, self.facts = load_weights(path, device)
-        self.device = torch.device(device)
-        self.normalizer = Normalizer(self.facts["data"]["mean"], self.facts["data"]["std"]).to(self.device)
+        self.device, self.rounding = torch.device(device), rounding
+        self.dtype = torch.float64 if dtype == "fp64" else torch.float32
+        self.autocast = dtype == "amp_bf16"
+        self.net.to(self.dtype)
+        data = self.facts["data"]
+        self.normalizer = Normalizer(data["mean"], data["std"]).to(self.device, self.dtype)
+        latent = data["column"] == "latents"
+        self.decode = load_decoder(data["encoder"], vae, device) if latent else None
 
     @property
     def default_w(self) -> float:
         """The guidance weight of training (the lowest of a range); 1 for flow matching."""
         return self.facts["method"]["guidance"][0]
 
+    def noise(self, seeds: Tensor) -> Tensor:
+        """(B, C, H, W) from int64 seeds (B,)."""
+        config = self.net.config
+        shape = (config.channels, config.size, config.size)
+        return initial_noise(seeds.to(self.device), shape, self.dtype)
+
     def __call__(self, label: Tensor, seeds: Tensor, nfe: int, w: float) -> Tensor:
         """label, seeds: int64 (B,); the label K stands for none."""
-        if self.facts["data"]["column"] != "image":
-            raise ValueError("these weights make latents: decoding needs the autoencoder they were made with")
-        config = self.net.config
-        noise = initial_noise(seeds.to(self.device), (config.channels, config.size, config.size))
-        x0 = sample(self.net, noise, label.to(self.device), nfe, w, self.facts["method"], config.classes)
-        return to_uint8(self.normalizer.invert(x0))
+        return self.from_noise(self.noise(seeds), label, nfe, w)
+
+    def from_noise(self, noise: Tensor, label: Tensor, nfe: int, w: float) -> Tensor:
+        """noise: (B, C, H, W), label: int64 (B,)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            method, null = self.facts["method"], self.net.config.classes
+            x0 = sample(self.net, noise, label.to(self.device), nfe, w, method, null)
+        values = self.normalizer.invert(x0)
+        return quantize(self.decode(values.float()) if self.decode else values, self.rounding)
 
     def batches(
         self, label: Tensor, seeds: Tensor, nfe: int, w: float, batch_size: int, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, labels) of every world-th batch, beginning with the rank's."""
-        parts = list(zip(label.split(batch_size), seeds.split(batch_size), strict=True))
-        for part_label, part_seeds in parts[rank::world]:
-            yield self(part_label, part_seeds, nfe, w), part_label
+        """(images, index) of every world-th batch, beginning with the rank's; index: which of the samples."""
+        for index in torch.arange(len(seeds)).split(batch_size)[rank::world]:
+            yield self(label[index], seeds[index], nfe, w), index
 
 
-def spread_labels(class_counts: list[int], n: int) -> Tensor:
-    """n labels in the proportions of class_counts, in order; exactly the counts where n is their sum.
+def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """`steps` points of the great circle from start to end (C, H, W), ends included, normal noise throughout.
 
-    Unlabelled data (no counts) has label 0, which is also its "no label".
+    A straight line would pass through noise of too small a norm, which the network has never seen.
     """
-    if not class_counts:
-        return torch.zeros(n, dtype=torch.int64)
-    shares = torch.tensor(class_counts, dtype=torch.float64).cumsum(0)
-    return torch.searchsorted(shares, (torch.arange(n) + 0.5) * float(shares[-1]) / n, right=True)
+    angle = torch.acos((start * end).sum() / (start.norm() * end.norm()))
+    fraction = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device)[:, None, None, None]
+    return (torch.sin((1 - fraction) * angle) * start + torch.sin(fraction * angle) * end) / torch.sin(angle)
 
 
 def grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:
@@ -76,6 +109,32 @@ def grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> np.ndarr
     return picture
 
 
+def write_pngs(folder: Path, batches: Iterable[tuple[Tensor, Tensor]], seeds: Tensor) -> None:
+    """One file SEED.png for each sample."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for images, index in batches:
+        for image, seed in zip(images.permute(0, 2, 3, 1).cpu().numpy(), seeds[index].tolist(), strict=True):
+            Image.fromarray(image.squeeze()).save(folder / f"{seed:06d}.png")
+
+
+def write_npz(path: Path, batches: Iterable[tuple[Tensor, Tensor]], labels: Tensor) -> None:
+    """arr_0 (N, H, W, C) uint8 and arr_1 (N,) int64, written batch by batch: 50,000 images need no memory."""
+    with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for position, (images, _) in enumerate(batches):
+                pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+                if position == 0:
+                    header = {
+                        "descr": "|u1",
+                        "fortran_order": False,
+                        "shape": (len(labels), *pixels.shape[1:]),
+                    }
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(pixels.tobytes())
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, labels.numpy())
+
+
 def parse_labels(text: str, net: DiT) -> Tensor:
     """`0,1,2` => int64 labels; `none` is the unconditional index. Raises ValueError."""
     classes = net.config.classes
@@ -86,39 +145,99 @@ def parse_labels(text: str, net: DiT) -> Tensor:
     return torch.tensor(labels)
 
 
-def main(arguments: list[str]) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Draw a grid of samples, one row per label.")
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("weights", help="NAME, NAME.json or NAME.safetensors")
     parser.add_argument("--nfe", type=int, default=1, help="network evaluations (steps)")
     parser.add_argument("--w", type=float, help="guidance weight; default: the one of training")
     parser.add_argument("--labels", help="comma-separated classes or `none`; default: the first ten")
-    parser.add_argument("--columns", type=int, default=8, help="samples of each label")
+    parser.add_argument(
+        "--columns", type=int, default=8, help="samples of each label, or interpolation steps"
+    )
+    parser.add_argument("--samples", type=int, help="for .npz and folders; default: the protocol's number")
+    parser.add_argument(
+        "--protocol", choices=sorted(PROTOCOLS), help="labels and rounding; default: balanced"
+    )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--interpolate", type=int, metavar="SEED", help="the seed that every row ends at")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--scale", type=int, default=4, help="pixels of the picture per pixel")
-    parser.add_argument("--out", default="grid.png")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--vae", help="folder of a diffusers AutoencoderKL; default: as the weights say")
+    parser.add_argument("--scale", type=int, default=4, help="pixels of a grid per pixel")
+    parser.add_argument("--out", type=Path, default=Path("grid.png"), help=".png, .npz or a folder")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("nfe", "columns", "batch_size", "scale", "samples", "w"):
+        value = getattr(options, name)
+        option = f"--{name.replace('_', '-')}"
+        if value is not None and not (value > 0 if name == "w" else value >= 1):
+            raise ValueError(f"{option}: {value} must be {'positive' if name == 'w' else 'at least 1'}")
+    grid_only = options.interpolate is not None or options.labels is not None
+    if options.out.suffix != ".png" and grid_only:
+        raise ValueError(f"--labels and --interpolate make a grid: --out {options.out} must end in .png")
+    if options.interpolate == options.seed:
+        raise ValueError(f"--interpolate: {options.seed} is the seed that the rows start from")
+    if options.out.suffix == ".png" and (options.samples or options.protocol):
+        raise ValueError(f"--samples and --protocol need --out NAME.npz or a folder, not {options.out}")
+
+
+def draw_grid(generator: Generator, labels: Tensor, w: float, options: argparse.Namespace) -> np.ndarray:
+    """One row for each label: other seeds, or the way from one seed to another."""
+    columns = options.columns
+    repeated = labels.repeat_interleave(columns)
+    if options.interpolate is not None:
+        ends = generator.noise(torch.tensor([options.seed, options.interpolate]))
+        noise = interpolate(ends[0], ends[1], columns).repeat(len(labels), 1, 1, 1)
+    else:
+        noise = generator.noise(options.seed + torch.arange(len(repeated)))
+    parts = list(zip(noise.split(options.batch_size), repeated.split(options.batch_size), strict=True))
+    bar = tqdm(parts, "sampling", unit="batch")
+    images = [generator.from_noise(part, label, options.nfe, w).cpu() for part, label in bar]
+    return grid(torch.cat(images), columns, options.scale)
+
+
+def draw_set(generator: Generator, w: float, protocol: str, options: argparse.Namespace) -> None:
+    """Samples of a protocol, as .npz or as a folder of PNGs."""
+    class_counts = generator.facts["data"].get("class_counts", [])
+    count = options.samples or PROTOCOLS[protocol].samples or sum(class_counts)
+    seeds = options.seed + torch.arange(count)
+    labels = choose_labels(protocol, generator.net.config.classes, class_counts, seeds)
+    batches = generator.batches(labels, seeds, options.nfe, w, options.batch_size)
+    bar = tqdm(batches, "sampling", math.ceil(count / options.batch_size), unit="batch")
+    if options.out.suffix == ".npz":
+        write_npz(options.out, bar, labels)
+    else:
+        write_pngs(options.out, bar, seeds)
+    tqdm.write(describe(protocol, count))
+
+
+def main(arguments: list[str]) -> None:
+    """Command line."""
+    parser = _parser()
     options = parser.parse_args(arguments)
+    protocol = options.protocol or "balanced"
     try:
-        if options.nfe < 1:
-            raise ValueError(f"--nfe: {options.nfe} must be at least 1")
-        if options.w is not None and options.w <= 0:
-            raise ValueError(f"--w: {options.w} must be positive")
+        _check(options)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        generator = Generator(options.weights, device)
+        rounding = PROTOCOLS[protocol].rounding
+        generator = Generator(options.weights, device, options.dtype, rounding, options.vae)
         classes = generator.net.config.classes
         default = ",".join(map(str, range(min(classes, 10)))) or "none"
         labels = parse_labels(options.labels or default, generator.net)
+        w = generator.default_w if options.w is None else options.w
+        if options.out.suffix != ".png":
+            draw_set(generator, w, protocol, options)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    labels = labels.repeat_interleave(options.columns)
-    seeds = options.seed + torch.arange(len(labels))
-    w = generator.default_w if options.w is None else options.w
-    batches = generator.batches(labels, seeds, options.nfe, w, options.batch_size)
-    total = -(-len(labels) // options.batch_size)
-    images = torch.cat([images.cpu() for images, _ in tqdm(batches, "sampling", total, unit="batch")])
-    Image.fromarray(grid(images, options.columns, options.scale)).save(options.out)
-    tqdm.write(options.out)
+    if options.out.suffix == ".png":
+        Image.fromarray(draw_grid(generator, labels, w, options)).save(options.out)
+    tqdm.write(str(options.out))
 
 
 if __name__ == "__main__":

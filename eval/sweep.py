@@ -1,7 +1,7 @@
 """Score weights over checkpoints x averages x NFE x w: `composer eval/sweep.py SWEEP.yaml [key=value]`.
 
 Each finished cell is a line of FOLDER/results.jsonl; started again, the sweep skips the cells that are there.
-It ends with a table (results.md) and two pictures (samples.png, metrics.png).
+It ends with a table (results.md), pictures (metrics.png, samples.png) and both on one page (report.html).
 """
 
 from __future__ import annotations
@@ -9,33 +9,54 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from composer.utils import dist, get_device
-from streaming import StreamingDataset
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from eval.features import FeatureExtractor, SmallImageClassifier, load_extractor
-from eval.metrics import FeatureMoments, frechet_distance
+from eval.features import EXTRACTORS, FeatureExtractor
+from eval.find import Export, find_weights
+from eval.protocols import PROTOCOLS, choose_labels, describe
 from eval.report import write_report
-from eval.sample import Generator, spread_labels
+from eval.sample import DTYPES, Generator
+from eval.score import (
+    METRICS,
+    NEED_FEATURES,
+    FeatureSet,
+    Reference,
+    check_metrics,
+    compare,
+    make_extractor,
+    open_reference,
+)
 from recipe.config import ConfigError, load_config
-from recipe.weights import commit, read_facts
+from recipe.weights import commit
 from streaming_convert.manifest import read_manifest
+from streaming_convert.store import DatasetError
 
-Moments = tuple[Tensor, Tensor]
+CHOICES = {"protocol": tuple(PROTOCOLS), "dtype": DTYPES, "extractor": tuple(EXTRACTORS)}
+WANDB = ("off", "online", "offline")
 
 
 @dataclass
 class SweepConfig:
-    """weights: files, or folders of exports; latest: only the newest export of each folder; averages: `ema`
-    and/or `net`; w: empty for the guidance weight of training; reference: dataset folder of the real images;
-    samples: 0 for as many as there are real images; extractor: see eval/features.py, `classifier` is trained
-    on the reference. The floor is the distance between halves of the reference, averaged over `floor_splits`.
+    """weights: files, or folders or buckets of exports; latest: only the newest of each; averages: `ema`,
+    `net` and/or `posthoc:LENGTH` (recipe/posthoc.py); w: empty for the guidance weight of training.
+
+    protocol: a key of eval/protocols.py; samples: 0 for the protocol's number; reference: dataset folder or
+    folder of the real images, or a file of statistics; labels: dataset folder whose class counts the protocol
+    means (null: as the weights say, or the reference); metrics: of `fd`, `kid`, `is`, `precision_recall`;
+    extractor: see eval/features.py, `classifier` is trained on the reference; dtype: of the sampling network;
+    vae: folder of the autoencoder, for latents. The floor is the distance between halves of the reference,
+    averaged over `floor_splits` (0: none).
     """
 
     folder: str
@@ -45,12 +66,19 @@ class SweepConfig:
     averages: list[str] = field(default_factory=lambda: ["ema"])
     nfe: list[int] = field(default_factory=lambda: [1, 2, 4])
     w: list[float] = field(default_factory=list)
+    protocol: str = "matched"
     samples: int = 0
+    labels: str | None = None
+    metrics: list[str] = field(default_factory=lambda: ["fd"])
     batch_size: int = 256
     seed: int = 0
+    dtype: str = "fp32"
+    vae: str | None = None
     extractor: str = "classifier"
     extractor_weights: str | None = None
     floor_splits: int = 20
+    wandb: str = "off"
+    wandb_project: str = "terminal-velocity"
 
     def __post_init__(self) -> None:
         if not self.weights:
@@ -59,119 +87,84 @@ class SweepConfig:
             raise ValueError(f"nfe: {self.nfe} must be one or more numbers of at least 1")
         if any(w <= 0 for w in self.w):
             raise ValueError(f"w: {self.w} must be positive")
-        if self.samples < 0 or self.batch_size < 1 or self.floor_splits < 1:
-            raise ValueError("samples must not be negative; batch_size and floor_splits must be at least 1")
+        if self.samples < 0 or self.floor_splits < 0 or self.batch_size < 1:
+            raise ValueError("samples and floor_splits must not be negative; batch_size must be at least 1")
+        for name, allowed in (*CHOICES.items(), ("wandb", WANDB)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if "fd" not in self.metrics or not set(self.metrics) <= set(METRICS):
+            raise ValueError(f"metrics: {self.metrics} must hold fd, and may hold {', '.join(METRICS[1:])}")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the grid; the digest makes a cell be scored again when the weights have changed."""
+    """One point of the grid and all that its numbers depend on; a row with the same values is finished.
+    The digest makes a cell be scored again when the weights have changed.
+    """
 
     weights: str
     sha256: str
     nfe: int
     w: float
+    protocol: str
     samples: int
     seed: int
+    dtype: str
+    reference: str
     extractor: str
+    metrics: str
 
 
-class Reference:
-    """The real images and what they look like to the extractor."""
-
-    def __init__(self, config: SweepConfig) -> None:
-        self.manifest = read_manifest(config.reference)
-        self.images, self.labels = load_images(config.reference)
-        self.extractor = self._extractor(config)
-        self.features = extract(self.extractor, self.images, config.batch_size)
-        self.moments = moments(self.features)
-        self.floor = floor(self.features, config.floor_splits, config.seed)
-        self.accuracy = getattr(self.extractor, "accuracy", None)
-
-    def _extractor(self, config: SweepConfig) -> FeatureExtractor:
-        if config.extractor != "classifier":
-            return load_extractor(config.extractor, config.extractor_weights)
-        path = config.extractor_weights or f"{config.folder}/classifier"
-        with dist.run_local_rank_zero_first():
-            return SmallImageClassifier.train(self.images, self.labels, path=path)
+def cells(config: SweepConfig, exports: list[Export], samples: int) -> Iterator[tuple[Export, Cell]]:
+    """The grid: the newest weights first, then w, then NFE."""
+    for export in exports:
+        for w in config.w or [export.facts["method"]["guidance"][0]]:
+            for nfe in config.nfe:
+                stem, digest = str(export.path.with_suffix("")), export.facts["sha256"]
+                metrics = ",".join(sorted(config.metrics))
+                yield (
+                    export,
+                    Cell(
+                        *(stem, digest, nfe, w, config.protocol, samples, config.seed, config.dtype),
+                        *(config.reference, config.extractor, metrics),
+                    ),
+                )
 
 
-def load_images(folder: str) -> tuple[Tensor, Tensor]:
-    """All images (N, C, H, W) uint8 and labels (N,) of a local dataset folder, in order."""
-    dataset = StreamingDataset(local=folder, batch_size=1, shuffle=False)
-    samples = [dataset[i] for i in range(len(dataset))]
-    images = torch.stack([torch.tensor(s["image"]) for s in samples])
-    return images, torch.tensor([int(s["label"]) for s in samples])
-
-
-def extract(extractor: FeatureExtractor, images: Tensor, batch_size: int) -> Tensor:
-    """Features (N, F), float64."""
-    return torch.cat([extractor(part) for part in images.split(batch_size)])
-
-
-def moments(features: Tensor) -> Moments:
-    """Mean and covariance of features (N, F)."""
-    metric = FeatureMoments(features.shape[1])
-    metric.sync_on_compute = False
-    metric.update(features)
-    return metric.compute()
-
-
-def floor(features: Tensor, splits: int, seed: int) -> float:
-    """Mean Frechet distance between random halves of the same data: what perfect samples would score."""
-    generator = torch.Generator().manual_seed(seed)
-    distances = []
-    for _ in range(splits):
-        order = torch.randperm(len(features), generator=generator)
-        halves = (moments(features[half]) for half in order.chunk(2))
-        (mean1, cov1), (mean2, cov2) = halves
-        distances.append(frechet_distance(mean1, cov1, mean2, cov2))
-    return sum(distances) / splits
-
-
-def find_weights(config: SweepConfig) -> list[tuple[Path, dict[str, Any]]]:
-    """(path, facts) of all weights asked for, newest first. Raises ConfigError where there are none."""
-    found = []
-    for name in config.weights:
-        path = Path(name)
-        files = sorted(path.glob("*.json"), reverse=True) if path.is_dir() else [path]
-        try:
-            exports = [(file, read_facts(file)) for file in files]
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"weights: {error}") from error
-        exports = [(file, facts) for file, facts in exports if facts["average"] in config.averages]
-        if not exports:
-            raise ConfigError(f"weights: {name} holds no weights with average in {config.averages}")
-        found += [e for e in exports if e[1]["step"] == exports[0][1]["step"]] if config.latest else exports
-    return found
+def choose(config: SweepConfig, facts: dict[str, Any], seeds: Tensor) -> Tensor:
+    """Labels (n,) of the protocol; class counts come from `labels`, else the weights, else the reference."""
+    source = config.labels or config.reference
+    counts = facts["data"].get("class_counts", []) if config.labels is None else []
+    if not counts and (config.labels or Path(source, "manifest.json").is_file()):
+        counts = read_manifest(source).class_counts
+    return choose_labels(config.protocol, facts["model"]["classes"], counts, seeds)
 
 
 def score(config: SweepConfig, reference: Reference, cell: Cell, generator: Generator) -> dict[str, Any]:
     """One row of results; the samples are shared among the ranks."""
-    began = time.time()
-    labels = spread_labels(reference.manifest.class_counts, cell.samples)
+    began, facts = time.time(), generator.facts
     seeds = cell.seed + torch.arange(cell.samples)
-    metric, agree = FeatureMoments(reference.features.shape[1]), torch.zeros(1)
-    batches = generator.batches(
-        labels, seeds, cell.nfe, cell.w, config.batch_size, dist.get_global_rank(), dist.get_world_size()
-    )
-    for images, label in batches:
-        metric.update(reference.extractor(images.cpu()))
-        if hasattr(reference.extractor, "logits"):
-            agree += (reference.extractor.logits(images.cpu()).argmax(1) == label).sum()
-    dist.all_reduce(agree)
-    mean, covariance = metric.compute()
+    labels = choose(config, facts, seeds)
+    keep_features = bool(NEED_FEATURES & set(config.metrics))
+    found = FeatureSet(reference.extractor, keep_features, keep_logits="is" in config.metrics)
+    ranks = dist.get_global_rank(), dist.get_world_size()
+    is_classifier = config.extractor == "classifier"
+    for images, index in generator.batches(labels, seeds, cell.nfe, cell.w, config.batch_size, *ranks):
+        found.add(images, index, labels[index] if is_classifier else None)
     return {
         **asdict(cell),
-        "frechet_distance": frechet_distance(mean, covariance, *reference.moments),
-        "class_agreement": agree.item() / cell.samples if hasattr(reference.extractor, "logits") else None,
+        **compare(found, reference, config.metrics, cell.seed),
+        "class_agreement": found.matches() / cell.samples if is_classifier else None,
         "floor": reference.floor,
-        "classifier_accuracy": reference.accuracy,
-        "objective": generator.facts["method"]["objective"],
-        "average": generator.facts["average"],
-        "step": generator.facts["step"],
-        "train_seconds": generator.facts["train_seconds"],
+        "classifier_accuracy": getattr(reference.extractor, "accuracy", None),
+        "labels": PROTOCOLS[cell.protocol].labels,
+        "rounding": PROTOCOLS[cell.protocol].rounding,
+        "objective": facts["method"]["objective"],
+        "average": facts["average"],
+        "step": facts["step"],
+        "train_seconds": facts["train_seconds"],
         "seconds": round(time.time() - began, 2),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
     }
 
@@ -195,35 +188,82 @@ def append_result(path: Path, row: dict[str, Any]) -> None:
         file.write((b"\n" if unfinished else b"") + json.dumps(row).encode() + b"\n")
 
 
+@contextmanager
+def wandb_run(config: SweepConfig) -> Iterator[Any]:
+    """The Weights & Biases run of rank 0, or None where none was asked for."""
+    if config.wandb == "off" or dist.get_global_rank() != 0:
+        yield None
+        return
+    import wandb
+
+    name = f"sweep-{Path(config.folder).name}"
+    settings = {"project": config.wandb_project, "name": name, "mode": config.wandb, "dir": config.folder}
+    with wandb.init(**settings, config=vars(config)) as run:
+        yield run
+
+
+class Setup(NamedTuple):
+    """What every cell shares, found and checked before the first sample is drawn."""
+
+    exports: list[Export]
+    extractor: FeatureExtractor
+    images: Dataset | None
+    samples: int
+
+
+def prepare(config: SweepConfig, device: torch.device) -> Setup:
+    """Finds weights and reference, makes the extractor. Raises ConfigError where something does not fit."""
+    folder = Path(config.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        exports = find_weights(config.weights, config.averages, config.latest, folder)
+        images = open_reference(config.reference)
+        extractor = make_extractor(config.extractor, config.extractor_weights, images, config.folder, device)
+        check_metrics(config.metrics, images, extractor)
+        samples = config.samples or PROTOCOLS[config.protocol].samples or len(images or ())
+        if samples < 2:
+            raise ValueError(f"samples: {samples} must be at least 2")
+        for _, facts in exports:
+            choose(config, facts, torch.arange(samples))
+    except (ValueError, OSError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+    return Setup(exports, extractor, images, samples)
+
+
 def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     """Scores every cell that has no result yet; returns the rows of this sweep's cells."""
-    path = Path(config.folder) / "results.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    exports = find_weights(config)
-    reference = Reference(config)
-    samples = config.samples or len(reference.images)
-    done = {tuple(r[k] for k in Cell.__dataclass_fields__): r for r in read_results(path)}
+    device = torch.device("cuda", dist.get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    setup = prepare(config, device)
+    metrics = (config.metrics, config.batch_size, config.floor_splits, config.seed)
+    reference = Reference(config.reference, setup.images, setup.extractor, *metrics)
+    results = Path(config.folder) / "results.jsonl"
+    done = {tuple(r.get(k) for k in Cell.__dataclass_fields__): r for r in read_results(results)}
     dist.barrier()
-    rows = []
-    bar = tqdm(total=len(exports) * len(config.nfe) * max(1, len(config.w)), unit="cell", desc="sweep")
-    for file, facts in exports:
-        generator = None
-        for w in config.w or [facts["method"]["guidance"][0]]:
-            for nfe in config.nfe:
-                stem = str(file.with_suffix(""))
-                cell = Cell(stem, facts["sha256"], nfe, w, samples, config.seed, config.extractor)
-                row = done.get(tuple(asdict(cell).values()))
-                if row is None:
-                    generator = generator or Generator(file)
-                    row = score(config, reference, cell, generator)
-                    if dist.get_global_rank() == 0:
-                        append_result(path, row)
-                rows.append(row)
-                bar.update()
-    bar.close()
-    if dist.get_global_rank() == 0:
-        write_report(Path(config.folder), rows, reference.images, reference.labels)
+    rows, generator, loaded, main_rank = [], None, None, dist.get_global_rank() == 0
+    grid = list(cells(config, setup.exports, setup.samples))
+    with wandb_run(config) as run:
+        for export, cell in tqdm(grid, "sweep", unit="cell", disable=not main_rank):
+            row = done.get(tuple(asdict(cell).values()))
+            if row is None:
+                if loaded != export.path:
+                    generator, loaded = make_generator(config, export.path, device), export.path
+                row = score(config, reference, cell, generator)
+                if main_rank:
+                    append_result(results, row)
+            rows.append(row)
+            if run is not None:
+                run.log({key: value for key, value in row.items() if value is not None})
+    if main_rank:
+        newest = make_generator(config, rows[0]["weights"], device)
+        write_report(
+            Path(config.folder), rows, setup.images, newest, describe(config.protocol, setup.samples)
+        )
     return rows
+
+
+def make_generator(config: SweepConfig, path: str | Path, device: torch.device) -> Generator:
+    """Weights that sample as the configuration says."""
+    return Generator(path, device, config.dtype, PROTOCOLS[config.protocol].rounding, config.vae)
 
 
 def main(arguments: list[str]) -> None:
@@ -233,7 +273,7 @@ def main(arguments: list[str]) -> None:
     dist.initialize_dist(get_device("gpu" if torch.cuda.is_available() else "cpu"))
     try:
         sweep(load_config(SweepConfig, arguments[0], arguments[1:]))
-    except ConfigError as error:
+    except (ConfigError, DatasetError) as error:
         raise SystemExit(f"config error: {error}") from error
 
 

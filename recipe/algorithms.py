@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Sequence
 
 import torch
 from composer.core import Algorithm, Event, State
@@ -10,6 +12,8 @@ from composer.loggers import Logger
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from recipe import posthoc
 
 log = logging.getLogger(__name__)
 
@@ -42,21 +46,35 @@ class EMA(Algorithm):
     """Keeps the target average (the teacher of the loss) and the evaluation average of the student.
 
     Both are modules of the model, so they are sharded and checkpointed like it; the decays are those of the
-    paper (0.99 and 0.9999). `ramp` lets the evaluation average start short, for short runs.
+    paper (0.99 and 0.9999). `ramp` lets the evaluation average start short, for short runs. `posthoc` asks
+    for further averages of these lengths (see recipe/posthoc.py), which become modules of the model too.
     """
 
-    def __init__(self, target_decay: float = 0.99, decay: float = 0.9999, ramp: bool = False) -> None:
-        self.target_decay, self.decay, self.ramp = target_decay, decay, ramp
+    def __init__(
+        self,
+        target_decay: float = 0.99,
+        decay: float = 0.9999,
+        ramp: bool = False,
+        posthoc: Sequence[float] = (),
+    ) -> None:
+        self.target_decay, self.decay, self.ramp, self.posthoc = target_decay, decay, ramp, posthoc
 
     def match(self, event: Event, state: State) -> bool:
-        """After each optimizer step."""
-        return event == Event.BATCH_END
+        """Before the model is sharded, and after each optimizer step."""
+        return event in (Event.INIT, Event.BATCH_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Update both averages in place; a skipped step changes neither."""
+        """Add the post-hoc averages; update all averages in place. A skipped step changes none of them."""
         model = unwrap(state.model)
+        if event == Event.INIT:
+            for length in self.posthoc:
+                model.add_module(posthoc.child_name(length), copy.deepcopy(model.ema))
+            return
         if not stepped(model.net):
             return
+        for length in self.posthoc:
+            decay = posthoc.decay(posthoc.exponent(length), int(state.timestamp.batch))
+            ema_update(getattr(model, posthoc.child_name(length)), model.net, decay)
         update = int(state.timestamp.batch) - 1
         ema_update(model.ema, model.net, ema_decay(self.decay, update, self.ramp))
         if model.target is not None:

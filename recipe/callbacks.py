@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from recipe.data import Normalizer, to_uint8
 from recipe.draws import Stream, keys, uniform
 from recipe.model import TVMModel
 from recipe.plan import step_flops
+from recipe.posthoc import average_of_child
 from recipe.resume import Preemption
 from recipe.sampler import initial_noise, sample
 from recipe.tvm import sample_times
@@ -50,8 +52,9 @@ def inference_facts(model: TVMModel, data: dict[str, Any]) -> dict[str, Any]:
 class ExportWeights(Callback):
     """Writes weights to FOLDER/ba{step}-{average} every `interval` and at the end of training.
 
-    averages: `ema` (the evaluation average) and/or `net` (the student as it is). A preempted run exports
-    nothing on its way out.
+    averages: `ema` (the evaluation average) and/or `net` (the student as it is); post-hoc averages, where the
+    model keeps them, are always written. What describes the weights goes into each checkpoint too, so that
+    `python -m eval.export` needs nothing else. A preempted run exports nothing on its way out.
     """
 
     def __init__(
@@ -61,9 +64,18 @@ class ExportWeights(Callback):
         self.preemption = preemption
         self.due: Callable[[State, Event], bool] = create_interval_scheduler(interval)
         self.last = -1
+        self.description = ""
+
+    def state_dict(self) -> dict[str, str]:
+        """One string, the same leaf in full and in sharded checkpoints."""
+        return {"description": self.description}
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         """Exports when due; after the averages, which are algorithms and run before callbacks."""
+        if event == Event.INIT:
+            model = unwrap(state.model)
+            description = {"model": asdict(model.net.config), **inference_facts(model, self.data)}
+            self.description = json.dumps(description)
         if self.preemption.stopped:
             return
         if event == Event.FIT_END or (event == Event.BATCH_CHECKPOINT and self.due(state, event)):
@@ -77,17 +89,18 @@ class ExportWeights(Callback):
         self.last = step
         model = unwrap(state.model)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        for average in self.averages:
-            weights = get_model_state_dict(getattr(model, average), options=options)
+        kept = [name for name, _ in model.named_children() if name.startswith("posthoc_")]
+        for name in (*self.averages, *kept):
+            weights = get_model_state_dict(getattr(model, name), options=options)
             if dist.get_global_rank() == 0:
                 facts = {
                     **inference_facts(model, self.data),
-                    "average": average,
+                    "average": average_of_child(name),
                     "step": step,
                     "samples": int(state.timestamp.sample),
                     "train_seconds": round(state.timestamp.total_wct.total_seconds(), 1),
                 }
-                save_weights(self.folder / f"ba{step:07d}-{average}", weights, model.net.config, facts)
+                save_weights(self.folder / f"ba{step:07d}-{name}", weights, model.net.config, facts)
 
 
 class SampleGrid(Callback):

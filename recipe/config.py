@@ -18,6 +18,7 @@ from yaml import YAMLError
 from recipe.data import DataConfig
 from recipe.dit import DiTConfig
 from recipe.parallel import ParallelConfig
+from recipe.posthoc import MAX_LENGTH
 from recipe.storage import normalize_uri
 from recipe.tvm import TVMConfig
 
@@ -52,16 +53,26 @@ class OptimizerConfig:
 
 @dataclass
 class EMAConfig:
-    """Decays of the teacher (target) and of the evaluated weights; ramp: see `algorithms.ema_decay`."""
+    """Decays of the teacher (target) and of the evaluated weights; ramp: see `algorithms.ema_decay`.
+
+    posthoc: lengths of power-function averages to keep and export besides, e.g. [0.05, 0.1]; from these two
+    any length can be had after training (recipe/posthoc.py). Each costs one more copy of the weights.
+    """
 
     target_decay: float = 0.99
     decay: float = 0.9999
     ramp: bool = False
+    posthoc: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name in ("target_decay", "decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"ema.{name}: {getattr(self, name)} must be in [0, 1)")
+        for length in self.posthoc:
+            if not 0.001 <= length <= MAX_LENGTH or round(length, 3) != length:
+                raise ValueError(
+                    f"ema.posthoc: {length} must be in [0.001, {MAX_LENGTH:.3f}], in thousandths"
+                )
 
 
 @dataclass

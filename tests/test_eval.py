@@ -1,7 +1,6 @@
-"""Weights, sampling and sweeps, on a short real run."""
+"""Weights, protocols and samples."""
 
 import json
-import re
 from collections import Counter
 
 import numpy as np
@@ -9,14 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.report import read_log
-from eval.sample import Generator, grid, spread_labels
+from eval.protocols import PROTOCOLS, choose_labels, describe, quantize
+from eval.sample import Generator, grid, interpolate
 from eval.sample import main as sample_main
-from eval.sweep import main as sweep_main
-from eval.sweep import read_results
 from recipe.dit import DiT, DiTConfig
 from recipe.weights import load_weights, read_facts, save_weights
-from tests.conftest import run
 
 FACTS = {"method": {"objective": "tvm", "scaled": True, "guidance": [1.0]}, "data": {}, "average": "ema"}
 
@@ -41,37 +37,50 @@ def test_missing_or_foreign_weights_are_named(tmp_path):
         read_facts(tmp_path / "w")
 
 
-def test_an_image_depends_on_its_seed_and_label_alone(tiny_run):
-    generator = Generator(tiny_run / "weights/ba0000008-net")
+@pytest.mark.parametrize(("dtype", "most"), [("fp64", 0), ("fp32", 1)])
+def test_an_image_depends_on_its_seed_and_label_alone(tiny_run, dtype, most):
+    generator = Generator(tiny_run / "weights/ba0000008-net", dtype=dtype)
     label, seeds = torch.arange(10), torch.arange(10) + 100
     together = generator(label, seeds, 2, 1.25)
     assert together.dtype == torch.uint8
     batches = list(generator.batches(label, seeds, 2, 1.25, batch_size=3, rank=1, world=2))
-    assert [b[1].tolist() for b in batches] == [[3, 4, 5], [9]]
-    for images, part in batches:
-        difference = (images.int() - together[part].int()).abs()
-        assert difference.max() <= 1  # float32 products depend on the batch size in the last bit
+    assert [index.tolist() for _, index in batches] == [[3, 4, 5], [9]]
+    for images, index in batches:
+        assert (images.int() - together[index].int()).abs().max() <= most
     assert not torch.equal(generator(label, seeds + 1, 2, 1.25), together)
 
 
-def test_the_sampler_at_the_command_line_writes_a_grid(tiny_run, tmp_path):
-    weights, out = tiny_run / "weights/ba0000008-ema", tmp_path / "grid.png"
-    options = ["--nfe", 1, "--w", 2, "--labels", "0,1,none", "--seed", 0, "--columns", 4, "--scale", 2]
-    run("-m", "eval.sample", weights, *options, "--out", out)
-    assert Image.open(out).size == (2 + 4 * 18, 2 + 3 * 18)
+def test_each_protocol_chooses_its_labels():
+    counts, seeds = [3, 0, 2], torch.arange(5)
+    assert choose_labels("matched", 3, counts, seeds).tolist() == [0, 0, 0, 2, 2]
+    assert Counter(choose_labels("matched", 2, [100, 300], torch.arange(40)).tolist()) == {0: 10, 1: 30}
+    assert Counter(choose_labels("balanced", 3, [], torch.arange(9)).tolist()) == {0: 3, 1: 3, 2: 3}
+    with pytest.raises(ValueError, match="samples: 10 is not a multiple of the 3 classes"):
+        choose_labels("balanced", 3, counts, torch.arange(10))
+    n = 100_000
+    drawn = choose_labels("tvm", 3, counts, torch.arange(n)).bincount(minlength=3) / n
+    assert drawn.tolist() == pytest.approx([0.6, 0, 0.4], abs=5 * (0.24 / n) ** 0.5)
+    uniform = choose_labels("adm", 3, [], torch.arange(n)).bincount(minlength=3) / n
+    assert uniform.tolist() == pytest.approx([1 / 3] * 3, abs=5 * (0.23 / n) ** 0.5)
+    assert choose_labels("tvm", 0, [], seeds).tolist() == [0] * 5
+    with pytest.raises(
+        ValueError, match="protocol tvm needs the number of training samples of each of the 3"
+    ):
+        choose_labels("tvm", 3, [], seeds)
 
 
-@pytest.mark.parametrize("bad", [["--labels", "11"], ["--nfe", "0"], ["--w", "0"]])
-def test_bad_sampling_options_are_named(tiny_run, bad, capsys):
-    with pytest.raises(SystemExit):
-        sample_main([str(tiny_run / "weights/ba0000008-ema"), *bad])
-    assert f"{bad[0]}: {bad[1]}" in capsys.readouterr().err
+def test_a_drawn_label_belongs_to_its_seed():
+    many = choose_labels("tvm", 3, [3, 1, 2], torch.arange(1000))
+    assert torch.equal(choose_labels("tvm", 3, [3, 1, 2], torch.arange(500, 600)), many[500:600])
 
 
-def test_labels_are_spread_like_the_real_ones():
-    assert Counter(spread_labels([3, 0, 2], 5).tolist()) == {0: 3, 2: 2}
-    assert Counter(spread_labels([100, 300], 40).tolist()) == {0: 10, 1: 30}
-    assert spread_labels([], 3).tolist() == [0, 0, 0]
+def test_pixels_are_rounded_as_the_protocol_says():
+    values = torch.tensor([-3.0, 0.4, 0.6, 254.7, 300.0])
+    assert quantize(values, PROTOCOLS["balanced"].rounding).tolist() == [0, 0, 1, 255, 255]
+    assert quantize(values, PROTOCOLS["tvm"].rounding).tolist() == [0, 0, 0, 254, 255]
+    assert "pixels rounded down" in describe("tvm", 10)
+    assert "10 samples (the protocol's number is 50,000)" in describe("tvm", 10)
+    assert "protocol's number" not in describe("tvm", 50_000)
 
 
 def test_a_grid_holds_every_image():
@@ -83,44 +92,46 @@ def test_a_grid_holds_every_image():
     assert (picture[4, 7] == 255).all()
 
 
-def test_an_interrupted_sweep_continues_and_ends_with_the_same_table(tiny_run, digits, tmp_path):
-    command = ["eval/sweep.py", "yamls/eval/digits.yaml", f"folder={tmp_path}/sweep", f"reference={digits}"]
-    command += [f"weights=[{tiny_run}/weights]", "averages=[ema,net]", "nfe=[1,2]", "w=[1.25]", "samples=200"]
-    run(*command)
-    results = tmp_path / "sweep/results.jsonl"
-    complete, table = results.read_text(), (tmp_path / "sweep/results.md").read_text()
-    rows = read_results(results)
-    assert len(rows) == 8
-    wanted = {"nfe", "w", "frechet_distance", "class_agreement", "floor", "objective", "weights", "seconds"}
-    assert wanted <= set(rows[0])
-    assert all(np.isfinite(r["frechet_distance"]) and r["classifier_accuracy"] > 0.98 for r in rows)
-    assert (tmp_path / "sweep/samples.png").stat().st_size > 1000
-    assert (tmp_path / "sweep/metrics.png").stat().st_size > 1000
-    results.write_text(complete[: len(complete) * 2 // 3])
-    run(*command)
-    assert (tmp_path / "sweep/results.md").read_text() == table
-    again = read_results(results)
-    assert again[:5] == rows[:5]
-    assert [r["frechet_distance"] for r in again] == [r["frechet_distance"] for r in rows]
+def test_interpolated_noise_stays_noise():
+    ends = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    path = interpolate(ends[0], ends[1], 5)
+    torch.testing.assert_close(path[[0, -1]], ends)
+    assert path.flatten(1).std(1) == pytest.approx(torch.ones(5), abs=0.05)
+
+
+def test_samples_at_the_command_line(tiny_run, tmp_path):
+    weights = str(tiny_run / "weights/ba0000008-net")
+    options = ["--labels", "0,1,none", "--columns", "4", "--scale", "2", "--out"]
+    sample_main([weights, *options, str(tmp_path / "grid.png")])
+    assert Image.open(tmp_path / "grid.png").size == (2 + 4 * 18, 2 + 3 * 18)
+    sample_main([weights, "--interpolate", "7", *options, str(tmp_path / "way.png")])
+    assert Image.open(tmp_path / "way.png").size == (2 + 4 * 18, 2 + 3 * 18)
+    options = ["--samples", "20", "--batch-size", "7", "--dtype", "fp64", "--seed", "5", "--out"]
+    sample_main([weights, *options, str(tmp_path / "samples.npz")])
+    sample_main([weights, *options, str(tmp_path / "samples")])
+    arrays = np.load(tmp_path / "samples.npz")
+    assert arrays["arr_0"].shape == (20, 8, 8, 1)
+    assert arrays["arr_1"].tolist() == list(range(10)) * 2
+    expected = Generator(weights, dtype="fp64")(torch.arange(20) % 10, 5 + torch.arange(20), 1, 1.25)
+    assert np.array_equal(arrays["arr_0"], expected.permute(0, 2, 3, 1))
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [file.name for file in files[:2]] == ["000005.png", "000006.png"]
+    assert np.array_equal(np.stack([np.array(Image.open(f)) for f in files]), arrays["arr_0"][..., 0])
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("options", "message"),
     [
-        ("weights=[nowhere]", "nowhere"),
-        ("nfe=[0]", "nfe"),
-        ("averages=[raw]", "average in ['raw']"),
-        ("w=[-1]", "w: [-1"),
+        (["--labels", "11"], "--labels: 11"),
+        (["--nfe", "0"], "--nfe: 0"),
+        (["--w", "0"], "--w: 0"),
+        (["--interpolate", "0"], "--interpolate: 0 is the seed"),
+        (["--samples", "9"], "--samples and --protocol need --out"),
+        (["--labels", "1", "--out", "x.npz"], "--out x.npz must end in .png"),
+        (["--samples", "9", "--out", "x.npz"], "9 is not a multiple of the 10 classes"),
     ],
 )
-def test_sweep_settings_are_checked(tiny_run, digits, tmp_path, override, message):
-    overrides = [f"weights=[{tiny_run}/weights]", f"reference={digits}", f"folder={tmp_path}", override]
-    with pytest.raises(SystemExit, match=re.escape(message)) as error:
-        sweep_main(["yamls/eval/digits.yaml", *overrides])
-    assert str(error.value).startswith("config error: ")
-
-
-def test_the_log_keeps_the_last_line_of_a_repeated_step(tmp_path):
-    path = tmp_path / "train.jsonl"
-    path.write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n{"step": 2, "a": 3.0}\n')
-    assert read_log(path)["a"].tolist() == [1.0, 3.0]
+def test_bad_sampling_options_are_named(tiny_run, options, message, capsys):
+    with pytest.raises(SystemExit):
+        sample_main([str(tiny_run / "weights/ba0000008-ema"), *options])
+    assert message in capsys.readouterr().err

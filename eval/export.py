@@ -1,0 +1,183 @@
+"""Weights for inference, from what training leaves: `python -m eval.export SOURCE --average ema --out NAME`.
+
+SOURCE is a training checkpoint (a .pt file, or the folder of .distcp files that sharded training writes), a
+folder of exported weights with post-hoc averages (for `--average posthoc:LENGTH`), or weights themselves (for
+`--program`). Checkpoints are pickles: loading one can execute anything in it, so open only your own.
+
+`--program FILE.pt2` also writes the sampler as a torch.export program, (noise, label) -> images, which
+`torch.export.load(FILE).module()` runs with torch alone, without this project's code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+
+from eval.protocols import quantize
+from recipe.data import Normalizer
+from recipe.dit import DiTConfig
+from recipe.posthoc import combination, exponent, length_of
+from recipe.sampler import sample
+from recipe.weights import load_weights, read_facts, save_weights
+
+Facts = dict[str, Any]
+DESCRIPTION = ("state", "callbacks", "ExportWeights", "description")
+
+
+def read_checkpoint(path: str | Path, average: str) -> tuple[dict[str, Tensor], Facts]:
+    """Weights of one average (`ema` or `net`) and their description. The checkpoint is trusted: see above.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: it holds no such average, or is not of this project.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    read = _read_sharded if path.is_dir() else _read_full
+    state, description, step = read(path, f"{average}.")
+    if not state:
+        raise ValueError(f"{path} holds no weights {average!r}")
+    return state, {**json.loads(description), "average": average, "step": step, "train_seconds": None}
+
+
+def _read_full(path: Path, prefix: str) -> tuple[dict[str, Tensor], str, int]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        description, model = _leaf(content, DESCRIPTION), content["state"]["model"]
+        step = _leaf(content, ("state", "timestamp", "Timestamp", "batch"))
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a checkpoint of recipe/train.py: {error!r}") from error
+    state = {name.removeprefix(prefix): t.clone() for name, t in model.items() if name.startswith(prefix)}
+    return state, description, int(step)
+
+
+def _leaf(content: dict, keys: tuple[str, ...]) -> Any:  # noqa: ANN401
+    for key in keys:
+        content = content[key]
+    return content
+
+
+def _read_sharded(path: Path, prefix: str) -> tuple[dict[str, Tensor], str, int]:
+    """Reads the tensors of one average alone, however many ranks wrote them."""
+    reader = dcp.FileSystemReader(path)
+    try:
+        metadata = reader.read_metadata().state_dict_metadata
+    except OSError as error:
+        raise ValueError(f"{path} is not a folder of a sharded checkpoint: {error}") from error
+    prefix = f"state.model.{prefix}"
+    state: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if name.startswith(prefix)
+    }
+    others = {".".join(DESCRIPTION): "", "state.timestamp.Timestamp.batch": 0}
+    if not others.keys() <= metadata.keys():
+        raise ValueError(f"{path} is not a checkpoint of recipe/train.py: no {' or '.join(others)}")
+    state |= others
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    description, step = (state.pop(name) for name in others)
+    return {name.removeprefix(prefix): t for name, t in state.items()}, description, int(step)
+
+
+def find_snapshots(folder: Path, step: int | None = None) -> list[tuple[Path, Facts]]:
+    """The post-hoc averages in a folder of weights, up to a step."""
+    found = [(file, read_facts(file)) for file in sorted(folder.glob("*-posthoc_*.json"))]
+    return [(file, facts) for file, facts in found if step is None or facts["step"] <= step]
+
+
+def synthesize(folder: Path, length: float, step: int | None = None) -> tuple[dict[str, Tensor], Facts]:
+    """The average of any length at a step (None: the last), from the folder's snapshots up to there.
+
+    One snapshot is read at a time; sums are in float64. Raises ValueError where there are no snapshots.
+    """
+    snapshots = find_snapshots(folder, step)
+    if not snapshots:
+        raise ValueError(
+            f"{folder} holds no post-hoc averages; training keeps them with ema.posthoc=[0.05,0.1]"
+        )
+    last = max((facts for _, facts in snapshots), key=lambda facts: facts["step"])
+    profiles = [(exponent(length_of(facts["average"])), facts["step"]) for _, facts in snapshots]
+    factors = combination(profiles, (exponent(length), last["step"]))
+    total: dict[str, Tensor] = {}
+    for factor, (file, _) in zip(factors, snapshots, strict=True):
+        for name, tensor in load_file(file.with_suffix(".safetensors")).items():
+            total[name] = total.get(name, 0) + float(factor) * tensor.double()
+    digests = [facts["sha256"] for _, facts in snapshots]
+    facts = {**last, "average": f"posthoc:{length:g}", "snapshots": digests}
+    return {name: tensor.float() for name, tensor in total.items()}, facts
+
+
+def save(path: str | Path, state: dict[str, Tensor], facts: Facts) -> Path:
+    """Writes weights with a description read elsewhere; returns the JSON's path."""
+    facts = dict(facts)
+    return save_weights(path, state, DiTConfig(**facts.pop("model")), facts)
+
+
+class Sampler(nn.Module):
+    """(noise (B, C, H, W), label int64 (B,)) => uint8 images, or the latents that the decoder takes."""
+
+    def __init__(self, path: str | Path, nfe: int, w: float | None) -> None:
+        super().__init__()
+        self.net, self.facts = load_weights(path)
+        self.normalizer = Normalizer(self.facts["data"]["mean"], self.facts["data"]["std"])
+        self.nfe, self.w = nfe, self.facts["method"]["guidance"][0] if w is None else w
+
+    def forward(self, noise: Tensor, label: Tensor) -> Tensor:
+        method, null = self.facts["method"], self.net.config.classes
+        values = self.normalizer.invert(sample(self.net, noise, label, self.nfe, self.w, method, null))
+        return quantize(values, "nearest") if self.facts["data"]["column"] == "image" else values.float()
+
+
+def export_program(path: str | Path, nfe: int = 1, w: float | None = None) -> torch.export.ExportedProgram:
+    """The sampler with its weights as one graph, for any batch size up to 65,536."""
+    sampler = Sampler(path, nfe, w)
+    config = sampler.net.config
+    example = torch.zeros(2, config.channels, config.size, config.size), torch.zeros(2, dtype=torch.int64)
+    batch = torch.export.Dim("batch", min=1, max=2**16)
+    with torch.no_grad():
+        return torch.export.export(sampler, example, dynamic_shapes=({0: batch}, {0: batch}))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, help="checkpoint (.pt or folder), folder of weights, or weights")
+    parser.add_argument("--average", default="ema", help="ema, net or posthoc:LENGTH (default: ema)")
+    parser.add_argument("--out", help="path of the weights to write, without suffix")
+    parser.add_argument("--program", help="the .pt2 file of the sampler to write")
+    parser.add_argument("--nfe", type=int, default=1, help="steps of the program's sampler")
+    parser.add_argument("--w", type=float, help="its guidance weight; default: the one of training")
+    args = parser.parse_args(argv)
+    try:
+        weights = args.source
+        if args.out is not None:
+            posthoc = args.average.startswith("posthoc:")
+            read = synthesize if posthoc else read_checkpoint
+            weights = save(args.out, *read(args.source, length_of(args.average) if posthoc else args.average))
+            sys.stdout.write(f"{weights}\n")
+        if args.program is not None:
+            torch.export.save(export_program(weights, args.nfe, args.w), args.program)
+            sys.stdout.write(f"{args.program}\n")
+        if args.out is None and args.program is None:
+            raise ValueError("nothing to write: give --out or --program")
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""The weights that a sweep names: files, folders and buckets of exports, and averages made from them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from composer.utils import dist
+
+from eval.export import find_snapshots, save, synthesize
+from recipe.posthoc import length_of
+from recipe.weights import read_facts
+from streaming_convert.store import Store
+
+
+class Export(NamedTuple):
+    """path: of the JSON; facts: its content."""
+
+    path: Path
+    facts: dict[str, Any]
+
+
+def find_weights(names: list[str], averages: list[str], latest: bool, folder: Path) -> list[Export]:
+    """All weights asked for, newest first within each name; `latest` keeps the newest step of each.
+
+    Buckets are copied to FOLDER/downloads, synthesised averages written to FOLDER/posthoc, on each node.
+
+    Raises:
+        OSError, ValueError: there are none, or they cannot be read.
+    """
+    for average in averages:
+        if average not in ("ema", "net"):
+            length_of(average)
+    found = []
+    with dist.run_local_rank_zero_first():
+        for name in names:
+            path = mirror(name, folder / "downloads") if "://" in name else Path(name)
+            exports = [
+                Export(file, read_facts(file)) for file in (path.glob("*.json") if path.is_dir() else [path])
+            ]
+            wanted = [export for export in exports if export.facts["average"] in averages]
+            wanted += synthesized(path, wanted, averages, latest, folder / "posthoc")
+            if not wanted:
+                raise ValueError(f"weights: {name} holds no weights with average in {averages}")
+            wanted.sort(key=lambda export: (export.facts["step"] or 0, export.path.name), reverse=True)
+            newest = wanted[0].facts["step"]
+            found += [export for export in wanted if not latest or export.facts["step"] == newest]
+    return found
+
+
+def mirror(uri: str, folder: Path) -> Path:
+    """Copies the weights of a bucket's folder that are not there yet; returns the local folder."""
+    target = folder / uri.split("://", 1)[1].strip("/").replace("/", "-")
+    target.mkdir(parents=True, exist_ok=True)
+    with Store(uri) as store:
+        for name in sorted(store.names()):
+            copy = target / name
+            if "/" in name or not name.endswith(".json"):
+                continue
+            description = store.read(name)
+            if copy.is_file() and copy.read_bytes() == description:
+                continue
+            weights = store.fetch(Path(name).with_suffix(".safetensors").name)
+            shutil.move(weights, copy.with_suffix(".safetensors"))
+            copy.write_bytes(description)
+    return target
+
+
+def synthesized(
+    path: Path, stored: list[Export], averages: list[str], latest: bool, folder: Path
+) -> list[Export]:
+    """Post-hoc averages of the lengths asked for that training did not store itself."""
+    lengths = {
+        a: length_of(a) for a in averages if a not in ("ema", "net", *(e.facts["average"] for e in stored))
+    }
+    if not path.is_dir() or not lengths:
+        return []
+    exports = []
+    steps = sorted({facts["step"] for _, facts in find_snapshots(path)}, reverse=True)
+    for step in steps[:1] if latest else steps:
+        digests = [facts["sha256"] for _, facts in find_snapshots(path, step)]
+        for length in lengths.values():
+            file = folder / f"{path.parent.name}-ba{step:07d}-posthoc_{length:g}.json"
+            if not file.is_file() or json.loads(file.read_text()).get("snapshots") != digests:
+                save(file, *synthesize(path, length, step))
+            exports.append(Export(file, read_facts(file)))
+    return exports

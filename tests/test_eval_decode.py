@@ -1,0 +1,71 @@
+"""Latents to pixels, with a real (small, random) diffusers autoencoder."""
+
+import pytest
+import torch
+
+from eval.decode import load_decoder
+from eval.sample import Generator
+from recipe.dit import DiT, DiTConfig
+from recipe.weights import save_weights
+from streaming_convert.encoders import hash_weights
+from streaming_convert.store import DatasetError
+
+FACTS = {
+    "method": {"objective": "tvm", "scaled": True, "guidance": [1.0]},
+    "average": "ema",
+    "step": 1,
+    "train_seconds": 0.0,
+}
+
+
+def test_without_diffusers_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    with pytest.raises(DatasetError, match=r"pip install 'terminal-velocity\[vae\]'"):
+        load_decoder({"name": "vae", "model": "somewhere"}, None, "cpu")
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """(folder, network) of an AutoencoderKL that doubles the side of latents."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    network = diffusers.AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    network.save_pretrained(folder)
+    return str(folder), network.eval()
+
+
+def test_decoding_is_the_autoencoders_own_in_any_batches(vae):
+    folder, network = vae
+    latents = torch.randn(5, 4, 8, 8)
+    decode = load_decoder(
+        {"name": "vae", "hash": hash_weights(network), "scaling": 2.0}, folder, "cpu", batch_size=2
+    )
+    with torch.no_grad():
+        expected = (network.decode(latents / 2).sample + 1) * 127.5
+    torch.testing.assert_close(decode(latents), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_another_autoencoder_than_the_datas_is_refused(vae):
+    with pytest.raises(ValueError, match="hash to .* made with 0123"):
+        load_decoder({"name": "vae", "hash": "0123", "scaling": 1.0}, vae[0], "cpu")
+
+
+def test_weights_for_latents_make_pictures(vae, tmp_path):
+    folder, _ = vae
+    net = DiT(DiTConfig(size=8, channels=4, classes=3, width=16, depth=1, heads=2))
+    encoder = {"name": "vae", "hash": None, "model": folder, "scaling": 1.0}
+    data = {"column": "latents", "mean": [0.5] * 4, "std": [2.0] * 4, "encoder": encoder}
+    save_weights(tmp_path / "w", net.state_dict(), net.config, {**FACTS, "data": data})
+    generator = Generator(tmp_path / "w", rounding="down")
+    seeds = torch.arange(3)
+    images = generator(torch.tensor([0, 1, 3]), seeds, 1, 1.0)
+    assert (images.shape, images.dtype) == ((3, 3, 16, 16), torch.uint8)
+    # An untrained network returns 0, so the samples are the noise, brought back to the scale of the latents.
+    latents = generator.noise(seeds) * 2 + 0.5
+    assert torch.equal(images, generator.decode(latents).clamp(0, 255).floor().to(torch.uint8))

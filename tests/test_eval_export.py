@@ -1,0 +1,160 @@
+"""From training checkpoints to weights, programs and post-hoc averages."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.integrate import quad
+
+from eval.export import main as export_main
+from eval.find import find_weights
+from eval.sample import Generator
+from recipe import posthoc
+from recipe.dit import DiT, DiTConfig
+from recipe.weights import load_weights, read_facts, save_weights
+from tests.conftest import TINY, run
+from tests.test_train import fit
+
+
+def same(a, b):
+    """Whether two pairs of weights are equal to the last bit and describe themselves alike."""
+    one, two = load_file(f"{a}.safetensors"), load_file(f"{b}.safetensors")
+    assert one.keys() == two.keys()
+    described = [
+        {k: read_facts(x)[k] for k in ("model", "method", "data", "average", "step")} for x in (a, b)
+    ]
+    return all(torch.equal(one[k], two[k]) for k in one) and described[0] == described[1]
+
+
+@pytest.mark.parametrize("average", ["ema", "net"])
+def test_a_full_checkpoint_gives_the_weights_that_training_exported(tiny_run, tmp_path, average):
+    checkpoint = str(tiny_run / "checkpoints/latest-rank0.pt")
+    assert export_main([checkpoint, "--average", average, "--out", str(tmp_path / "w")]) == 0
+    assert same(tmp_path / "w", tiny_run / f"weights/ba0000008-{average}")
+
+
+@pytest.fixture(scope="module")
+def sharded_run(digits, tmp_path_factory):
+    """A run that shards, keeps two post-hoc averages, was stopped at step 4 and resumed to step 8."""
+    folder = tmp_path_factory.mktemp("sharded")
+    command = ["recipe/train.py", "yamls/digits.yaml", f"folder={folder}", f"data.local={digits}", *TINY]
+    command += ["save_interval=4ba", "export_interval=2ba", "parallel.fsdp2=true", "ema.posthoc=[0.05,0.1]"]
+    run(*command, "duration=4ba")
+    run(*command, "duration=8ba")
+    return folder
+
+
+def test_a_sharded_checkpoint_gives_the_weights_that_training_exported(sharded_run, tmp_path):
+    (checkpoint,) = sharded_run.glob("checkpoints/*ba8*")
+    assert list(checkpoint.glob("*.distcp"))
+    assert export_main([str(checkpoint), "--out", str(tmp_path / "w")]) == 0
+    assert same(tmp_path / "w", sharded_run / "weights/ba0000008-ema")
+
+
+def test_a_sweep_finds_stored_and_synthesised_averages(sharded_run, tmp_path):
+    names = [str(sharded_run / "weights")]
+    found = find_weights(names, ["posthoc:0.05", "posthoc:0.075"], False, tmp_path)
+    averages = [(export.facts["step"], export.facts["average"]) for export in found]
+    assert sorted(averages) == [(s, f"posthoc:{a}") for s in (2, 4, 6, 8) for a in (0.05, 0.075)]
+    again = find_weights(names, ["posthoc:0.075"], True, tmp_path)
+    assert [e.facts["sha256"] for e in again] == [e.facts["sha256"] for e in found if e.path == again[0].path]
+    assert export_main([names[0], "--average", "posthoc:0.1", "--out", str(tmp_path / "w")]) == 0
+    synthesised, stored = (
+        load_weights(tmp_path / "w")[0],
+        load_weights(f"{names[0]}/ba0000008-posthoc_100")[0],
+    )
+    for a, b in zip(synthesised.parameters(), stored.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere.pt", "nowhere.pt does not exist"),
+        ("text.pt", "not a checkpoint"),
+        (".", "not a folder of a sharded"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, monkeypatch, capsys, source, message):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": 1}, "text.pt")
+    assert export_main([source, "--out", "w"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_program_is_the_sampler_and_takes_any_batch(tiny_run, tmp_path):
+    weights, file = str(tiny_run / "weights/ba0000008-net"), str(tmp_path / "sampler.pt2")
+    assert export_main([weights, "--program", file, "--nfe", "2", "--w", "1.5"]) == 0
+    program = torch.export.load(file).module()
+    generator = Generator(weights)
+    for batch in (1, 5):
+        label, seeds = torch.arange(batch), torch.arange(batch)
+        found = program(generator.noise(seeds), label)
+        expected = generator(label, seeds, 2, 1.5)
+        assert found.dtype == torch.uint8
+        assert (found.int() - expected.int()).abs().max() <= 1
+
+
+def profile(gamma, step, tau):
+    return (gamma + 1) * tau**gamma / step ** (gamma + 1)
+
+
+def test_profiles_have_the_length_and_overlap_that_the_formulas_say():
+    gamma = posthoc.exponent(0.1)
+    mean = quad(lambda tau: tau * profile(gamma, 1, tau), 0, 1)[0]
+    variance = quad(lambda tau: (tau - mean) ** 2 * profile(gamma, 1, tau), 0, 1)[0]
+    assert variance**0.5 == pytest.approx(0.1, rel=1e-9)
+    assert gamma == pytest.approx(6.94, abs=0.005)  # EDM2, section 3.1
+    assert posthoc.exponent(0.05) == pytest.approx(16.97, abs=0.005)
+    a, b = (3.0, 7), (5.0, 4)
+    overlap = quad(lambda tau: profile(*a, tau) * profile(*b, tau), 0, 4)[0]
+    assert posthoc.inner_product(a, b) == posthoc.inner_product(b, a) == pytest.approx(overlap, rel=1e-9)
+
+
+@pytest.mark.parametrize("length", [0.0, 0.3, -1.0])
+def test_impossible_lengths_are_named(length):
+    with pytest.raises(ValueError, match=f"posthoc length {length} must lie in"):
+        posthoc.exponent(length)
+
+
+def tracked(values, length):
+    """The power-function average of a sequence, updated step by step as training does; after each step."""
+    average, history = np.zeros_like(values[0]), []
+    for step, value in enumerate(values, start=1):
+        decay = posthoc.decay(posthoc.exponent(length), step)
+        average = decay * average + (1 - decay) * value
+        history.append(average)
+    return history
+
+
+def test_a_synthesised_average_is_the_one_that_tracking_gives():
+    """On a random walk that drifts, with a snapshot every 50 of 2000 steps."""
+    values = np.cumsum(np.random.default_rng(0).normal(0.1, 1, (2000, 16)), axis=0)
+    snapshots = [(length, step) for step in range(50, 2001, 50) for length in (0.05, 0.1)]
+    histories = {length: tracked(values, length) for length in (0.05, 0.1)}
+    stored = np.stack([histories[length][step - 1] for length, step in snapshots])
+    profiles = [(posthoc.exponent(length), step) for length, step in snapshots]
+    scale = np.linalg.norm(values[-1] - histories[0.1][-1])
+    for length, allowed in ((0.05, 1e-9), (0.075, 0.01), (0.15, 0.01), (0.03, 0.05)):
+        made = posthoc.combination(profiles, (posthoc.exponent(length), 2000)) @ stored
+        error = np.linalg.norm(made - tracked(values, length)[-1]) / scale
+        assert error < allowed, (length, error)
+
+
+def test_training_tracks_power_function_averages(digits):
+    from recipe.algorithms import EMA  # noqa: F401  (the averages are the EMA algorithm's)
+
+    model, recorder = fit(digits, 6, "ema.posthoc=[0.1]")
+    count = len(list(model.net.state_dict()))
+    values = [np.concatenate([t.numpy().ravel() for t in state[:count]]) for state in recorder.states]
+    found = np.concatenate([p.detach().numpy().ravel() for p in model.posthoc_100.parameters()])
+    np.testing.assert_allclose(found, tracked(values, 0.1)[-1], rtol=1e-12, atol=1e-14)
+    assert not any(name.startswith("posthoc") for name, _ in fit(digits, 1)[0].named_children())
+
+
+def test_weights_of_another_kind_hold_no_snapshots(tmp_path):
+    net = DiT(DiTConfig(size=4, channels=1, classes=2, width=16, depth=1, heads=2))
+    facts = {"method": {}, "data": {}, "average": "ema", "step": 1}
+    save_weights(tmp_path / "w", net.state_dict(), net.config, facts)
+    with pytest.raises(ValueError, match="holds no weights with average"):
+        find_weights([str(tmp_path)], ["posthoc:0.1"], False, tmp_path)

@@ -1,0 +1,193 @@
+"""Sweeps over a short real run: resume, ranks, metrics, report."""
+
+import re
+
+import numpy as np
+import pytest
+
+from eval import sweep as sweep_module
+from eval.features import SmallImageClassifier
+from eval.find import find_weights
+from eval.reference import main as reference_main
+from eval.report import best_curve, read_log
+from eval.sweep import main as sweep_main
+from eval.sweep import read_results
+from recipe.weights import load_weights, save_weights
+from tests.conftest import ROOT, run
+
+PUBLIC = {"nfe", "w", "frechet_distance", "class_agreement", "floor", "objective", "weights", "seconds"}
+PUBLIC |= {
+    "protocol",
+    "labels",
+    "rounding",
+    "seed",
+    "samples",
+    "commit",
+    "time",
+    "extractor",
+    "reference",
+    "dtype",
+}
+
+
+@pytest.fixture(scope="module")
+def classifier(digits, tmp_path_factory):
+    """Path of a classifier of the digits, trained once for this file."""
+    from eval.score import labelled, open_reference
+
+    path = tmp_path_factory.mktemp("classifier") / "classifier"
+    SmallImageClassifier.train(*labelled(open_reference(str(digits))), path=path)
+    return path
+
+
+def sweep(tiny_run, digits, classifier, folder, *overrides, yaml="yamls/eval/digits.yaml"):
+    """Runs a sweep in this process; returns its rows."""
+    common = [f"weights=[{tiny_run}/weights]", f"reference={digits}", f"folder={folder}"]
+    sweep_main(
+        [yaml, *common, f"extractor_weights={classifier}", "samples=200", "floor_splits=2", *overrides]
+    )
+    return read_results(folder / "results.jsonl")
+
+
+def test_an_interrupted_sweep_continues_and_ends_with_the_same_table(
+    tiny_run, digits, classifier, tmp_path, monkeypatch
+):
+    folder, grid = tmp_path / "sweep", ["averages=[ema,net]", "nfe=[1,2]", "w=[1.25]"]
+    rows = sweep(tiny_run, digits, classifier, folder, *grid)
+    complete, table = (folder / "results.jsonl").read_text(), (folder / "results.md").read_text()
+    assert len(rows) == 8
+    assert set(rows[0]) >= PUBLIC
+    assert all(np.isfinite(r["frechet_distance"]) and r["classifier_accuracy"] > 0.98 for r in rows)
+    (folder / "results.jsonl").write_text(complete[: len(complete) * 2 // 3])
+    scored = []
+    score = sweep_module.score
+    monkeypatch.setattr(sweep_module, "score", lambda *a: scored.append(a[2]) or score(*a))
+    again = sweep(tiny_run, digits, classifier, folder, *grid)
+    assert len(scored) == 3
+    assert (folder / "results.md").read_text() == table
+    assert again[:5] == rows[:5]
+    assert [r["frechet_distance"] for r in again] == [r["frechet_distance"] for r in rows]
+
+
+def test_the_report_is_one_page_with_everything_on_it(tiny_run, digits, classifier, tmp_path):
+    (row,) = sweep(tiny_run, digits, classifier, tmp_path, "nfe=[1]", "latest=true", "protocol=tvm")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 2
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page)
+    assert "Protocol `tvm`: 200 samples (the protocol&#x27;s number is 50,000)" in page
+    assert f"<td>{row['frechet_distance']:.3f}</td>" in page
+    assert (row["labels"], row["rounding"]) == ("drawn", "down")
+
+
+def test_every_metric_and_weights_of_unknown_step(tiny_run, digits, classifier, tmp_path):
+    net, facts = load_weights(tiny_run / "weights/ba0000008-ema")
+    facts = {k: v for k, v in facts.items() if k not in ("model", "format")}
+    save_weights(tmp_path / "other/weights/a", net.state_dict(), net.config, {**facts, "step": None})
+    names = f"weights=[{tmp_path}/other/weights,{tiny_run}/weights/ba0000008-ema]"
+    rows = sweep(
+        tiny_run, digits, classifier, tmp_path, names, "nfe=[1]", "metrics=[fd,kid,is,precision_recall]"
+    )
+    assert [r["step"] for r in rows] == [None, 8]
+    for name in ("frechet_distance", "kid", "inception_score", "precision", "recall"):
+        assert rows[0][name] == rows[1][name]
+    assert 0 <= rows[0]["precision"] <= 1 < rows[0]["inception_score"] <= 10
+    header = (tmp_path / "results.md").read_text().splitlines()[0]
+    assert "KID x 1000 | Inception score | precision | recall" in header
+
+
+def test_two_ranks_and_batches_of_one_give_the_same_numbers(tiny_run, digits, classifier, tmp_path):
+    grid = ["nfe=[2]", "latest=true", "dtype=fp64", "metrics=[fd,kid,is,precision_recall]", "samples=60"]
+    (whole,) = sweep(tiny_run, digits, classifier, tmp_path / "50", *grid, "batch_size=50")
+    (single,) = sweep(tiny_run, digits, classifier, tmp_path / "1", *grid, "batch_size=1")
+    arguments = ["yamls/eval/digits.yaml", f"weights=[{tiny_run}/weights]", f"reference={digits}", *grid]
+    arguments += [
+        f"folder={tmp_path}/ranks",
+        f"extractor_weights={classifier}",
+        "floor_splits=2",
+        "batch_size=7",
+    ]
+    run("-m", "composer.cli.launcher", "-n", 2, "--master_port", 29531, "eval/sweep.py", *arguments)
+    (ranks,) = read_results(tmp_path / "ranks/results.jsonl")
+    keys = ("frechet_distance", "kid", "inception_score", "precision", "recall", "floor", "class_agreement")
+    for key in keys:
+        assert single[key] == pytest.approx(whole[key], rel=1e-9, abs=1e-12)
+        assert ranks[key] == pytest.approx(whole[key], rel=1e-9, abs=1e-12)
+
+
+def test_a_file_of_statistics_is_a_reference(tiny_run, digits, classifier, tmp_path):
+    statistics = tmp_path / "statistics.npz"
+    options = ["--extractor", "classifier", "--weights", str(classifier), "--out", str(statistics)]
+    assert reference_main([str(digits), *options]) == 0
+    (by_file,) = sweep(
+        tiny_run, digits, classifier, tmp_path / "a", f"reference={statistics}", "nfe=[1]", "latest=true"
+    )
+    (by_folder,) = sweep(tiny_run, digits, classifier, tmp_path / "b", "nfe=[1]", "latest=true")
+    assert by_file["frechet_distance"] == pytest.approx(by_folder["frechet_distance"], rel=1e-9)
+    assert by_file["floor"] is None
+    assert "/ floor" not in (tmp_path / "a/results.md").read_text()
+
+
+def test_wandb_gets_the_rows_when_asked_to(tiny_run, digits, classifier, tmp_path):
+    sweep(tiny_run, digits, classifier, tmp_path, "nfe=[1]", "latest=true", "wandb=offline")
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["weights=[nowhere]"], "nowhere"),
+        (["nfe=[0]"], "nfe"),
+        (["averages=[raw]"], "average 'raw'"),
+        (["averages=[posthoc:0.5]"], "posthoc length 0.5 must lie in (0, 0.289]"),
+        (["averages=[posthoc:0.1]"], "holds no weights with average in ['posthoc:0.1']"),
+        (["w=[-1]"], "w: [-1"),
+        (["protocol=fid"], "protocol: 'fid' is not one of matched, tvm, balanced, adm"),
+        (["metrics=[kid]"], "metrics: ['kid'] must hold fd"),
+        (["samples=33", "protocol=balanced"], "samples: 33 is not a multiple of the 10 classes"),
+        (["reference=nowhere"], "nowhere: no such folder"),
+        (["reference=none.npz"], "samples: "),
+        (
+            ["reference=none.npz", "samples=50", "metrics=[fd,kid]"],
+            "metrics: kid need a folder of real images",
+        ),
+    ],
+)
+def test_sweep_settings_are_checked(tiny_run, digits, classifier, tmp_path, overrides, message):
+    arguments = [f"weights=[{tiny_run}/weights]", f"reference={digits}", f"folder={tmp_path}"]
+    with pytest.raises(SystemExit, match=re.escape(message)) as error:
+        sweep_main(["yamls/eval/digits.yaml", *arguments, f"extractor_weights={classifier}", *overrides])
+    assert str(error.value).startswith("config error: ")
+
+
+def test_every_sweep_that_we_ship_is_valid():
+    from recipe.config import load_config
+
+    configs = {
+        p.name: load_config(sweep_module.SweepConfig, str(p), []) for p in ROOT.glob("yamls/eval/*.yaml")
+    }
+    assert configs["imagenet256.yaml"].protocol == "tvm"
+    assert configs["digits.yaml"].protocol == "matched"
+
+
+def test_the_newest_weights_come_first(tiny_run, tmp_path):
+    found = find_weights([f"{tiny_run}/weights"], ["ema", "net"], False, tmp_path)
+    assert [export.path.stem[2:] for export in found] == [
+        "0000008-net",
+        "0000008-ema",
+        "0000004-net",
+        "0000004-ema",
+    ]
+    latest = find_weights([f"{tiny_run}/weights"], ["ema"], True, tmp_path)
+    assert [export.facts["step"] for export in latest] == [8]
+
+
+def test_a_curve_takes_the_lowest_distance_and_leaves_out_unknown_steps():
+    rows = [{"step": s, "frechet_distance": d} for s, d in ((2, 5.0), (1, 4.0), (2, 3.0), (None, 1.0))]
+    assert best_curve(rows, "step") == [(1, 2), (4.0, 3.0)]
+    assert best_curve(rows[3:], "step") == ([], [])
+
+
+def test_the_log_keeps_the_last_line_of_a_repeated_step(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n{"step": 2, "a": 3.0}\n')
+    assert read_log(path)["a"].tolist() == [1.0, 3.0]
