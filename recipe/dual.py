@@ -97,14 +97,18 @@ class _DualGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, tx: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN001
         ctx.save_for_backward(x, tx)
+        ctx.set_materialize_grads(False)  # a detached tangent costs nothing
         return F.gelu(x, approximate="tanh"), _gelu_slope_times(tx, x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y: Tensor, grad_ty: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN001
+    def backward(ctx, grad_y: Tensor | None, grad_ty: Tensor | None) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN001
         x, tx = ctx.saved_tensors
-        bend = _gelu_second_derivative(x) * tx * grad_ty
-        return _gelu_slope_times(grad_y, x) + bend.to(x.dtype), _gelu_slope_times(grad_ty, x)
+        grad_x = None if grad_y is None else _gelu_slope_times(grad_y, x)
+        if grad_ty is None:
+            return grad_x, None
+        bend = (_gelu_second_derivative(x) * tx * grad_ty).to(x.dtype)
+        return bend if grad_x is None else grad_x + bend, _gelu_slope_times(grad_ty, x)
 
 
 def _gelu_slope_times(y: Tensor, x: Tensor) -> Tensor:

@@ -89,13 +89,14 @@ def step_flops(model: DiTConfig, objective: TVMConfig) -> int:
 
     In forward passes: flow matching 1 + 2 backward. TVM adds the dual pass, whose linear layers cost 2 and
     whose attention costs 3 (6 products for 2), twice that backward, and the teacher's pass, or two where the
-    guidance weight is not always 1. `detach_jvp` saves nothing here: gradients of zero take the same way.
+    guidance weight is not always 1. With `detach_jvp` only the value is differentiated.
     """
     linear, attention = forward_flops(model)
     if objective.name == "flow_matching":
         return 3 * (linear + attention)
     teacher = 1 if objective.guidance == [1.0] else 2
-    return (2 + 4 + teacher + 3) * linear + (3 + 6 + teacher + 3) * attention
+    backward = (2, 2) if objective.detach_jvp else (4, 6)
+    return (2 + backward[0] + teacher + 3) * linear + (3 + backward[1] + teacher + 3) * attention
 
 
 def recomputed_flops(model: DiTConfig, objective: TVMConfig, checkpoint_every: int) -> float:

@@ -130,7 +130,7 @@ def build_trainer(config: TrainConfig, load_path: str | None, preemption: Preemp
     device = "gpu" if torch.cuda.is_available() else "cpu"
     o = config.optimizer
     optimizer = torch.optim.AdamW(
-        model.net.parameters(), lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay
+        model.net.parameters(), o.lr, tuple(o.betas), o.eps, weight_decay=o.weight_decay, fused=True
     )
     data = {
         "column": manifest.column,

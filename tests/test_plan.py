@@ -76,7 +76,7 @@ SMALLER = {"width": 768, "heads": 12, "depth": 3}
         ({"preset": "XL/2-18", "size": 32}, TVMConfig(guidance=2.0), 0.005),
         ({**SMALLER, "size": 64}, TVMConfig(guidance=2.0), 0.005),
         ({**SMALLER, "size": 32}, TVMConfig(guidance=1.0), 0.005),
-        ({**SMALLER, "size": 32}, TVMConfig(guidance=2.0, detach_jvp=True), 0.03),
+        ({**SMALLER, "size": 32}, TVMConfig(guidance=2.0, detach_jvp=True), 0.005),
         ({**SMALLER, "size": 32}, TVMConfig(name="flow_matching"), 0.005),
     ],
 )

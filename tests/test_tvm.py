@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from recipe.algorithms import ema_update
 from recipe.dit import DiT, DiTConfig
 from recipe.draws import Stream, keys, normal, uniform
 from recipe.dual import Dual
 from recipe.sampler import initial_noise, sample
-from recipe.tvm import SAMPLERS, TVMConfig, draw, flow_matching_loss, sample_times, tvm_loss
+from recipe.tvm import SAMPLERS, Batch, TVMConfig, draw, flow_matching_loss, sample_times, tvm_loss
 
 SIGMA = 0.6
 
@@ -193,6 +194,20 @@ def test_detaching_the_jvp_keeps_the_loss_and_changes_the_gradient():
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     assert torch.equal(*losses)
     assert (gradients[0] - gradients[1]).norm() > 1e-3 * gradients[0].norm()
+
+
+def test_a_detached_jvp_costs_nine_forward_passes_instead_of_eleven():
+    with torch.device("meta"):
+        net = DiT(DiTConfig(size=8, channels=1, classes=1, patch=2, width=256, depth=4, heads=4))
+        x0, noise = torch.empty(2, 2, 1, 8, 8)
+        times, label = torch.empty(4, 2), torch.empty(2, dtype=torch.int64)
+    batch, counts = Batch(x0, noise, *times[:3], label, times[3]), []
+    for detach_jvp in (False, True):
+        config = TVMConfig(guidance=2.0, detach_jvp=detach_jvp)
+        with FlopCounterMode(display=False) as counter:
+            tvm_loss(net, net, batch, config, null=1).total.mean().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[1] / counts[0] == pytest.approx(9 / 11, abs=0.01)
 
 
 def train_on_mixture(objective, steps=400, batch=256):
