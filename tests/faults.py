@@ -1,7 +1,7 @@
 """`make faults`: tries every fault on real processes and writes the table of docs/faults.md.
 
 A case survives when the losses of all steps, and weights and averages at the end, have the bits of an
-undisturbed run with as many ranks. `bytes lost` counts those of tensors that differ, and 8 for each such loss.
+undisturbed run with as many ranks. `bytes lost` counts those of differing tensors, and 8 for each loss.
 """
 
 import importlib
@@ -170,9 +170,9 @@ CASES = [
 HEAD = """# Faults
 
 Made by `make faults`: the digits run of 24 steps, a checkpoint every 4, data and checkpoints in object storage
-(moto for S3, a fake service under the real `oci` SDK), through the launcher. Survived: losses of all steps, and
-weights and averages at the end, have the bits of an undisturbed run; for a changing number of ranks, losses
-within 1e-5.
+(moto for S3, a fake service under the real `oci` SDK), through the launcher. Survived: the losses of all
+steps, and weights and averages at the end, have the bits of an undisturbed run; for a changing number of ranks,
+losses within 1e-5.
 
 | fault | storage | ranks | survived | bytes lost |
 |---|---|---|---|---|

@@ -76,8 +76,10 @@ class Job:
     """`composer recipe/train.py` as a process; its launcher's output goes to one file."""
 
     def __init__(self, env, *arguments, ranks=1, node=0, nodes=1):
-        launcher = ["-m", "composer.cli.launcher", "-n", str(ranks), "--world_size", str(nodes * ranks)]
-        launcher += ["--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", "29533"]
+        launcher = ["-m", "composer.cli.launcher", "-n", str(ranks)]
+        if nodes > 1:
+            launcher += ["--world_size", str(nodes * ranks), "--node_rank", str(node)]
+            launcher += ["--master_addr", "127.0.0.1", "--master_port", "29533"]
         self.process = subprocess.Popen(
             [
                 *(OWN_SHM if nodes > 1 else ()),
