@@ -169,9 +169,9 @@ CASES = [
 
 HEAD = """# Faults
 
-Made by `make faults`: the digits run of 24 steps, a checkpoint every 4, data and checkpoints in object storage
+Made by `make faults`: the digits run of 24 steps, a checkpoint every 4, data and checkpoints in a bucket
 (moto for S3, a fake service under the real `oci` SDK), through the launcher. Survived: the losses of all
-steps, and weights and averages at the end, have the bits of an undisturbed run; for a changing number of ranks,
+steps, and weights and averages at the end, have the bits of an undisturbed run; for changing ranks,
 losses within 1e-5.
 
 | fault | storage | ranks | survived | bytes lost |
