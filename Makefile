@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test lint demo compare clean
+.PHONY: install test lint demo compare faults clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ compare: demo
 	$(BIN)/composer -n 1 recipe/train.py yamls/digits_flow_matching.yaml \
 		duration=$$($(BIN)/python -m recipe.weights $$(ls runs/digits/weights/*.json | tail -1) train_seconds | cut -d. -f1)sec
 	$(BIN)/composer -n 1 eval/sweep.py yamls/eval/digits_compare.yaml
+
+# Kills, preempts and damages real runs; about 15 minutes. Writes the table of docs/faults.md.
+faults: install
+	$(BIN)/python -m tests.faults docs/faults.md
 
 clean:
 	rm -rf $(VENV) data/digits runs

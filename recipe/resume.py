@@ -351,6 +351,11 @@ class Checkpoints(CheckpointSaver):
         dist.barrier()
 
 
+def ignore_sigterm(_worker: int) -> None:
+    """For the loader's workers: schedulers signal them, too, and training needs them for one more step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class Preemption(Callback):
     """Ends training after the current step on SIGTERM to any rank, or `limit` (e.g. 86000sec) after start.
 

@@ -42,7 +42,7 @@ from recipe.dit import DiT
 from recipe.model import StepKey, TVMModel
 from recipe.parallel import parallelism, prepare_blocks
 from recipe.preflight import check, check_data
-from recipe.resume import PREEMPTED, Checkpoints, Preemption, newest
+from recipe.resume import PREEMPTED, Checkpoints, Preemption, ignore_sigterm, newest
 from recipe.storage import StorageError, retry_more
 from streaming_convert.manifest import Manifest
 from streaming_convert.store import DatasetError
@@ -139,9 +139,11 @@ def build_trainer(config: TrainConfig, load_path: str | None, preemption: Preemp
         "encoder": manifest.encoder,
         "source": config.data.source,
     }
+    loader = train_loader(config.data, config.seed)
+    loader.worker_init_fn = ignore_sigterm
     trainer = Trainer(
         model=model,
-        train_dataloader=train_loader(config.data, config.seed),
+        train_dataloader=loader,
         optimizers=optimizer,
         schedulers=build_schedule(o),
         max_duration=config.duration,

@@ -75,9 +75,11 @@ NAMESPACES = (
 class Job:
     """`composer recipe/train.py` as a process; its launcher's output goes to one file."""
 
-    def __init__(self, env, *arguments, node=0, nodes=1):
-        launcher = ["-m", "composer.cli.launcher", "-n", "1", "--world_size", str(nodes)]
-        launcher += ["--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", "29533"]
+    def __init__(self, env, *arguments, ranks=1, node=0, nodes=1):
+        launcher = ["-m", "composer.cli.launcher", "-n", str(ranks)]
+        if nodes > 1:
+            launcher += ["--world_size", str(nodes * ranks), "--node_rank", str(node)]
+            launcher += ["--master_addr", "127.0.0.1", "--master_port", "29533"]
         self.process = subprocess.Popen(
             [
                 *(OWN_SHM if nodes > 1 else ()),
@@ -205,6 +207,7 @@ def test_the_newest_sound_checkpoint_is_taken_and_damage_is_said(saved, digits, 
     saved.delete("ep0-ba12/rank0.pt")
     assert resumed_from(config) == "ep0-ba8"
     assert "rank0.pt is gone" in caplog.text
+    saved.write("ep0-ba12/rank0.pt", good)
     saved.delete("ep0-ba12/rank0.json")
     assert resumed_from(config) == "ep0-ba8"
     assert "ep0-ba12 was never completed" in caplog.text
