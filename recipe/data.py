@@ -75,7 +75,7 @@ class CheckedStream(streaming.Stream):
             try:
                 return super().prepare_shard(shard)
             except Exception as error:  # each service has its own; OSError when the disk is full
-                for name in names:
+                for name in names if self.remote else ():
                     Path(self.local, self.split, name).unlink(missing_ok=True)
                 if attempt == 3 or not isinstance(error, ValueError):
                     self.failure = f"cannot read {self.remote or self.local}/{', '.join(names)}: {error}"
