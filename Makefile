@@ -16,7 +16,7 @@ lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # One thread is as fast as two on tensors of this size, and does not mind other work on the machine.
 demo compare: export OMP_NUM_THREADS = 1
