@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -137,7 +138,7 @@ def plot_distances(panel: Axes, rows: list[Row], axis: str) -> None:
         ticks = sorted({r["nfe"] for r in rows})
         panel.set_xscale("log")
         panel.set_xticks(ticks, map(str, ticks))
-        panel.minorticks_off()
+        panel.xaxis.set_minor_locator(NullLocator())
     panel.legend()
 
 
