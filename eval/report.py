@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -137,7 +138,7 @@ def plot_distances(panel: Axes, rows: list[Row], axis: str) -> None:
         ticks = sorted({r["nfe"] for r in rows})
         panel.set_xscale("log")
         panel.set_xticks(ticks, map(str, ticks))
-        panel.minorticks_off()
+        panel.xaxis.set_minor_locator(NullLocator())
     panel.legend()
 
 
@@ -146,11 +147,17 @@ def plot_metrics(rows: list[Row], path: Path) -> None:
     log = read_log(Path(rows[0]["weights"]).parent.parent / "train.jsonl")
     axes = [name for name in ("step", "nfe", "w") if len({r[name] for r in rows} - {None}) > 1] or ["nfe"]
     count = len(axes) + bool(log)
-    figure, panels = plt.subplots(1, count, figsize=(5.5 * count, 4), layout="constrained", squeeze=False)
+    columns = min(count, 2)
+    lines = -(-count // columns)
+    size = (5.5 * columns, 4 * lines)
+    figure, panels = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    first, *others = panels.flat[:count]
     if log:
-        plot_losses(panels[0, 0], log)
-    for panel, axis in zip(panels[0, bool(log) :], axes, strict=True):
+        plot_losses(first, log)
+    for panel, axis in zip(others if log else [first, *others], axes, strict=True):
         plot_distances(panel, rows, axis)
+    for unused in panels.flat[count:]:
+        unused.remove()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -174,15 +181,20 @@ def real_examples(images: Dataset | None, classes: list[int], columns: int) -> T
 def plot_samples(
     rows: list[Row], images: Dataset | None, generator: Generator, path: Path, columns: int = 8
 ) -> None:
-    """One row per class: real images, then the first row's weights, each NFE from the same noise."""
+    """One row per class: real images, then the first row's weights, each NFE from the same noise.
+
+    w is the one with the lowest distance among these weights' rows.
+    """
     shown = list(range(min(max(1, generator.net.config.classes), 10)))
     names = generator.facts["data"].get("class_names") or list(map(str, shown))
     real = real_examples(images, shown, columns)
     parts, titles = ([real], ["real"]) if real is not None else ([], [])
     requested = torch.tensor(shown).repeat_interleave(columns)
-    for nfe in sorted({r["nfe"] for r in rows if r["weights"] == rows[0]["weights"]}):
+    newest = [r for r in rows if r["weights"] == rows[0]["weights"]]
+    w = min(newest, key=lambda r: r["frechet_distance"])["w"]
+    for nfe in sorted({r["nfe"] for r in newest}):
         pairs = zip(requested.split(columns), torch.arange(len(requested)).split(columns), strict=True)
-        drawn = [generator(label, seeds, nfe, rows[0]["w"]).cpu() for label, seeds in pairs]
+        drawn = [generator(label, seeds, nfe, w).cpu() for label, seeds in pairs]
         parts.append(torch.cat(drawn))
         titles.append(f"{nfe} step{'s' if nfe > 1 else ''}")
     pictures = [grid(part, columns, max(1, 32 // part.shape[-1])) for part in parts]
@@ -197,6 +209,7 @@ def plot_samples(
         axis.imshow(picture, interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
+    figure.supxlabel(f"{Path(rows[0]['weights']).name}, w = {w:g}, the same noise in every column of samples")
     step = pictures[0].shape[0] / len(shown)
     axes[0, 0].set_yticks([(i + 0.5) * step for i in range(len(shown))], [names[c] for c in shown])
     figure.savefig(path, dpi=120 if max(p.shape[1] for p in pictures) < 1000 else 300)
@@ -264,7 +277,7 @@ def write_report(
     plot_samples(rows, images, generator, folder / "samples.png")
     pictures = {
         "Curves": folder / "metrics.png",
-        "Samples, from the same noise for every NFE": folder / "samples.png",
+        "Samples": folder / "samples.png",
     }
     page = html_page(rows, protocol, f"Sweep {folder.name}", pictures)
     (folder / "report.html").write_text(page)

@@ -34,8 +34,8 @@ DTYPES = ("fp32", "fp64", "amp_bf16")
 class Generator:
     """Weights ready to make images: uint8 (B, C, H, W) from labels and seeds.
 
-    dtype: of the network's arithmetic; in fp64 an image does not depend on its batch, in fp32 one pixel in
-    many thousands changes by 1 with the batch size. vae: see `load_decoder`.
+    dtype: of the network's arithmetic; in fp64 an image does not depend on its batch, in fp32 some pixels
+    may change by 1 with the batch size. vae: see `load_decoder`.
     """
 
     def __init__(

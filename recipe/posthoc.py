@@ -14,7 +14,7 @@ Profile = tuple[float, int]  # (gamma, step t)
 
 
 def exponent(length: float) -> float:
-    """gamma of the profile whose standard deviation is `length` * t (EDM2 eq. 127), by solving
+    """gamma of the profile whose standard deviation is `length` * t, by solving
 
         length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
 
@@ -27,12 +27,12 @@ def exponent(length: float) -> float:
 
 
 def decay(gamma: float, step: int) -> float:
-    """Decay of the update after step number `step`, from 1: (1 - 1/step)^(gamma + 1) (EDM2 eq. 126)."""
+    """Decay of the update after step number `step`, from 1: (1 - 1/step)^(gamma + 1)."""
     return (1 - 1 / step) ** (gamma + 1)
 
 
 def inner_product(a: Profile, b: Profile) -> float:
-    """Integral of the product of two profiles over 0 <= tau <= min(t_a, t_b) (EDM2 eq. 131)."""
+    """Integral of the product of two profiles over 0 <= tau <= min(t_a, t_b)."""
     (early_gamma, early), (late_gamma, late) = sorted((a, b), key=lambda profile: profile[1])
     scale = (early_gamma + 1) * (late_gamma + 1) / ((early_gamma + late_gamma + 1) * late)
     return scale * (early / late) ** late_gamma

@@ -14,6 +14,7 @@ from eval.sweep import main as sweep_main
 from eval.sweep import read_results
 from recipe.weights import load_weights, save_weights
 from tests.conftest import ROOT, run
+from tests.test_convert_resume import bucket  # noqa: F401
 
 PUBLIC = {"nfe", "w", "frechet_distance", "class_agreement", "floor", "objective", "weights", "seconds"}
 PUBLIC |= {
@@ -179,6 +180,19 @@ def test_the_newest_weights_come_first(tiny_run, tmp_path):
     ]
     latest = find_weights([f"{tiny_run}/weights"], ["ema"], True, tmp_path)
     assert [export.facts["step"] for export in latest] == [8]
+
+
+def test_weights_in_a_bucket_are_found_and_copied_once(tiny_run, tmp_path, bucket):  # noqa: F811
+    for file in sorted((tiny_run / "weights").iterdir()):
+        bucket.upload_file(str(file), "data", f"run/weights/{file.name}")
+    found = find_weights(["s3://data/run/weights"], ["ema"], False, tmp_path)
+    local = find_weights([f"{tiny_run}/weights"], ["ema"], False, tmp_path)
+    assert [export.facts for export in found] == [export.facts for export in local]
+    weights = found[0].path.with_suffix(".safetensors")
+    assert weights.read_bytes() == local[0].path.with_suffix(".safetensors").read_bytes()
+    copied = weights.stat().st_mtime_ns
+    find_weights(["s3://data/run/weights"], ["ema"], False, tmp_path)
+    assert weights.stat().st_mtime_ns == copied
 
 
 def test_a_curve_takes_the_lowest_distance_and_leaves_out_unknown_steps():
