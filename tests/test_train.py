@@ -176,7 +176,7 @@ def test_flow_matching_trains_through_the_same_key_without_a_target(digits):
     [
         (["modle.width=3"], "modle"),
         (["model.width=wide"], "model.width"),
-        (["model.heads=3"], "model.heads: 3 does not divide model.width 64"),
+        (["model.heads=3"], "model.heads: 3 does not divide model.width 128"),
         (["model.patch=3"], "model.patch: 3 does not divide model.size 8"),
         (["objective.guidance=0"], "objective.guidance"),
         (["data.local=nowhere"], "data.local: nowhere is not a folder"),
