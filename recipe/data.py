@@ -6,22 +6,17 @@ holding a VAE posterior's mean and standard deviation; and `label` int64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import streaming
 import torch
 from composer.utils import dist
 from streaming import StreamingDataLoader, StreamingDataset
-from streaming.base.format import Reader
 from torch import Tensor, nn
 
 from recipe.draws import Stream, keys, normal
 from streaming_convert.manifest import Manifest, read_manifest
-from streaming_convert.store import DatasetError
 
 
 @dataclass
@@ -60,38 +55,8 @@ class DataConfig:
         return self.remote or self.local
 
 
-class CheckedStream(streaming.Stream):
-    """A Stream that keeps no shard that it could not check: the next start would take it for a sound one.
-
-    A checksum that differs may come from the transfer, so the shard is fetched again before it is given up.
-    """
-
-    failure: str | None = None
-
-    def prepare_shard(self, shard: Reader) -> int:
-        """Raises DatasetError naming the shard."""
-        names = [info.basename for info, _ in shard.file_pairs]
-        for attempt in (1, 2, 3):
-            try:
-                return super().prepare_shard(shard)
-            except Exception as error:  # each service has its own; OSError when the disk is full
-                for name in names if self.remote else ():
-                    Path(self.local, self.split, name).unlink(missing_ok=True)
-                if attempt == 3 or not isinstance(error, ValueError):
-                    self.failure = f"cannot read {self.remote or self.local}/{', '.join(names)}: {error}"
-                    raise DatasetError(self.failure) from error
-        raise AssertionError("unreachable")
-
-
 class TrainingDataset(StreamingDataset):
     """A StreamingDataset whose samples carry their global id, the key of all their random draws."""
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Raises DatasetError where Streaming, whose background thread failed, would just end the epoch."""
-        yield from super().__iter__()
-        failed = [s.failure for s in self.streams if s.failure]
-        if failed:
-            raise DatasetError("; ".join(failed))
 
     def __getitem__(self, at: Any) -> dict[str, Any]:  # noqa: ANN401
         return {**super().__getitem__(at), "sample": at}
@@ -108,20 +73,16 @@ def train_loader(config: DataConfig, seed: int) -> StreamingDataLoader:
     if config.batch_size % world:
         raise ValueError(f"data.batch_size: {config.batch_size} is not a multiple of the {world} ranks")
     per_rank = config.batch_size // world
-    stream = CheckedStream(
+    dataset = TrainingDataset(
         remote=config.remote,
         local=config.local,
-        download_retry=4,
-        validate_hash="xxh64" if config.remote else None,
-    )
-    dataset = TrainingDataset(
-        streams=[stream],
         batch_size=per_rank,
         shuffle=config.shuffle,
         shuffle_seed=seed,
         num_canonical_nodes=config.canonical_nodes,
         predownload=max(8192, 8 * per_rank),  # the default of 8 batches makes one worker wait on 7 ms ticks
         cache_limit=config.cache_limit,
+        validate_hash="xxh64" if config.remote else None,
     )
     return StreamingDataLoader(
         dataset,

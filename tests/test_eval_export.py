@@ -28,7 +28,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("average", ["ema", "net"])
 def test_a_full_checkpoint_gives_the_weights_that_training_exported(tiny_run, tmp_path, average):
-    checkpoint = str(tiny_run / "checkpoints/latest-rank0.pt")
+    checkpoint = str(tiny_run / "checkpoints/ep0-ba8/rank0.pt")
     assert export_main([checkpoint, "--average", average, "--out", str(tmp_path / "w")]) == 0
     assert same(tmp_path / "w", tiny_run / f"weights/ba0000008-{average}")
 
