@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from composer.utils import dist
-from streaming import StreamingDataLoader, StreamingDataset
+from streaming import StreamingDataLoader
 from torch import Tensor, nn
 
+from recipe.dataset import TrainingDataset
 from recipe.draws import Stream, keys, normal
 from streaming_convert.manifest import Manifest, read_manifest
 
@@ -55,13 +56,6 @@ class DataConfig:
         return self.remote or self.local
 
 
-class TrainingDataset(StreamingDataset):
-    """A StreamingDataset whose samples carry their global id, the key of all their random draws."""
-
-    def __getitem__(self, at: Any) -> dict[str, Any]:  # noqa: ANN401
-        return {**super().__getitem__(at), "sample": at}
-
-
 def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Dicts of arrays and integers to a dict of tensors; np.stack copies Streaming's read-only arrays."""
     return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
@@ -82,7 +76,6 @@ def train_loader(config: DataConfig, seed: int) -> StreamingDataLoader:
         num_canonical_nodes=config.canonical_nodes,
         predownload=max(8192, 8 * per_rank),  # the default of 8 batches makes one worker wait on 7 ms ticks
         cache_limit=config.cache_limit,
-        validate_hash="xxh64" if config.remote else None,
     )
     return StreamingDataLoader(
         dataset,

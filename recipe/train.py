@@ -222,6 +222,8 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"config error: {error}") from error
     except StorageError as error:
         raise SystemExit(f"storage error: {error}") from error
+    except DatasetError as error:
+        raise SystemExit(f"data error: {error}") from error
     trainer.close()
     if preemption.stopped:
         step = int(trainer.state.timestamp.batch)

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,21 +18,28 @@ ROOT = Path(__file__).parent.parent
 TINY = ["model.width=16", "model.depth=1", "model.heads=2", "data.batch_size=16", "log.progress_bar=false"]
 
 
-def run(*command, check=True, env=None):
+def run(*command, check=True, env=None, timeout=300):
     """Run a command of the project from its root; returns the completed process with its output as text."""
-    process = subprocess.run(
-        [sys.executable, *map(str, command)],
+    command = [sys.executable, *map(str, command)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **(env or {})}
+    process = subprocess.Popen(
+        command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
-        capture_output=True,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
+        start_new_session=True,
     )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)  # every process of the command says where it hangs
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"{command} still ran after {timeout} s\n{stdout}\n{stderr}") from None
     if check and process.returncode:
-        raise AssertionError(
-            f"{command} exited with {process.returncode}\n{process.stdout}\n{process.stderr}"
-        )
-    return process
+        raise AssertionError(f"{command} exited with {process.returncode}\n{stdout}\n{stderr}")
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,7 @@ def run(digits, dtype, overrides):
 
 def main():
     torch.set_num_threads(1)
+    dist.initialize_dist("cpu")
     digits, out, *cases = sys.argv[1:]
     results = {}
     for case in cases:

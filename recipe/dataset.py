@@ -1,0 +1,136 @@
+"""Streaming's dataset with its silent traps closed: shards are checked before they count as present, a failed
+download ends the run instead of the epoch, and jobs on one machine do not take each other's names.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import gettempdir
+from typing import IO, Any
+
+from composer.utils import dist
+from filelock import FileLock
+from streaming import Stream, StreamingDataset
+from streaming.base.hashing import get_hash
+
+from streaming_convert.store import DatasetError
+
+log = logging.getLogger("recipe.dataset")
+HASH = "xxh64"  # the one that streaming_convert writes
+
+
+@contextmanager
+def alone_on_this_machine() -> Iterator[None]:
+    """Let one job at a time set up Streaming here.
+
+    Streaming takes the first free number in /dev/shm, looked up by every rank for itself: of two jobs that
+    start together one would crash, or its ranks wait for each other forever.
+    """
+    first = dist.get_local_rank() == 0
+    with FileLock(f"{gettempdir()}/streaming-{os.getuid()}.lock") if first else nullcontext():
+        dist.barrier()
+        yield
+
+
+def claim_cache(local: str) -> IO[str] | None:
+    """Reserve this node's cache folder for this job, and forget the names that a killed job left for it.
+
+    Streaming refuses a folder that is named in /dev/shm, also where the job that named it is dead. The lock
+    goes with the process, however it ends, and is not inherited by its workers; local rank 0 holds it.
+    Raises DatasetError where a live job has it.
+    """
+    if dist.get_local_rank() != 0:
+        return None
+    Path(local).mkdir(parents=True, exist_ok=True)
+    lock = open(Path(local) / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DatasetError(f"data.local: {local} is in use by another run; give each its own cache") from None
+    for names in Path("/dev/shm").glob("[0-9]*_locals"):
+        if os.path.abspath(local).encode() in names.read_bytes()[4:].split(b"\0"):
+            number = names.name.removesuffix("locals")
+            for left in (*names.parent.glob(f"{number}*"), *Path(gettempdir()).glob(f"{number}*_filelock")):
+                left.unlink(missing_ok=True)
+    return lock
+
+
+class CheckedStream(Stream):
+    """Gives a downloaded file its final name only after its checksum; what has that name can be trusted."""
+
+    def get_shards(self, *arguments: Any) -> list:  # noqa: ANN401
+        shards = super().get_shards(*arguments)
+        files = (info for shard in shards for pair in shard.file_pairs for info in pair if info)
+        self._hashes = {info.basename: info.hashes.get(HASH) for info in files}
+        return shards
+
+    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+        expected = getattr(self, "_hashes", {}).get(from_basename)
+        if expected is None or not self.remote:  # the index itself, or a dataset that is only here
+            return super()._download_file(from_basename, to_basename)
+        name = f"{self.remote}/{from_basename}"
+        part = Path(self.local, f"{from_basename}.part")
+        for _ in range(2):
+            try:
+                super()._download_file(from_basename, part.name)
+                good = get_hash(HASH, part.read_bytes()) == expected
+            except Exception as error:
+                part.unlink(missing_ok=True)
+                raise DatasetError(f"cannot read {name} into {self.local}: {error!r}") from error
+            if good:
+                return str(part.rename(part.with_suffix("")))
+            part.unlink()
+        raise DatasetError(f"{name}: its content is not what was written (checksum), in two downloads")
+
+
+class TrainingDataset(StreamingDataset):
+    """A StreamingDataset whose samples carry their global id, the key of all their random draws.
+
+    A failed download raises DatasetError in every worker of the rank (Streaming ends the epoch in one worker,
+    and lets those that wait for the same shard wait forever).
+    """
+
+    def __init__(self, remote: str | None, local: str, **options: Any) -> None:  # noqa: ANN401
+        self._event = multiprocessing.Event()  # set by the thread that fails; Streaming's own is per worker
+        self._failure = "another worker of this rank could not read a shard, see its message"
+        with alone_on_this_machine():
+            self._lock = claim_cache(local) if remote else None
+            super().__init__(streams=[CheckedStream(remote=remote, local=local)], **options)
+
+    def __getitem__(self, at: Any) -> dict[str, Any]:  # noqa: ANN401
+        return {**super().__getitem__(at), "sample": at}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from super().__iter__()
+        except RuntimeError:
+            if not self._event.is_set():
+                raise
+        if self._event.is_set():
+            raise DatasetError(self._failure)
+
+    def _prepare_thread(self, it: Any) -> None:  # noqa: ANN401
+        with self._leaving(it):
+            super()._prepare_thread(it)
+
+    def _ready_thread(self, it: Any) -> None:  # noqa: ANN401
+        with self._leaving(it):
+            super()._ready_thread(it)
+
+    @contextmanager
+    def _leaving(self, it: Any) -> Iterator[None]:  # noqa: ANN401
+        """Streaming waits for its threads to say that they left; one that fails must say it too."""
+        try:
+            yield
+        except Exception as error:
+            log.error("%s", error)
+            self._failure = str(error)
+            self._event.set()
+            it.on_exit()
+            raise
