@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from composer.distributed import fsdp2
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.utils.checkpoint import checkpoint
 
@@ -21,9 +23,10 @@ class ParallelConfig:
 
     fsdp2: shard student and averages block by block (false: DDP, whole copies); replicas: with fsdp2, shard
     within groups of world / replicas ranks and replicate across them (hybrid sharding);
-    reshard_after_forward: free gathered weights between forward and backward; mixed_precision: Composer's
-    DEFAULT, PURE or FULL; compile: torch.compile of every block; checkpoint_every: recompute every k-th block
-    of the student in the backward pass (0: none, 1: all).
+    reshard_after_forward: free gathered weights between forward and backward; mixed_precision: DEFAULT
+    (gather weights in the run's precision, reduce gradients in float32), PURE (both in the run's precision)
+    or FULL (both in float32); compile: torch.compile of every block; checkpoint_every: recompute every k-th
+    block of the student in the backward pass (0: none, 1: all).
     """
 
     fsdp2: bool = False
@@ -66,18 +69,20 @@ def parallelism(config: ParallelConfig, device: str) -> ParallelismConfig | None
         return None
     if device == "cpu":
         _divide_gradients_explicitly()
+    # Weights alone take the lower precision: neither the times that enter the network nor its residual stream
+    fsdp2.MixedPrecisionPolicy = partial(MixedPrecisionPolicy, cast_forward_inputs=False)
     mesh, world = None, dist.get_world_size()
     if config.replicas > 1:
         if world % config.replicas:
             raise ValueError(f"parallel.replicas: {config.replicas} does not divide the {world} ranks")
         shape = (config.replicas, world // config.replicas)
         mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
-    fsdp2 = FSDP2Config(
-        device_mesh=mesh,
-        reshard_after_forward=config.reshard_after_forward,
-        mixed_precision=config.mixed_precision,
-    )
-    return ParallelismConfig(fsdp2=fsdp2)
+    options = {
+        "device_mesh": mesh,
+        "reshard_after_forward": config.reshard_after_forward,
+        "mixed_precision": config.mixed_precision,
+    }
+    return ParallelismConfig(fsdp2=FSDP2Config(**options))
 
 
 def _divide_gradients_explicitly() -> None:

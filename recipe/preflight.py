@@ -162,6 +162,13 @@ def divisible(config: TrainConfig, ranks: int) -> list[str]:
     return problems
 
 
+def precision(config: TrainConfig) -> list[str]:
+    """Composer trains in bf16 on a GPU alone."""
+    if config.precision == "fp32" or torch.cuda.is_available():
+        return []
+    return [f"precision: {config.precision} needs a GPU, and there is none here. To mend: precision=fp32"]
+
+
 def wandb_key(config: TrainConfig) -> list[str]:
     """A key for Weights & Biases where log.wandb is online."""
     if config.log.wandb != "online" or os.environ.get("WANDB_API_KEY"):
@@ -176,7 +183,7 @@ def wandb_key(config: TrainConfig) -> list[str]:
 
 def problems(config: TrainConfig, ranks: int) -> list[str]:
     """All that would make a run of `config` on that many ranks fail."""
-    found = [*divisible(config, ranks), *wandb_key(config), *oci_agreement(config)]
+    found = [*divisible(config, ranks), *precision(config), *wandb_key(config), *oci_agreement(config)]
     found += [*readable_data(config), *writable_checkpoints(config)]
     return found or disk_space(config)
 

@@ -47,7 +47,13 @@ def full(tensor):
 
 def run(digits, dtype, overrides):
     config = load_config(TrainConfig, "yamls/digits.yaml", [f"data.local={digits}", *TINY, *overrides])
-    model = build_model(config, check_data(config)).to(dtype)
+    model, sharding = build_model(config, check_data(config)), parallelism(config.parallel, "cpu")
+    if dtype == "bf16":  # Composer has no bf16 on a CPU: what its trainer and amp_bf16 do on a GPU
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+        if sharding:
+            sharding.fsdp2.mixed_precision = {"param_dtype": "bf16", "reduce_dtype": "fp32"}
+    else:
+        model = model.to(getattr(torch, dtype))
     optimizer = torch.optim.AdamW(model.net.parameters(), lr=1e-3, betas=(0.9, 0.95))
     losses = Losses()
     trainer = Trainer(
@@ -57,7 +63,7 @@ def run(digits, dtype, overrides):
         max_duration=f"{STEPS}ba",
         algorithms=[ScaleParameter(config.objective.scaled, **vars(config.step)), EMA(**vars(config.ema))],
         callbacks=[StepKey(), losses],
-        parallelism_config=parallelism(config.parallel, "cpu"),
+        parallelism_config=sharding,
         device="cpu",
         device_train_microbatch_size=config.microbatch,
         progress_bar=False,
@@ -76,7 +82,7 @@ def main():
     for case in cases:
         name, settings = case.split("=", 1)
         dtype, *overrides = settings.split(",")
-        results[name] = run(digits, getattr(torch, dtype), overrides)
+        results[name] = run(digits, dtype, overrides)
     if dist.get_global_rank() == 0:
         torch.save(results, out)
 

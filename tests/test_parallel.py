@@ -5,11 +5,13 @@ from functools import partial
 
 import pytest
 import torch
+from composer.core import Precision
+from composer.distributed.fsdp2 import create_mixed_precision_policy
 from torch._dynamo.utils import counters
 
 from recipe.dit import DiT, DiTConfig
 from recipe.draws import Stream, keys, normal
-from recipe.parallel import ParallelConfig, prepare_blocks
+from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
 from recipe.tvm import TVMConfig, draw, tvm_loss
 from tests.conftest import run
 
@@ -19,6 +21,7 @@ ONE = {
     "microbatches": "float64,microbatch=4",
     "checkpointed": "float64,parallel.checkpoint_every=1",
     "plain32": "float32",
+    "bf16_32": "bf16",
 }
 TWO = {
     "ddp": "float64",
@@ -28,6 +31,7 @@ TWO = {
     "hybrid": "float64,parallel.fsdp2=true,parallel.replicas=2,parallel.mixed_precision=FULL",
     "ddp32": "float32",
     "fsdp2_32": "float32,parallel.fsdp2=true",
+    "fsdp2_bf16_32": "bf16,parallel.fsdp2=true",
 }
 
 
@@ -54,6 +58,18 @@ def test_every_setting_gives_the_same_curve_and_weights_in_float64(results, name
 @pytest.mark.parametrize("name", ["ddp32", "fsdp2_32"])
 def test_float32_curves_agree_to_rounding_amplified_by_adam(results, name):
     assert results[name]["losses"] == pytest.approx(results["plain32"]["losses"], rel=1e-3)
+
+
+def test_bf16_gathers_change_nothing_but_rounding(results):
+    """FSDP2 gathers bf16 weights where one process casts them under autocast."""
+    assert results["fsdp2_bf16_32"]["losses"] == pytest.approx(results["bf16_32"]["losses"], rel=5e-3)
+
+
+def test_fsdp2_rounds_weights_and_not_what_enters_the_network():
+    parallelism(ParallelConfig(fsdp2=True), "cpu")
+    policy = create_mixed_precision_policy(Precision.AMP_BF16, "DEFAULT")
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert not policy.cast_forward_inputs
 
 
 def test_the_same_setting_repeats_to_the_last_bit(results):

@@ -1,0 +1,154 @@
+"""Train one-step emoji for a given time, with a resume in the middle, and score them.
+
+    python -m benchmarks.emoji tvm --minutes 8 --out FOLDER       (or flow_matching, or detached)
+    python -m benchmarks.emoji agree --steps 500 --out FOLDER
+
+The first stops the run at half of the time as a preemption would, starts the same command again, makes
+weights of the last checkpoint, samples, and leaves summary.json, train.jsonl, results.jsonl, metrics.png and
+samples.png. The second trains as the YAML says (compiled, bf16, Triton) and in fp32 PyTorch, with the same
+draws, and compares the mean losses of the last tenth.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from eval.score import make_extractor, open_reference
+from recipe.config import TrainConfig, load_config
+from recipe.resume import PREEMPTED
+from recipe.weights import commit
+
+OBJECTIVES = {
+    "tvm": [],
+    "flow_matching": ["objective.name=flow_matching"],
+    "detached": ["objective.detach_jvp=true"],
+}
+DATA = Path("data/emoji32")
+TRAIN = ("-m", "composer.cli.launcher", "-n", "1", "recipe/train.py")
+REFERENCE = (
+    "import kernels, sys; kernels.set_backend('reference'); from recipe.train import main; main(sys.argv[1:])"
+)
+
+
+def python(*arguments: object, expect: int = 0) -> None:
+    """Run a command of the project, and insist on its exit status."""
+    status = subprocess.run([sys.executable, *map(str, arguments)], env={**os.environ, "PYTHONPATH": path()})
+    if status.returncode != expect:
+        raise SystemExit(f"{arguments} ended with {status.returncode}, not {expect}")
+
+
+def path() -> str:
+    """The checkout first, then what was there."""
+    return os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    """The lines of train.jsonl, one per step: of steps that stand twice the later counts."""
+    lines = map(json.loads, (run / "train.jsonl").read_text().splitlines())
+    return list({row["step"]: row for row in lines}.values())
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
+        "date": str(date.today()),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit(),
+        "command": "python -m benchmarks.emoji " + " ".join(sys.argv[1:]),
+    }
+
+
+def prepare() -> None:
+    """The pictures, and the classifier in whose features the distance is taken; both are kept."""
+    if not (DATA / "train").is_dir():
+        python("-m", "streaming_convert", "emoji", "--size", 32, "--out", DATA)
+    make_extractor("classifier", None, open_reference(str(DATA / "train")), str(DATA), torch.device("cpu"))
+
+
+def train_and_score(objective: str, config: str, minutes: float, overrides: list[str], out: Path) -> dict:
+    """One objective, `minutes` from start to stop, of which the process starts and compilation are a part."""
+    prepare()
+    run = Path("runs") / f"{Path(config).stem}_{objective}"
+    settings = [f"run_name={run.name}", "duration=1000000ba", f"time_limit={int(30 * minutes)}sec"]
+    settings += [*OBJECTIVES[objective], *overrides]
+    for _ in range(2):
+        python(*TRAIN, config, *settings, expect=PREEMPTED)
+    save_folder = Path(load_config(TrainConfig, config, settings).save_folder)
+    checkpoint = max(save_folder.glob("ep*-ba*"), key=lambda p: int(p.name.split("-ba")[1]))
+    python("-m", "eval.export", checkpoint / "rank0.pt", "--out", run / "weights" / "last-ema")
+    sweep = ["composer.cli.launcher", "-n", 1, "eval/sweep.py", "yamls/eval/emoji32.yaml", f"folder={run}"]
+    python("-m", *sweep, f"weights=[{run}/weights/last-ema]", f"extractor_weights={DATA}/classifier")
+    for name in ("train.jsonl", "results.jsonl", "metrics.png", "samples.png"):
+        shutil.copy(run / name, out)
+    return summary(run)
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """What the log and the sweep say."""
+    log = rows(run)
+    results = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    speed = sorted(row["throughput/samples_per_sec"] for row in log if "throughput/samples_per_sec" in row)
+    memory = [row["memory/peak_allocated_mem"] for row in log if "memory/peak_allocated_mem" in row]
+    return {
+        "steps": int(log[-1]["step"]),
+        "train_seconds": round(3600 * log[-1]["time/train"], 1),
+        "images_per_second_median": round(speed[len(speed) // 2], 1),
+        "peak_allocated_gib": max(memory, default=None),
+        "skipped_steps": max(row.get("train/skipped_steps", 0) for row in log),
+        "frechet_distance": {row["nfe"]: round(row["frechet_distance"], 3) for row in results},
+        "floor_H": round(results[0]["floor"], 3),
+    }
+
+
+def agree(config: str, steps: int, overrides: list[str]) -> dict[str, Any]:
+    """The mean loss over the last tenth of the steps, in the precision of the YAML and in fp32 PyTorch."""
+    prepare()
+    means = {}
+    for name, options in (
+        ("as_configured", TRAIN),
+        ("fp32_reference", ("-c", REFERENCE)),
+    ):
+        run = Path("runs") / f"{Path(config).stem}_{name}"
+        shutil.rmtree(run, ignore_errors=True)
+        settings = [f"run_name={run.name}", f"duration={steps}ba", "log.interval=1", *overrides]
+        if name == "fp32_reference":
+            settings += ["precision=fp32", "parallel.compile=false"]
+        python(*options, config, *settings)
+        last = rows(run)[-max(1, steps // 10) :]
+        means[name] = sum(row["loss/train/total"] for row in last) / len(last)
+    return {**means, "ratio": means["as_configured"] / means["fp32_reference"], "allowed": "0.97 to 1.03"}
+
+
+def main() -> None:
+    """Prints the result and writes it to OUT/summary.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=(*OBJECTIVES, "agree"))
+    parser.add_argument("--config", default="yamls/emoji32.yaml")
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--out", type=Path, required=True)
+    args, overrides = parser.parse_known_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.what == "agree":
+        result = agree(args.config, args.steps, overrides)
+    else:
+        result = train_and_score(args.what, args.config, args.minutes, overrides, args.out)
+    result = {"what": args.what, **result, **machine()}
+    (args.out / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
