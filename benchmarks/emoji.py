@@ -1,6 +1,6 @@
 """Train one-step emoji for a given time, with a resume in the middle, and score them.
 
-    python -m benchmarks.emoji tvm --minutes 8 --out FOLDER       (or flow_matching, or detached)
+    python -m benchmarks.emoji tvm --minutes 7 --out FOLDER       (or flow_matching, or detached)
     python -m benchmarks.emoji agree --steps 500 --out FOLDER
 
 The first stops the run at half of the time as a preemption would, starts the same command again, makes
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=(*OBJECTIVES, "agree"))
     parser.add_argument("--config", default="yamls/emoji32.yaml")
-    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--minutes", type=float, default=7)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--out", type=Path, required=True)
     args, overrides = parser.parse_known_args()

@@ -117,8 +117,9 @@ def preempted(scene, ranks):
     """SIGTERM to the launcher in the middle, exit status 75, then to the end."""
     name = f"preempted{ranks}"
     job = scene.job(name, ranks)
+    data = "__0_0.distcp" if ranks > 1 else "rank0.pt"
     scene.cloud.faults.watch = lambda method, path: (
-        job.process.terminate() if method == "PUT" and "ep0-ba8/" in path else None
+        job.process.terminate() if method == "PUT" and path.endswith(f"ep0-ba8/{data}") else None
     )
     status, output = job.end(300)
     scene.cloud.faults.heal()
