@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,9 @@ from streaming.base.shared.prefix import _pack_locals
 from recipe.data import DataConfig, train_loader
 from streaming_convert.manifest import read_manifest
 from streaming_convert.store import DatasetError
+from tests.conftest import ROOT
+
+NAMESPACES = shutil.which("unshare") and not subprocess.run(["unshare", "-rm", "true"]).returncode
 
 
 @pytest.fixture
@@ -67,3 +72,22 @@ def test_a_cache_in_use_is_refused(remote, tmp_path):
         with pytest.raises(DatasetError, match=r"data.local: .*cache is in use by another run"):
             first_batch(remote, tmp_path / "cache")
         other.stdin.close()
+
+
+@pytest.mark.skipif(not NAMESPACES, reason="needs unshare to mount a small disk")
+def test_a_full_cache_disk_names_the_object_and_the_reason(remote, tmp_path):
+    (tmp_path / "cache").mkdir()
+    mount = 'mount -t tmpfs -o size=48k none "$0" && exec "$@"'
+    read = "import sys; from tests.test_dataset import first_batch; first_batch(*sys.argv[1:])"
+    command = [sys.executable, "-c", read, remote, tmp_path / "cache"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount, tmp_path / "cache", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert process.returncode == 1
+    last = process.stderr.strip().splitlines()[-1]
+    assert re.search(r"DatasetError: cannot read .*remote/shard\.\d+\.mds into .*No space left", last), last

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from recipe.dit import DiT, DiTConfig
 from recipe.draws import Stream, keys, normal
 from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
+from recipe.sampler import sample
 from recipe.tvm import TVMConfig, draw, tvm_loss
 from tests.conftest import run
 
@@ -140,4 +141,8 @@ def test_blocks_compile_whole_once_and_change_nothing(monkeypatch, checkpoint_ev
     # first dual block (no token tangent yet), other dual blocks, plain student, plain teacher
     assert graphs[0] == 4
     assert graphs[-1] == graphs[0]
+    teacher, method = pairs[1][1], {"objective": "tvm", "scaled": True}
+    for nfe in (1, 2, 1):
+        sample(teacher, torch.randn(6, 1, 4, 4).double(), torch.arange(6) % 3, nfe, 1.5, method)
+    assert counters["stats"]["unique_graphs"] == graphs[0] + 1  # of 8 that dynamo allows
     assert not counters["graph_break"]
