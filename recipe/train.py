@@ -223,7 +223,8 @@ def main(arguments: list[str]) -> None:
     except StorageError as error:
         raise SystemExit(f"storage error: {error}") from error
     except DatasetError as error:
-        raise SystemExit(f"data error: {error}") from error
+        reason = str(error).strip().rpartition("DatasetError: ")[2]  # below a worker's traceback
+        raise SystemExit(f"data error: {reason}") from error
     trainer.close()
     if preemption.stopped:
         step = int(trainer.state.timestamp.batch)
