@@ -19,6 +19,7 @@ from filelock import FileLock
 from streaming import Stream, StreamingDataset
 from streaming.base.hashing import get_hash
 
+from streaming_convert.retry import attempt
 from streaming_convert.store import DatasetError
 
 log = logging.getLogger("recipe.dataset")
@@ -71,22 +72,23 @@ class CheckedStream(Stream):
         return shards
 
     def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
-        expected = getattr(self, "_hashes", {}).get(from_basename)
-        if expected is None or not self.remote:  # the index itself, or a dataset that is only here
+        if not self.remote:
             return super()._download_file(from_basename, to_basename)
-        name = f"{self.remote}/{from_basename}"
+        expected = getattr(self, "_hashes", {}).get(from_basename)
+        if expected is None:  # the index itself, which names the hashes
+            return self._download(from_basename, to_basename)
         part = Path(self.local, f"{from_basename}.part")
         for _ in range(2):
-            try:
-                super()._download_file(from_basename, part.name)
-                good = get_hash(HASH, part.read_bytes()) == expected
-            except Exception as error:
-                part.unlink(missing_ok=True)
-                raise DatasetError(f"cannot read {name} into {self.local}: {error!r}") from error
-            if good:
+            self._download(from_basename, part.name)
+            if get_hash(HASH, part.read_bytes()) == expected:
                 return str(part.rename(part.with_suffix("")))
             part.unlink()
+        name = f"{self.remote}/{from_basename}"
         raise DatasetError(f"{name}: its content is not what was written (checksum), in two downloads")
+
+    def _download(self, name: str, to: str | None) -> str:
+        fetch = super()._download_file
+        return attempt(f"read {self.remote}/{name} into {self.local}", lambda: fetch(name, to), DatasetError)
 
 
 class TrainingDataset(StreamingDataset):
@@ -101,7 +103,7 @@ class TrainingDataset(StreamingDataset):
         self._failure = "another worker of this rank could not read a shard, see its message"
         with alone_on_this_machine():
             self._lock = claim_cache(local) if remote else None
-            super().__init__(streams=[CheckedStream(remote=remote, local=local)], **options)
+            super().__init__(streams=[CheckedStream(remote=remote, local=local, download_retry=1)], **options)
 
     def __getitem__(self, at: Any) -> dict[str, Any]:  # noqa: ANN401
         return {**super().__getitem__(at), "sample": at}

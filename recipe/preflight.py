@@ -17,8 +17,9 @@ from composer.utils import dist, parse_uri
 from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.dit import DiT
 from recipe.resume import PROBE
-from recipe.storage import Folder, StorageError, retry_more, status
+from recipe.storage import Folder, StorageError, retry_more
 from streaming_convert.manifest import MANIFEST, Manifest, read_manifest
+from streaming_convert.retry import status
 from streaming_convert.store import DatasetError
 
 OCI_LOGIN = "oci setup config"

@@ -6,36 +6,20 @@ found" and mostly do not retry; what is missing is here, and nothing else.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import botocore.exceptions
-import oci.exceptions
-import requests
-import urllib3.exceptions
 from composer.utils import maybe_create_object_store_from_uri, parse_uri
 
+from streaming_convert.retry import ATTEMPTS, attempt, status
+
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 SCHEMES = ("s3", "gs", "oci")
-ATTEMPTS = 8
-NETWORK_ERRORS = (
-    ConnectionError,
-    TimeoutError,
-    requests.RequestException,
-    urllib3.exceptions.HTTPError,
-    botocore.exceptions.HTTPClientError,
-    botocore.exceptions.IncompleteReadError,
-    oci.exceptions.RequestException,
-    oci.exceptions.ConnectTimeout,
-)
 
 
 class StorageError(RuntimeError):
@@ -54,38 +38,6 @@ def normalize_uri(uri: str) -> str:
 def retry_more() -> None:
     """Lets boto3, in this process and those that it starts, try as often as the clients for OCI do."""
     os.environ.setdefault("AWS_MAX_ATTEMPTS", str(ATTEMPTS))
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def status(error: BaseException) -> int | None:
-    """HTTP status behind an error of any of the services' libraries."""
-    for e in _chain(error):
-        response = getattr(e, "response", None)
-        if isinstance(response, dict):
-            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        code = getattr(e, "status", None) or getattr(e, "code", None)
-        if isinstance(code, int):
-            return code
-    return None
-
-
-def transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later: overload, server fault, or the network."""
-    code = status(error)
-    if code is not None:
-        return code in (408, 429) or code >= 500
-    return any(isinstance(e, NETWORK_ERRORS) for e in _chain(error))
-
-
-def _explain(error: BaseException) -> str:
-    """The root of a chain of errors says most."""
-    root = list(_chain(error))[-1]
-    return f"{type(root).__name__}: {' '.join(str(root).split())[:300]}"
 
 
 class Folder:
@@ -182,14 +134,4 @@ class Folder:
                 raise
 
     def _attempt(self, verb: str, name: str, action: Callable[[], T]) -> T:
-        """Runs `action`, again after 1, 2, 4, ... seconds while the failure may pass."""
-        where = f"{self.uri}/{name}".rstrip("/")
-        for attempt in range(ATTEMPTS):
-            try:
-                return action()
-            except Exception as error:  # each service has its own
-                if attempt + 1 == ATTEMPTS or not transient(error):
-                    raise StorageError(f"cannot {verb} {where}: {_explain(error)}") from error
-                log.warning("cannot %s %s yet (%s), trying again", verb, where, _explain(error))
-                time.sleep(2**attempt)
-        raise AssertionError("unreachable")
+        return attempt(f"{verb} {self.uri}/{name}".rstrip("/"), action, StorageError)

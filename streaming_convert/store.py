@@ -6,6 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from streaming_convert.retry import attempt
+
 WORK = ".parts"  # bookkeeping of an unfinished conversion, inside the dataset folder
 
 
@@ -46,10 +48,8 @@ class Store:
     def publish(self, name: str) -> None:
         """Moves the file `name` from the scratch folder to its place, where it is whole or not at all."""
         if self.remote:
-            try:
-                self._client().upload_file(name)  # a bucket shows an object only when it is complete
-            except Exception as error:  # every provider has its own
-                raise DatasetError(f"cannot upload {self.uri}/{name}: {error}") from error
+            # A bucket shows an object only when it is complete.
+            attempt(f"upload {self.uri}/{name}", lambda: self._client().upload_file(name), DatasetError)
             return
         source, target = self.staging / name, Path(self.uri, name)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,17 +68,21 @@ class Store:
         """Local path of the file `name`, downloaded to the scratch folder if it is remote."""
         if not self.remote:
             return Path(self.uri, name)
+        path, source = self.staging / name, f"{self.uri}/{name}"
+        try:
+            attempt(f"read {source}", lambda: self._download(source, path), DatasetError)
+        except DatasetError as error:  # every provider has its own for a missing object
+            answer = str(error.__cause__)
+            if "404" in answer or "not found" in answer.lower():
+                raise FileNotFoundError(source) from error
+            raise
+        return path
+
+    def _download(self, source: str, path: Path) -> None:
         from streaming.base.storage import CloudDownloader
 
-        path = self.staging / name
-        try:
-            self._downloader = self._downloader or CloudDownloader.get(self.uri)
-            self._downloader.download(f"{self.uri}/{name}", str(path))
-        except Exception as error:  # every provider has its own for a missing object, too
-            if "404" in str(error) or "not found" in str(error).lower():
-                raise FileNotFoundError(f"{self.uri}/{name}") from error
-            raise DatasetError(f"cannot read {self.uri}/{name}: {error}") from error
-        return path
+        self._downloader = self._downloader or CloudDownloader.get(self.uri)
+        self._downloader.download(source, str(path))
 
     def read(self, name: str) -> bytes:
         """Content of the file `name`; FileNotFoundError if there is none."""
@@ -94,10 +98,7 @@ class Store:
             root = Path(self.uri)
             return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
         prefix = self.uri.split("://", 1)[1].partition("/")[2] + "/"
-        try:
-            keys = self._client().list_objects()
-        except Exception as error:
-            raise DatasetError(f"cannot list {self.uri}: {error}") from error
+        keys = attempt(f"list {self.uri}", lambda: self._client().list_objects(), DatasetError)
         return {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
 
     def _client(self):  # noqa: ANN202 (the class depends on the provider)
