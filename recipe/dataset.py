@@ -8,6 +8,7 @@ import fcntl
 import logging
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import IO, Any
 from composer.utils import dist
 from filelock import FileLock
 from streaming import Stream, StreamingDataset
+from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
 
 from streaming_convert.retry import attempt
@@ -91,6 +93,19 @@ class CheckedStream(Stream):
         return attempt(f"read {self.remote}/{name} into {self.local}", lambda: fetch(name, to), DatasetError)
 
 
+class SharedFlag:
+    """An Event for all workers of a rank, whose is_set costs no lock: Streaming asks for every sample."""
+
+    def __init__(self) -> None:
+        self._value = multiprocessing.RawValue("b", 0)
+
+    def set(self) -> None:
+        self._value.value = 1
+
+    def is_set(self) -> bool:
+        return self._value.value == 1
+
+
 class TrainingDataset(StreamingDataset):
     """A StreamingDataset whose samples carry their global id, the key of all their random draws.
 
@@ -99,7 +114,8 @@ class TrainingDataset(StreamingDataset):
     """
 
     def __init__(self, remote: str | None, local: str, **options: Any) -> None:  # noqa: ANN401
-        self._event = multiprocessing.Event()  # set by the thread that fails; Streaming's own is per worker
+        self._event = SharedFlag()  # set by the thread that fails; Streaming's own is for one worker
+        self._present: set[int] = set()  # shards that this worker has seen to be there
         self._failure = "another worker of this rank could not read a shard, see its message"
         with alone_on_this_machine():
             self._lock = claim_cache(local) if remote else None
@@ -107,6 +123,15 @@ class TrainingDataset(StreamingDataset):
 
     def __getitem__(self, at: Any) -> dict[str, Any]:  # noqa: ANN401
         return {**super().__getitem__(at), "sample": at}
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Looking ahead, take Streaming's slow file lock only for a shard not seen to be there."""
+        if not blocking and shard_id in self._present and self._shard_states[shard_id] == _ShardState.LOCAL:
+            self._shard_access_times[shard_id] = time.time_ns()
+            return
+        super().prepare_shard(shard_id, blocking)
+        if self._shard_states[shard_id] == _ShardState.LOCAL:
+            self._present.add(shard_id)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:

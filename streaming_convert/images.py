@@ -35,7 +35,8 @@ def decode(data: bytes, size: int | None = None, channels: int | None = 3) -> np
         )
     try:
         grey = channels == 1 or (channels is None and image.mode in ("1", "L"))
-        image = to_mode(ImageOps.exif_transpose(image), "L" if grey else "RGB")
+        ImageOps.exif_transpose(image, in_place=True)
+        image = to_mode(image, "L" if grey else "RGB")
     except Exception as error:  # a damaged file can raise nearly anything from inside its decoder
         raise Rejected(f"truncated or damaged: {error}") from error
     return to_array(centre_crop(image, size) if size else image)
@@ -48,7 +49,7 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)  # which would copy
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

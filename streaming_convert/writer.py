@@ -143,15 +143,17 @@ def _convert_part(
         writer = _shard_writer(job.plan, store.staging / "mds")
         for positions, samples in _batches(job, number, loaders, rejected, progress):
             stored = job.encoder(samples)
-            finite = np.isfinite(stored).all(axis=(1, 2, 3))
-            bad = [job.source.keys[position] for position in positions[~finite]]
-            rejected += [
-                {"key": key, "reason": "the encoder gives values that are not finite"} for key in bad
-            ]
-            moments.add(stored[finite])
-            labels = job.source.labels[positions[finite]]
+            if stored.dtype != np.uint8:
+                finite = np.isfinite(stored).all(axis=(1, 2, 3))
+                bad = [job.source.keys[position] for position in positions[~finite]]
+                rejected += [
+                    {"key": key, "reason": "the encoder gives values that are not finite"} for key in bad
+                ]
+                positions, stored = positions[finite], stored[finite]
+            moments.add(stored)
+            labels = job.source.labels[positions]
             counts.update(labels.tolist())
-            for value, label in zip(stored[finite], labels, strict=True):
+            for value, label in zip(stored, labels, strict=True):
                 writer.write({job.plan.column: value, "label": label})
         writer.finish()
         entry = _publish_shard(store, number, writer)
