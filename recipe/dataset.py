@@ -57,7 +57,8 @@ def claim_cache(local: str) -> IO[str] | None:
     except BlockingIOError:
         raise DatasetError(f"data.local: {local} is in use by another run; give each its own cache") from None
     for names in Path("/dev/shm").glob("[0-9]*_locals"):
-        if os.path.abspath(local).encode() in names.read_bytes()[4:].split(b"\0"):
+        readable = os.access(names, os.R_OK)  # other users' are not
+        if readable and os.path.abspath(local).encode() in names.read_bytes()[4:].split(b"\0"):
             number = names.name.removesuffix("locals")
             for left in (*names.parent.glob(f"{number}*"), *Path(gettempdir()).glob(f"{number}*_filelock")):
                 left.unlink(missing_ok=True)
