@@ -74,7 +74,8 @@ def train_loader(config: DataConfig, seed: int) -> StreamingDataLoader:
         shuffle=config.shuffle,
         shuffle_seed=seed,
         num_canonical_nodes=config.canonical_nodes,
-        predownload=max(8192, 8 * per_rank),  # the default of 8 batches makes one worker wait on 7 ms ticks
+        # 8 batches, the default, make one worker wait on 7 ms ticks; under a limit, more evict each other
+        predownload=8 * per_rank if config.cache_limit else max(8192, 8 * per_rank),
         cache_limit=config.cache_limit,
     )
     return StreamingDataLoader(

@@ -8,15 +8,14 @@ import fcntl
 import logging
 import multiprocessing
 import os
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import gettempdir
 from typing import IO, Any
 
 from composer.utils import dist
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
@@ -30,15 +29,21 @@ HASH = "xxh64"  # the one that streaming_convert writes
 
 @contextmanager
 def alone_on_this_machine() -> Iterator[None]:
-    """Let one job at a time set up Streaming here.
+    """Let one job at a time set up Streaming here, waiting at most a minute for another.
 
     Streaming takes the first free number in /dev/shm, looked up by every rank for itself: of two jobs that
-    start together one would crash, or its ranks wait for each other forever.
+    start together one would crash, or its ranks wait for each other forever. The lock lies there, too, since
+    nodes that are containers of one machine have a /dev/shm each.
     """
-    first = dist.get_local_rank() == 0
-    with FileLock(f"{gettempdir()}/streaming-{os.getuid()}.lock") if first else nullcontext():
-        dist.barrier()
+    lock = FileLock(f"/dev/shm/streaming-{os.getuid()}.lock", timeout=60)
+    if dist.get_local_rank() == 0:
+        with suppress(Timeout):
+            lock.acquire()
+    dist.barrier()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def claim_cache(local: str) -> IO[str] | None:
@@ -127,8 +132,7 @@ class TrainingDataset(StreamingDataset):
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Looking ahead, take Streaming's slow file lock only for a shard not seen to be there."""
-        if not blocking and shard_id in self._present and self._shard_states[shard_id] == _ShardState.LOCAL:
-            self._shard_access_times[shard_id] = time.time_ns()
+        if shard_id in self._present and not blocking and not self.cache_limit:
             return
         super().prepare_shard(shard_id, blocking)
         if self._shard_states[shard_id] == _ShardState.LOCAL:

@@ -161,7 +161,8 @@ def test_two_sharded_ranks_through_two_launchers_stop_together_and_one_rank_goes
     s3, s3_digits, straight, tmp_path
 ):
     sharded = settings(tmp_path / "run", s3_digits, s3.uri("sharded"), "parallel.fsdp2=true")
-    nodes = [Job(s3.env, *sharded, "time_limit=0sec", node=node, nodes=2) for node in (0, 1)]
+    own = [(f"data.local={tmp_path}/cache{node}", "time_limit=0sec") for node in (0, 1)]
+    nodes = [Job(s3.env, *sharded, *own[node], node=node, nodes=2) for node in (0, 1)]
     for node in nodes:
         status, output = node.end()
         assert status == 75, output
@@ -397,3 +398,21 @@ def test_the_run_resumes_to_the_same_bits_through_oci(oci, digits, straight, tmp
     assert status == 0, output
     assert "resumed at step 4 from oci://tests/run/ep0-ba4" in output
     assert result(tmp_path / "run") == straight
+
+
+@pytest.mark.slow
+def test_the_oci_command_uploads_what_training_reads_and_lists_what_it_wrote(oci, tmp_path):
+    def command(*words):
+        program = [sys.executable, "-m", "oci_cli.cli", "os", "object", *words, "--bucket-name", "tests"]
+        env = {**os.environ, **oci.env, "OCI_CLI_SUPPRESS_FILE_PERMISSIONS_WARNING": "True"}
+        return subprocess.run(program, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    (tmp_path / "a").write_bytes(b"by the command")
+    command("put", "--name", "cli/a", "--file", str(tmp_path / "a"), "--force")
+    folder = Folder(oci.uri("cli"))
+    assert folder.read("a") == b"by the command"
+    folder.write("b", b"by the recipe")
+    assert [row["name"] for row in json.loads(command("list", "--prefix", "cli/"))["data"]] == [
+        "cli/a",
+        "cli/b",
+    ]
