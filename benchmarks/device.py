@@ -139,11 +139,23 @@ def flops_per_sample(config: DiTConfig, objective: str) -> float:
     return counter.get_total_flops() / 2
 
 
+def environment() -> dict[str, str]:
+    """What the numbers are measured on."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit(),
+    }
+
+
 def report(preset: str, size: int, batch_size: int, steps: int) -> dict[str, Any]:
     """All variants at one size; a variant that runs out of memory is reported as such."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
-    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), float("nan"))
+    measured_on = environment()
+    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in measured_on["device"]), float("nan"))
     config = DiTConfig(preset=preset, size=size)
     rows: dict[str, dict[str, Any]] = {}
     for variant, (objective, options) in VARIANTS.items():
@@ -164,11 +176,7 @@ def report(preset: str, size: int, batch_size: int, steps: int) -> dict[str, Any
         row["profile"] = time_by_kind(step, device)
         rows[variant], step = row, None
     return {
-        "device": name,
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit(),
+        **measured_on,
         "preset": preset,
         "tokens": config.tokens,
         "batch": batch_size,

@@ -11,21 +11,20 @@ draws, and compares the mean losses of the last tenth.
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import triton
 
+from benchmarks.device import environment
+from eval.report import read_log
 from eval.score import make_extractor, open_reference
 from recipe.config import TrainConfig, load_config
-from recipe.resume import PREEMPTED
-from recipe.weights import commit
+from recipe.resume import PREEMPTED, newest
 
 OBJECTIVES = {
     "tvm": [],
@@ -41,33 +40,9 @@ REFERENCE = (
 
 def python(*arguments: object, expect: int = 0) -> None:
     """Run a command of the project, and insist on its exit status."""
-    status = subprocess.run([sys.executable, *map(str, arguments)], env={**os.environ, "PYTHONPATH": path()})
-    if status.returncode != expect:
-        raise SystemExit(f"{arguments} ended with {status.returncode}, not {expect}")
-
-
-def path() -> str:
-    """The checkout first, then what was there."""
-    return os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
-
-
-def rows(run: Path) -> list[dict[str, float]]:
-    """The lines of train.jsonl, one per step: of steps that stand twice the later counts."""
-    lines = map(json.loads, (run / "train.jsonl").read_text().splitlines())
-    return list({row["step"]: row for row in lines}.values())
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
-        "date": str(date.today()),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit(),
-        "command": "python -m benchmarks.emoji " + " ".join(sys.argv[1:]),
-    }
+    status = subprocess.run([sys.executable, *map(str, arguments)]).returncode
+    if status != expect:
+        raise SystemExit(f"{arguments} ended with {status}, not {expect}")
 
 
 def prepare() -> None:
@@ -85,9 +60,8 @@ def train_and_score(objective: str, config: str, minutes: float, overrides: list
     settings += [*OBJECTIVES[objective], *overrides]
     for _ in range(2):
         python(*TRAIN, config, *settings, expect=PREEMPTED)
-    save_folder = Path(load_config(TrainConfig, config, settings).save_folder)
-    checkpoint = max(save_folder.glob("ep*-ba*"), key=lambda p: int(p.name.split("-ba")[1]))
-    python("-m", "eval.export", checkpoint / "rank0.pt", "--out", run / "weights" / "last-ema")
+    with newest(load_config(TrainConfig, config, settings)) as (checkpoint, _):
+        python("-m", "eval.export", checkpoint, "--out", run / "weights" / "last-ema")
     sweep = ["composer.cli.launcher", "-n", 1, "eval/sweep.py", "yamls/eval/emoji32.yaml", f"folder={run}"]
     python("-m", *sweep, f"weights=[{run}/weights/last-ema]", f"extractor_weights={DATA}/classifier")
     for name in ("train.jsonl", "results.jsonl", "metrics.png", "samples.png"):
@@ -97,16 +71,15 @@ def train_and_score(objective: str, config: str, minutes: float, overrides: list
 
 def summary(run: Path) -> dict[str, Any]:
     """What the log and the sweep say."""
-    log = rows(run)
+    log = read_log(run / "train.jsonl")
     results = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-    speed = sorted(row["throughput/samples_per_sec"] for row in log if "throughput/samples_per_sec" in row)
-    memory = [row["memory/peak_allocated_mem"] for row in log if "memory/peak_allocated_mem" in row]
+    memory = log.get("memory/peak_allocated_mem")
     return {
-        "steps": int(log[-1]["step"]),
-        "train_seconds": round(3600 * log[-1]["time/train"], 1),
-        "images_per_second_median": round(speed[len(speed) // 2], 1),
-        "peak_allocated_gib": max(memory, default=None),
-        "skipped_steps": max(row.get("train/skipped_steps", 0) for row in log),
+        "steps": int(log["step"][-1]),
+        "train_seconds": round(3600 * log["time/train"][-1], 1),
+        "images_per_second_median": round(float(np.nanmedian(log["throughput/samples_per_sec"])), 1),
+        "peak_allocated_gib": None if memory is None else float(np.nanmax(memory)),
+        "skipped_steps": float(np.nanmax(log["train/skipped_steps"])),
         "frechet_distance": {row["nfe"]: round(row["frechet_distance"], 3) for row in results},
         "floor_H": round(results[0]["floor"], 3),
     }
@@ -116,18 +89,16 @@ def agree(config: str, steps: int, overrides: list[str]) -> dict[str, Any]:
     """The mean loss over the last tenth of the steps, in the precision of the YAML and in fp32 PyTorch."""
     prepare()
     means = {}
-    for name, options in (
-        ("as_configured", TRAIN),
-        ("fp32_reference", ("-c", REFERENCE)),
+    plain = ["precision=fp32", "parallel.compile=false"]
+    for name, program, options in (
+        ("as_configured", TRAIN, []),
+        ("fp32_reference", ("-c", REFERENCE), plain),
     ):
         run = Path("runs") / f"{Path(config).stem}_{name}"
         shutil.rmtree(run, ignore_errors=True)
-        settings = [f"run_name={run.name}", f"duration={steps}ba", "log.interval=1", *overrides]
-        if name == "fp32_reference":
-            settings += ["precision=fp32", "parallel.compile=false"]
-        python(*options, config, *settings)
-        last = rows(run)[-max(1, steps // 10) :]
-        means[name] = sum(row["loss/train/total"] for row in last) / len(last)
+        settings = [f"run_name={run.name}", f"duration={steps}ba", "log.interval=1", *overrides, *options]
+        python(*program, config, *settings)
+        means[name] = float(read_log(run / "train.jsonl")["loss/train/total"][-max(1, steps // 10) :].mean())
     return {**means, "ratio": means["as_configured"] / means["fp32_reference"], "allowed": "0.97 to 1.03"}
 
 
@@ -145,7 +116,8 @@ def main() -> None:
         result = agree(args.config, args.steps, overrides)
     else:
         result = train_and_score(args.what, args.config, args.minutes, overrides, args.out)
-    result = {"what": args.what, **result, **machine()}
+    command = "python -m benchmarks.emoji " + " ".join(sys.argv[1:])
+    result = {"what": args.what, **result, **environment(), "command": command}
     (args.out / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

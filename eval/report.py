@@ -88,7 +88,7 @@ def read_log(path: Path) -> dict[str, np.ndarray]:
         row = json.loads(line)
         by_step[row["step"]] = row
     rows = [by_step[step] for step in sorted(by_step)]
-    names = rows[0].keys() if rows else ()
+    names = {name for row in rows for name in row}
     return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
 
 

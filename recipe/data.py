@@ -13,11 +13,14 @@ import numpy as np
 import torch
 from composer.utils import dist
 from streaming import StreamingDataLoader
+from streaming.base.util import bytes_to_int
 from torch import Tensor, nn
 
 from recipe.dataset import TrainingDataset
 from recipe.draws import Stream, keys, normal
 from streaming_convert.manifest import Manifest, read_manifest
+
+SHUFFLE_WINDOW = 1 << 18  # samples of each canonical node among which the order is drawn; Streaming's default
 
 
 @dataclass
@@ -44,11 +47,20 @@ class DataConfig:
             raise ValueError(f"data.batch_size: {self.batch_size} must be at least 1")
         if self.workers < 0:
             raise ValueError(f"data.workers: {self.workers} must not be negative")
+        try:
+            self.cache_bytes  # noqa: B018
+        except ValueError as error:
+            raise ValueError(f"data.cache_limit: {self.cache_limit!r} is not a size such as 100gb") from error
         if isinstance(self.normalize, dict):
             if sorted(self.normalize) != ["mean", "std"]:
                 raise ValueError(f"data.normalize: {self.normalize} must have the keys mean and std")
         elif self.normalize not in ("pixels", "manifest"):
             raise ValueError(f"data.normalize: {self.normalize!r} is not pixels, manifest or {{mean, std}}")
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """cache_limit in bytes."""
+        return bytes_to_int(self.cache_limit) if self.cache_limit else None
 
     @property
     def source(self) -> str:
@@ -74,8 +86,8 @@ def train_loader(config: DataConfig, seed: int) -> StreamingDataLoader:
         shuffle=config.shuffle,
         shuffle_seed=seed,
         num_canonical_nodes=config.canonical_nodes,
-        # 8 batches, the default, make one worker wait on 7 ms ticks; under a limit, more evict each other
-        predownload=8 * per_rank if config.cache_limit else max(8192, 8 * per_rank),
+        shuffle_block_size=SHUFFLE_WINDOW,
+        predownload=max(8192, 8 * per_rank),  # the default, 8 batches, makes one worker wait on 7 ms ticks
         cache_limit=config.cache_limit,
     )
     return StreamingDataLoader(

@@ -35,7 +35,8 @@ def alone_on_this_machine() -> Iterator[None]:
     start together one would crash, or its ranks wait for each other forever. The lock lies there, too, since
     nodes that are containers of one machine have a /dev/shm each.
     """
-    lock = FileLock(f"/dev/shm/streaming-{os.getuid()}.lock", timeout=60)
+    folder = "/dev/shm" if os.path.isdir("/dev/shm") else gettempdir()
+    lock = FileLock(f"{folder}/streaming-{os.getuid()}.lock", timeout=60)
     if dist.get_local_rank() == 0:
         with suppress(Timeout):
             lock.acquire()

@@ -15,6 +15,7 @@ import torch
 from composer.utils import dist, parse_uri
 
 from recipe.config import ConfigError, TrainConfig, load_config
+from recipe.data import SHUFFLE_WINDOW
 from recipe.dit import DiT
 from recipe.resume import PROBE
 from recipe.storage import Folder, StorageError, retry_more
@@ -141,15 +142,36 @@ def disk_space(config: TrainConfig) -> list[str]:
         need = {"folder": (config.folder, 2 * size)}
     else:
         need = {"save_folder": (config.save_folder, (max(config.save_keep, 1) + 1) * size)}
-    if config.data.remote and config.data.cache_limit is None:
+    if config.data.remote:
         local = Path(config.data.local)
         shards = read_manifest(config.data.remote).shards
         missing = sum(s["bytes"] for name, s in shards.items() if not (local / name).exists())
-        need["data.local"] = (config.data.local, missing)
+        need["data.local"] = (config.data.local, min(missing, config.data.cache_bytes or missing))
     return [
         f"{key}: {path} needs {bytes_ / 1e9:.1f} GB and has {free(path) / 1e9:.1f} GB. To mend: df -h {path}"
         for key, (path, bytes_) in need.items()
         if free(path) < bytes_
+    ]
+
+
+def cache_limit(config: TrainConfig, ranks: int) -> list[str]:
+    """A smaller cache than what a node shuffles over at a time would fetch a shard for almost every sample.
+
+    Streaming shuffles each canonical node's samples in windows, which overlap: two of them are in use.
+    """
+    limit = config.data.cache_bytes
+    if not limit or not config.data.remote or not config.data.shuffle:
+        return []
+    manifest = read_manifest(config.data.remote)
+    total = sum(shard["bytes"] for shard in manifest.shards.values())
+    in_use = min(1, 2 * config.data.canonical_nodes * SHUFFLE_WINDOW / manifest.num_samples)
+    nodes = ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    need = total * in_use / nodes
+    if limit >= need:
+        return []
+    return [
+        f"data.cache_limit: {config.data.cache_limit} is less than what a node shuffles over at a time here. "
+        f"To mend: data.cache_limit={int(need / 2**20) + 1}mb or more, or null"
     ]
 
 
@@ -186,7 +208,7 @@ def problems(config: TrainConfig, ranks: int) -> list[str]:
     """All that would make a run of `config` on that many ranks fail."""
     found = [*divisible(config, ranks), *precision(config), *wandb_key(config), *oci_agreement(config)]
     found += [*readable_data(config), *writable_checkpoints(config)]
-    return found or disk_space(config)
+    return found or [*cache_limit(config, ranks), *disk_space(config)]
 
 
 def check(config: TrainConfig) -> None:

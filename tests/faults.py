@@ -77,6 +77,11 @@ def state(folder):
     )
 
 
+def data_file(ranks):
+    """Rank 0's share of a checkpoint."""
+    return "__0_0.distcp" if ranks > 1 else "rank0.pt"
+
+
 def kill_at(scene, name, ranks, moment):
     """SIGKILL to the launcher and all ranks when the file that ends with `moment` starts to be uploaded, or
     so many seconds after the first checkpoint."""
@@ -105,7 +110,7 @@ def kill_at(scene, name, ranks, moment):
 def killed(scene, ranks):
     """Six kills in one run: three in uploads, three at random moments; then to the end."""
     name, draw = f"killed{ranks}", random.Random(ranks)
-    data = "__0_0.distcp" if ranks > 1 else "rank0.pt"
+    data = data_file(ranks)
     moments = [f"ep0-ba4/{data}", "ep0-ba8/rank0.json", draw.random(), f"ep0-ba16/{data}"]
     for moment in [*moments, draw.random(), draw.random()]:
         kill_at(scene, name, ranks, moment)
@@ -117,9 +122,9 @@ def preempted(scene, ranks):
     """SIGTERM to the launcher in the middle, exit status 75, then to the end."""
     name = f"preempted{ranks}"
     job = scene.job(name, ranks)
-    data = "__0_0.distcp" if ranks > 1 else "rank0.pt"
+    moment = f"ep0-ba8/{data_file(ranks)}"
     scene.cloud.faults.watch = lambda method, path: (
-        job.process.terminate() if method == "PUT" and path.endswith(f"ep0-ba8/{data}") else None
+        job.process.terminate() if method == "PUT" and path.endswith(moment) else None
     )
     status, output = job.end(300)
     scene.cloud.faults.heal()
@@ -134,7 +139,7 @@ def truncated(scene, ranks):
     kill_at(scene, name, ranks, "ep0-ba16/rank0.json")
     folder = Folder(scene.cloud.uri(name))
     newest = next(c for c in checkpoints(folder, folder.names()) if "rank0.json" in c.files)
-    file = f"{newest.name}/{'__0_0.distcp' if ranks > 1 else 'rank0.pt'}"
+    file = f"{newest.name}/{data_file(ranks)}"
     content = folder.read(file)
     folder.write(file, content[: len(content) // 2])
     output = scene.finish(name, ranks)

@@ -326,6 +326,8 @@ class TestPreflight:
             ("data.batch_size=5", r"data\.batch_size: 5 is not a multiple of the 2 ranks"),
             ("log.wandb=online", r"log\.wandb: online, but there is no key\. To mend: wandb login"),
             ("model.size=16", r"model\.size: 16 differs from the 8"),
+            ("data.cache_limit=50kb", r"data\.cache_limit: 50kb is less .*data\.cache_limit=1mb or more"),
+            ("data.cache_limit=much", r"data\.cache_limit: 'much' is not a size"),
             ("model.width=400000", r"folder: .* needs .* GB and has .* GB"),
         ],
     )

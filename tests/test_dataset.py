@@ -13,6 +13,7 @@ import pytest
 from streaming.base.shared.prefix import _pack_locals
 
 from recipe.data import DataConfig, train_loader
+from recipe.dataset import TrainingDataset
 from streaming_convert.manifest import read_manifest
 from streaming_convert.store import DatasetError
 from tests.conftest import ROOT
@@ -72,6 +73,22 @@ def test_a_cache_in_use_is_refused(remote, tmp_path):
         with pytest.raises(DatasetError, match=r"data.local: .*cache is in use by another run"):
             first_batch(remote, tmp_path / "cache")
         other.stdin.close()
+
+
+def test_a_cache_smaller_than_the_data_serves_every_sample(tmp_path):
+    convert = ["-m", "streaming_convert", "digits", "--out", tmp_path, "--shard-samples", "100"]
+    subprocess.run([sys.executable, *convert], cwd=ROOT, check=True)
+    cache = tmp_path / "cache"
+    order = {"shuffle": True, "num_canonical_nodes": 1, "shuffle_block_size": 300, "batch_size": 16}
+    dataset = TrainingDataset(str(tmp_path / "train"), str(cache), cache_limit="80kb", **order)
+    most = 0
+    for _ in range(2):
+        seen = []
+        for sample in dataset:
+            seen.append(sample["sample"])
+            most = max(most, len(list(cache.glob("shard*"))))
+        assert sorted(seen) == list(range(1797))
+    assert most < len(read_manifest(str(tmp_path / "train")).shards) == 18
 
 
 @pytest.mark.skipif(not NAMESPACES, reason="needs unshare to mount a small disk")
