@@ -22,8 +22,8 @@ class Moments:
                 {
                     "n": means.shape[1],
                     "x": means.sum(1).tolist(),
-                    "xx": np.einsum("ci,ci->c", means, means).tolist(),
-                    "var": np.einsum("ci,ci->c", stds, stds).tolist(),
+                    "xx": np.vecdot(means, means).tolist(),
+                    "var": np.vecdot(stds, stds).tolist(),
                 }
             )
 

@@ -33,7 +33,7 @@ from streaming_convert.sources import Source
 from streaming_convert.store import WORK, DatasetError, Store
 
 if TYPE_CHECKING:
-    from streaming import MDSWriter
+    from streaming_convert.shards import ShardWriter
 
 INDEX, REJECTED, PLAN = "index.json", "rejected.jsonl", f"{WORK}/plan.json"
 
@@ -166,16 +166,16 @@ def _convert_part(
         ) from error
 
 
-def _shard_writer(plan: Manifest, folder: Path) -> "MDSWriter":
-    """Streaming's writer of one shard, into an empty `folder`."""
-    from streaming import MDSWriter
+def _shard_writer(plan: Manifest, folder: Path) -> "ShardWriter":
+    """The writer of one shard, into an empty `folder`."""
+    from streaming_convert.shards import ShardWriter
 
     shutil.rmtree(folder, ignore_errors=True)
     columns = {
         plan.column: f"ndarray:{STORED_DTYPE[plan.column]}:{','.join(map(str, plan.shape))}",
         "label": "int64",
     }
-    return MDSWriter(
+    return ShardWriter(
         columns=columns, out=str(folder), compression=plan.compression, hashes=["xxh64"], size_limit=None
     )
 
@@ -228,7 +228,7 @@ def _load(
     yield from (future.result() for future in queue)
 
 
-def _publish_shard(store: Store, number: int, writer: "MDSWriter") -> dict | None:
+def _publish_shard(store: Store, number: int, writer: "ShardWriter") -> dict | None:
     """Gives the written shard its number, moves it into place and returns its entry of the index."""
     if not writer.shards:  # every sample of the part was rejected
         return None
