@@ -10,6 +10,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=["recipe", "kernels", "streaming_convert", "eval", "benchmarks"],
     install_requires=[
+        "numpy>=2",
         "torch>=2.7",
         "torchvision",
         "triton>=3.3; platform_system == 'Linux'",
