@@ -34,7 +34,7 @@ compare: demo
 	$(BIN)/composer -n $(RANKS) recipe/train.py yamls/digits_flow_matching.yaml
 	$(BIN)/composer -n 1 eval/sweep.py yamls/eval/digits_compare.yaml
 
-# Kills, preempts and damages real runs; about 20 minutes. Writes the table of docs/faults.md.
+# Kills, preempts and damages real runs; about 30 minutes. Writes the table of docs/faults.md.
 faults: install
 	$(BIN)/python -m tests.faults docs/faults.md
 
