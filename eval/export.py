@@ -1,8 +1,9 @@
 """Weights for inference, from what training leaves: `python -m eval.export SOURCE --average ema --out NAME`.
 
 SOURCE is a training checkpoint (a .pt file, or the folder of .distcp files that sharded training writes), a
-folder of exported weights with post-hoc averages (for `--average posthoc:LENGTH`), or weights themselves (for
-`--program`). Checkpoints are pickles: loading one can execute anything in it, so open only your own.
+folder of exported weights with post-hoc averages (for `--average posthoc:LENGTH`), each local or in a bucket,
+or weights themselves (for `--program`). Checkpoints are pickles: loading one can execute anything in it, so
+open only your own.
 
 `--program FILE.pt2` also writes the sampler as a torch.export program, (noise, label) -> images, which
 `torch.export.load(FILE).module()` runs with torch alone, without this project's code.
@@ -12,24 +13,46 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from eval.protocols import quantize
+from eval.sample import check_guidance
 from recipe.data import Normalizer
 from recipe.dit import DiTConfig
 from recipe.posthoc import combination, exponent, length_of
 from recipe.sampler import sample
+from recipe.storage import Folder, StorageError
 from recipe.weights import load_weights, read_facts, save_weights
 
 Facts = dict[str, Any]
 DESCRIPTION = ("state", "callbacks", "ExportWeights", "description")
+
+
+@contextmanager
+def local_copy(source: str) -> Iterator[Path]:
+    """The path of a local source; of one in a bucket, that of a copy, kept as long as it is read."""
+    if "://" not in source:
+        yield Path(source)
+        return
+    parent, _, name = source.rstrip("/").rpartition("/")
+    with TemporaryDirectory() as scratch:
+        folder = Folder(parent)
+        for file in folder.names():
+            if file == name or file.startswith(f"{name}/"):
+                folder.get(file, Path(scratch, file))
+        yield Path(scratch, name)
 
 
 def read_checkpoint(path: str | Path, average: str) -> tuple[dict[str, Tensor], Facts]:
@@ -71,7 +94,7 @@ def _read_sharded(path: Path, prefix: str) -> tuple[dict[str, Tensor], str, int]
     reader = dcp.FileSystemReader(path)
     try:
         metadata = reader.read_metadata().state_dict_metadata
-    except OSError as error:
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is not a folder of a sharded checkpoint: {error}") from error
     prefix = f"state.model.{prefix}"
     state: dict[str, Any] = {
@@ -83,7 +106,10 @@ def _read_sharded(path: Path, prefix: str) -> tuple[dict[str, Tensor], str, int]
     if not others.keys() <= metadata.keys():
         raise ValueError(f"{path} is not a checkpoint of recipe/train.py: no {' or '.join(others)}")
     state |= others
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    try:
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    except CheckpointException as error:
+        raise ValueError(f"{path} is damaged: {next(iter(error.failures.values()))[0]}") from error
     description, step = (state.pop(name) for name in others)
     return {name.removeprefix(prefix): t for name, t in state.items()}, description, int(step)
 
@@ -130,6 +156,7 @@ class Sampler(nn.Module):
         self.net, self.facts = load_weights(path)
         self.normalizer = Normalizer(self.facts["data"]["mean"], self.facts["data"]["std"])
         self.nfe, self.w = nfe, self.facts["method"]["guidance"][0] if w is None else w
+        check_guidance(self.facts, self.w)
 
     def forward(self, noise: Tensor, label: Tensor) -> Tensor:
         method, null = self.facts["method"], self.net.config.classes
@@ -154,26 +181,29 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, help="checkpoint (.pt or folder), folder of weights, or weights")
+    parser.add_argument("source", help="checkpoint (.pt or folder), folder of weights, or weights")
     parser.add_argument("--average", default="ema", help="ema, net or posthoc:LENGTH (default: ema)")
     parser.add_argument("--out", help="path of the weights to write, without suffix")
     parser.add_argument("--program", help="the .pt2 file of the sampler to write")
     parser.add_argument("--nfe", type=int, default=1, help="steps of the program's sampler")
     parser.add_argument("--w", type=float, help="its guidance weight; default: the one of training")
     args = parser.parse_args(argv)
+    if args.nfe < 1:
+        parser.error(f"--nfe: {args.nfe} must be at least 1")
     try:
         weights = args.source
         if args.out is not None:
-            posthoc = args.average.startswith("posthoc:")
-            read = synthesize if posthoc else read_checkpoint
-            weights = save(args.out, *read(args.source, length_of(args.average) if posthoc else args.average))
+            posthoc = args.average not in ("ema", "net")
+            average = length_of(args.average) if posthoc else args.average
+            with local_copy(args.source) as source:
+                weights = save(args.out, *(synthesize if posthoc else read_checkpoint)(source, average))
             sys.stdout.write(f"{weights}\n")
         if args.program is not None:
             torch.export.save(export_program(weights, args.nfe, args.w), args.program)
             sys.stdout.write(f"{args.program}\n")
         if args.out is None and args.program is None:
             raise ValueError("nothing to write: give --out or --program")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StorageError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Protocol
 from urllib.error import URLError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -138,16 +140,19 @@ class SmallImageClassifier:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "SmallImageClassifier":
-        """Reads what `save` wrote to `path`.safetensors and `path`.json."""
+        """Reads what `save` wrote to `path`. Raises FileNotFoundError or ValueError."""
         for file in _files(path):
             if not file.is_file():
                 raise FileNotFoundError(f"classifier weights {file} do not exist")
         weights_file, facts_file = _files(path)
-        facts = json.loads(facts_file.read_text())
-        settings = ClassifierSettings(**facts["settings"])
-        network = _build_network(settings)
-        network.double().load_state_dict(load_file(weights_file))
-        return cls(settings, network, facts["accuracy"]).to(device)
+        try:
+            facts = json.loads(facts_file.read_text())
+            settings = ClassifierSettings(**facts["settings"])
+            network = _build_network(settings)
+            network.double().load_state_dict(load_file(weights_file))
+            return cls(settings, network, facts["accuracy"]).to(device)
+        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{path} is not a classifier of this project: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Writes `path`.safetensors and, last, `path`.json."""
@@ -158,6 +163,11 @@ class SmallImageClassifier:
         save_file(self.network.state_dict(), weights_file)
         facts = {"settings": asdict(self.settings), "accuracy": self.accuracy}
         facts_file.write_text(json.dumps(facts, indent=2) + "\n")
+
+    @property
+    def device(self) -> torch.device:
+        """Where its features are."""
+        return next(self.network.parameters()).device
 
     def to(self, device: str | torch.device) -> "SmallImageClassifier":
         """Moves the network; returns self."""
@@ -187,8 +197,7 @@ class SmallImageClassifier:
         if images.shape[2:] != (self.settings.size,) * 2:
             size = self.settings.size
             raise ValueError(f"expected images of {size}x{size} pixels, got {tuple(images.shape[2:])}")
-        device = next(self.network.parameters()).device
-        return (_to_network(part.to(device, torch.float64)) for part in images.split(512))
+        return (_to_network(part.to(self.device, torch.float64)) for part in images.split(512))
 
 
 def _files(path: str | Path) -> tuple[Path, Path]:
@@ -270,7 +279,10 @@ class Inception2015:
             if not Path(weights).is_file():
                 raise FileNotFoundError(f"Inception-2015 weights {weights} do not exist")
             # torch-fidelity unpickles without restrictions: let the file pass torch's safe reader first.
-            torch.load(weights, map_location="cpu", weights_only=True)
+            try:
+                torch.load(weights, map_location="cpu", weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                raise ValueError(f"Inception-2015 weights {weights}: not a file of tensors") from error
         try:
             graph = FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"], weights)
         except URLError as error:

@@ -36,7 +36,7 @@ def find_weights(names: list[str], averages: list[str], latest: bool, folder: Pa
     found = []
     with dist.run_local_rank_zero_first():
         for name in names:
-            path = mirror(name, folder / "downloads") if "://" in name else Path(name)
+            path = mirror(name, folder / "downloads", latest) if "://" in name else Path(name)
             exports = [
                 Export(file, read_facts(file)) for file in (path.glob("*.json") if path.is_dir() else [path])
             ]
@@ -50,21 +50,26 @@ def find_weights(names: list[str], averages: list[str], latest: bool, folder: Pa
     return found
 
 
-def mirror(uri: str, folder: Path) -> Path:
-    """Copies the weights of a bucket's folder that are not there yet; returns the local folder."""
+def mirror(uri: str, folder: Path, latest: bool) -> Path:
+    """Copies the weights of a bucket's folder that are not there yet; returns the local folder.
+
+    `latest` leaves out all but the newest step, and the snapshots that post-hoc averages are made from.
+    """
     target = folder / uri.split("://", 1)[1].strip("/").replace("/", "-")
     target.mkdir(parents=True, exist_ok=True)
     with Store(uri) as store:
-        for name in sorted(store.names()):
-            copy = target / name
-            if "/" in name or not name.endswith(".json"):
+        names = [name for name in sorted(store.names()) if "/" not in name and name.endswith(".json")]
+        descriptions = {name: store.read(name) for name in names}
+        facts = {name: json.loads(text) for name, text in descriptions.items()}
+        newest = max((fact["step"] or 0 for fact in facts.values()), default=0)
+        for name, fact in facts.items():
+            copy, snapshot = target / name, fact["average"].startswith("posthoc")
+            if latest and not snapshot and (fact["step"] or 0) < newest:
                 continue
-            description = store.read(name)
-            if copy.is_file() and copy.read_bytes() == description:
-                continue
-            weights = store.fetch(Path(name).with_suffix(".safetensors").name)
-            shutil.move(weights, copy.with_suffix(".safetensors"))
-            copy.write_bytes(description)
+            if not copy.is_file() or copy.read_bytes() != descriptions[name]:
+                weights = store.fetch(Path(name).with_suffix(".safetensors").name)
+                shutil.move(weights, copy.with_suffix(".safetensors"))
+                copy.write_bytes(descriptions[name])
     return target
 
 
@@ -82,7 +87,7 @@ def synthesized(
     for step in steps[:1] if latest else steps:
         digests = [facts["sha256"] for _, facts in find_snapshots(path, step)]
         for length in lengths.values():
-            file = folder / f"{path.parent.name}-ba{step:07d}-posthoc_{length:g}.json"
+            file = folder / f"{path.parent.name}-{digests[-1][:8]}-ba{step:07d}-posthoc_{length:g}.json"
             if not file.is_file() or json.loads(file.read_text()).get("snapshots") != digests:
                 save(file, *synthesize(path, length, step))
             exports.append(Export(file, read_facts(file)))

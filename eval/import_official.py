@@ -220,7 +220,7 @@ def _storage(data: bytes, where: str) -> np.ndarray:
         raise RefusedPickle(f"{where}: not a storage written by torch.save")
     match reference:
         case Node("persistent id", ("storage", Global(name), str(key), str(), int(numel), None)):
-            known = name == FLOAT_STORAGE and keys == [key]
+            known = name == FLOAT_STORAGE and keys == [key] and 0 <= numel <= len(data)
         case _:
             known = False
     start = stream.tell() + 8
@@ -313,13 +313,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", required=True, help="path of the weights to write, without suffix")
     args = parser.parse_args(argv)
+    if not 0 < args.guidance < math.inf:
+        parser.error(f"--guidance: {args.guidance} must be positive")
     try:
         state, facts = read_snapshot(args.snapshot)
-        description = weights_facts(facts, args.guidance)
+        save_weights(args.out, state, DiTConfig(**facts["model"]), weights_facts(facts, args.guidance))
     except (RefusedPickle, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    save_weights(args.out, state, DiTConfig(**facts["model"]), description)
     print(f"wrote {sum(p.numel() for p in state.values()):,} parameters to {args.out}.safetensors")
     return 0
 

@@ -8,6 +8,7 @@ import argparse
 import math
 import struct
 import sys
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -28,10 +29,10 @@ from eval.restricted import Global, Node, RefusedPickle, read_file
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 NUMPY = {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")}
 NUMPY_GLOBALS = NUMPY | {"numpy.ndarray", "numpy.dtype"}
-MAX_ARRAY_BYTES = 2**31
+MAX_ARRAY_BYTES = 2**28  # a covariance of 5,000 features
 # What zipfile and numpy raise on damaged files.
 NPZ_ERRORS = (ValueError, KeyError, OSError, EOFError, MemoryError, RuntimeError, struct.error, zlib.error)
-NPZ_ERRORS += (NotImplementedError, zipfile.BadZipFile)
+NPZ_ERRORS += (NotImplementedError, TypeError, tokenize.TokenError, zipfile.BadZipFile)
 
 
 class MDSImages(Dataset):
@@ -141,7 +142,10 @@ def _read_npz(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
                     raise ValueError(f"no array {name} of less than {MAX_ARRAY_BYTES} bytes")
             file.seek(0)
             arrays = np.load(file, allow_pickle=False)
-            return arrays["mu"], arrays["sigma"]
+            statistics = arrays["mu"], arrays["sigma"]
+            if any(array.dtype not in (np.float32, np.float64) for array in statistics):
+                raise ValueError("mu and sigma are not float32 or float64")
+            return statistics
         except NPZ_ERRORS as error:
             raise ValueError(f"{path}: not .npz statistics ({type(error).__name__}: {error})") from error
 
@@ -160,7 +164,7 @@ def _pickled_moments(content: object, metric: str) -> tuple[np.ndarray, np.ndarr
     match content:
         case {"mu": mean, "sigma": covariance}:
             return _array(mean, "mu"), _array(covariance, "sigma")
-        case {"raw_mean": total, "raw_cov": total_outer, "num_items": int(count)} if count > 0:
+        case {"raw_mean": total, "raw_cov": total_outer, "num_items": int(count)} if 0 < count < 2**53:
             mean, second = _array(total, "raw_mean") / count, _array(total_outer, "raw_cov") / count
             if second.shape != (mean.size, mean.size):
                 raise RefusedPickle("raw_mean and raw_cov do not belong together")
@@ -204,6 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if not args.out.endswith(".npz"):
+        parser.error(f"--out: {args.out} must end in .npz")
     try:
         extractor = load_extractor(args.extractor, args.weights, args.device)
         loader = DataLoader(open_images(args.source), args.batch_size, num_workers=args.workers)

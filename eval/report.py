@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import sys
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,18 @@ def markdown(rows: list[Row], protocol: str) -> str:
     return "\n".join([*lines, "", *notes(rows, protocol), ""])
 
 
+def read_lines(path: Path) -> list[Row]:
+    """Rows of a .jsonl file, none if it does not exist; a line cut short by a kill does not count."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def read_log(path: Path) -> dict[str, np.ndarray]:
     """Columns of a train.jsonl; of steps that a resume repeated, the last line counts."""
-    by_step = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        row = json.loads(line)
-        by_step[row["step"]] = row
+    by_step = {row["step"]: row for row in read_lines(path)}
     rows = [by_step[step] for step in sorted(by_step)]
     names = {name for row in rows for name in row}
     return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}

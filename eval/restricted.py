@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 MAX_OPERATIONS = 1_000_000
+MAX_BYTES = 2**34  # the largest released snapshot has a fifth of it
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE"}
 LITERALS |= {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
 EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "EMPTY_TUPLE": tuple}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-# Tuples are refused as keys because hashing one that contains itself 2^n times never ends.
-KEY_TYPES = (str, int, float, bool, type(None))
+# Tuples are refused as keys because hashing one that contains itself 2^n times never ends; large integers and
+# floats because multiples of 2^61 - 1 all have the same hash.
+KEY_TYPES = (str, int, bool, type(None))
+MAX_KEY = 2**32
 
 
 class RefusedPickle(ValueError):
@@ -58,8 +61,9 @@ def read_file(path: str | Path, allowed: Collection[str]) -> object:
         OSError: the file cannot be opened.
     """
     with open(path, "rb") as file:
-        if Path(path).stat().st_size == 0:
-            raise RefusedPickle(f"{path}: the file is empty")
+        size = Path(path).stat().st_size
+        if not 0 < size <= MAX_BYTES:
+            raise RefusedPickle(f"{path}: has {size} bytes, expected 1 to {MAX_BYTES}")
         # A mapped file hands out at most what it has; file.read(n) would allocate n bytes first.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
             try:
@@ -93,6 +97,8 @@ def read_stream(
             machine.step(opcode.name, argument)
     except RefusedPickle:
         raise
+    except MemoryError as error:
+        raise RefusedPickle("needs more memory than there is") from error
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
         # What pickletools and the stack raise on damaged input; their texts can be as long as the input.
         raise RefusedPickle(f"damaged pickle ({type(error).__name__}: {str(error)[:200]})") from error
@@ -164,7 +170,7 @@ class _Machine:
         if type(target) is not dict or len(items) % 2:
             raise RefusedPickle(f"{len(items)} keys and values set on a {type(target).__name__}")
         for key in keys:
-            if type(key) not in KEY_TYPES:
+            if type(key) not in KEY_TYPES or (type(key) is int and abs(key) > MAX_KEY):
                 raise RefusedPickle(f"refused a {type(key).__name__} as key of a dict")
         target.update(zip(keys, items[1::2], strict=True))
 

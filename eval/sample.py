@@ -77,6 +77,8 @@ class Generator:
             method, null = self.facts["method"], self.net.config.classes
             x0 = sample(self.net, noise, label.to(self.device), nfe, w, method, null)
         values = self.normalizer.invert(x0)
+        if not values.isfinite().all():
+            raise FloatingPointError(f"the network's output is not finite with {nfe} steps at w = {w:g}")
         return quantize(self.decode(values.float()) if self.decode else values, self.rounding)
 
     def batches(
@@ -85,6 +87,13 @@ class Generator:
         """(images, index) of every world-th batch, beginning with the rank's; index: which of the samples."""
         for index in torch.arange(len(seeds)).split(batch_size)[rank::world]:
             yield self(label[index], seeds[index], nfe, w), index
+
+
+def check_guidance(facts: dict, w: float) -> None:
+    """Raises ValueError for a w that a TVM network has not been trained for; flow matching takes any."""
+    trained = facts["method"]["guidance"]
+    if facts["method"]["objective"] == "tvm" and not min(trained) <= w <= max(trained):
+        raise ValueError(f"w: {w:g} is outside what the network was trained for, {trained}")
 
 
 def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
@@ -138,11 +147,11 @@ def write_npz(path: Path, batches: Iterable[tuple[Tensor, Tensor]], labels: Tens
 def parse_labels(text: str, net: DiT) -> Tensor:
     """`0,1,2` => int64 labels; `none` is the unconditional index. Raises ValueError."""
     classes = net.config.classes
-    labels = [classes if part == "none" else int(part) for part in text.split(",")]
-    for label in labels:
-        if not 0 <= label <= classes:
-            raise ValueError(f"--labels: {label} is not in 0..{classes - 1}, nor `none`")
-    return torch.tensor(labels)
+    known = {"none": classes, **{str(label): label for label in range(classes)}}
+    for part in text.split(","):
+        if part.strip() not in known:
+            raise ValueError(f"--labels: {part!r} is not in 0..{classes - 1}, nor `none`")
+    return torch.tensor([known[part.strip()] for part in text.split(",")])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -176,11 +185,15 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("nfe", "columns", "batch_size", "scale", "samples", "w"):
         value = getattr(options, name)
         option = f"--{name.replace('_', '-')}"
-        if value is not None and not (value > 0 if name == "w" else value >= 1):
+        if value is not None and not (0 < value < math.inf if name == "w" else value >= 1):
             raise ValueError(f"{option}: {value} must be {'positive' if name == 'w' else 'at least 1'}")
     grid_only = options.interpolate is not None or options.labels is not None
     if options.out.suffix != ".png" and grid_only:
         raise ValueError(f"--labels and --interpolate make a grid: --out {options.out} must end in .png")
+    if not options.out.parent.is_dir():
+        raise ValueError(f"--out: folder {options.out.parent} does not exist")
+    if options.out.is_dir() and any(options.out.iterdir()):
+        raise ValueError(f"--out: {options.out} is not empty")
     if options.interpolate == options.seed:
         raise ValueError(f"--interpolate: {options.seed} is the seed that the rows start from")
     if options.out.suffix == ".png" and (options.samples or options.protocol):
@@ -206,6 +219,8 @@ def draw_set(generator: Generator, w: float, protocol: str, options: argparse.Na
     """Samples of a protocol, as .npz or as a folder of PNGs."""
     class_counts = generator.facts["data"].get("class_counts", [])
     count = options.samples or PROTOCOLS[protocol].samples or sum(class_counts)
+    if count == 0:
+        raise ValueError(f"--samples: needed, as the weights do not say what number {protocol} means")
     seeds = options.seed + torch.arange(count)
     labels = choose_labels(protocol, generator.net.config.classes, class_counts, seeds)
     batches = generator.batches(labels, seeds, options.nfe, w, options.batch_size)
@@ -231,12 +246,13 @@ def main(arguments: list[str]) -> None:
         default = ",".join(map(str, range(min(classes, 10)))) or "none"
         labels = parse_labels(options.labels or default, generator.net)
         w = generator.default_w if options.w is None else options.w
-        if options.out.suffix != ".png":
+        check_guidance(generator.facts, w)
+        if options.out.suffix == ".png":
+            Image.fromarray(draw_grid(generator, labels, w, options)).save(options.out)
+        else:
             draw_set(generator, w, protocol, options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         parser.error(str(error))
-    if options.out.suffix == ".png":
-        Image.fromarray(draw_grid(generator, labels, w, options)).save(options.out)
     tqdm.write(str(options.out))
 
 

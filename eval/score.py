@@ -6,7 +6,9 @@ distance, precision and recall need all features, the Inception score all logits
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from eval.metrics import (
 )
 from eval.reference import MDSImages, open_images, read_statistics
 
-METRICS = ("fd", "kid", "is", "precision_recall")
+METRICS = {"fd": 2, "kid": 2, "is": 10, "precision_recall": 4}  # and the samples that each needs
 NEED_FEATURES = {"kid", "precision_recall"}
 STATISTICS = (".npz", ".pkl")
 
@@ -80,6 +82,7 @@ def features_and_logits(extractor: FeatureExtractor, images: Tensor) -> tuple[Te
 class Reference:
     """The real images as the extractor sees them: a folder of them, or a file of statistics.
 
+    digest: of the real images and the classifier, as far as their files say; others give other distances.
     floor: mean Frechet distance between random halves of the images, what perfect samples would score; None
     for a file or with floor_splits 0.
     """
@@ -95,6 +98,7 @@ class Reference:
         seed: int = 0,
     ) -> None:
         self.extractor, self.images, self.features, self.floor = extractor, images, None, None
+        self.digest = content_digest(source, extractor)
         if images is None:
             self.moments = read_statistics(source)
             if len(self.moments[0]) != extractor.num_features:
@@ -111,6 +115,19 @@ class Reference:
         self.features = found.rows("features") if keep else None
         if floor_splits:
             self.floor = floor(self.features, floor_splits, seed)
+
+
+def content_digest(source: str, extractor: FeatureExtractor) -> str:
+    """Of a statistics file, a dataset folder's index (it has checksums) or a folder's names and sizes."""
+    path = Path(source)
+    if path.is_dir():
+        index = path / "index.json"
+        sizes = [] if index.is_file() else sorted((str(p), p.stat().st_size) for p in path.rglob("*"))
+        content = index.read_bytes() if index.is_file() else repr(sizes).encode()
+    else:
+        content = path.read_bytes()
+    trained = asdict(extractor.settings) if isinstance(extractor, SmallImageClassifier) else {}
+    return hashlib.sha256(content + repr(trained).encode()).hexdigest()
 
 
 def shared_batches(images: Dataset, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
@@ -132,11 +149,11 @@ def labelled(images: Dataset) -> tuple[Tensor, Tensor]:
 def make_extractor(
     name: str, weights: str | None, images: Dataset | None, folder: str, device: str | torch.device
 ) -> FeatureExtractor:
-    """The extractor of that name; `classifier` is trained on the reference and kept in the sweep's folder."""
-    if name != "classifier" or images is None:
+    """The extractor of that name; without `weights` a `classifier` is trained on the reference and kept."""
+    if name != "classifier" or images is None or weights is not None:
         return load_extractor(name, weights, device)
     with dist.run_local_rank_zero_first():
-        return SmallImageClassifier.train(*labelled(images), path=weights or f"{folder}/classifier")
+        return SmallImageClassifier.train(*labelled(images), path=f"{folder}/classifier").to(device)
 
 
 def floor(features: Tensor, splits: int, seed: int) -> float:
@@ -177,8 +194,13 @@ def open_reference(source: str) -> Dataset | None:
     return None if Path(source).suffix in STATISTICS else open_images(source)
 
 
-def check_metrics(metrics: list[str], images: Dataset | None, extractor: FeatureExtractor) -> None:
-    """Raises ValueError for a metric that this reference or extractor cannot give."""
+def check_metrics(
+    metrics: list[str], images: Dataset | None, extractor: FeatureExtractor, samples: int
+) -> None:
+    """Raises ValueError for a metric that this reference, extractor or number of samples cannot give."""
+    fewest = max(METRICS[name] for name in metrics)
+    if samples < fewest:
+        raise ValueError(f"samples: {samples} must be at least {fewest} for metrics {', '.join(metrics)}")
     if images is None and NEED_FEATURES & set(metrics):
         wanted = ", ".join(sorted(NEED_FEATURES & set(metrics)))
         raise ValueError(

@@ -6,7 +6,9 @@ It ends with a table (results.md), pictures (metrics.png, samples.png) and both 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -19,14 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from composer.utils import dist, get_device
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from eval.features import EXTRACTORS, FeatureExtractor
+from eval.features import EXTRACTORS
 from eval.find import Export, find_weights
 from eval.protocols import PROTOCOLS, choose_labels, describe
-from eval.report import write_report
-from eval.sample import DTYPES, Generator
+from eval.report import read_lines, write_report
+from eval.sample import DTYPES, Generator, check_guidance
 from eval.score import (
     METRICS,
     NEED_FEATURES,
@@ -85,7 +86,7 @@ class SweepConfig:
             raise ValueError("weights: name at least one file or folder")
         if min(self.nfe, default=0) < 1:
             raise ValueError(f"nfe: {self.nfe} must be one or more numbers of at least 1")
-        if any(w <= 0 for w in self.w):
+        if not all(0 < w < math.inf for w in self.w):
             raise ValueError(f"w: {self.w} must be positive")
         if self.samples < 0 or self.floor_splits < 0 or self.batch_size < 1:
             raise ValueError("samples and floor_splits must not be negative; batch_size must be at least 1")
@@ -93,13 +94,14 @@ class SweepConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if "fd" not in self.metrics or not set(self.metrics) <= set(METRICS):
-            raise ValueError(f"metrics: {self.metrics} must hold fd, and may hold {', '.join(METRICS[1:])}")
+            others = ", ".join(name for name in METRICS if name != "fd")
+            raise ValueError(f"metrics: {self.metrics} must hold fd, and may hold {others}")
 
 
 @dataclass(frozen=True)
 class Cell:
     """One point of the grid and all that its numbers depend on; a row with the same values is finished.
-    The digest makes a cell be scored again when the weights have changed.
+    The digests make a cell be scored again when weights, reference, classifier or labels have changed.
     """
 
     weights: str
@@ -113,22 +115,21 @@ class Cell:
     reference: str
     extractor: str
     metrics: str
+    floor_splits: int
+    inputs: str
 
 
-def cells(config: SweepConfig, exports: list[Export], samples: int) -> Iterator[tuple[Export, Cell]]:
+def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Cell]]:
     """The grid: the newest weights first, then w, then NFE."""
-    for export in exports:
+    shared = (config.protocol, setup.samples, config.seed, config.dtype, config.reference, config.extractor)
+    shared += (",".join(sorted(config.metrics)), config.floor_splits)
+    for export in setup.exports:
+        labels = choose(config, export.facts, torch.arange(setup.samples))
+        inputs = hashlib.sha256(setup.reference.digest.encode() + labels.numpy().tobytes()).hexdigest()
         for w in config.w or [export.facts["method"]["guidance"][0]]:
             for nfe in config.nfe:
                 stem, digest = str(export.path.with_suffix("")), export.facts["sha256"]
-                metrics = ",".join(sorted(config.metrics))
-                yield (
-                    export,
-                    Cell(
-                        *(stem, digest, nfe, w, config.protocol, samples, config.seed, config.dtype),
-                        *(config.reference, config.extractor, metrics),
-                    ),
-                )
+                yield export, Cell(stem, digest, nfe, w, *shared, inputs)
 
 
 def choose(config: SweepConfig, facts: dict[str, Any], seeds: Tensor) -> Tensor:
@@ -169,17 +170,6 @@ def score(config: SweepConfig, reference: Reference, cell: Cell, generator: Gene
     }
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The finished cells; a last line cut short by a kill does not count."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
 def append_result(path: Path, row: dict[str, Any]) -> None:
     """Adds a line; first ends one that a kill cut short."""
     with path.open("a+b") as file:
@@ -206,48 +196,48 @@ class Setup(NamedTuple):
     """What every cell shares, found and checked before the first sample is drawn."""
 
     exports: list[Export]
-    extractor: FeatureExtractor
-    images: Dataset | None
+    reference: Reference
     samples: int
 
 
 def prepare(config: SweepConfig, device: torch.device) -> Setup:
     """Finds weights and reference, makes the extractor. Raises ConfigError where something does not fit."""
     folder = Path(config.folder)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         exports = find_weights(config.weights, config.averages, config.latest, folder)
         images = open_reference(config.reference)
         extractor = make_extractor(config.extractor, config.extractor_weights, images, config.folder, device)
-        check_metrics(config.metrics, images, extractor)
         samples = config.samples or PROTOCOLS[config.protocol].samples or len(images or ())
-        if samples < 2:
-            raise ValueError(f"samples: {samples} must be at least 2")
+        check_metrics(config.metrics, images, extractor, samples)
         for _, facts in exports:
             choose(config, facts, torch.arange(samples))
+            for w in config.w:
+                check_guidance(facts, w)
+        metrics = (config.metrics, config.batch_size, config.floor_splits, config.seed)
+        reference = Reference(config.reference, images, extractor, *metrics)
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
-    return Setup(exports, extractor, images, samples)
+    return Setup(exports, reference, samples)
 
 
 def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     """Scores every cell that has no result yet; returns the rows of this sweep's cells."""
     device = torch.device("cuda", dist.get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     setup = prepare(config, device)
-    metrics = (config.metrics, config.batch_size, config.floor_splits, config.seed)
-    reference = Reference(config.reference, setup.images, setup.extractor, *metrics)
     results = Path(config.folder) / "results.jsonl"
-    done = {tuple(r.get(k) for k in Cell.__dataclass_fields__): r for r in read_results(results)}
-    dist.barrier()
+    finished = [read_lines(results)]
+    dist.broadcast_object_list(finished, src=0)  # each node may have a folder of its own
+    done = {tuple(r.get(k) for k in Cell.__dataclass_fields__): r for r in finished[0]}
     rows, generator, loaded, main_rank = [], None, None, dist.get_global_rank() == 0
-    grid = list(cells(config, setup.exports, setup.samples))
+    grid = list(cells(config, setup))
     with wandb_run(config) as run:
         for export, cell in tqdm(grid, "sweep", unit="cell", disable=not main_rank):
             row = done.get(tuple(asdict(cell).values()))
             if row is None:
                 if loaded != export.path:
                     generator, loaded = make_generator(config, export.path, device), export.path
-                row = score(config, reference, cell, generator)
+                row = score(config, setup.reference, cell, generator)
                 if main_rank:
                     append_result(results, row)
             rows.append(row)
@@ -255,9 +245,8 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
                 run.log({key: value for key, value in row.items() if value is not None})
     if main_rank:
         newest = make_generator(config, rows[0]["weights"], device)
-        write_report(
-            Path(config.folder), rows, setup.images, newest, describe(config.protocol, setup.samples)
-        )
+        protocol = describe(config.protocol, setup.samples)
+        write_report(Path(config.folder), rows, setup.reference.images, newest, protocol)
     return rows
 
 
@@ -275,6 +264,8 @@ def main(arguments: list[str]) -> None:
         sweep(load_config(SweepConfig, arguments[0], arguments[1:]))
     except (ConfigError, DatasetError) as error:
         raise SystemExit(f"config error: {error}") from error
+    except FloatingPointError as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

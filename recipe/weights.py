@@ -23,6 +23,7 @@ from torch import Tensor
 from recipe.dit import DiT, DiTConfig
 
 FORMAT = 1
+KEYS = {"model", "method", "data", "step", "average", "commit", "sha256"}
 
 
 def commit() -> str:
@@ -36,6 +37,15 @@ def commit() -> str:
     return head.stdout.decode().strip() + ("+" if changes.stdout.strip() else "")
 
 
+def sha256(path: Path) -> str:
+    """Digest of a file of any size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def save_weights(
     path: str | Path, state: dict[str, Tensor], config: DiTConfig, facts: dict[str, Any]
 ) -> Path:
@@ -46,7 +56,7 @@ def save_weights(
     weights, description = _files(path)
     weights.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: t.contiguous().cpu() for name, t in state.items()}, f"{weights}.part")
-    digest = hashlib.sha256(Path(f"{weights}.part").read_bytes()).hexdigest()
+    digest = sha256(Path(f"{weights}.part"))
     os.replace(f"{weights}.part", weights)
     facts = {"format": FORMAT, "model": asdict(config), **facts, "commit": commit(), "sha256": digest}
     description.with_suffix(".part").write_text(json.dumps(facts, indent=2) + "\n")
@@ -60,15 +70,25 @@ def read_facts(path: str | Path) -> dict[str, Any]:
     for file in (weights, description):
         if not file.is_file():
             raise FileNotFoundError(f"weights: {file} does not exist")
-    facts = json.loads(description.read_text())
+    try:
+        facts = dict(json.loads(description.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"weights: {description} is not a description of weights: {error}") from error
     if facts.get("format") != FORMAT:
         raise ValueError(f"weights: {description} has format {facts.get('format')}, expected {FORMAT}")
+    if not facts.keys() >= KEYS:
+        raise ValueError(f"weights: {description} lacks {', '.join(sorted(KEYS - facts.keys()))}")
     return facts
 
 
 def load_weights(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, dict[str, Any]]:
-    """The network in evaluation mode, without gradients, and its facts."""
+    """The network in evaluation mode, without gradients, and its facts.
+
+    Raises FileNotFoundError or ValueError, the latter also where tensors and JSON do not belong together.
+    """
     facts = read_facts(path)
+    if sha256(_files(path)[0]) != facts["sha256"]:
+        raise ValueError(f"weights: {_files(path)[0]} is not the file that its JSON describes (sha256)")
     net = DiT(DiTConfig(**facts["model"]), initialize=False).to(device)
     net.load_state_dict(load_file(_files(path)[0], device=str(device)))
     return net.eval().requires_grad_(False), facts

@@ -1,6 +1,7 @@
 """Weights, protocols and samples."""
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -122,7 +123,12 @@ def test_samples_at_the_command_line(tiny_run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--labels", "11"], "--labels: 11"),
+        (["--labels", "11"], "--labels: '11' is not in 0..9"),
+        (["--labels", "1,,2"], "--labels: '' is not in 0..9"),
+        (["--w", "inf"], "--w: inf"),
+        (["--w", "2"], "w: 2 is outside what the network was trained for, [1.25]"),
+        (["--labels", "1", "--out", "nowhere/x.png"], "--out: folder nowhere does not exist"),
+        (["--samples", "10", "--out", "recipe"], "--out: recipe is not empty"),
         (["--nfe", "0"], "--nfe: 0"),
         (["--w", "0"], "--w: 0"),
         (["--interpolate", "0"], "--interpolate: 0 is the seed"),
@@ -135,3 +141,29 @@ def test_bad_sampling_options_are_named(tiny_run, options, message, capsys):
     with pytest.raises(SystemExit):
         sample_main([str(tiny_run / "weights/ba0000008-ema"), *options])
     assert message in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_make_no_pictures(tiny_run, tmp_path, capsys):
+    net, facts = load_weights(tiny_run / "weights/ba0000008-ema")
+    facts = {k: v for k, v in facts.items() if k not in ("model", "format")}
+    save_weights(tmp_path / "nan", {k: v * np.nan for k, v in net.state_dict().items()}, net.config, facts)
+    with pytest.raises(SystemExit):
+        sample_main([str(tmp_path / "nan"), "--out", str(tmp_path / "grid.png")])
+    assert "the network's output is not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("w.safetensors", b"", "is not the file that its JSON describes"),
+        ("w.json", b"[1]", "is not a description of weights"),
+        ("w.json", b"{", "is not a description of weights"),
+        ("w.json", b'{"format": 1}', "lacks average, commit"),
+    ],
+)
+def test_damaged_weights_are_named(tiny_run, tmp_path, name, content, message):
+    for suffix in ("json", "safetensors"):
+        shutil.copy(tiny_run / f"weights/ba0000008-ema.{suffix}", tmp_path / f"w.{suffix}")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        load_weights(tmp_path / "w")

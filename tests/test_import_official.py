@@ -397,6 +397,11 @@ def _fourth(inner):
 
 def test_declared_sizes_reserve_nothing(tmp_path):
     inner = with_storage(b"")[1]
+    sparse = tmp_path / "sparse.pkl"
+    with sparse.open("wb") as file:
+        file.truncate(2**35)
+    with pytest.raises(RefusedPickle, match=r"has 34359738368 bytes"):
+        read_snapshot(sparse)
     for numel in (2**31 - 1, -1, 0):
         refused(with_storage(declared(numel, inner))[0], tmp_path, "declared length")
     for data in (
@@ -414,6 +419,7 @@ def test_bombs_end_quickly(tmp_path):
     refused(b"\x80\x04}" + pairs + b"Ns.", tmp_path, "tuple as key")
     refused(b"\x80\x04" + b"]" * 30_000 + b"a" * 29_999 + b".", tmp_path, "not a snapshot")
     refused(b"\x80\x04N" + b"\x85" * 60_000 + b".", tmp_path, "not a snapshot")
+    refused(b"\x80\x04}\x8a\x09" + (2**61 - 1).to_bytes(9, "little") + b"Ns.", tmp_path, "int as key")
     with pytest.raises(RefusedPickle, match="more than 1000 pickle operations"):
         read_stream(io.BytesIO(b"\x80\x04" + b"\x8f" * 10_000_000), (), max_operations=1000)
 
@@ -430,7 +436,7 @@ def test_shared_modules_cannot_multiply(tmp_path):
 
 def test_files_that_are_no_snapshots(tmp_path):
     for data, message in [
-        (b"", "empty"),
+        (b"", "has 0 bytes"),
         (b"hello", "damaged"),
         (pickle.dumps({"ema": 1}, 4), "'net'"),
         (pickle.dumps({"net": {}}, 4), "net: not a call"),

@@ -9,9 +9,8 @@ from eval import sweep as sweep_module
 from eval.features import SmallImageClassifier
 from eval.find import find_weights
 from eval.reference import main as reference_main
-from eval.report import best_curve, read_log
+from eval.report import best_curve, read_lines, read_log
 from eval.sweep import main as sweep_main
-from eval.sweep import read_results
 from recipe.weights import load_weights, save_weights
 from tests.conftest import ROOT, run
 from tests.test_convert_resume import bucket  # noqa: F401
@@ -47,7 +46,7 @@ def sweep(tiny_run, digits, classifier, folder, *overrides, yaml="yamls/eval/dig
     sweep_main(
         [yaml, *common, f"extractor_weights={classifier}", "samples=200", "floor_splits=2", *overrides]
     )
-    return read_results(folder / "results.jsonl")
+    return read_lines(folder / "results.jsonl")
 
 
 def test_an_interrupted_sweep_continues_and_ends_with_the_same_table(
@@ -68,6 +67,32 @@ def test_an_interrupted_sweep_continues_and_ends_with_the_same_table(
     assert (folder / "results.md").read_text() == table
     assert again[:5] == rows[:5]
     assert [r["frechet_distance"] for r in again] == [r["frechet_distance"] for r in rows]
+
+
+def test_a_cell_is_scored_again_when_its_inputs_have_changed(tiny_run, digits, classifier, tmp_path):
+    statistics = tmp_path / "statistics.npz"
+    grid = ["nfe=[1]", "latest=true", f"reference={statistics}", "floor_splits=0"]
+    for shift in (0.0, 1.0):
+        np.savez(statistics, mu=np.full(64, shift), sigma=np.eye(64))
+        rows = sweep(tiny_run, digits, classifier, tmp_path / "sweep", *grid)
+    assert len(rows) == 2
+    assert rows[0]["frechet_distance"] != rows[1]["frechet_distance"]
+    for changes in (["protocol=tvm"], ["seed=1"], []):
+        rows = sweep(tiny_run, digits, classifier, tmp_path / "sweep", *grid, *changes)
+    assert len(rows) == 4
+
+
+def test_averages_of_two_runs_do_not_take_each_others_place(tiny_run, tmp_path):
+    net, facts = load_weights(tiny_run / "weights/ba0000008-ema")
+    facts = {k: v for k, v in facts.items() if k not in ("model", "format")}
+    folders = [tmp_path / run / "x/weights" for run in "ab"]
+    for factor, folder in enumerate(folders):
+        for length in (0.05, 0.1):
+            state = {name: factor * tensor for name, tensor in net.state_dict().items()}
+            description = {**facts, "average": f"posthoc:{length}"}
+            save_weights(folder / f"ba8-posthoc_{length}", state, net.config, description)
+    found = find_weights(list(map(str, folders)), ["posthoc:0.075"], False, tmp_path)
+    assert len({export.path for export in found}) == len({export.facts["sha256"] for export in found}) == 2
 
 
 def test_the_report_is_one_page_with_everything_on_it(tiny_run, digits, classifier, tmp_path):
@@ -108,7 +133,7 @@ def test_two_ranks_and_batches_of_one_give_the_same_numbers(tiny_run, digits, cl
         "batch_size=7",
     ]
     run("-m", "composer.cli.launcher", "-n", 2, "--master_port", 29531, "eval/sweep.py", *arguments)
-    (ranks,) = read_results(tmp_path / "ranks/results.jsonl")
+    (ranks,) = read_lines(tmp_path / "ranks/results.jsonl")
     keys = ("frechet_distance", "kid", "inception_score", "precision", "recall", "floor", "class_agreement")
     for key in keys:
         assert single[key] == pytest.approx(whole[key], rel=1e-9, abs=1e-12)
@@ -142,11 +167,17 @@ def test_wandb_gets_the_rows_when_asked_to(tiny_run, digits, classifier, tmp_pat
         (["averages=[posthoc:0.5]"], "posthoc length 0.5 must lie in (0, 0.289]"),
         (["averages=[posthoc:0.1]"], "holds no weights with average in ['posthoc:0.1']"),
         (["w=[-1]"], "w: [-1"),
+        (["w=[.nan]"], "w: [nan"),
+        (["w=[2.0]"], "w: 2 is outside what the network was trained for, [1.25]"),
+        (["samples=5", "metrics=[fd,is]"], "samples: 5 must be at least 10 for metrics fd, is"),
+        (["folder=/proc/x"], "/proc/x"),
         (["protocol=fid"], "protocol: 'fid' is not one of matched, tvm, balanced, adm"),
         (["metrics=[kid]"], "metrics: ['kid'] must hold fd"),
         (["samples=33", "protocol=balanced"], "samples: 33 is not a multiple of the 10 classes"),
         (["reference=nowhere"], "nowhere: no such folder"),
         (["reference=none.npz"], "samples: "),
+        (["reference=none.npz", "samples=50"], "none.npz"),
+        (["extractor_weights=nowhere/x"], "nowhere/x"),
         (
             ["reference=none.npz", "samples=50", "metrics=[fd,kid]"],
             "metrics: kid need a folder of real images",
@@ -193,6 +224,9 @@ def test_weights_in_a_bucket_are_found_and_copied_once(tiny_run, tmp_path, bucke
     copied = weights.stat().st_mtime_ns
     find_weights(["s3://data/run/weights"], ["ema"], False, tmp_path)
     assert weights.stat().st_mtime_ns == copied
+    (newest,) = find_weights(["s3://data/run/weights"], ["ema"], True, tmp_path / "latest")
+    assert newest.facts == found[0].facts
+    assert {file.name[:9] for file in newest.path.parent.iterdir()} == {"ba0000008"}
 
 
 def test_a_curve_takes_the_lowest_distance_and_leaves_out_unknown_steps():
@@ -203,5 +237,7 @@ def test_a_curve_takes_the_lowest_distance_and_leaves_out_unknown_steps():
 
 def test_the_log_keeps_the_last_line_of_a_repeated_step(tmp_path):
     path = tmp_path / "train.jsonl"
-    path.write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n{"step": 2, "a": 3.0}\n')
-    assert read_log(path)["a"].tolist() == [1.0, 3.0]
+    path.write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n{"step": 2, "a": 3.0, "b": 4.0}\n{"st')
+    log = read_log(path)
+    assert log["a"].tolist() == [1.0, 3.0]
+    assert np.array_equal(log["b"], [np.nan, 4.0], equal_nan=True)
