@@ -142,13 +142,16 @@ def _target_options() -> argparse.ArgumentParser:
 def run_convert(args: argparse.Namespace, argv: list[str]) -> int:
     """Converts a source, split by split; a finished identical dataset is left as it is."""
     source = sources.subset(args.source(args), args.only, args.limit, args.seed)
+    _check_mirrors(source, args.flips, args.val)
     encoder = Stored(source)
     if args.encoder == "vae":
         encoder = VAE(source, args.vae, args.dtype, args.batch_size, args.device)
-    jobs = []
-    for split, items in split_items(len(source.keys), args.val, args.seed).items():
-        manifest = make_plan(args, argv, split, source, encoder, items)
-        jobs.append(writer.Job(f"{args.out.rstrip('/')}/{split}", source, encoder, items, manifest))
+    splits = split_items(len(source.keys), args.val, args.seed)
+    plans = [make_plan(args, argv, source, encoder, splits, split) for split in splits]
+    jobs = [
+        writer.Job(f"{args.out.rstrip('/')}/{split}", source, encoder, items, plan)
+        for (split, items), plan in zip(splits.items(), plans, strict=True)
+    ]
     complete = [writer.is_complete(job) for job in jobs]
     for job, done in zip(jobs, complete, strict=True):
         if done:
@@ -160,6 +163,15 @@ def run_convert(args: argparse.Namespace, argv: list[str]) -> int:
         else:
             print(f"{job.uri}: this machine's part is done; run merge {args.out} when all are")
     return 0
+
+
+def _check_mirrors(source: Source, flips: bool, val: float) -> None:
+    """DatasetError if --flips or --val cannot be had of this source."""
+    if flips and source.column == "latents":
+        raise DatasetError("--flips: mirrored latents are not those of the mirrored image; flip the pixels")
+    if source.flips and (flips or val):
+        asked = "--flips" if flips else "--val"  # which would put an image here and its mirror image there
+        raise DatasetError(f"{asked}: the source holds mirror images of its samples already")
 
 
 def split_items(samples: int, share: float, seed: int) -> dict[str, np.ndarray]:
@@ -174,24 +186,35 @@ def split_items(samples: int, share: float, seed: int) -> dict[str, np.ndarray]:
 
 
 def make_plan(
-    args: argparse.Namespace, argv: list[str], split: str, source: Source, encoder: Encoder, items: np.ndarray
+    args: argparse.Namespace,
+    argv: list[str],
+    source: Source,
+    encoder: Encoder,
+    splits: dict[str, np.ndarray],
+    split: str,
 ) -> Manifest:
-    """The manifest without results: everything that decides the bytes of the dataset."""
+    """The manifest of one split without results: everything that decides the bytes of the dataset."""
     listing = xxhash.xxh64()
-    for i in items:
+    for i in splits[split]:
         version = source.versions[i] if source.versions else ""
         listing.update(f"{source.keys[i]}\t{source.labels[i]}\t{version}\n".encode())
     sample_bytes = int(np.prod(encoder.shape)) * (2 if encoder.column == "latents" else 1)
     return Manifest(
         source=source.name,
-        input={"split": split, "samples": len(items), "xxh64": listing.hexdigest()},
+        input={
+            "split": split,
+            "splits": list(splits),
+            "samples": len(splits[split]),
+            "flips": source.flips,
+            "xxh64": listing.hexdigest(),
+        },
         command=_command(argv),
         column=encoder.column,
         shape=list(encoder.shape),
         class_names=source.class_names,
         encoder=encoder.info,
         crop=source.crop,
-        flips=args.flips,
+        flips=args.flips or source.flips,
         compression=args.compression,
         shard_samples=max(1, min(args.shard_samples, args.shard_size // sample_bytes)),
     )

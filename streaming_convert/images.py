@@ -14,11 +14,11 @@ class Rejected(Exception):
     """This sample cannot be converted; the message is the reason that `rejected.jsonl` gives."""
 
 
-def decode(data: bytes, size: int | None = None, channels: int | None = 3) -> np.ndarray:
-    """Decodes a JPEG, PNG or WebP file to (channels, size, size) uint8, or (channels, H, W) without `size`.
+def decode(data: bytes, size: int | None = None, keep_grey: bool = False) -> np.ndarray:
+    """Decodes a JPEG, PNG or WebP file to (3, size, size) uint8, or (3, H, W) without `size`.
 
     EXIF orientation is applied; CMYK, palette and grey become RGB, 16 bit becomes 8 by rounding, transparency
-    becomes white; `channels` None leaves a grey image grey. Raises Rejected for anything but one whole image
+    becomes white; `keep_grey` makes a grey image (1, ...). Raises Rejected for anything but one whole image
     of at most MAX_PIXELS pixels.
     """
     if not data:
@@ -34,7 +34,7 @@ def decode(data: bytes, size: int | None = None, channels: int | None = 3) -> np
             f"decompression bomb: {image.width}x{image.height} pixels, at most {MAX_PIXELS} allowed"
         )
     try:
-        grey = channels == 1 or (channels is None and image.mode in ("1", "L"))
+        grey = keep_grey and Image.getmodebase(image.mode) == "L"
         ImageOps.exif_transpose(image, in_place=True)
         image = to_mode(image, "L" if grey else "RGB")
     except Exception as error:  # a damaged file can raise nearly anything from inside its decoder

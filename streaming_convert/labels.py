@@ -60,8 +60,8 @@ def parse_json(text: str | bytes, path: str) -> dict[str, str | int] | None:
 
 def parse_csv(text: str, path: str) -> dict[str, str | int]:
     """{file: label} of rows `file,label`, or of ImageNet's LOC_val_solution.csv."""
-    rows = [row for row in csv.reader(io.StringIO(text)) if row]
-    short = [row for row in rows if len(row) < 2 or not row[1].strip()]
+    rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text)) if row]
+    short = [row for row in rows if len(row) < 2 or not row[1]]
     if short:
         raise DatasetError(f"{path}: a row has no class: {','.join(short[0])}")
     if rows and rows[0][:2] == ["ImageId", "PredictionString"]:  # the class, then boxes
@@ -112,8 +112,8 @@ def unknown_class(name: str, names: list[str]) -> str:
 
 
 def read_text(path: str) -> str:
-    """The UTF-8 text of a file that the user named; DatasetError if it cannot be read."""
+    """The UTF-8 text of a file that the user named, less its byte order mark; DatasetError if unreadable."""
     try:
-        return Path(path).read_text("utf-8")
+        return Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"cannot read {path}: {error}") from error

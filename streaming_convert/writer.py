@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from streaming_convert.encoders import Encoder
 from streaming_convert.images import Rejected
-from streaming_convert.manifest import MANIFEST, STORED_DTYPE, Manifest, difference
+from streaming_convert.manifest import MANIFEST, STORED_DTYPE, Manifest, difference, fingerprint
 from streaming_convert.moments import Moments
 from streaming_convert.sources import Source
 from streaming_convert.store import WORK, DatasetError, Store
@@ -157,7 +157,8 @@ def _convert_part(
                 writer.write({job.plan.column: value, "label": label})
         writer.finish()
         entry = _publish_shard(store, number, writer)
-        record = {"shard": entry, "counts": counts, "moments": moments.sums, "rejected": rejected}
+        results = {"shard": entry, "counts": counts, "moments": moments.sums, "rejected": rejected}
+        record = {"plan": fingerprint(job.plan), **results}
         store.write(_record_name(number), json.dumps(record).encode())
     except OSError as error:
         raise DatasetError(
@@ -192,7 +193,7 @@ def _batches(
         if isinstance(sample, Rejected):
             rejected.append({"key": job.source.keys[position], "reason": str(sample)})
             continue
-        views = [sample, sample[..., ::-1]] if job.plan.flips else [sample]
+        views = [sample, sample[..., ::-1]][: job.plan.copies]
         positions += [position] * len(views)
         samples += views
         if len(samples) >= job.encoder.batch_size:
@@ -280,10 +281,12 @@ def _read_records(store: Store, plan: Manifest, names: set[str]) -> list[dict]:
         raise DatasetError(
             f"{store.uri}: {len(missing)} of {len(wanted)} parts are missing, the first is {missing[0]}"
         )
-    with ThreadPoolExecutor(
-        16
-    ) as pool:  # from a bucket, thousands of small files one by one would take minutes
-        return [json.loads(data) for data in pool.map(store.read, wanted)]
+    with ThreadPoolExecutor(16) as pool:  # from a bucket, thousands of files one by one would take minutes
+        records = [json.loads(data) for data in pool.map(store.read, wanted)]
+    for name, record in zip(wanted, records, strict=True):
+        if record["plan"] != fingerprint(plan):
+            raise DatasetError(f"{store.uri}/{name} is a part of another dataset than {PLAN}")
+    return records
 
 
 def _complete(plan: Manifest, records: list[dict], rejected: int) -> Manifest:
@@ -319,8 +322,8 @@ def _rejection_message(uri: str, rejected: list[dict], allowed: int) -> str:
 
 
 def _part_items(plan: Manifest) -> int:
-    """Input samples per part; with flips every one of them is stored twice."""
-    return max(1, plan.shard_samples // (2 if plan.flips else 1))
+    """Input samples per part."""
+    return max(1, plan.shard_samples // plan.copies)
 
 
 def _num_parts(plan: Manifest) -> int:

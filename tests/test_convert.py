@@ -140,6 +140,16 @@ def test_flips_follow_their_originals(tmp_path):
         assert original["label"] == mirrored["label"]
 
 
+def test_mirror_images_are_never_made_twice_nor_parted_from_their_originals(tmp_path, capsys):
+    convert("digits", "--out", tmp_path / "in", "--limit", 30, "--flips")
+    for option in (["--flips"], ["--val", 0.1]):
+        assert convert("mds", tmp_path / "in", "--out", tmp_path / "out", *option) == 1
+        assert f"{option[0]}: the source holds mirror images" in capsys.readouterr().err
+    assert convert("mds", tmp_path / "in", "--out", tmp_path / "out", "--shard-samples", 16) == 0
+    manifest = read_manifest(str(tmp_path / "out" / "train"))
+    assert manifest.flips and manifest.num_samples == 60 and len(manifest.shards) == 4
+
+
 def test_shard_size_bounds_the_samples_of_a_shard(tmp_path):
     convert("digits", "--out", tmp_path, "--shard-size", "8kb")
     assert {shard["samples"] for shard in read_manifest(str(tmp_path / "train")).shards.values()} == {128, 5}
@@ -157,6 +167,15 @@ def test_number_of_workers_and_machines_does_not_show_in_the_result(tmp_path, ca
     assert not (tmp_path / "many" / "train" / "manifest.json").exists()
     assert main(["merge", str(tmp_path / "many")]) == 0
     assert files(tmp_path / "one") == files(tmp_path / "two") == files(tmp_path / "many")
+
+
+def test_merge_refuses_parts_of_another_dataset(tmp_path, capsys):
+    for seed, shard in ((1, "1/2"), (2, "2/2")):
+        options = ["--limit", 100, "--shard-samples", 50, "--seed", seed, "--shard", shard]
+        assert convert("digits", *options, "--out", tmp_path / str(seed)) == 0
+    shutil.copytree(tmp_path / "1", tmp_path / "2", dirs_exist_ok=True)
+    assert main(["merge", str(tmp_path / "2")]) == 1
+    assert ".parts/00001.json is a part of another dataset" in capsys.readouterr().err
 
 
 # Images
@@ -317,6 +336,7 @@ def test_class_file_fixes_the_order(folder, tmp_path):
             "LOC_val_solution.csv",
             "ImageId,PredictionString\nb,cat 1 2 3 4 cat 5 6 7 8 \na,dog 85 1 499 272\n",
         ),
+        ("spaces.csv", "\ufeffb.png, cat\n a.png ,dog \n"),
         ("dataset.json", '{"labels": [["b.png", 0], ["a.png", 1]]}'),
     ],
 )
@@ -326,6 +346,13 @@ def test_flat_folder_with_a_label_file(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     source = sources.image_folder(str(tmp_path), 8, str(tmp_path / name))
     assert dict(zip(source.keys, source.labels.tolist(), strict=True)) == {"a.png": 1, "b.png": 0}
+
+
+def test_linked_class_folders_are_followed_and_links_upwards_are_not(folder):
+    (folder / SYNSETS[2]).rename(folder.parent / "elsewhere")
+    (folder / SYNSETS[2]).symlink_to(folder.parent / "elsewhere")
+    (folder / SYNSETS[0] / "up").symlink_to(folder)
+    assert sources.image_folder(str(folder), 16).labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
 def _loose(folder: Path) -> list:
@@ -363,6 +390,7 @@ def _no_images(folder: Path) -> list:
         (_unknown_class, "unknown class 'n03445777'; there are 2: n01440764, n02123045"),
         (_no_images, "holds no .jpg, .jpeg, .png, .webp files"),
         (lambda folder: ["--only", "dog"], "--only: unknown class 'dog'"),
+        (lambda folder: ["--only", *SYNSETS, SYNSETS[1]], "--only names a class twice"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_writes_nothing(folder, tmp_path, capsys, damage, message):
@@ -441,7 +469,7 @@ def test_released_pixel_archive(tmp_path):
     )
 
 
-def test_released_latent_archive_becomes_latents_rounded_to_half(tmp_path):
+def test_released_latent_archive_becomes_latents_rounded_to_half(tmp_path, capsys):
     rng = np.random.default_rng(0)
     latents = np.concatenate([rng.normal(1, 5, (6, 4, 4, 4)), rng.uniform(0, 2, (6, 4, 4, 4))], 1).astype(
         np.float32
@@ -465,6 +493,26 @@ def test_released_latent_archive_becomes_latents_rounded_to_half(tmp_path):
     np.testing.assert_allclose(manifest.channel_std, expected, rtol=1e-12)
     draws = mean + std * rng.standard_normal((2000, *mean.shape))
     np.testing.assert_allclose(manifest.channel_std, draws.std((0, 1, 3, 4)), rtol=5e-3)
+    assert convert("zip", tmp_path / "vae.zip", "--flips", "--out", tmp_path / "flipped") == 1
+    assert "--flips: mirrored latents are not those" in capsys.readouterr().err
+
+
+def test_other_content_of_the_same_size_is_another_dataset(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for value in (0, 1):
+        (tmp_path / "in" / "0.npy").write_bytes(npy(np.full((1, 8, 8), value, np.uint8)))
+        code = convert("zip", tmp_path / "in", "--unlabelled", "--out", tmp_path / "out")
+        assert code == value
+    assert "holds a different dataset: `input` is" in capsys.readouterr().err
+
+
+def test_colour_in_a_grey_archive_is_rejected(tmp_path, capsys):
+    images = [Image.new("L", (8, 8), 9), Image.new("I;16", (8, 8)), Image.new("RGB", (8, 8), "red")]
+    members = {f"{i}.png": to_bytes(image) for i, image in enumerate(images)}
+    write_archive(tmp_path / "a.zip", members, None)
+    assert convert("zip", tmp_path / "a.zip", "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "1 samples were rejected" in error and "2.png: uint8 (3, 8, 8), expected uint8 (1, 8, 8)" in error
 
 
 def test_archive_with_null_labels_is_unlabelled_and_one_with_missing_labels_refused(tmp_path, capsys):
