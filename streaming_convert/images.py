@@ -29,10 +29,7 @@ def decode(data: bytes, size: int | None = None, keep_grey: bool = False) -> np.
         raise Rejected("decompression bomb: " + str(error)) from error
     except Exception as error:
         raise Rejected("not a JPEG, PNG or WebP image") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise Rejected(
-            f"decompression bomb: {image.width}x{image.height} pixels, at most {MAX_PIXELS} allowed"
-        )
+    _refuse_bomb(image.width, image.height)
     try:
         grey = keep_grey and Image.getmodebase(image.mode) == "L"
         ImageOps.exif_transpose(image, in_place=True)
@@ -40,6 +37,11 @@ def decode(data: bytes, size: int | None = None, keep_grey: bool = False) -> np.
     except Exception as error:  # a damaged file can raise nearly anything from inside its decoder
         raise Rejected(f"truncated or damaged: {error}") from error
     return to_array(centre_crop(image, size) if size else image)
+
+
+def _refuse_bomb(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise Rejected(f"decompression bomb: {width}x{height} pixels, at most {MAX_PIXELS} allowed")
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -56,11 +58,14 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """The (size, size) middle of the image, scaled as by ADM's loader (guided-diffusion, image_datasets.py).
 
     The short side is halved with a box filter while it is at least twice `size`, then scaled bicubically.
+    Raises Rejected if that gives more than MAX_PIXELS pixels, as of a very thin image.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    scaled = round(image.width * scale), round(image.height * scale)
+    _refuse_bomb(*scaled)
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 

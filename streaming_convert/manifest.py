@@ -90,7 +90,7 @@ def read_manifest(uri: str) -> Manifest:
 
 
 def _decisive(plan: Manifest) -> dict:
-    """What decides the bytes of a dataset: not its results, nor the command's words, nor where the VAE lay."""
+    """What decides the bytes of a dataset: not its results, the words of the command or the VAE's folder."""
     values = dataclasses.asdict(plan)
     values["encoder"].pop("model", None)
     return {key: value for key, value in values.items() if key not in (*RESULTS, "command")}

@@ -355,7 +355,7 @@ def mds(uri: str, size: int | None = None) -> Source:
     for i, entry in enumerate(tqdm(entries, desc="reading labels", unit="shard", disable=len(entries) < 100)):
         keys += [f"{i}/{j}" for j in range(entry["samples"])]
         numbers += [shard(i)[j]["label"] for j in range(entry["samples"])]
-        versions += [stored_file(entry)[1]] * entry["samples"]
+        versions += [stored_file(entry)["hashes"]["xxh64"]] * entry["samples"]
 
     def load(key: str) -> np.ndarray:
         i, j = map(int, key.split("/"))

@@ -165,6 +165,9 @@ def test_number_of_workers_and_machines_does_not_show_in_the_result(tmp_path, ca
     assert "parts are missing" in capsys.readouterr().err
     assert convert(*options, "--out", tmp_path / "many", "--shard", "3/3") == 0
     assert not (tmp_path / "many" / "train" / "manifest.json").exists()
+    shutil.copytree(tmp_path / "many" / "train", tmp_path / "half" / "train")
+    assert main(["merge", str(tmp_path / "half")]) == 1
+    assert "half/val holds no conversion" in capsys.readouterr().err
     assert main(["merge", str(tmp_path / "many")]) == 0
     assert files(tmp_path / "one") == files(tmp_path / "two") == files(tmp_path / "many")
 
@@ -269,6 +272,8 @@ def test_slightly_too_large_image_is_a_bomb_too(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 99)
     with pytest.raises(Rejected, match="10x10 pixels"):
         decode(to_bytes(Image.new("RGB", (10, 10))), 8)
+    with pytest.raises(Rejected, match="720x8 pixels"):
+        decode(to_bytes(Image.new("RGB", (90, 1))), 8)
 
 
 def test_too_many_rejected_fail_at_the_end_with_the_list(folder, tmp_path, capsys):
@@ -290,6 +295,19 @@ def test_too_many_rejected_fail_at_the_end_with_the_list(folder, tmp_path, capsy
     assert [line["key"] for line in lines] == [f"{SYNSETS[0]}/empty.png", f"{SYNSETS[1]}/{SYNSETS[1]}_0.JPEG"]
     manifest = read_manifest(str(tmp_path / "out" / "train"))
     assert (manifest.num_samples, manifest.rejected, manifest.class_counts) == (11, 2, [4, 3, 4])
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_rejected_samples_count_over_all_splits_which_are_all_converted_first(folder, tmp_path, capsys):
+    keys = sources.image_folder(str(folder), 16).keys
+    for items in split_items(len(keys), 0.5, 0).values():
+        (folder / keys[items[0]]).write_bytes(b"")
+    command = ["images", folder, "--size", 16, "--out", tmp_path / "out", "--val", 0.5]
+    for allowed in (1, 2, 1):
+        assert convert(*command, "--max-rejected", allowed) == (allowed < 2)
+        error = capsys.readouterr().err
+        assert ("2 samples were rejected, --max-rejected allows 1" in error) == (allowed < 2)
+        assert (tmp_path / "out" / "val" / "rejected.jsonl").read_text().count("\n") == 1
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
@@ -389,6 +407,7 @@ def _no_images(folder: Path) -> list:
         (_unlabelled_file, "labels.csv has no label for n01440764/n01440764_1.png (11 files in all)"),
         (_unknown_class, "unknown class 'n03445777'; there are 2: n01440764, n02123045"),
         (_no_images, "holds no .jpg, .jpeg, .png, .webp files"),
+        (lambda folder: ["--out", folder / "out"], "lies inside the source"),
         (lambda folder: ["--only", "dog"], "--only: unknown class 'dog'"),
         (lambda folder: ["--only", *SYNSETS, SYNSETS[1]], "--only names a class twice"),
     ],
@@ -409,6 +428,8 @@ def test_bad_input_is_one_clear_error_and_writes_nothing(folder, tmp_path, capsy
         ["--shard", "5/4"],
         ["--shard-size", "many"],
         ["--compression", "rar"],
+        ["--compression", "gz:3"],
+        ["--out", ""],
         ["--shard-samples", "0"],
         ["--encoder", "jpeg"],
     ],
@@ -582,12 +603,19 @@ def _flip_byte(folder: Path) -> str:
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
     path.write_bytes(data)
-    return "shard.00001.mds: the checksum is not that of the index"
+    return "shard.00001.mds: the size or the checksum is not that of the index"
 
 
 def _lose_shard(folder: Path) -> str:
     (folder / "shard.00000.mds").unlink()
     return "shard.00000.mds: the file is missing"
+
+
+def _wrong_size(folder: Path) -> str:
+    size = (folder / "shard.00000.mds").stat().st_size
+    for path in (folder / "index.json", folder / "manifest.json"):
+        path.write_text(path.read_text().replace(f'"bytes": {size}', f'"bytes": {size + 1}'))
+    return "shard.00000.mds: the size or the checksum is not that of the index"
 
 
 def _change_manifest(key: str, value: object, message: str):
@@ -605,8 +633,10 @@ def _change_manifest(key: str, value: object, message: str):
     [
         _flip_byte,
         _lose_shard,
+        _wrong_size,
         _change_manifest("class_names", ["0", "1"], "label 5 is not in 0..1"),
-        _change_manifest("num_samples", 1796, "num_samples: the manifest says 1796, the shards hold 1797"),
+        _change_manifest("num_samples", 1796, "num_samples: the manifest says 1796, there are 1797"),
+        _change_manifest("rejected", 3, "rejected: the manifest says 3, there are 0"),
         _change_manifest("channel_mean", [77.0], "channel_mean: the manifest says [77.0]"),
         _change_manifest("shape", [1, 4, 16], "uint8 (1, 8, 8), not [1, 4, 16]"),
         _change_manifest("column", "latents", "the columns are ['image', 'label'], not latents and label"),
