@@ -116,7 +116,7 @@ def _target_options() -> argparse.ArgumentParser:
     add("--val", type=_share, default=0.0, metavar="SHARE", help="share of samples for val/ (default: 0)")
     add("--only", nargs="+", metavar="CLASS", help="these classes only, numbered in this order")
     add("--limit", type=_at_least(1), metavar="N", help="N samples only, drawn at random")
-    add("--seed", type=int, default=0, help="of --val and --limit (default: 0)")
+    add("--seed", type=_at_least(0), default=0, help="of --val and --limit (default: 0)")
     add("--flips", action="store_true", help="store every sample a second time, mirrored")
     add("--encoder", choices=("none", "vae"), default="none", help="default: none, which stores uint8 pixels")
     add("--vae", default="stabilityai/sd-vae-ft-ema", metavar="NAME", help="diffusers folder or hub name")
@@ -202,7 +202,7 @@ def make_plan(
     listing = xxhash.xxh64()
     for i in splits[split]:
         version = source.versions[i] if source.versions else ""
-        listing.update(f"{source.keys[i]}\t{source.labels[i]}\t{version}\n".encode())
+        listing.update(f"{source.keys[i]}\t{source.labels[i]}\t{version}\n".encode(errors="surrogateescape"))
     sample_bytes = int(np.prod(encoder.shape)) * (2 if encoder.column == "latents" else 1)
     return Manifest(
         source=source.name,

@@ -1,13 +1,25 @@
 """From an image file's bytes to uint8 pixels of the requested size, or a stated reason why not."""
 
 import io
+import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million: a larger picture is taken for a decompression bomb
 ADM_CROP = "ADM centre crop"
+UPRIGHT = {  # what undoes each EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+warnings.filterwarnings("ignore", module="PIL")  # on huge or damaged files, into the progress bar
 
 
 class Rejected(Exception):
@@ -32,11 +44,20 @@ def decode(data: bytes, size: int | None = None, keep_grey: bool = False) -> np.
     _refuse_bomb(image.width, image.height)
     try:
         grey = keep_grey and Image.getmodebase(image.mode) == "L"
-        ImageOps.exif_transpose(image, in_place=True)
-        image = to_mode(image, "L" if grey else "RGB")
+        image.load()
+        image = to_mode(_upright(image), "L" if grey else "RGB")
     except Exception as error:  # a damaged file can raise nearly anything from inside its decoder
         raise Rejected(f"truncated or damaged: {error}") from error
     return to_array(centre_crop(image, size) if size else image)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation asks; unreadable EXIF asks for nothing."""
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # a damaged block can raise nearly anything
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _refuse_bomb(width: int, height: int) -> None:
@@ -47,7 +68,9 @@ def _refuse_bomb(width: int, height: int) -> None:
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Converts to 8-bit "RGB" or "L", compositing transparency on white."""
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip instead of scale
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        levels = np.asarray(image).astype(np.uint32)
+        levels[levels == image.info.get("transparency", -1)] = 65535  # white
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -57,7 +57,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The file's bytes; equal manifests give equal bytes."""
-        return (json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode()
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> "Manifest":

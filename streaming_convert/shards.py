@@ -40,7 +40,7 @@ def read_index(store: Store) -> list[dict]:
     """The entries of index.json, one per shard."""
     try:
         return json.loads(store.read("index.json"))["shards"]
-    except (FileNotFoundError, ValueError, KeyError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{store.uri}/index.json is missing or damaged: {error}") from error
 
 

@@ -139,7 +139,7 @@ def _list_images(root: Path) -> tuple[list[str], list[str]]:
     for key in _walk(root):
         path = root / key
         if key.lower().endswith(SUFFIXES):
-            found[key] = str(path.stat().st_size)
+            found[key] = str(path.stat().st_size) if path.exists() else "missing"  # a dangling link
         elif path.suffix.lower() not in (".csv", ".json", ".txt"):
             others[path.suffix] += 1
     if others:
@@ -175,7 +175,7 @@ def archive(path: str, size: int | None = None, unlabelled: bool = False) -> Sou
     """The released code's datasets: a ZIP or folder of PNG or NPY files, with their labels in dataset.json.
 
     NPY files hold uint8 pixels (C,H,W), or float latents (2c,h,w): the posterior's mean, then its deviation.
-    Shape and kind are those of the first file; `size` crops and scales pixels.
+    Shape and kind are those of the first good file; `size` crops and scales pixels.
     """
     files = Archive(path)
     keys = sorted(name for name in files.names if name.lower().endswith((*SUFFIXES, ".npy")))
@@ -185,12 +185,7 @@ def archive(path: str, size: int | None = None, unlabelled: bool = False) -> Sou
     numbers, class_names = np.zeros(len(keys), np.int64), []
     if rows is not None:
         numbers, class_names = labels.number(labels.match(rows, keys, f"{path}: dataset.json"))
-    try:
-        first = files.sample(keys[0], size, keep_grey=True)
-    except Rejected as error:
-        raise DatasetError(
-            f"{path}: {keys[0]}, the first file, gives the shape but is bad: {error}"
-        ) from error
+    first = _first_good(files, keys, size)
     latents = first.dtype == np.float16
     if latents and size:
         raise DatasetError(f"--size: {path} holds latents, which cannot be scaled")
@@ -206,6 +201,15 @@ def archive(path: str, size: int | None = None, unlabelled: bool = False) -> Sou
         crop=ADM_CROP if size else "none",
         encoder={"name": "precomputed", "hash": None, "scaling": 1.0} if latents else None,
     )
+
+
+def _first_good(files: "Archive", keys: list[str], size: int | None) -> np.ndarray:
+    for key in keys:
+        try:
+            return files.sample(key, size, keep_grey=True)
+        except Rejected as error:
+            reason = f"{key}: {error}"
+    raise DatasetError(f"{files.path}: no file can be used; {reason}")
 
 
 class Archive:
@@ -228,15 +232,17 @@ class Archive:
         """Content of one file; Rejected if it is damaged."""
         if self.path.is_dir():
             return _read_file(self.path / name)
+        archive = self._zip()
         try:
-            return self._zip().read(name)
-        except (OSError, zipfile.BadZipFile) as error:
+            return archive.read(name)
+        except Exception as error:  # damaged, encrypted, or of an unknown compression: each has its own
             raise Rejected(f"cannot be read: {error}") from error
 
     def version(self, name: str) -> str:
         """A checksum of one file's content: NPY files of one kind have one size, whatever they hold."""
         if self.path.is_dir():
-            return xxhash.xxh64((self.path / name).read_bytes()).hexdigest()
+            path = self.path / name
+            return xxhash.xxh64(path.read_bytes()).hexdigest() if path.exists() else "missing"
         return f"{self._zip().getinfo(name).CRC:08x}"
 
     def labels(self) -> dict[str, str | int] | None:
@@ -245,7 +251,11 @@ class Archive:
             raise DatasetError(
                 f"{self.path} holds no dataset.json with labels; pass --unlabelled to do without"
             )
-        return labels.parse_json(self.read("dataset.json"), f"{self.path}: dataset.json")
+        try:
+            text = self.read("dataset.json")
+        except Rejected as error:
+            raise DatasetError(f"{self.path}: dataset.json {error}") from error
+        return labels.parse_json(text, f"{self.path}: dataset.json")
 
     def sample(self, name: str, size: int | None, keep_grey: bool) -> np.ndarray:
         """One image as uint8 (C,H,W), scaled to `size`, or latents as float16 (2c,h,w)."""
@@ -259,15 +269,16 @@ def _array(data: bytes) -> np.ndarray:
     """An NPY file as uint8 pixels or float16 latents (C,H,W); leading axes of length 1 are dropped."""
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise Rejected(f"not an NPY file: {error}") from error
-    array = array.reshape(-1, *array.shape[-2:])
-    if array.dtype == np.uint8:
+        array = array.reshape(-1, *array.shape[-2:])
+    except Exception as error:  # a damaged header can ask for any type, shape and memory
+        raise Rejected(f"not an NPY file of images: {error}") from error
+    pixels = array.dtype == np.uint8 and len(array) in (1, 3)
+    latents = array.dtype.kind == "f" and len(array) % 2 == 0
+    if array.ndim != 3 or not array.size or not (pixels or latents):
+        wanted = "uint8 pixels (1 or 3 channels) nor float latents (mean, deviation)"
+        raise Rejected(f"{array.dtype} {array.shape} is neither {wanted}")
+    if pixels:
         return array
-    if array.dtype.kind != "f" or len(array) % 2:
-        raise Rejected(
-            f"{array.dtype} {array.shape} is neither uint8 pixels nor float latents (mean, deviation)"
-        )
     if not (np.abs(array) <= FP16_MAX).all():
         raise Rejected("holds values that are not finite in float16")
     return array.astype(np.float16)

@@ -21,17 +21,24 @@ def verify(uri: str) -> list[str]:
     Raises DatasetError if there is no manifest or no index to check against.
     """
     manifest = read_manifest(uri)
-    counts, moments, problems = Counter(), Moments(manifest.column), []
     with Store(uri) as store:
         entries = read_index(store)
-        problems += _check_listing(entries, manifest)
-        for entry in tqdm(entries, desc=f"verifying {uri}", unit="shard", dynamic_ncols=True):
-            try:
-                problems += _check_samples(open_shard(store, entry), manifest, counts, moments)
-            except DatasetError as error:
-                problems.append(str(error))
-        rejected = _count_rejected(store)
-    return problems or _check_totals(manifest, counts, rejected, moments)
+        try:
+            return _problems(store, manifest, entries)
+        except DatasetError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            return [f"index.json or manifest.json is damaged: {error!r}"]
+
+
+def _problems(store: Store, manifest: Manifest, entries: list[dict]) -> list[str]:
+    counts, moments, problems = Counter(), Moments(manifest.column), _check_listing(entries, manifest)
+    for entry in tqdm(entries, desc=f"verifying {store.uri}", unit="shard", dynamic_ncols=True):
+        try:
+            problems += _check_samples(open_shard(store, entry), manifest, counts, moments)
+        except DatasetError as error:
+            problems.append(str(error))
+    return problems or _check_totals(manifest, counts, _count_rejected(store), moments)
 
 
 def _count_rejected(store: Store) -> int:

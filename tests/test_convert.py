@@ -1,6 +1,7 @@
 """Conversion in one process: sources, bad input, labels, options, round trips, verify and show."""
 
 import json
+import os
 import shutil
 import struct
 import sys
@@ -238,6 +239,33 @@ def test_sixteen_bit_colour_and_transparency():
     assert decode(to_bytes(palette, transparency=0), 8)[:, 0, 0].tolist() == [255, 255, 255]
 
 
+def test_transparent_level_of_sixteen_bit_grey_is_white():
+    levels = np.full((8, 8), 1000, np.uint16)
+    levels[0] = 1001  # the same level of 8 bits
+    found = decode(to_bytes(Image.fromarray(levels), transparency=1000), 8)
+    assert found[0, :, 0].tolist() == [4] + [255] * 7
+
+
+def _exif(*entries: tuple) -> bytes:
+    """A block of (tag, type, count, value), as damaged as they are."""
+    tags = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + tags + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("block", "turned"),
+    [
+        (_exif((0x0112, 3, 1, b"\6\0\0\0"), (0x010F, 3, 1, b"\1\0\0\0")), True),  # the maker is a number
+        (b"garbage!", False),
+    ],
+)
+def test_damaged_exif_does_not_condemn_the_image(block, turned):
+    image = picture(np.random.default_rng(0))
+    data = decode(to_bytes(image, "JPEG", exif=b"Exif\0\0" + block))
+    plain = decode(to_bytes(image, "JPEG"))
+    np.testing.assert_array_equal(data, np.rot90(plain, -1, (1, 2)) if turned else plain)
+
+
 def bomb() -> bytes:
     """A PNG of 20000 x 20000 pixels in a few hundred kilobytes."""
     return to_bytes(Image.new("1", (20000, 20000)))
@@ -373,8 +401,36 @@ def test_linked_class_folders_are_followed_and_links_upwards_are_not(folder):
     assert sources.image_folder(str(folder), 16).labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
+def test_dangling_link_is_rejected_like_any_bad_image(folder, tmp_path, capsys):
+    (folder / SYNSETS[0] / "gone.png").symlink_to("nowhere")
+    assert convert("images", folder, "--size", 16, "--out", tmp_path / "out") == 1
+    assert f"{SYNSETS[0]}/gone.png: cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_names_that_are_not_text_are_kept(tmp_path):
+    name = os.fsdecode(b"\xff\xfe")
+    (tmp_path / "in" / name).mkdir(parents=True)
+    (tmp_path / "in" / name / f"{name}.png").write_bytes(to_bytes(Image.new("RGB", (8, 8))))
+    (tmp_path / "in" / name / f"{name}2.png").write_bytes(b"")
+    options = ["--size", 8, "--max-rejected", 1]
+    assert convert("images", tmp_path / "in", *options, "--out", tmp_path / "out") == 0
+    assert read_manifest(str(tmp_path / "out" / "train")).class_names == [name]
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
 def _loose(folder: Path) -> list:
     shutil.copy(folder / SYNSETS[0] / f"{SYNSETS[0]}_1.png", folder / "loose.png")
+    return []
+
+
+def _unclosed_quote(folder: Path) -> list:
+    (folder / "labels.csv").write_text('a.png,"cat\n')
+    return []
+
+
+def _huge_label(folder: Path) -> list:
+    rows = [[f"{synset}/{path.name}", 10**30] for synset in SYNSETS for path in (folder / synset).iterdir()]
+    (folder / "labels.json").write_text(json.dumps({"labels": rows}))
     return []
 
 
@@ -406,6 +462,8 @@ def _no_images(folder: Path) -> list:
         (_empty_class, "class folder 'n09999999' holds no images"),
         (_unlabelled_file, "labels.csv has no label for n01440764/n01440764_1.png (11 files in all)"),
         (_unknown_class, "unknown class 'n03445777'; there are 2: n01440764, n02123045"),
+        (_unclosed_quote, "labels.csv is not a CSV file: unexpected end of data"),
+        (_huge_label, f"label {10**30} is not in 0..1048575"),
         (_no_images, "holds no .jpg, .jpeg, .png, .webp files"),
         (lambda folder: ["--out", folder / "out"], "lies inside the source"),
         (lambda folder: ["--only", "dog"], "--only: unknown class 'dog'"),
@@ -432,6 +490,7 @@ def test_bad_input_is_one_clear_error_and_writes_nothing(folder, tmp_path, capsy
         ["--out", ""],
         ["--shard-samples", "0"],
         ["--encoder", "jpeg"],
+        ["--seed", "-1"],
     ],
 )
 def test_bad_options_are_usage_errors(tmp_path, capsys, words):
@@ -527,6 +586,43 @@ def test_other_content_of_the_same_size_is_another_dataset(tmp_path, capsys):
     assert "holds a different dataset: `input` is" in capsys.readouterr().err
 
 
+def _npy_header(shape: tuple) -> bytes:
+    buffer = BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (_npy_header((3, 2**21, 2**21)), "not an NPY file of images"),
+        (npy(np.zeros((3, 0), np.uint8)), "not an NPY file of images"),
+        (npy(np.zeros(5, np.uint8)), "uint8 (1, 5) is neither"),
+        (npy(np.zeros((5, 8, 8), np.uint8)), "uint8 (5, 8, 8) is neither"),
+    ],
+)
+def test_npy_file_without_an_image_is_rejected(tmp_path, capsys, data, reason):
+    """Also as the first file: the shape is that of the first good one."""
+    members = {"0.npy": data, "1.npy": npy(np.zeros((3, 8, 8), np.uint8))}
+    write_archive(tmp_path / "a.zip", members, None)
+    assert convert("zip", tmp_path / "a.zip", "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "1 samples were rejected" in error and f"0.npy: {reason}" in error
+
+
+@pytest.mark.parametrize("field", ["compression", "flags"])
+def test_unreadable_member_of_a_zip_is_rejected(tmp_path, capsys, field):
+    members = {f"{i}.png": to_bytes(picture(np.random.default_rng(i))) for i in range(2)}
+    write_archive(tmp_path / "a.zip", members, None)
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    entry, header = data.index(b"PK\1\2"), 0
+    offset, value = {"compression": (10, 8), "flags": (8, 1)}[field]  # deflate, which it is not; encrypted
+    data[entry + offset] = data[header + offset - 2] = value
+    (tmp_path / "a.zip").write_bytes(data)
+    assert convert("zip", tmp_path / "a.zip", "--out", tmp_path / "out") == 1
+    assert "1 samples were rejected" in (error := capsys.readouterr().err) and "0.png: cannot be" in error
+
+
 def test_colour_in_a_grey_archive_is_rejected(tmp_path, capsys):
     images = [Image.new("L", (8, 8), 9), Image.new("I;16", (8, 8)), Image.new("RGB", (8, 8), "red")]
     members = {f"{i}.png": to_bytes(image) for i, image in enumerate(images)}
@@ -555,7 +651,7 @@ def test_archive_with_null_labels_is_unlabelled_and_one_with_missing_labels_refu
     [
         (np.full((8, 4, 4), np.nan, np.float32), "not finite in float16"),
         (np.full((8, 4, 4), 1e6, np.float32), "not finite in float16"),
-        (np.zeros((3, 4, 4), np.float32), "neither uint8 pixels nor float latents"),
+        (np.zeros((3, 4, 4), np.float32), "neither uint8 pixels (1 or 3 channels) nor float latents"),
         (np.zeros((8, 4, 5), np.float32), "(8, 4, 5), expected float16 (8, 4, 4)"),
     ],
 )
@@ -618,6 +714,11 @@ def _wrong_size(folder: Path) -> str:
     return "shard.00000.mds: the size or the checksum is not that of the index"
 
 
+def _break_index(folder: Path) -> str:
+    (folder / "index.json").write_text('{"shards": [3]}')
+    return "index.json or manifest.json is damaged: TypeError"
+
+
 def _change_manifest(key: str, value: object, message: str):
     def change(folder: Path) -> str:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -634,6 +735,10 @@ def _change_manifest(key: str, value: object, message: str):
         _flip_byte,
         _lose_shard,
         _wrong_size,
+        _break_index,
+        _change_manifest("shape", "wide", "uint8 (1, 8, 8), not wide"),
+        _change_manifest("class_names", None, "index.json or manifest.json is damaged: TypeError"),
+        _change_manifest("shards", [1], "index.json or manifest.json is damaged: TypeError"),
         _change_manifest("class_names", ["0", "1"], "label 5 is not in 0..1"),
         _change_manifest("num_samples", 1796, "num_samples: the manifest says 1796, there are 1797"),
         _change_manifest("rejected", 3, "rejected: the manifest says 3, there are 0"),

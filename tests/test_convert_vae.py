@@ -130,6 +130,8 @@ def test_impossible_requests_are_refused_before_any_work(pictures, vae_folder, t
         == 1
     )
     assert "holds latents already" in capsys.readouterr().err
-    assert convert(*command(pictures, str(tmp_path), tmp_path / "out")) == 1
-    assert "--vae: cannot load" in capsys.readouterr().err
+    for model, device in ((str(tmp_path), "cpu"), (vae_folder, "cuda:99"), (vae_folder, "foo")):
+        assert convert(*command(pictures, model, tmp_path / "out", device=device)) == 1
+        error = capsys.readouterr().err
+        assert f"error: --vae: cannot load {model} on {device}: " in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
