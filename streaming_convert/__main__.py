@@ -20,6 +20,7 @@ from streaming_convert.sources import Source
 from streaming_convert.store import DatasetError, Store
 
 PASSING_OPTIONS = ("--workers", "--device", "--shard", "--max-rejected")  # do not decide what is written
+SHARD_HEADER = 1024  # bytes that a shard's description of its columns stays below
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,7 +204,8 @@ def make_plan(
     for i in splits[split]:
         version = source.versions[i] if source.versions else ""
         listing.update(f"{source.keys[i]}\t{source.labels[i]}\t{version}\n".encode(errors="surrogateescape"))
-    sample_bytes = int(np.prod(encoder.shape)) * (2 if encoder.column == "latents" else 1)
+    value_bytes = int(np.prod(encoder.shape)) * (2 if encoder.column == "latents" else 1)
+    sample_bytes = value_bytes + 12  # 8 of the label, 4 of the offset
     return Manifest(
         source=source.name,
         input={
@@ -221,7 +223,7 @@ def make_plan(
         crop=source.crop,
         flips=args.flips or source.flips,
         compression=args.compression,
-        shard_samples=max(1, min(args.shard_samples, args.shard_size // sample_bytes)),
+        shard_samples=max(1, min(args.shard_samples, (args.shard_size - SHARD_HEADER) // sample_bytes)),
     )
 
 
