@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -19,6 +20,7 @@ from streaming_convert.sources import Source
 from streaming_convert.store import DatasetError, Store
 
 PASSING_OPTIONS = ("--workers", "--device", "--shard", "--max-rejected")  # do not decide what is written
+SHARD_HEADER = 1024  # bytes that a shard's description of its columns stays below
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     merge = commands.add_parser(
         "merge", help="complete a dataset that several machines converted with --shard"
     )
-    merge.add_argument("out", metavar="FOLDER_OR_URI", help="the --out that they had in common")
+    merge.add_argument("out", type=_target, metavar="FOLDER_OR_URI", help="the --out that they had in common")
     merge.add_argument("--max-rejected", type=_at_least(0), default=0, help="as in the conversion")
     merge.set_defaults(run=run_merge)
 
@@ -107,6 +109,7 @@ def _target_options() -> argparse.ArgumentParser:
     add = options.add_argument
     add(
         "--out",
+        type=_target,
         required=True,
         metavar="FOLDER_OR_URI",
         help="writes its train/ and val/; s3://, gs://, oci:// too",
@@ -114,7 +117,7 @@ def _target_options() -> argparse.ArgumentParser:
     add("--val", type=_share, default=0.0, metavar="SHARE", help="share of samples for val/ (default: 0)")
     add("--only", nargs="+", metavar="CLASS", help="these classes only, numbered in this order")
     add("--limit", type=_at_least(1), metavar="N", help="N samples only, drawn at random")
-    add("--seed", type=int, default=0, help="of --val and --limit (default: 0)")
+    add("--seed", type=_at_least(0), default=0, help="of --val and --limit (default: 0)")
     add("--flips", action="store_true", help="store every sample a second time, mirrored")
     add("--encoder", choices=("none", "vae"), default="none", help="default: none, which stores uint8 pixels")
     add("--vae", default="stabilityai/sd-vae-ft-ema", metavar="NAME", help="diffusers folder or hub name")
@@ -133,7 +136,7 @@ def _target_options() -> argparse.ArgumentParser:
     add(
         "--compression", type=_compression, help="of the shards, in Streaming's names: zstd:3 (default: none)"
     )
-    add("--max-rejected", type=_at_least(0), default=0, help="bad samples to leave out without failing")
+    add("--max-rejected", type=_at_least(0), default=0, help="bad samples to leave out, in all splits")
     add("--workers", type=_at_least(1), default=os.cpu_count(), help="default: one per core (%(default)s)")
     add("--shard", type=_machine, default=(1, 1), metavar="I/N", help="machine I of N; at the end, run merge")
     return options
@@ -141,25 +144,40 @@ def _target_options() -> argparse.ArgumentParser:
 
 def run_convert(args: argparse.Namespace, argv: list[str]) -> int:
     """Converts a source, split by split; a finished identical dataset is left as it is."""
+    path = getattr(args, "path", None)
+    if path and "://" not in args.out and Path(args.out).resolve().is_relative_to(Path(path).resolve()):
+        raise DatasetError(f"--out {args.out} lies inside the source {path}")
     source = sources.subset(args.source(args), args.only, args.limit, args.seed)
+    _check_mirrors(source, args.flips, args.val)
     encoder = Stored(source)
     if args.encoder == "vae":
         encoder = VAE(source, args.vae, args.dtype, args.batch_size, args.device)
-    jobs = []
-    for split, items in split_items(len(source.keys), args.val, args.seed).items():
-        manifest = make_plan(args, argv, split, source, encoder, items)
-        jobs.append(writer.Job(f"{args.out.rstrip('/')}/{split}", source, encoder, items, manifest))
+    splits = split_items(len(source.keys), args.val, args.seed)
+    plans = [make_plan(args, argv, source, encoder, splits, split) for split in splits]
+    jobs = [
+        writer.Job(f"{args.out}/{split}", source, encoder, items, plan)
+        for (split, items), plan in zip(splits.items(), plans, strict=True)
+    ]
     complete = [writer.is_complete(job) for job in jobs]
     for job, done in zip(jobs, complete, strict=True):
         if done:
             print(f"{job.uri}: already complete")
-            continue
-        writer.convert(job, args.workers, args.shard)
-        if args.shard == (1, 1):
-            _finish(job.uri, args.max_rejected)
         else:
-            print(f"{job.uri}: this machine's part is done; run merge {args.out} when all are")
+            writer.convert(job, args.workers, args.shard)
+    if args.shard == (1, 1):
+        _finish([job.uri for job in jobs], args.max_rejected)
+    elif not all(complete):
+        print(f"{args.out}: this machine's part is done; run merge {args.out} when all are")
     return 0
+
+
+def _check_mirrors(source: Source, flips: bool, val: float) -> None:
+    """DatasetError if --flips or --val cannot be had of this source."""
+    if flips and source.column == "latents":
+        raise DatasetError("--flips: mirrored latents are not those of the mirrored image; flip the pixels")
+    if source.flips and (flips or val):
+        asked = "--flips" if flips else "--val"  # which would put an image here and its mirror image there
+        raise DatasetError(f"{asked}: the source holds mirror images of its samples already")
 
 
 def split_items(samples: int, share: float, seed: int) -> dict[str, np.ndarray]:
@@ -174,26 +192,38 @@ def split_items(samples: int, share: float, seed: int) -> dict[str, np.ndarray]:
 
 
 def make_plan(
-    args: argparse.Namespace, argv: list[str], split: str, source: Source, encoder: Encoder, items: np.ndarray
+    args: argparse.Namespace,
+    argv: list[str],
+    source: Source,
+    encoder: Encoder,
+    splits: dict[str, np.ndarray],
+    split: str,
 ) -> Manifest:
-    """The manifest without results: everything that decides the bytes of the dataset."""
+    """The manifest of one split without results: everything that decides the bytes of the dataset."""
     listing = xxhash.xxh64()
-    for i in items:
+    for i in splits[split]:
         version = source.versions[i] if source.versions else ""
-        listing.update(f"{source.keys[i]}\t{source.labels[i]}\t{version}\n".encode())
-    sample_bytes = int(np.prod(encoder.shape)) * (2 if encoder.column == "latents" else 1)
+        listing.update(f"{source.keys[i]}\t{source.labels[i]}\t{version}\n".encode(errors="surrogateescape"))
+    value_bytes = int(np.prod(encoder.shape)) * (2 if encoder.column == "latents" else 1)
+    sample_bytes = value_bytes + 12  # 8 of the label, 4 of the offset
     return Manifest(
         source=source.name,
-        input={"split": split, "samples": len(items), "xxh64": listing.hexdigest()},
+        input={
+            "split": split,
+            "splits": list(splits),
+            "samples": len(splits[split]),
+            "flips": source.flips,
+            "xxh64": listing.hexdigest(),
+        },
         command=_command(argv),
         column=encoder.column,
         shape=list(encoder.shape),
         class_names=source.class_names,
         encoder=encoder.info,
         crop=source.crop,
-        flips=args.flips,
+        flips=args.flips or source.flips,
         compression=args.compression,
-        shard_samples=max(1, min(args.shard_samples, args.shard_size // sample_bytes)),
+        shard_samples=max(1, min(args.shard_samples, (args.shard_size - SHARD_HEADER) // sample_bytes)),
     )
 
 
@@ -211,21 +241,20 @@ def _command(argv: list[str]) -> str:
 
 def run_merge(args: argparse.Namespace, argv: list[str]) -> int:
     """Completes train/ and val/ from the parts that all machines converted."""
-    out = args.out.rstrip("/")
-    with Store(out) as store:
+    with Store(args.out) as store:
         names = store.names()
-    splits = [split for split in ("train", "val") if f"{split}/{writer.PLAN}" in names]
-    if not splits:
-        raise DatasetError(f"{out} holds no unfinished conversion")
-    for split in splits:
-        _finish(f"{out}/{split}", args.max_rejected)
+        plans = [f"{split}/{writer.PLAN}" for split in ("train", "val") if f"{split}/{writer.PLAN}" in names]
+        if not plans:
+            raise DatasetError(f"{args.out} holds no unfinished conversion")
+        plan = Manifest.from_json(store.read(plans[0]), f"{args.out}/{plans[0]}")
+    _finish([f"{args.out}/{split}" for split in plan.input["splits"]], args.max_rejected)
     return 0
 
 
-def _finish(uri: str, max_rejected: int) -> None:
-    manifest = writer.finish(uri, max_rejected)
-    count = f"{manifest.num_samples} samples in {len(manifest.shards)} shards"
-    print(f"{uri}: {count}, {manifest.rejected} rejected")
+def _finish(uris: list[str], max_rejected: int) -> None:
+    for uri, manifest in zip(uris, writer.finish(uris, max_rejected), strict=True):
+        count = f"{manifest.num_samples} samples in {len(manifest.shards)} shards"
+        print(f"{uri}: {count}, {manifest.rejected} rejected")
 
 
 def run_verify(args: argparse.Namespace, argv: list[str]) -> int:
@@ -250,6 +279,13 @@ def run_show(args: argparse.Namespace, argv: list[str]) -> int:
     sample_grid(uri, args.columns, args.rows, args.vae).save(args.out, format="PNG")
     print(f"{args.out}: samples of {uri}")
     return 0
+
+
+def _target(text: str) -> str:
+    target = text.rstrip("/")
+    if not target or target.endswith(":"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder or URI")
+    return target
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -293,8 +329,10 @@ def _bytes(text: str) -> int:
 def _compression(text: str) -> str:
     from streaming.base.compression import is_compression
 
-    if not is_compression(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a compression of Streaming's, such as zstd:3")
+    if not is_compression(text) or text.startswith("gz"):  # which would store the time of day
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not one of br, bz2, snappy, zstd, or one of these with a level, such as zstd:3"
+        )
     return text
 
 

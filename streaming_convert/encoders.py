@@ -91,11 +91,13 @@ def load_vae(model: str, dtype: str = "fp32", device: str | None = None):  # noq
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise DatasetError("a VAE needs diffusers: pip install 'terminal-velocity[vae]'") from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         vae = AutoencoderKL.from_pretrained(model, torch_dtype=getattr(torch, DTYPES[dtype]))
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"--vae: cannot load {model}: {error}") from error
-    return vae.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        return vae.to(device).eval()
+    except Exception as error:  # torch, safetensors and the hub have their own
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"--vae: cannot load {model} on {device}: {reason}") from error
 
 
 def hash_weights(model: "torch.nn.Module") -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from streaming_convert.store import DatasetError
 
 LABEL_FILES = ("labels.csv", "labels.json", "dataset.json")
+MAX_CLASSES = 2**20  # of labels that are numbers; a larger one is a slip
 
 
 def from_folders(folder: str, keys: list[str]) -> list[str]:
@@ -60,8 +61,11 @@ def parse_json(text: str | bytes, path: str) -> dict[str, str | int] | None:
 
 def parse_csv(text: str, path: str) -> dict[str, str | int]:
     """{file: label} of rows `file,label`, or of ImageNet's LOC_val_solution.csv."""
-    rows = [row for row in csv.reader(io.StringIO(text)) if row]
-    short = [row for row in rows if len(row) < 2 or not row[1].strip()]
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text), strict=True) if row]
+    except csv.Error as error:
+        raise DatasetError(f"{path} is not a CSV file: {error}") from error
+    short = [row for row in rows if len(row) < 2 or not row[1]]
     if short:
         raise DatasetError(f"{path}: a row has no class: {','.join(short[0])}")
     if rows and rows[0][:2] == ["ImageId", "PredictionString"]:  # the class, then boxes
@@ -89,7 +93,7 @@ def number(labels: list[str | int], names: list[str] | None = None) -> tuple[np.
     """
     kinds = {type(label) for label in labels}
     if kinds == {int}:
-        names = names or [str(i) for i in range(max(labels) + 1)]
+        names = names or [str(i) for i in range(min(max(labels) + 1, MAX_CLASSES))]
         wrong = [label for label in labels if not 0 <= label < len(names)]
         if wrong:
             raise DatasetError(f"label {wrong[0]} is not in 0..{len(names) - 1}")
@@ -112,8 +116,8 @@ def unknown_class(name: str, names: list[str]) -> str:
 
 
 def read_text(path: str) -> str:
-    """The UTF-8 text of a file that the user named; DatasetError if it cannot be read."""
+    """The UTF-8 text of a file that the user named, less its byte order mark; DatasetError if unreadable."""
     try:
-        return Path(path).read_text("utf-8")
+        return Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"cannot read {path}: {error}") from error

@@ -8,6 +8,8 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 
+import xxhash
+
 from streaming_convert.store import DatasetError, Store
 
 MANIFEST = "manifest.json"
@@ -21,7 +23,9 @@ class Manifest:
     """Description of one split. Without its results it is the plan that a conversion follows.
 
     column: "image" (uint8, C,H,W) or "latents" (float16, 2c,h,w: posterior mean, then standard deviation).
-    input: {split, samples, xxh64} of the list of files and labels that went in.
+    input: {split, splits, samples, flips, xxh64}: this split, all splits of the dataset, and what went in:
+        number of samples, whether mirror images were among them, checksum of the list of files and labels.
+    flips: whether the dataset holds mirror images.
     channel_mean, channel_std: of what training sees before it normalises, one value per channel: pixels in
         0..255 units; for latents the c channels of mean + std * noise.
     shards: {file name: {bytes, xxh64, samples}}, of the file as stored.
@@ -46,9 +50,14 @@ class Manifest:
     rejected: int = 0
     shards: dict[str, dict] = field(default_factory=dict)
 
+    @property
+    def copies(self) -> int:
+        """How often an input sample is stored: twice where this conversion adds its mirror image."""
+        return 2 if self.flips and not self.input["flips"] else 1
+
     def to_json(self) -> bytes:
         """The file's bytes; equal manifests give equal bytes."""
-        return (json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode()
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> "Manifest":
@@ -80,12 +89,24 @@ def read_manifest(uri: str) -> Manifest:
     return Manifest.from_json(text, f"{uri}/{MANIFEST}")
 
 
+def _decisive(plan: Manifest) -> dict:
+    """What decides the bytes of a dataset: not its results, the words of the command or the VAE's folder."""
+    values = dataclasses.asdict(plan)
+    values["encoder"].pop("model", None)
+    return {key: value for key, value in values.items() if key not in (*RESULTS, "command")}
+
+
+def fingerprint(plan: Manifest) -> str:
+    """xxh64 that two plans share if they describe the same dataset."""
+    return xxhash.xxh64(json.dumps(_decisive(plan), sort_keys=True)).hexdigest()
+
+
 def difference(plan: Manifest, other: Manifest) -> str | None:
-    """Says where two plans describe different datasets, or None. The command line itself does not count."""
-    for key in (f.name for f in dataclasses.fields(Manifest)):
-        mine, theirs = getattr(plan, key), getattr(other, key)
-        if key not in (*RESULTS, "command") and mine != theirs:
-            return f"`{key}` is {_short(theirs)} there and {_short(mine)} here"
+    """Says where two plans describe different datasets, or None."""
+    here, there = _decisive(plan), _decisive(other)
+    for key, value in here.items():
+        if value != there[key]:
+            return f"`{key}` is {_short(there[key])} there and {_short(value)} here"
     return None
 
 

@@ -40,7 +40,7 @@ def read_index(store: Store) -> list[dict]:
     """The entries of index.json, one per shard."""
     try:
         return json.loads(store.read("index.json"))["shards"]
-    except (FileNotFoundError, ValueError, KeyError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{store.uri}/index.json is missing or damaged: {error}") from error
 
 
@@ -49,11 +49,14 @@ class Shard:
 
     def __init__(self, entry: dict, data: bytes) -> None:
         """`entry` is the shard's in index.json, `data` its file. Raises DatasetError if they do not agree."""
-        self.name, checksum = stored_file(entry)
-        if xxhash.xxh64(data).hexdigest() != checksum:
-            raise DatasetError(f"{self.name}: the checksum is not that of the index")
+        file = stored_file(entry)
+        self.name = file["basename"]
+        if len(data) != file["bytes"] or xxhash.xxh64(data).hexdigest() != file["hashes"]["xxh64"]:
+            raise DatasetError(f"{self.name}: the size or the checksum is not that of the index")
         if entry["compression"]:
             data = decompress(entry["compression"], data)
+            if len(data) != entry["raw_data"]["bytes"]:
+                raise DatasetError(f"{self.name}: the size without compression is not that of the index")
         self._data = data
         self._offsets = np.frombuffer(data, np.uint32, entry["samples"] + 1, offset=4)
         self._reader = MDSReader.from_json("", None, entry)
@@ -65,15 +68,23 @@ class Shard:
         return self._reader.decode_sample(self._data[self._offsets[index] : self._offsets[index + 1]])
 
 
-def stored_file(entry: dict) -> tuple[str, str]:
-    """Name and checksum of the file that holds a shard."""
-    file = entry["zip_data"] or entry["raw_data"]
-    return file["basename"], file["hashes"]["xxh64"]
+def stored_file(entry: dict) -> dict:
+    """What the index says of the file that holds a shard: its basename, bytes and hashes."""
+    return entry["zip_data"] or entry["raw_data"]
+
+
+def list_shards(entries: list[dict]) -> dict[str, dict]:
+    """Entries of the index as the manifest has them: {file name: {bytes, xxh64, samples}}."""
+    files = [(stored_file(entry), entry["samples"]) for entry in entries]
+    return {
+        file["basename"]: {"bytes": file["bytes"], "xxh64": file["hashes"]["xxh64"], "samples": samples}
+        for file, samples in files
+    }
 
 
 def open_shard(store: Store, entry: dict) -> Shard:
     """Reads one shard of the dataset; DatasetError if its file is missing or damaged."""
-    name, _ = stored_file(entry)
+    name = stored_file(entry)["basename"]
     try:
         return Shard(entry, store.read(name))
     except FileNotFoundError as error:

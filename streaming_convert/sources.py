@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
@@ -38,6 +39,7 @@ class Source:
     versions: sizes or checksums of the inputs, so that changed files are noticed.
     crop: how an image was brought to `shape`, in words; "none" where it already had it.
     encoder: who made the latents, for a source that holds them.
+    flips: whether mirror images are among the samples.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Source:
     column: str = "image"
     crop: str = "none"
     encoder: dict | None = None
+    flips: bool = False
 
     def take(self, positions: np.ndarray) -> "Source":
         """The same source with the samples at these positions only."""
@@ -65,6 +68,8 @@ def subset(source: Source, only: list[str] | None, limit: int | None, seed: int)
         unknown = [name for name in only if name not in source.class_names]
         if unknown:
             raise DatasetError("--only: " + labels.unknown_class(unknown[0], source.class_names))
+        if len(set(only)) < len(only):
+            raise DatasetError(f"--only names a class twice: {' '.join(only)}")
         new = {source.class_names.index(name): label for label, name in enumerate(only)}
         source = source.take(np.flatnonzero(np.isin(source.labels, list(new))))
         relabelled = np.array([new[label] for label in source.labels.tolist()], np.int64)
@@ -131,20 +136,32 @@ def image_folder(
 def _list_images(root: Path) -> tuple[list[str], list[str]]:
     """Relative names, in order, and sizes in bytes of the image files below `root`, but for hidden ones."""
     found, others = {}, Counter()
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in (name for name in files if not name.startswith(".")):
-            path = Path(folder, name)
-            if name.lower().endswith(SUFFIXES):
-                found[path.relative_to(root).as_posix()] = str(path.stat().st_size)
-            elif path.suffix.lower() not in (".csv", ".json", ".txt"):
-                others[path.suffix] += 1
+    for key in _walk(root):
+        path = root / key
+        if key.lower().endswith(SUFFIXES):
+            found[key] = str(path.stat().st_size) if path.exists() else "missing"  # a dangling link
+        elif path.suffix.lower() not in (".csv", ".json", ".txt"):
+            others[path.suffix] += 1
     if others:
         print(f"{root}: passing over files that are not {', '.join(SUFFIXES)}: {dict(others)}")
     if not found:
         raise DatasetError(f"{root} holds no {', '.join(SUFFIXES)} files")
     keys = sorted(found)
     return keys, [found[key] for key in keys]
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Names of the files below `root`, but for hidden ones; links are followed unless they lead up again."""
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        here = Path(folder).resolve()
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if not name.startswith(".") and not here.is_relative_to((here / name).resolve())
+        ]
+        for name in files:
+            if not name.startswith("."):
+                yield Path(folder, name).relative_to(root).as_posix()
 
 
 def _read_file(path: Path) -> bytes:
@@ -158,22 +175,17 @@ def archive(path: str, size: int | None = None, unlabelled: bool = False) -> Sou
     """The released code's datasets: a ZIP or folder of PNG or NPY files, with their labels in dataset.json.
 
     NPY files hold uint8 pixels (C,H,W), or float latents (2c,h,w): the posterior's mean, then its deviation.
-    Shape and kind are those of the first file; `size` crops and scales pixels.
+    Shape and kind are those of the first good file; `size` crops and scales pixels.
     """
     files = Archive(path)
-    keys = sorted(name for name in files.versions if name.lower().endswith((*SUFFIXES, ".npy")))
+    keys = sorted(name for name in files.names if name.lower().endswith((*SUFFIXES, ".npy")))
     if not keys:
         raise DatasetError(f"{path} holds no PNG or NPY files")
     rows = None if unlabelled else files.labels()
     numbers, class_names = np.zeros(len(keys), np.int64), []
     if rows is not None:
         numbers, class_names = labels.number(labels.match(rows, keys, f"{path}: dataset.json"))
-    try:
-        first = files.sample(keys[0], size)
-    except Rejected as error:
-        raise DatasetError(
-            f"{path}: {keys[0]}, the first file, gives the shape but is bad: {error}"
-        ) from error
+    first = _first_good(files, keys, size)
     latents = first.dtype == np.float16
     if latents and size:
         raise DatasetError(f"--size: {path} holds latents, which cannot be scaled")
@@ -183,25 +195,30 @@ def archive(path: str, size: int | None = None, unlabelled: bool = False) -> Sou
         labels=numbers,
         class_names=class_names,
         shape=first.shape,
-        load=lambda key: files.sample(key, size, channels=len(first)),
-        versions=[files.versions[key] for key in keys],
+        load=lambda key: files.sample(key, size, keep_grey=len(first) == 1),
+        versions=[files.version(key) for key in keys],
         column="latents" if latents else "image",
         crop=ADM_CROP if size else "none",
         encoder={"name": "precomputed", "hash": None, "scaling": 1.0} if latents else None,
     )
 
 
+def _first_good(files: "Archive", keys: list[str], size: int | None) -> np.ndarray:
+    for key in keys:
+        try:
+            return files.sample(key, size, keep_grey=True)
+        except Rejected as error:
+            reason = f"{key}: {error}"
+    raise DatasetError(f"{files.path}: no file can be used; {reason}")
+
+
 class Archive:
-    """The files of a ZIP, or of a folder in the same layout; `versions` maps their names to sizes."""
+    """The files of a ZIP, or of a folder in the same layout; `names` are relative to it."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self._local = threading.local()  # an open ZIP has one file position, so: one per thread and process
-        if self.path.is_dir():
-            files = (file for file in self.path.rglob("*") if file.is_file())
-            self.versions = {f.relative_to(self.path).as_posix(): str(f.stat().st_size) for f in files}
-        else:
-            self.versions = {i.filename: f"{i.file_size} {i.CRC:08x}" for i in self._zip().infolist()}
+        self.names = set(_walk(self.path) if self.path.is_dir() else self._zip().namelist())
 
     def _zip(self) -> zipfile.ZipFile:
         if getattr(self._local, "pid", None) != os.getpid():
@@ -215,40 +232,53 @@ class Archive:
         """Content of one file; Rejected if it is damaged."""
         if self.path.is_dir():
             return _read_file(self.path / name)
+        archive = self._zip()
         try:
-            return self._zip().read(name)
-        except (OSError, zipfile.BadZipFile) as error:
+            return archive.read(name)
+        except Exception as error:  # damaged, encrypted, or of an unknown compression: each has its own
             raise Rejected(f"cannot be read: {error}") from error
+
+    def version(self, name: str) -> str:
+        """A checksum of one file's content: NPY files of one kind have one size, whatever they hold."""
+        if self.path.is_dir():
+            path = self.path / name
+            return xxhash.xxh64(path.read_bytes()).hexdigest() if path.exists() else "missing"
+        return f"{self._zip().getinfo(name).CRC:08x}"
 
     def labels(self) -> dict[str, str | int] | None:
         """The rows of dataset.json; None if it says that there are no labels."""
-        if "dataset.json" not in self.versions:
+        if "dataset.json" not in self.names:
             raise DatasetError(
                 f"{self.path} holds no dataset.json with labels; pass --unlabelled to do without"
             )
-        return labels.parse_json(self.read("dataset.json"), f"{self.path}: dataset.json")
+        try:
+            text = self.read("dataset.json")
+        except Rejected as error:
+            raise DatasetError(f"{self.path}: dataset.json {error}") from error
+        return labels.parse_json(text, f"{self.path}: dataset.json")
 
-    def sample(self, name: str, size: int | None, channels: int | None = None) -> np.ndarray:
+    def sample(self, name: str, size: int | None, keep_grey: bool) -> np.ndarray:
         """One image as uint8 (C,H,W), scaled to `size`, or latents as float16 (2c,h,w)."""
         data = self.read(name)
         if name.lower().endswith(".npy"):
             return _scaled(_array(data), size)
-        return decode(data, size, channels)
+        return decode(data, size, keep_grey)
 
 
 def _array(data: bytes) -> np.ndarray:
     """An NPY file as uint8 pixels or float16 latents (C,H,W); leading axes of length 1 are dropped."""
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise Rejected(f"not an NPY file: {error}") from error
-    array = array.reshape(-1, *array.shape[-2:])
-    if array.dtype == np.uint8:
+        array = array.reshape(-1, *array.shape[-2:])
+    except Exception as error:  # a damaged header can ask for any type, shape and memory
+        raise Rejected(f"not an NPY file of images: {error}") from error
+    pixels = array.dtype == np.uint8 and len(array) in (1, 3)
+    latents = array.dtype.kind == "f" and len(array) % 2 == 0
+    if array.ndim != 3 or not array.size or not (pixels or latents):
+        wanted = "uint8 pixels (1 or 3 channels) nor float latents (mean, deviation)"
+        raise Rejected(f"{array.dtype} {array.shape} is neither {wanted}")
+    if pixels:
         return array
-    if array.dtype.kind != "f" or len(array) % 2:
-        raise Rejected(
-            f"{array.dtype} {array.shape} is neither uint8 pixels nor float latents (mean, deviation)"
-        )
     if not (np.abs(array) <= FP16_MAX).all():
         raise Rejected("holds values that are not finite in float16")
     return array.astype(np.float16)
@@ -336,7 +366,7 @@ def mds(uri: str, size: int | None = None) -> Source:
     for i, entry in enumerate(tqdm(entries, desc="reading labels", unit="shard", disable=len(entries) < 100)):
         keys += [f"{i}/{j}" for j in range(entry["samples"])]
         numbers += [shard(i)[j]["label"] for j in range(entry["samples"])]
-        versions += [stored_file(entry)[1]] * entry["samples"]
+        versions += [stored_file(entry)["hashes"]["xxh64"]] * entry["samples"]
 
     def load(key: str) -> np.ndarray:
         i, j = map(int, key.split("/"))
@@ -353,6 +383,7 @@ def mds(uri: str, size: int | None = None) -> Source:
         column=manifest.column,
         crop=ADM_CROP if size else manifest.crop,
         encoder=manifest.encoder if manifest.column == "latents" else None,
+        flips=manifest.flips,
     )
 
 

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from streaming_convert.retry import attempt
+from streaming_convert.retry import attempt, status
 
 WORK = ".parts"  # bookkeeping of an unfinished conversion, inside the dataset folder
 
@@ -72,8 +72,7 @@ class Store:
         try:
             attempt(f"read {source}", lambda: self._download(source, path), DatasetError)
         except DatasetError as error:  # every provider has its own for a missing object
-            answer = str(error.__cause__)
-            if "404" in answer or "not found" in answer.lower():
+            if status(error) == 404 or isinstance(error.__cause__, FileNotFoundError):
                 raise FileNotFoundError(source) from error
             raise
         return path
@@ -97,7 +96,7 @@ class Store:
         if not self.remote:
             root = Path(self.uri)
             return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-        prefix = self.uri.split("://", 1)[1].partition("/")[2] + "/"
+        prefix = (self.uri.split("://", 1)[1].partition("/")[2] + "/").lstrip("/")
         keys = attempt(f"list {self.uri}", lambda: self._client().list_objects(), DatasetError)
         return {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
 

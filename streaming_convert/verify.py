@@ -7,36 +7,52 @@ from tqdm import tqdm
 
 from streaming_convert.manifest import STORED_DTYPE, Manifest, read_manifest
 from streaming_convert.moments import Moments
-from streaming_convert.shards import Shard, open_shard, read_index, stored_file
+from streaming_convert.shards import Shard, list_shards, open_shard, read_index
 from streaming_convert.store import DatasetError, Store
+from streaming_convert.writer import REJECTED
 
 
 def verify(uri: str) -> list[str]:
     """Problems of one split; none if it is sound.
 
-    Checked are the checksum of every shard; number, shape, type and label range of its samples; that latents
-    are finite and deviations not negative; and the manifest's shard list, class counts, mean and deviation.
+    Checked are the size and checksum of every shard; number, shape, type and label range of its samples; that
+    latents are finite and deviations not negative; and the manifest's shard list, class counts, number of
+    rejected samples, mean and deviation.
     Raises DatasetError if there is no manifest or no index to check against.
     """
     manifest = read_manifest(uri)
-    counts, moments, problems = Counter(), Moments(manifest.column), []
     with Store(uri) as store:
         entries = read_index(store)
-        problems += _check_listing(entries, manifest)
-        for entry in tqdm(entries, desc=f"verifying {uri}", unit="shard", dynamic_ncols=True):
-            try:
-                problems += _check_samples(open_shard(store, entry), manifest, counts, moments)
-            except DatasetError as error:
-                problems.append(str(error))
-    return problems or _check_totals(manifest, counts, moments)
+        try:
+            return _problems(store, manifest, entries)
+        except DatasetError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            return [f"index.json or manifest.json is damaged: {error!r}"]
+
+
+def _problems(store: Store, manifest: Manifest, entries: list[dict]) -> list[str]:
+    counts, moments, problems = Counter(), Moments(manifest.column), _check_listing(entries, manifest)
+    for entry in tqdm(entries, desc=f"verifying {store.uri}", unit="shard", dynamic_ncols=True):
+        try:
+            problems += _check_samples(open_shard(store, entry), manifest, counts, moments)
+        except DatasetError as error:
+            problems.append(str(error))
+    return problems or _check_totals(manifest, counts, _count_rejected(store), moments)
+
+
+def _count_rejected(store: Store) -> int:
+    try:
+        return len(store.read(REJECTED).splitlines())
+    except FileNotFoundError:
+        return 0
 
 
 def _check_listing(entries: list[dict], manifest: Manifest) -> list[str]:
-    """Whether index and manifest agree on names, checksums and numbers of samples."""
-    listed = {stored_file(entry)[0]: (stored_file(entry)[1], entry["samples"]) for entry in entries}
-    expected = {name: (shard["xxh64"], shard["samples"]) for name, shard in manifest.shards.items()}
-    names = sorted(set(listed) | set(expected))
-    return [f"{n}: index and manifest disagree" for n in names if listed.get(n) != expected.get(n)]
+    """Whether index and manifest agree on names, sizes, checksums and numbers of samples."""
+    listed = list_shards(entries)
+    names = sorted(set(listed) | set(manifest.shards))
+    return [f"{n}: index and manifest disagree" for n in names if listed.get(n) != manifest.shards.get(n)]
 
 
 def _check_samples(shard: Shard, manifest: Manifest, counts: Counter, moments: Moments) -> list[str]:
@@ -62,15 +78,16 @@ def _check_samples(shard: Shard, manifest: Manifest, counts: Counter, moments: M
     return problems
 
 
-def _check_totals(manifest: Manifest, counts: Counter, moments: Moments) -> list[str]:
+def _check_totals(manifest: Manifest, counts: Counter, rejected: int, moments: Moments) -> list[str]:
     """Whether the samples add up to what the manifest says."""
     mean, std = moments.mean_std()
     found = {
         "num_samples": counts.total(),
         "class_counts": [counts[label] for label in range(len(manifest.class_names))],
+        "rejected": rejected,
     }
     problems = [
-        f"{key}: the manifest says {getattr(manifest, key)}, the shards hold {value}"
+        f"{key}: the manifest says {getattr(manifest, key)}, there are {value}"
         for key, value in found.items()
         if getattr(manifest, key) != value
     ]

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from streaming_convert.encoders import Encoder
 from streaming_convert.images import Rejected
-from streaming_convert.manifest import MANIFEST, STORED_DTYPE, Manifest, difference
+from streaming_convert.manifest import MANIFEST, STORED_DTYPE, Manifest, difference, fingerprint
 from streaming_convert.moments import Moments
 from streaming_convert.sources import Source
 from streaming_convert.store import WORK, DatasetError, Store
@@ -157,7 +157,8 @@ def _convert_part(
                 writer.write({job.plan.column: value, "label": label})
         writer.finish()
         entry = _publish_shard(store, number, writer)
-        record = {"shard": entry, "counts": counts, "moments": moments.sums, "rejected": rejected}
+        results = {"shard": entry, "counts": counts, "moments": moments.sums, "rejected": rejected}
+        record = {"plan": fingerprint(job.plan), **results}
         store.write(_record_name(number), json.dumps(record).encode())
     except OSError as error:
         raise DatasetError(
@@ -192,7 +193,7 @@ def _batches(
         if isinstance(sample, Rejected):
             rejected.append({"key": job.source.keys[position], "reason": str(sample)})
             continue
-        views = [sample, sample[..., ::-1]] if job.plan.flips else [sample]
+        views = [sample, sample[..., ::-1]][: job.plan.copies]
         positions += [position] * len(views)
         samples += views
         if len(samples) >= job.encoder.batch_size:
@@ -242,29 +243,47 @@ def _publish_shard(store: Store, number: int, writer: "ShardWriter") -> dict | N
     return entry
 
 
-def finish(uri: str, max_rejected: int = 0) -> Manifest:
-    """Makes index and manifest of the dataset `uri` from the records of its parts, whoever converted them.
+def finish(uris: list[str], max_rejected: int = 0) -> list[Manifest]:
+    """Makes index and manifest of the splits `uris` of a dataset from the records of their parts, whoever
+    converted them. A finished split stays as it is.
 
-    Raises DatasetError if parts are missing or more than `max_rejected` samples were rejected; the list of
-    those is then in rejected.jsonl, and there is no manifest.
+    Raises DatasetError if parts are missing or more than `max_rejected` samples were rejected in all splits;
+    the lists of those are then in rejected.jsonl, and no split gets a manifest.
+    """
+    collected = {uri: _collect(uri) for uri in uris}
+    if sum(manifest.rejected for manifest, _ in collected.values()) > max_rejected:
+        raise DatasetError(_rejection_message(collected, max_rejected))
+    manifests = [_complete(*found) for found in collected.values()]
+    for (uri, (_, records)), manifest in zip(collected.items(), manifests, strict=True):
+        if records:
+            _publish_manifest(uri, manifest, records)
+    return manifests
+
+
+def _collect(uri: str) -> tuple[Manifest, list[dict]]:
+    """The plan with the number of rejected samples, and the records of its parts; if it is finished already,
+    the manifest and no records.
     """
     with Store(uri) as store:
         names = store.names()
+        if MANIFEST in names:
+            return Manifest.from_json(store.read(MANIFEST), f"{uri}/{MANIFEST}"), []
         if PLAN not in names:
-            raise DatasetError(f"{uri} holds no unfinished conversion")
+            raise DatasetError(f"{uri} holds no conversion, finished or not")
         plan = Manifest.from_json(store.read(PLAN), f"{uri}/{PLAN}")
         records = _read_records(store, plan, names)
         rejected = [line for record in records for line in record["rejected"]]
         if rejected:
             store.write(REJECTED, "".join(json.dumps(line) + "\n" for line in rejected).encode())
-        if len(rejected) > max_rejected:
-            raise DatasetError(_rejection_message(uri, rejected, max_rejected))
-        manifest = _complete(plan, records, len(rejected))
-        shards = [record["shard"] for record in records if record["shard"]]
+    return replace(plan, rejected=len(rejected)), records
+
+
+def _publish_manifest(uri: str, manifest: Manifest, records: list[dict]) -> None:
+    shards = [record["shard"] for record in records if record["shard"]]
+    with Store(uri) as store:
         store.write(INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
         store.write(MANIFEST, manifest.to_json())
     _clean_up(store)
-    return manifest
 
 
 def _clean_up(store: Store) -> None:
@@ -280,47 +299,51 @@ def _read_records(store: Store, plan: Manifest, names: set[str]) -> list[dict]:
         raise DatasetError(
             f"{store.uri}: {len(missing)} of {len(wanted)} parts are missing, the first is {missing[0]}"
         )
-    with ThreadPoolExecutor(
-        16
-    ) as pool:  # from a bucket, thousands of small files one by one would take minutes
-        return [json.loads(data) for data in pool.map(store.read, wanted)]
+    with ThreadPoolExecutor(16) as pool:  # from a bucket, thousands of files one by one would take minutes
+        records = [json.loads(data) for data in pool.map(store.read, wanted)]
+    for name, record in zip(wanted, records, strict=True):
+        if record["plan"] != fingerprint(plan):
+            raise DatasetError(f"{store.uri}/{name} is a part of another dataset than {PLAN}")
+    return records
 
 
-def _complete(plan: Manifest, records: list[dict], rejected: int) -> Manifest:
-    """The plan with the results of all parts filled in."""
+def _complete(plan: Manifest, records: list[dict]) -> Manifest:
+    """The plan with the results of all parts filled in; without records it is finished as it is."""
+    from streaming_convert.shards import list_shards
+
+    if not records:
+        return plan
     moments, counts = Moments(plan.column), Counter()
     for record in records:
         moments.merge(record["moments"])
         counts.update({int(label): count for label, count in record["counts"].items()})
     if not counts:
-        raise DatasetError(f"no sample could be converted, {rejected} were rejected")
+        raise DatasetError(f"no sample could be converted, {plan.rejected} were rejected")
     mean, std = moments.mean_std()
-    entries = [record["shard"] for record in records if record["shard"]]
-    files = [(entry["zip_data"] or entry["raw_data"], entry["samples"]) for entry in entries]
     return replace(
         plan,
         num_samples=counts.total(),
         class_counts=[counts[label] for label in range(len(plan.class_names))],
         channel_mean=mean,
         channel_std=std,
-        rejected=rejected,
-        shards={
-            file["basename"]: {"bytes": file["bytes"], "xxh64": file["hashes"]["xxh64"], "samples": samples}
-            for file, samples in files
-        },
+        shards=list_shards([record["shard"] for record in records if record["shard"]]),
     )
 
 
-def _rejection_message(uri: str, rejected: list[dict], allowed: int) -> str:
+def _rejection_message(collected: dict[str, tuple[Manifest, list[dict]]], allowed: int) -> str:
+    total = sum(manifest.rejected for manifest, _ in collected.values())
+    lists = [f"{uri}/{REJECTED}" for uri, (manifest, _) in collected.items() if manifest.rejected]
+    records = [record for _, records in collected.values() for record in records]
+    rejected = [line for record in records for line in record["rejected"]]
     shown = "".join(f"\n  {line['key']}: {line['reason']}" for line in rejected[:20])
     more = f"\n  and {len(rejected) - 20} more" if len(rejected) > 20 else ""
-    where = f"--max-rejected allows {allowed} (list: {uri}/{REJECTED})"
-    return f"{len(rejected)} samples were rejected, {where}:{shown}{more}"
+    where = f"--max-rejected allows {allowed} (list: {', '.join(lists)})"
+    return f"{total} samples were rejected, {where}{shown}{more}"
 
 
 def _part_items(plan: Manifest) -> int:
-    """Input samples per part; with flips every one of them is stored twice."""
-    return max(1, plan.shard_samples // (2 if plan.flips else 1))
+    """Input samples per part."""
+    return max(1, plan.shard_samples // plan.copies)
 
 
 def _num_parts(plan: Manifest) -> int:

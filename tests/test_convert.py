@@ -1,6 +1,7 @@
 """Conversion in one process: sources, bad input, labels, options, round trips, verify and show."""
 
 import json
+import os
 import shutil
 import struct
 import sys
@@ -140,9 +141,21 @@ def test_flips_follow_their_originals(tmp_path):
         assert original["label"] == mirrored["label"]
 
 
+def test_mirror_images_are_never_made_twice_nor_parted_from_their_originals(tmp_path, capsys):
+    convert("digits", "--out", tmp_path / "in", "--limit", 30, "--flips")
+    for option in (["--flips"], ["--val", 0.1]):
+        assert convert("mds", tmp_path / "in", "--out", tmp_path / "out", *option) == 1
+        assert f"{option[0]}: the source holds mirror images" in capsys.readouterr().err
+    assert convert("mds", tmp_path / "in", "--out", tmp_path / "out", "--shard-samples", 16) == 0
+    manifest = read_manifest(str(tmp_path / "out" / "train"))
+    assert manifest.flips and manifest.num_samples == 60 and len(manifest.shards) == 4
+
+
 def test_shard_size_bounds_the_samples_of_a_shard(tmp_path):
     convert("digits", "--out", tmp_path, "--shard-size", "8kb")
-    assert {shard["samples"] for shard in read_manifest(str(tmp_path / "train")).shards.values()} == {128, 5}
+    shards = read_manifest(str(tmp_path / "train")).shards.values()
+    assert {shard["samples"] for shard in shards} == {94, 11}
+    assert max(shard["bytes"] for shard in shards) <= 8192
 
 
 def test_number_of_workers_and_machines_does_not_show_in_the_result(tmp_path, capsys):
@@ -155,8 +168,20 @@ def test_number_of_workers_and_machines_does_not_show_in_the_result(tmp_path, ca
     assert "parts are missing" in capsys.readouterr().err
     assert convert(*options, "--out", tmp_path / "many", "--shard", "3/3") == 0
     assert not (tmp_path / "many" / "train" / "manifest.json").exists()
+    shutil.copytree(tmp_path / "many" / "train", tmp_path / "half" / "train")
+    assert main(["merge", str(tmp_path / "half")]) == 1
+    assert "half/val holds no conversion" in capsys.readouterr().err
     assert main(["merge", str(tmp_path / "many")]) == 0
     assert files(tmp_path / "one") == files(tmp_path / "two") == files(tmp_path / "many")
+
+
+def test_merge_refuses_parts_of_another_dataset(tmp_path, capsys):
+    for seed, shard in ((1, "1/2"), (2, "2/2")):
+        options = ["--limit", 100, "--shard-samples", 50, "--seed", seed, "--shard", shard]
+        assert convert("digits", *options, "--out", tmp_path / str(seed)) == 0
+    shutil.copytree(tmp_path / "1", tmp_path / "2", dirs_exist_ok=True)
+    assert main(["merge", str(tmp_path / "2")]) == 1
+    assert ".parts/00001.json is a part of another dataset" in capsys.readouterr().err
 
 
 # Images
@@ -216,6 +241,33 @@ def test_sixteen_bit_colour_and_transparency():
     assert decode(to_bytes(palette, transparency=0), 8)[:, 0, 0].tolist() == [255, 255, 255]
 
 
+def test_transparent_level_of_sixteen_bit_grey_is_white():
+    levels = np.full((8, 8), 1000, np.uint16)
+    levels[0] = 1001  # the same level of 8 bits
+    found = decode(to_bytes(Image.fromarray(levels), transparency=1000), 8)
+    assert found[0, :, 0].tolist() == [4] + [255] * 7
+
+
+def _exif(*entries: tuple) -> bytes:
+    """A block of (tag, type, count, value), as damaged as they are."""
+    tags = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + tags + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("block", "turned"),
+    [
+        (_exif((0x0112, 3, 1, b"\6\0\0\0"), (0x010F, 3, 1, b"\1\0\0\0")), True),  # the maker is a number
+        (b"garbage!", False),
+    ],
+)
+def test_damaged_exif_does_not_condemn_the_image(block, turned):
+    image = picture(np.random.default_rng(0))
+    data = decode(to_bytes(image, "JPEG", exif=b"Exif\0\0" + block))
+    plain = decode(to_bytes(image, "JPEG"))
+    np.testing.assert_array_equal(data, np.rot90(plain, -1, (1, 2)) if turned else plain)
+
+
 def bomb() -> bytes:
     """A PNG of 20000 x 20000 pixels in a few hundred kilobytes."""
     return to_bytes(Image.new("1", (20000, 20000)))
@@ -250,6 +302,8 @@ def test_slightly_too_large_image_is_a_bomb_too(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 99)
     with pytest.raises(Rejected, match="10x10 pixels"):
         decode(to_bytes(Image.new("RGB", (10, 10))), 8)
+    with pytest.raises(Rejected, match="720x8 pixels"):
+        decode(to_bytes(Image.new("RGB", (90, 1))), 8)
 
 
 def test_too_many_rejected_fail_at_the_end_with_the_list(folder, tmp_path, capsys):
@@ -271,6 +325,19 @@ def test_too_many_rejected_fail_at_the_end_with_the_list(folder, tmp_path, capsy
     assert [line["key"] for line in lines] == [f"{SYNSETS[0]}/empty.png", f"{SYNSETS[1]}/{SYNSETS[1]}_0.JPEG"]
     manifest = read_manifest(str(tmp_path / "out" / "train"))
     assert (manifest.num_samples, manifest.rejected, manifest.class_counts) == (11, 2, [4, 3, 4])
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_rejected_samples_count_over_all_splits_which_are_all_converted_first(folder, tmp_path, capsys):
+    keys = sources.image_folder(str(folder), 16).keys
+    for items in split_items(len(keys), 0.5, 0).values():
+        (folder / keys[items[0]]).write_bytes(b"")
+    command = ["images", folder, "--size", 16, "--out", tmp_path / "out", "--val", 0.5]
+    for allowed in (1, 2, 1):
+        assert convert(*command, "--max-rejected", allowed) == (allowed < 2)
+        error = capsys.readouterr().err
+        assert ("2 samples were rejected, --max-rejected allows 1" in error) == (allowed < 2)
+        assert (tmp_path / "out" / "val" / "rejected.jsonl").read_text().count("\n") == 1
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
@@ -317,6 +384,7 @@ def test_class_file_fixes_the_order(folder, tmp_path):
             "LOC_val_solution.csv",
             "ImageId,PredictionString\nb,cat 1 2 3 4 cat 5 6 7 8 \na,dog 85 1 499 272\n",
         ),
+        ("spaces.csv", "\ufeffb.png, cat\n a.png ,dog \n"),
         ("dataset.json", '{"labels": [["b.png", 0], ["a.png", 1]]}'),
     ],
 )
@@ -328,8 +396,43 @@ def test_flat_folder_with_a_label_file(tmp_path, name, text):
     assert dict(zip(source.keys, source.labels.tolist(), strict=True)) == {"a.png": 1, "b.png": 0}
 
 
+def test_linked_class_folders_are_followed_and_links_upwards_are_not(folder):
+    (folder / SYNSETS[2]).rename(folder.parent / "elsewhere")
+    (folder / SYNSETS[2]).symlink_to(folder.parent / "elsewhere")
+    (folder / SYNSETS[0] / "up").symlink_to(folder)
+    assert sources.image_folder(str(folder), 16).labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_dangling_link_is_rejected_like_any_bad_image(folder, tmp_path, capsys):
+    (folder / SYNSETS[0] / "gone.png").symlink_to("nowhere")
+    assert convert("images", folder, "--size", 16, "--out", tmp_path / "out") == 1
+    assert f"{SYNSETS[0]}/gone.png: cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_names_that_are_not_text_are_kept(tmp_path):
+    name = os.fsdecode(b"\xff\xfe")
+    (tmp_path / "in" / name).mkdir(parents=True)
+    (tmp_path / "in" / name / f"{name}.png").write_bytes(to_bytes(Image.new("RGB", (8, 8))))
+    (tmp_path / "in" / name / f"{name}2.png").write_bytes(b"")
+    options = ["--size", 8, "--max-rejected", 1]
+    assert convert("images", tmp_path / "in", *options, "--out", tmp_path / "out") == 0
+    assert read_manifest(str(tmp_path / "out" / "train")).class_names == [name]
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
 def _loose(folder: Path) -> list:
     shutil.copy(folder / SYNSETS[0] / f"{SYNSETS[0]}_1.png", folder / "loose.png")
+    return []
+
+
+def _unclosed_quote(folder: Path) -> list:
+    (folder / "labels.csv").write_text('a.png,"cat\n')
+    return []
+
+
+def _huge_label(folder: Path) -> list:
+    rows = [[f"{synset}/{path.name}", 10**30] for synset in SYNSETS for path in (folder / synset).iterdir()]
+    (folder / "labels.json").write_text(json.dumps({"labels": rows}))
     return []
 
 
@@ -361,8 +464,12 @@ def _no_images(folder: Path) -> list:
         (_empty_class, "class folder 'n09999999' holds no images"),
         (_unlabelled_file, "labels.csv has no label for n01440764/n01440764_1.png (11 files in all)"),
         (_unknown_class, "unknown class 'n03445777'; there are 2: n01440764, n02123045"),
+        (_unclosed_quote, "labels.csv is not a CSV file: unexpected end of data"),
+        (_huge_label, f"label {10**30} is not in 0..1048575"),
         (_no_images, "holds no .jpg, .jpeg, .png, .webp files"),
+        (lambda folder: ["--out", folder / "out"], "lies inside the source"),
         (lambda folder: ["--only", "dog"], "--only: unknown class 'dog'"),
+        (lambda folder: ["--only", *SYNSETS, SYNSETS[1]], "--only names a class twice"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_writes_nothing(folder, tmp_path, capsys, damage, message):
@@ -381,8 +488,11 @@ def test_bad_input_is_one_clear_error_and_writes_nothing(folder, tmp_path, capsy
         ["--shard", "5/4"],
         ["--shard-size", "many"],
         ["--compression", "rar"],
+        ["--compression", "gz:3"],
+        ["--out", ""],
         ["--shard-samples", "0"],
         ["--encoder", "jpeg"],
+        ["--seed", "-1"],
     ],
 )
 def test_bad_options_are_usage_errors(tmp_path, capsys, words):
@@ -441,7 +551,7 @@ def test_released_pixel_archive(tmp_path):
     )
 
 
-def test_released_latent_archive_becomes_latents_rounded_to_half(tmp_path):
+def test_released_latent_archive_becomes_latents_rounded_to_half(tmp_path, capsys):
     rng = np.random.default_rng(0)
     latents = np.concatenate([rng.normal(1, 5, (6, 4, 4, 4)), rng.uniform(0, 2, (6, 4, 4, 4))], 1).astype(
         np.float32
@@ -465,6 +575,63 @@ def test_released_latent_archive_becomes_latents_rounded_to_half(tmp_path):
     np.testing.assert_allclose(manifest.channel_std, expected, rtol=1e-12)
     draws = mean + std * rng.standard_normal((2000, *mean.shape))
     np.testing.assert_allclose(manifest.channel_std, draws.std((0, 1, 3, 4)), rtol=5e-3)
+    assert convert("zip", tmp_path / "vae.zip", "--flips", "--out", tmp_path / "flipped") == 1
+    assert "--flips: mirrored latents are not those" in capsys.readouterr().err
+
+
+def test_other_content_of_the_same_size_is_another_dataset(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for value in (0, 1):
+        (tmp_path / "in" / "0.npy").write_bytes(npy(np.full((1, 8, 8), value, np.uint8)))
+        code = convert("zip", tmp_path / "in", "--unlabelled", "--out", tmp_path / "out")
+        assert code == value
+    assert "holds a different dataset: `input` is" in capsys.readouterr().err
+
+
+def _npy_header(shape: tuple) -> bytes:
+    buffer = BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (_npy_header((3, 2**21, 2**21)), "not an NPY file of images"),
+        (npy(np.zeros((3, 0), np.uint8)), "not an NPY file of images"),
+        (npy(np.zeros(5, np.uint8)), "uint8 (1, 5) is neither"),
+        (npy(np.zeros((5, 8, 8), np.uint8)), "uint8 (5, 8, 8) is neither"),
+    ],
+)
+def test_npy_file_without_an_image_is_rejected(tmp_path, capsys, data, reason):
+    """Also as the first file: the shape is that of the first good one."""
+    members = {"0.npy": data, "1.npy": npy(np.zeros((3, 8, 8), np.uint8))}
+    write_archive(tmp_path / "a.zip", members, None)
+    assert convert("zip", tmp_path / "a.zip", "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "1 samples were rejected" in error and f"0.npy: {reason}" in error
+
+
+@pytest.mark.parametrize("field", ["compression", "flags"])
+def test_unreadable_member_of_a_zip_is_rejected(tmp_path, capsys, field):
+    members = {f"{i}.png": to_bytes(picture(np.random.default_rng(i))) for i in range(2)}
+    write_archive(tmp_path / "a.zip", members, None)
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    entry, header = data.index(b"PK\1\2"), 0
+    offset, value = {"compression": (10, 8), "flags": (8, 1)}[field]  # deflate, which it is not; encrypted
+    data[entry + offset] = data[header + offset - 2] = value
+    (tmp_path / "a.zip").write_bytes(data)
+    assert convert("zip", tmp_path / "a.zip", "--out", tmp_path / "out") == 1
+    assert "1 samples were rejected" in (error := capsys.readouterr().err) and "0.png: cannot be" in error
+
+
+def test_colour_in_a_grey_archive_is_rejected(tmp_path, capsys):
+    images = [Image.new("L", (8, 8), 9), Image.new("I;16", (8, 8)), Image.new("RGB", (8, 8), "red")]
+    members = {f"{i}.png": to_bytes(image) for i, image in enumerate(images)}
+    write_archive(tmp_path / "a.zip", members, None)
+    assert convert("zip", tmp_path / "a.zip", "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "1 samples were rejected" in error and "2.png: uint8 (3, 8, 8), expected uint8 (1, 8, 8)" in error
 
 
 def test_archive_with_null_labels_is_unlabelled_and_one_with_missing_labels_refused(tmp_path, capsys):
@@ -486,7 +653,7 @@ def test_archive_with_null_labels_is_unlabelled_and_one_with_missing_labels_refu
     [
         (np.full((8, 4, 4), np.nan, np.float32), "not finite in float16"),
         (np.full((8, 4, 4), 1e6, np.float32), "not finite in float16"),
-        (np.zeros((3, 4, 4), np.float32), "neither uint8 pixels nor float latents"),
+        (np.zeros((3, 4, 4), np.float32), "neither uint8 pixels (1 or 3 channels) nor float latents"),
         (np.zeros((8, 4, 5), np.float32), "(8, 4, 5), expected float16 (8, 4, 4)"),
     ],
 )
@@ -534,12 +701,24 @@ def _flip_byte(folder: Path) -> str:
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
     path.write_bytes(data)
-    return "shard.00001.mds: the checksum is not that of the index"
+    return "shard.00001.mds: the size or the checksum is not that of the index"
 
 
 def _lose_shard(folder: Path) -> str:
     (folder / "shard.00000.mds").unlink()
     return "shard.00000.mds: the file is missing"
+
+
+def _wrong_size(folder: Path) -> str:
+    size = (folder / "shard.00000.mds").stat().st_size
+    for path in (folder / "index.json", folder / "manifest.json"):
+        path.write_text(path.read_text().replace(f'"bytes": {size}', f'"bytes": {size + 1}'))
+    return "shard.00000.mds: the size or the checksum is not that of the index"
+
+
+def _break_index(folder: Path) -> str:
+    (folder / "index.json").write_text('{"shards": [3]}')
+    return "index.json or manifest.json is damaged: TypeError"
 
 
 def _change_manifest(key: str, value: object, message: str):
@@ -557,8 +736,14 @@ def _change_manifest(key: str, value: object, message: str):
     [
         _flip_byte,
         _lose_shard,
+        _wrong_size,
+        _break_index,
+        _change_manifest("shape", "wide", "uint8 (1, 8, 8), not wide"),
+        _change_manifest("class_names", None, "index.json or manifest.json is damaged: TypeError"),
+        _change_manifest("shards", [1], "index.json or manifest.json is damaged: TypeError"),
         _change_manifest("class_names", ["0", "1"], "label 5 is not in 0..1"),
-        _change_manifest("num_samples", 1796, "num_samples: the manifest says 1796, the shards hold 1797"),
+        _change_manifest("num_samples", 1796, "num_samples: the manifest says 1796, there are 1797"),
+        _change_manifest("rejected", 3, "rejected: the manifest says 3, there are 0"),
         _change_manifest("channel_mean", [77.0], "channel_mean: the manifest says [77.0]"),
         _change_manifest("shape", [1, 4, 16], "uint8 (1, 8, 8), not [1, 4, 16]"),
         _change_manifest("column", "latents", "the columns are ['image', 'label'], not latents and label"),

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from streaming_convert.__main__ import main
 from streaming_convert.manifest import read_manifest
-from streaming_convert.store import DatasetError
+from streaming_convert.store import DatasetError, Store
 from tests.test_convert import files
 
 SHARDS = 40
@@ -243,6 +243,20 @@ def test_killed_upload_is_continued_shard_by_shard(bucket, pictures, uninterrupt
         == 0
     )
     assert read_manifest(str(tmp_path / "copy" / "train")).num_samples == 30
+
+
+def test_whole_bucket_may_be_the_target(bucket):
+    assert main(["digits", "--limit", "20", "--workers", "1", "--out", "s3://data"]) == 0
+    assert main(["verify", "s3://data"]) == 0
+
+
+def test_only_an_answer_of_404_means_missing(monkeypatch):
+    def refuse(self: Store, source: str, path: Path) -> None:
+        raise PermissionError(f"{source}: forbidden")
+
+    monkeypatch.setattr(Store, "_download", refuse)
+    with pytest.raises(DatasetError, match="forbidden"):
+        Store("s3://bucket-404/set").read("index.json")
 
 
 def test_missing_bucket_is_one_clear_error(bucket, pictures, capsys):

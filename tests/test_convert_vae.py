@@ -91,7 +91,7 @@ def test_batch_size_shows_in_rounding_only(pictures, vae_folder, tmp_path):
 def test_resumed_encoding_equals_uninterrupted(pictures, vae_folder, tmp_path):
     convert(*command(pictures, vae_folder, tmp_path / "whole"))
     convert(*command(pictures, vae_folder, tmp_path / "parts", shard="2/3"))
-    words = command(pictures, vae_folder, tmp_path / "parts")
+    words = command(pictures, vae_folder + "/", tmp_path / "parts")  # the same weights
     assert main([*map(str, words), "--workers", "3"]) == 0
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
@@ -130,6 +130,8 @@ def test_impossible_requests_are_refused_before_any_work(pictures, vae_folder, t
         == 1
     )
     assert "holds latents already" in capsys.readouterr().err
-    assert convert(*command(pictures, str(tmp_path), tmp_path / "out")) == 1
-    assert "--vae: cannot load" in capsys.readouterr().err
+    for model, device in ((str(tmp_path), "cpu"), (vae_folder, "cuda:99"), (vae_folder, "foo")):
+        assert convert(*command(pictures, model, tmp_path / "out", device=device)) == 1
+        error = capsys.readouterr().err
+        assert f"error: --vae: cannot load {model} on {device}: " in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
