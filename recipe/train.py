@@ -168,7 +168,8 @@ def build_trainer(config: TrainConfig, load_path: str | None, preemption: Preemp
 
 def start(config: TrainConfig, preemption: Preemption) -> Trainer:
     """Checks the surroundings, and builds the trainer at the step where the run stands."""
-    dist.initialize_dist("gpu" if torch.cuda.is_available() else "cpu")
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    dist.initialize_dist(device, timeout=3600)  # while a checkpoint is downloaded, the other ranks wait
     check(config)
     with newest(config) as found:
         load_path, source = found or (None, None)
@@ -179,7 +180,7 @@ def start(config: TrainConfig, preemption: Preemption) -> Trainer:
     elif source:
         log.info("%s: resumed at step %d from %s", config.run_name, step, source)
     else:
-        log.info("%s: starting at step 0, no checkpoint in %s yet", config.run_name, config.save_folder)
+        log.info("%s: starting at step 0, %s has no complete checkpoint", config.run_name, config.save_folder)
     return trainer
 
 

@@ -10,13 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 
 import pytest
 
 from recipe import preflight
 from recipe.config import ConfigError, TrainConfig, load_config
-from recipe.resume import checkpoints, newest, prune, receipts
+from recipe.resume import Checkpoints, Preemption, checkpoints, newest, prune, receipts
 from recipe.storage import Folder, StorageError, normalize_uri
+from recipe.train import build_trainer
 from recipe.weights import load_weights
 from streaming_convert.manifest import read_manifest
 from tests.conftest import ROOT, TINY
@@ -195,6 +197,12 @@ def saved(s3, s3_digits, straight, tmp_path, request):
     return target
 
 
+def sign(folder, name, rank=0, **more):
+    """Writes a receipt for no files."""
+    receipt = {"run_name": "digits", "ranks": 1, "attempt": "a", "files": {}, **more}
+    folder.write(f"{name}/rank{rank}.json", json.dumps(receipt).encode())
+
+
 def resumed_from(config):
     with newest(config) as found:
         return found and found[1].rpartition("/")[2]
@@ -236,6 +244,7 @@ def test_a_first_checkpoint_that_was_never_completed_is_no_obstacle(s3, digits, 
         ("model.width=32", r"model\.width: 32 differs from the 16"),
         ("objective.name=flow_matching", r"objective\.name: flow_matching differs from the tvm"),
         ("parallel.fsdp2=true", r"parallel\.fsdp2: True differs from the False"),
+        ("ema.posthoc=[0.05]", r"ema\.posthoc: \[0\.05\] differs from the \[\]"),
         ("run_name=other", r"belongs to run_name 'digits', not 'other'"),
     ],
 )
@@ -272,19 +281,60 @@ def test_a_fork_starts_from_another_runs_checkpoint_in_its_own_folder(s3, straig
 def test_pruning_deletes_old_checkpoints_of_this_run_alone(saved):
     saved.write("ep0-ba2/rank0.pt", b"left over")
     saved.write("ep0-ba8/notes.txt", b"not ours")
-    saved.write("ep0-ba3/rank0.json", json.dumps({"run_name": "other", "ranks": 1, "attempt": "x"}).encode())
-    prune(saved, -1, "digits")
+    sign(saved, "ep0-ba3", run_name="other")
+    prune(saved, -1, "digits", 12)
     assert "ep0-ba8/rank0.pt" in saved.names()
-    prune(saved, 1, "digits")
+    prune(saved, 1, "digits", 12)
     names = {n for n in saved.names() if n.startswith("ep")}
     assert names == {"ep0-ba12/rank0.pt", "ep0-ba12/rank0.json", "ep0-ba8/notes.txt", "ep0-ba3/rank0.json"}
+
+
+def test_pruning_spares_the_checkpoint_just_saved_before_a_damaged_one(tmp_path):
+    folder = Folder(str(tmp_path))
+    for step in (4, 8, 12):
+        sign(folder, f"ep0-ba{step}")
+    prune(folder, 1, "digits", 8)
+    assert sorted(folder.names()) == ["ep0-ba12/rank0.json", "ep0-ba8/rank0.json"]
+
+
+def test_a_receipt_that_cannot_be_read_is_damage_and_never_a_fresh_start(digits, tmp_path, caplog):
+    config = config_of(digits, tmp_path / "save", f"folder={tmp_path}/run")
+    assert resumed_from(config) is None
+    folder = Folder(config.save_folder)
+    sign(folder, "ep0-ba4")
+    folder.write("ep0-ba8/rank0.json", b'{"run')
+    assert resumed_from(config) == "ep0-ba4"
+    assert "ep0-ba8 is damaged: not used" in caplog.text
+    folder.write("ep0-ba4/rank0.json", b"{}")
+    with pytest.raises(ConfigError, match=r"none of the checkpoints .*ep0-ba4/rank0.json is damaged"):
+        resumed_from(config)
+
+
+class AtOnce:
+    """A thread pool without threads."""
+
+    def submit(self, action, *arguments):
+        future = Future()
+        future.set_result(action(*arguments))
+        return future
+
+
+def test_weights_reach_the_bucket_before_the_receipt_that_ends_the_run(s3, digits, tmp_path, monkeypatch):
+    written, put = [], Folder.put
+    monkeypatch.setattr(Folder, "put", lambda self, name, path: (written.append(name), put(self, name, path)))
+    more = (f"folder={tmp_path}", "duration=1ep", "data.batch_size=1024", "grid.interval=null")
+    trainer = build_trainer(config_of(digits, s3.uri("order"), *more), None, Preemption(None))
+    (saver,) = (c for c in trainer.state.callbacks if isinstance(c, Checkpoints))
+    saver.thread = AtOnce()  # no export that comes after the save can overtake its upload
+    trainer.fit()
+    trainer.close()
+    assert written.index("weights/ba0000001-ema.safetensors") < written.index("ep1-ba1/rank0.json")
 
 
 def test_receipts_of_two_attempts_at_one_checkpoint_do_not_make_it_complete(tmp_path):
     folder = Folder(str(tmp_path))
     for rank, attempt in enumerate("ab"):
-        receipt = {"run_name": "r", "ranks": 2, "attempt": attempt, "files": {}}
-        folder.write(f"ep0-ba4/rank{rank}.json", json.dumps(receipt).encode())
+        sign(folder, "ep0-ba4", rank, ranks=2, attempt=attempt)
     (found,) = checkpoints(folder, folder.names())
     assert receipts(folder, found) is None
 
