@@ -52,8 +52,10 @@ class DataConfig:
         except ValueError as error:
             raise ValueError(f"data.cache_limit: {self.cache_limit!r} is not a size such as 100gb") from error
         if isinstance(self.normalize, dict):
-            if sorted(self.normalize) != ["mean", "std"]:
-                raise ValueError(f"data.normalize: {self.normalize} must have the keys mean and std")
+            lists = [v if isinstance(v, list) else [None] for v in self.normalize.values()]
+            numbers = all(isinstance(x, (int, float)) for values in lists for x in values)
+            if sorted(self.normalize) != ["mean", "std"] or not numbers:
+                raise ValueError(f"data.normalize: {self.normalize} must be lists of numbers mean and std")
         elif self.normalize not in ("pixels", "manifest"):
             raise ValueError(f"data.normalize: {self.normalize!r} is not pixels, manifest or {{mean, std}}")
 

@@ -195,6 +195,13 @@ def test_flow_matching_trains_through_the_same_key_without_a_target(digits):
         (["duration"], "duration: overrides are written key=value"),
         (["data.batch_size=0"], "data.batch_size: 0"),
         (["data.normalize={mean: [1.0]}"], "data.normalize"),
+        (["data.normalize={mean: [1.0], std: [x]}"], "data.normalize"),
+        (["data.normalize={mean: [1.0, 2.0], std: [1.0, 2.0]}"], "data.normalize: needs 1 values"),
+        (["data.normalize={mean:[1.0]}"], "data.normalize={mean:[1.0]}: not valid YAML"),
+        (["duration=soon"], "duration: 'soon' is not a time"),
+        (["save_interval=10"], "save_interval: '10' is not a time"),
+        (["optimizer.warmup=3"], "optimizer.warmup: '3' is not a time"),
+        (["fork_from=http://x/ep0-ba1"], "neither a local path nor"),
         (["log.wandb=yes"], "log.wandb"),
     ],
 )
