@@ -9,18 +9,19 @@ import netrc
 import os
 import shutil
 import sys
+import uuid
 from pathlib import Path
 
 import torch
 from composer.utils import dist, parse_uri
 
 from recipe.config import ConfigError, TrainConfig, load_config
-from recipe.data import SHUFFLE_WINDOW
+from recipe.data import SHUFFLE_WINDOW, normalizer
 from recipe.dit import DiT
-from recipe.resume import PROBE
-from recipe.storage import Folder, StorageError, retry_more
+from recipe.resume import PROBE, checkpoints, complete, fork
+from recipe.storage import Folder, StorageError
 from streaming_convert.manifest import MANIFEST, Manifest, read_manifest
-from streaming_convert.retry import status
+from streaming_convert.retry import status, transient
 from streaming_convert.store import DatasetError
 
 OCI_LOGIN = "oci setup config"
@@ -39,6 +40,10 @@ def check_data(config: TrainConfig) -> Manifest:
             raise ConfigError(
                 f"model.{key}: {getattr(config.model, key)} differs from the {value} of {config.data.source}"
             )
+    try:
+        normalizer(config.data, manifest)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return manifest
 
 
@@ -47,24 +52,32 @@ def login(scheme: str) -> str:
     return {"s3": "aws configure", "gs": "gcloud auth application-default login", "oci": OCI_LOGIN}[scheme]
 
 
+def reach(scheme: str) -> str:
+    """The command that shows whether a service answers at all."""
+    s3, gs = os.environ.get("S3_ENDPOINT_URL", "https://s3.amazonaws.com"), "https://storage.googleapis.com"
+    return {"s3": f"curl -I {s3}", "gs": f"curl -I {gs}", "oci": "oci os ns get"}[scheme]
+
+
 def mend(uri: str, error: StorageError) -> str:
     """The command that mends, or at least shows, why `uri` cannot be used."""
     if "://" not in uri:
         return f"ls -ld {uri}"
     scheme, bucket, path = parse_uri(uri)
-    code = status(error)
-    if code is None or code == 401:
+    if transient(error):
+        return reach(scheme)
+    if status(error) in (None, 401):
         return login(scheme)
+    endpoint = ' --endpoint-url "$S3_ENDPOINT_URL"' if "S3_ENDPOINT_URL" in os.environ else ""
     if "BucketNotFound" in str(error) or "NoSuchBucket" in str(error):
         return {
-            "s3": f"aws s3 mb s3://{bucket}",
+            "s3": f"aws s3 mb s3://{bucket}{endpoint}",
             "gs": f"gcloud storage buckets create gs://{bucket}",
             "oci": f"oci os bucket create --name {bucket} --compartment-id OCID",
         }[scheme]
     return {
-        "s3": f"aws s3 ls s3://{bucket}/{path}/",
-        "gs": f"gcloud storage ls gs://{bucket}/{path}/",
-        "oci": f"oci os object list --bucket-name {bucket} --prefix {path}/ --limit 1",
+        "s3": f"aws s3 ls {uri}/{endpoint}",
+        "gs": f"gcloud storage ls {uri}/",
+        "oci": f"oci os object list --bucket-name {bucket} --prefix '{path}' --limit 1",
     }[scheme]
 
 
@@ -82,15 +95,30 @@ def readable_data(config: TrainConfig) -> list[str]:
     return []
 
 
-def writable_checkpoints(config: TrainConfig) -> list[str]:
-    """List, write and delete in the checkpoint folder."""
+def writable(key: str, uri: str) -> list[str]:
+    """List, write and delete in a folder."""
+    probe = f"{PROBE}-{uuid.uuid4().hex}"  # nodes may share the folder
     try:
-        folder = Folder(config.save_folder)
+        folder = Folder(uri)
         folder.names()
-        folder.write(PROBE, b"")
-        folder.delete(PROBE)
+        folder.write(probe, b"")
+        folder.delete(probe)
     except StorageError as error:
-        return [f"save_folder: {error}. To mend: {mend(config.save_folder, error)}"]
+        return [f"{key}: {error}. To mend: {mend(uri, error)}"]
+    return []
+
+
+def forkable(config: TrainConfig) -> list[str]:
+    """The checkpoint that `fork_from` names, needed until the run has one of its own."""
+    folder = Folder(config.save_folder)
+    if not config.fork_from or complete(folder, checkpoints(folder, folder.names())):
+        return []
+    try:
+        fork(config)
+    except ConfigError as error:
+        return [str(error)]
+    except StorageError as error:
+        return [f"fork_from: {error}. To mend: {mend(config.fork_from, error)}"]
     return []
 
 
@@ -207,8 +235,9 @@ def wandb_key(config: TrainConfig) -> list[str]:
 def problems(config: TrainConfig, ranks: int) -> list[str]:
     """All that would make a run of `config` on that many ranks fail."""
     found = [*divisible(config, ranks), *precision(config), *wandb_key(config), *oci_agreement(config)]
-    found += [*readable_data(config), *writable_checkpoints(config)]
-    return found or [*cache_limit(config, ranks), *disk_space(config)]
+    found += [*readable_data(config), *writable("folder", config.folder)]
+    found += writable("save_folder", config.save_folder)
+    return found or [*cache_limit(config, ranks), *disk_space(config), *forkable(config)]
 
 
 def check(config: TrainConfig) -> None:
@@ -223,7 +252,6 @@ def main(arguments: list[str]) -> None:
     """Command line: CONFIG.yaml [key=value ...]."""
     if not arguments:
         raise SystemExit("usage: python -m recipe.preflight CONFIG.yaml [key=value ...]")
-    retry_more()
     ranks = int(os.environ.get("WORLD_SIZE", 0)) or torch.cuda.device_count() or 1
     try:
         config = load_config(TrainConfig, arguments[0], arguments[1:])

@@ -84,7 +84,7 @@ def read_json(folder: Folder, name: str, keys: set[str]) -> dict:
     except ValueError:
         content = None
     if not isinstance(content, dict) or not keys <= content.keys():
-        raise DamageError(f"{folder.uri}/{name} is damaged: it must be JSON with {', '.join(sorted(keys))}")
+        raise DamageError(f"{folder.uri}/{name} is damaged, it must be JSON with {', '.join(sorted(keys))}")
     return content
 
 
@@ -184,7 +184,7 @@ def claim(config: TrainConfig) -> tuple[str, list[Saved]]:
     Raises ConfigError, StorageError.
     """
     folder = Folder(config.save_folder)
-    names = [name for name in folder.names() if name != PROBE]
+    names = [name for name in folder.names() if not name.startswith(PROBE)]
     if names:
         check_identity(config, folder, names)
         if folder.remote and LOG in names and not Path(config.folder, LOG).exists():
@@ -196,9 +196,12 @@ def claim(config: TrainConfig) -> tuple[str, list[Saved]]:
     own = complete(folder, found)
     for name in [c.name for c in found if c.name not in [saved.name for saved in own]]:
         log.warning("%s/%s was never completed: not used", folder.uri, name)
-    if own or not config.fork_from:
-        return folder.uri, own
-    uri, _, name = config.fork_from.rstrip("/").rpartition("/")
+    return (folder.uri, own) if own or not config.fork_from else fork(config)
+
+
+def fork(config: TrainConfig) -> tuple[str, list[Saved]]:
+    """The folder and the checkpoint that `fork_from` names. Raises ConfigError, StorageError."""
+    uri, _, name = config.fork_from.rpartition("/")
     parent = Folder(uri)
     names = parent.names()
     found = complete(parent, [c for c in checkpoints(parent, names) if c.name == name])
@@ -223,6 +226,14 @@ def fetch(uri: str, name: str, files: dict[str, str], scratch: Path) -> tuple[Pa
     return scratch / name, damage(scratch / name, files)
 
 
+def remove_downloads(folder: str) -> None:
+    """Of starts that were killed. No rank leaves before all are done: nodes may share the folder."""
+    if dist.get_local_rank() == 0:
+        for left in Path(folder).glob("resume-*"):
+            shutil.rmtree(left, ignore_errors=True)
+    dist.barrier()
+
+
 @contextmanager
 def newest(config: TrainConfig) -> Iterator[tuple[str, str] | None]:
     """(what Composer's load_path takes, where it came from) of the newest usable checkpoint, None if the run
@@ -230,6 +241,7 @@ def newest(config: TrainConfig) -> Iterator[tuple[str, str] | None]:
 
     Raises ConfigError if there are checkpoints and none of them is sound: a run never starts over by itself.
     """
+    remove_downloads(config.folder)
     uri, found = on_rank_zero(lambda: claim(config))
     scratch, problems = None, []
     if dist.get_local_rank() == 0:

@@ -43,7 +43,7 @@ from recipe.model import StepKey, TVMModel
 from recipe.parallel import parallelism, prepare_blocks
 from recipe.preflight import check, check_data
 from recipe.resume import PREEMPTED, Checkpoints, Preemption, ignore_sigterm, newest
-from recipe.storage import StorageError, retry_more
+from recipe.storage import StorageError
 from streaming_convert.manifest import Manifest
 from streaming_convert.store import DatasetError
 
@@ -208,7 +208,6 @@ def main(arguments: list[str]) -> None:
         raise SystemExit("usage: composer recipe/train.py CONFIG.yaml [key=value ...] [--dry-run]")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("recipe").setLevel(logging.INFO if dist.get_global_rank() == 0 else logging.WARNING)
-    retry_more()
     try:
         config = load_config(TrainConfig, arguments[0], arguments[1:])
         if dry:

@@ -20,6 +20,7 @@ from recipe.resume import Checkpoints, Preemption, checkpoints, newest, prune, r
 from recipe.storage import Folder, StorageError, normalize_uri
 from recipe.train import build_trainer
 from recipe.weights import load_weights
+from streaming_convert import retry
 from streaming_convert.manifest import read_manifest
 from tests.conftest import ROOT, TINY
 from tests.fakes import Cloud
@@ -308,6 +309,17 @@ def test_a_receipt_that_cannot_be_read_is_damage_and_never_a_fresh_start(digits,
     folder.write("ep0-ba4/rank0.json", b"{}")
     with pytest.raises(ConfigError, match=r"none of the checkpoints .*ep0-ba4/rank0.json is damaged"):
         resumed_from(config)
+    folder.write("run.json", b"[]")
+    with pytest.raises(StorageError, match=r"run.json is damaged"):
+        resumed_from(config)
+
+
+def test_what_a_killed_start_left_is_no_obstacle_and_does_not_stay(digits, tmp_path):
+    (tmp_path / "save").mkdir()
+    (tmp_path / "save/run.json.tmp").write_bytes(b"{")
+    (tmp_path / "run/resume-killed/ep0-ba4").mkdir(parents=True)
+    assert resumed_from(config_of(digits, tmp_path / "save", f"folder={tmp_path}/run")) is None
+    assert not list((tmp_path / "run").iterdir())
 
 
 class AtOnce:
@@ -341,7 +353,6 @@ def test_receipts_of_two_attempts_at_one_checkpoint_do_not_make_it_complete(tmp_
 
 def test_a_flaky_endpoint_is_tried_again_until_it_answers(s3, cloud_env, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    preflight.retry_more()
     folder, content = Folder(s3.uri("flaky")), os.urandom(100_000)
     s3.faults.rate, before = 0.3, s3.faults.failed
     try:
@@ -372,7 +383,12 @@ class TestPreflight:
         ("override", "message"),
         [
             ("data.remote=s3://nowhere/x", r"data\.remote: .*To mend: aws s3 (mb|ls) s3://nowhere"),
-            ("save_folder=s3://nowhere/x", r"save_folder: .*To mend: aws s3 mb s3://nowhere"),
+            (
+                "save_folder=s3://nowhere/x",
+                r"To mend: aws s3 mb s3://nowhere --endpoint-url \"\$S3_ENDPOINT_URL",
+            ),
+            ("folder=/proc/none", r"folder: cannot write /proc/none/.*To mend: ls -ld /proc/none"),
+            ("fork_from=s3://tests/none/ep0-ba4", r"fork_from: .* is not a complete checkpoint"),
             ("data.batch_size=5", r"data\.batch_size: 5 is not a multiple of the 2 ranks"),
             ("log.wandb=online", r"log\.wandb: online, but there is no key\. To mend: wandb login"),
             ("model.size=16", r"model\.size: 16 differs from the 8"),
@@ -393,6 +409,12 @@ class TestPreflight:
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
         with pytest.raises(SystemExit, match=r"save_folder: .*NoCredentialsError.*To mend: aws configure"):
+            preflight.main(settings(tmp_path, s3_digits, s3.uri("preflight")))
+
+    def test_an_endpoint_that_does_not_answer_is_named(self, s3, s3_digits, tmp_path, monkeypatch):
+        monkeypatch.setattr(retry, "ATTEMPTS", 1)
+        monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")
+        with pytest.raises(SystemExit, match=r"save_folder: .*To mend: curl -I http://127.0.0.1:1"):
             preflight.main(settings(tmp_path, s3_digits, s3.uri("preflight")))
 
     def test_oci_configurations_that_differ_are_named(self, oci, tmp_path, monkeypatch):
@@ -420,8 +442,13 @@ class TestPreflight:
         assert "To mend: oci setup config" in problem
 
     def test_a_bucket_that_is_not_there_comes_with_the_command_that_makes_it(self, oci):
-        (problem,) = preflight.writable_checkpoints(config_of(ROOT / "recipe", "oci://nowhere/run"))
+        (problem,) = preflight.writable("save_folder", "oci://nowhere/run")
         assert "To mend: oci os bucket create --name nowhere" in problem
+
+
+def test_a_bucket_itself_is_a_folder(s3, cloud_env):
+    Folder("s3://tests/below").write("a", b"")
+    assert "below/a" in Folder("s3://tests").names()
 
 
 @pytest.mark.parametrize("uri", ["oci://tests/folder", "oci://tests@testing/folder/"])
