@@ -10,6 +10,8 @@ import os
 import shutil
 import sys
 import uuid
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -153,33 +155,50 @@ def oci_agreement(config: TrainConfig) -> list[str]:
     return problems
 
 
-def free(path: str) -> int:
-    """Bytes free on the disk that holds, or will hold, `path`."""
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+def checkpoint_bytes(config: TrainConfig) -> int:
+    """Student, averages, two moments of Adam, in float32."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in DiT(config.model).parameters())
+    return 4 * parameters * (5 if config.objective.name == "tvm" else 4)
+
+
+def held(folder: str | Path) -> int:
+    """Bytes of all files in a local folder."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def needs(config: TrainConfig) -> Iterator[tuple[str, str, int]]:
+    """(setting, path, bytes to come): one checkpoint more than are kept, or one on its way to a bucket, and
+    the dataset's share of the cache. What a run before left there counts as its own."""
+    size = checkpoint_bytes(config)
+    if "://" in config.save_folder:
+        yield "folder", config.folder, size - held(Path(config.folder, "staging"))
+    else:
+        kept = (max(config.save_keep, 1) + 1) * size
+        yield "save_folder", config.save_folder, kept - held(config.save_folder)
+    if config.data.remote:
+        shards = read_manifest(config.data.remote).shards
+        total = sum(shard["bytes"] for shard in shards.values())
+        here = [shard["bytes"] for name, shard in shards.items() if Path(config.data.local, name).exists()]
+        yield "data.local", config.data.local, min(total, config.data.cache_bytes or total) - sum(here)
 
 
 def disk_space(config: TrainConfig) -> list[str]:
-    """Room for the cache and for checkpoints: one more than are kept, or two where they are remote."""
-    with torch.device("meta"):
-        size = 4 * sum(p.numel() for p in DiT(config.model).parameters())
-    size *= 5 if config.objective.name == "tvm" else 4  # student, averages, two moments of Adam
-    if "://" in config.save_folder:
-        need = {"folder": (config.folder, 2 * size)}
-    else:
-        need = {"save_folder": (config.save_folder, (max(config.save_keep, 1) + 1) * size)}
-    if config.data.remote:
-        local = Path(config.data.local)
-        shards = read_manifest(config.data.remote).shards
-        missing = sum(s["bytes"] for name, s in shards.items() if not (local / name).exists())
-        need["data.local"] = (config.data.local, min(missing, config.data.cache_bytes or missing))
-    return [
-        f"{key}: {path} needs {bytes_ / 1e9:.1f} GB and has {free(path) / 1e9:.1f} GB. To mend: df -h {path}"
-        for key, (path, bytes_) in need.items()
-        if free(path) < bytes_
-    ]
+    """Room on each disk for all that goes there."""
+    disks = defaultdict(list)
+    for key, path, missing in needs(config):
+        place = Path(path).absolute()
+        while not place.exists():
+            place = place.parent
+        disks[place.stat().st_dev].append((f"{key}: {path}", max(missing, 0), place))
+    problems = []
+    for parts in disks.values():
+        names, missing, places = zip(*parts, strict=True)
+        free = shutil.disk_usage(places[0]).free
+        if free < sum(missing):
+            figures = f"{sum(missing) / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+            problems.append(f"{', '.join(names)}: {figures}. To mend: df -h {places[0]}")
+    return problems
 
 
 def cache_limit(config: TrainConfig, ranks: int) -> list[str]:
@@ -240,12 +259,29 @@ def problems(config: TrainConfig, ranks: int) -> list[str]:
     return found or [*cache_limit(config, ranks), *disk_space(config), *forkable(config)]
 
 
+def shared(folder: str) -> bool:
+    """Whether all ranks see a file that rank 0 makes in a local folder."""
+    probe = Path(folder, f"{PROBE}-{dist.all_gather_object(uuid.uuid4().hex)[0]}")
+    if dist.get_global_rank() == 0:
+        probe.touch()
+    dist.barrier()
+    seen = dist.all_gather_object(probe.exists())
+    if dist.get_global_rank() == 0:
+        probe.unlink()
+    return all(seen)
+
+
 def check(config: TrainConfig) -> None:
     """The same on every node of a run, since each has its own credentials and disks. Raises ConfigError."""
     mine = problems(config, dist.get_world_size()) if dist.get_local_rank() == 0 else []
     found = sorted({p for node in dist.all_gather_object(mine) for p in node})
     if found:
         raise ConfigError("\n".join(found))
+    if "://" not in config.save_folder and not shared(config.save_folder):
+        raise ConfigError(
+            f"save_folder: {config.save_folder} is not one folder that all nodes see, and each writes "
+            f"a part of a checkpoint: choose one on a file system that they share, or in a bucket"
+        )
 
 
 def main(arguments: list[str]) -> None:

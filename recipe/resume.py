@@ -2,7 +2,7 @@
 
 Composer saves and loads them on local disk; around it stands
 
-    SAVE_FOLDER/run.json                  whose folder this is: run name, architecture
+    SAVE_FOLDER/run.json                  whose folder this is: run name, architecture, latest start
     SAVE_FOLDER/ep0-ba40/__0_0.distcp     what each rank saved (rank0.pt without FSDP2), and .metadata
     SAVE_FOLDER/ep0-ba40/rank0.json       that rank's receipt: checksums of its files, written after them
     SAVE_FOLDER/weights/, train.jsonl     where it is a bucket: copies of what is exported and logged locally
@@ -155,6 +155,14 @@ def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: 
             )
 
 
+def sign_in(config: TrainConfig, folder: Folder) -> str:
+    """Writes whose folder this is, and which start of that run has it now; returns the id of this start."""
+    attempt = uuid.uuid4().hex
+    owner = {"run_name": config.run_name, "identity": identity(config), "attempt": attempt}
+    folder.write(RUN, json.dumps(owner, indent=2).encode())
+    return attempt
+
+
 class Saved(NamedTuple):
     """A checkpoint that all ranks signed: the checksum of each file, and what is wrong with its receipts."""
 
@@ -190,8 +198,7 @@ def claim(config: TrainConfig) -> tuple[str, list[Saved]]:
         if folder.remote and LOG in names and not Path(config.folder, LOG).exists():
             folder.get(LOG, Path(config.folder, LOG))
     else:
-        owner = {"run_name": config.run_name, "identity": identity(config)}
-        folder.write(RUN, json.dumps(owner, indent=2).encode())
+        sign_in(config, folder)
     found = checkpoints(folder, names)
     own = complete(folder, found)
     for name in [c.name for c in found if c.name not in [saved.name for saved in own]]:
@@ -339,7 +346,7 @@ class Checkpoints(CheckpointSaver):
         )
         if self.target.remote and dist.get_local_rank() == 0:
             shutil.rmtree(local, ignore_errors=True)  # what a killed process left
-        self.attempt = on_rank_zero(lambda: uuid.uuid4().hex)
+        self.attempt = on_rank_zero(lambda: sign_in(config, self.target))
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
         self.seconds = 0.0
@@ -351,11 +358,17 @@ class Checkpoints(CheckpointSaver):
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         started = time.monotonic()
         self.wait()
+        on_rank_zero(self.check_owner)
         super()._save_checkpoint(state, logger)
         name = f"ep{int(state.timestamp.epoch)}-ba{int(state.timestamp.batch)}"
         self.pending = self.thread.submit(self.publish, name, int(state.timestamp.batch))
         self.seconds += time.monotonic() - started
         logger.log_metrics({"time/checkpoint_seconds": self.seconds})
+
+    def check_owner(self) -> None:
+        """Raises StorageError where the run has been started again while this start of it still goes on."""
+        if read_json(self.target, RUN, {"attempt"})["attempt"] != self.attempt:
+            raise StorageError(f"save_folder: {self.target.uri} was taken over by a later start of this run")
 
     def publish(self, name: str, step: int) -> None:
         """Checksums, uploads and signs for what this rank saved; rank 0 also mirrors and prunes."""

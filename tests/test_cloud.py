@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 
@@ -174,6 +175,21 @@ def test_two_sharded_ranks_through_two_launchers_stop_together_and_one_rank_goes
     assert "resumed at step 1 from" in output
     losses, _ = result(tmp_path / "run")
     assert losses == pytest.approx(straight[0], rel=1e-5)
+
+
+@pytest.mark.skipif(not NAMESPACES, reason="needs user namespaces")
+def test_nodes_with_a_folder_each_are_refused(digits, tmp_path):
+    run = [
+        "yamls/digits.yaml",
+        *TINY,
+        f"data.local={digits}",
+        f"folder={tmp_path}",
+        "save_folder=/dev/shm/save",
+    ]
+    for node in [Job({}, *run, node=node, nodes=2) for node in (0, 1)]:
+        status, output = node.end()
+        assert status == 1, output
+        assert "save_folder: /dev/shm/save is not one folder that all nodes see" in output
 
 
 @pytest.fixture
@@ -343,6 +359,16 @@ def test_weights_reach_the_bucket_before_the_receipt_that_ends_the_run(s3, digit
     assert written.index("weights/ba0000001-ema.safetensors") < written.index("ep1-ba1/rank0.json")
 
 
+def test_of_two_starts_of_one_run_the_earlier_one_saves_nothing_more(digits, tmp_path):
+    config = config_of(digits, tmp_path / "save", f"folder={tmp_path}", "duration=2ba", "grid.interval=null")
+    trainer = build_trainer(config, None, Preemption(None))
+    Checkpoints(config)
+    with pytest.raises(StorageError, match=r"save_folder: .*save was taken over by a later start"):
+        trainer.fit()
+    trainer.close()
+    assert Folder(config.save_folder).names() == ["run.json"]
+
+
 def test_receipts_of_two_attempts_at_one_checkpoint_do_not_make_it_complete(tmp_path):
     folder = Folder(str(tmp_path))
     for rank, attempt in enumerate("ab"):
@@ -394,7 +420,7 @@ class TestPreflight:
             ("model.size=16", r"model\.size: 16 differs from the 8"),
             ("data.cache_limit=50kb", r"data\.cache_limit: 50kb is less .*data\.cache_limit=1mb or more"),
             ("data.cache_limit=much", r"data\.cache_limit: 'much' is not a size"),
-            ("model.width=400000", r"folder: .* needs .* GB and has .* GB"),
+            ("model.width=400000", r"folder: .* GB needed, .* GB free"),
         ],
     )
     def test_each_failure_names_the_setting_and_the_command(
@@ -410,6 +436,19 @@ class TestPreflight:
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
         with pytest.raises(SystemExit, match=r"save_folder: .*NoCredentialsError.*To mend: aws configure"):
             preflight.main(settings(tmp_path, s3_digits, s3.uri("preflight")))
+
+    def test_disks_need_room_for_what_is_not_there_yet_and_for_all_that_goes_there(
+        self, digits, tmp_path, monkeypatch
+    ):
+        config = config_of(digits, tmp_path / "save", f"folder={tmp_path}", "save_keep=2")
+        size = preflight.checkpoint_bytes(config)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * size))
+        assert re.match(r"save_folder: .* GB needed, .* GB free\. To mend: df", *preflight.disk_space(config))
+        Folder(config.save_folder).write("ep0-ba4/rank0.pt", bytes(size))
+        assert preflight.disk_space(config) == []
+        more = (f"data.remote={digits}", f"data.local={tmp_path}/cache")
+        config = config_of(digits, config.save_folder, f"folder={tmp_path}", "save_keep=2", *more)
+        assert re.match(r"save_folder: .*, data.local: .* GB needed", *preflight.disk_space(config))
 
     def test_an_endpoint_that_does_not_answer_is_named(self, s3, s3_digits, tmp_path, monkeypatch):
         monkeypatch.setattr(retry, "ATTEMPTS", 1)
