@@ -176,6 +176,10 @@ def start(config: TrainConfig, preemption: Preemption) -> Trainer:
         trainer = build_trainer(config, load_path, preemption)
     step = int(trainer.state.timestamp.batch)
     if trainer.state.timestamp >= trainer.state.max_duration:
+        if source == config.fork_from:
+            raise ConfigError(
+                f"duration: {config.duration} leaves nothing to do after step {step} of {source}"
+            )
         log.info("%s: already finished at step %d (%s)", config.run_name, step, source)
     elif source:
         log.info("%s: resumed at step %d from %s", config.run_name, step, source)

@@ -19,7 +19,7 @@ from recipe import preflight
 from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.resume import Checkpoints, Preemption, checkpoints, newest, prune, receipts
 from recipe.storage import Folder, StorageError, normalize_uri
-from recipe.train import build_trainer
+from recipe.train import build_trainer, start
 from recipe.weights import load_weights
 from streaming_convert import retry
 from streaming_convert.manifest import read_manifest
@@ -293,6 +293,13 @@ def test_a_fork_starts_from_another_runs_checkpoint_in_its_own_folder(s3, straig
     assert Folder(s3.uri("fork")).names() == ["run.json"]
     with pytest.raises(ConfigError, match="fork_from: .*ep0-ba9 is not a complete checkpoint"):
         resumed_from(config_of(digits, s3.uri("fork2"), f"{fork[:-1]}9"))
+
+
+def test_a_fork_with_nothing_left_to_do_is_refused(s3, straight, digits, tmp_path):
+    source = f"{s3.uri('straight')}/ep0-ba8"
+    more = (f"fork_from={source}", f"folder={tmp_path}", "run_name=fork", "duration=8ba")
+    with pytest.raises(ConfigError, match=r"duration: 8ba leaves nothing to do after step 8 of .*ep0-ba8"):
+        start(config_of(digits, s3.uri("fork3"), *more), Preemption(None))
 
 
 def test_pruning_deletes_old_checkpoints_of_this_run_alone(saved):
