@@ -64,6 +64,12 @@ class DataConfig:
         """cache_limit in bytes."""
         return bytes_to_int(self.cache_limit) if self.cache_limit else None
 
+    def per_rank(self, ranks: int) -> int:
+        """Samples of a global batch on each rank. Raises ValueError."""
+        if self.batch_size % ranks:
+            raise ValueError(f"data.batch_size: {self.batch_size} is not a multiple of the {ranks} ranks")
+        return self.batch_size // ranks
+
     @property
     def source(self) -> str:
         """Where the manifest is."""
@@ -77,10 +83,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 def train_loader(config: DataConfig, seed: int) -> StreamingDataLoader:
     """This rank's share of the global batch, in an order that depends on the seed and the epoch alone."""
-    world = dist.get_world_size()
-    if config.batch_size % world:
-        raise ValueError(f"data.batch_size: {config.batch_size} is not a multiple of the {world} ranks")
-    per_rank = config.batch_size // world
+    per_rank = config.per_rank(dist.get_world_size())
     dataset = TrainingDataset(
         remote=config.remote,
         local=config.local,

@@ -225,8 +225,10 @@ def cache_limit(config: TrainConfig, ranks: int) -> list[str]:
 def divisible(config: TrainConfig, ranks: int) -> list[str]:
     """The global batch and the replicas against the number of ranks."""
     problems = []
-    if config.data.batch_size % ranks:
-        problems.append(f"data.batch_size: {config.data.batch_size} is not a multiple of the {ranks} ranks")
+    try:
+        config.data.per_rank(ranks)
+    except ValueError as error:
+        problems.append(str(error))
     if ranks % config.parallel.replicas:
         problems.append(f"parallel.replicas: {config.parallel.replicas} does not divide the {ranks} ranks")
     return problems

@@ -41,7 +41,7 @@ from recipe.data import Normalizer, normalizer, train_loader
 from recipe.dit import DiT
 from recipe.model import StepKey, TVMModel
 from recipe.parallel import parallelism, prepare_blocks
-from recipe.preflight import check, check_data
+from recipe.preflight import check, check_data, divisible
 from recipe.resume import PREEMPTED, Checkpoints, Preemption, ignore_sigterm, newest
 from recipe.storage import StorageError
 from streaming_convert.manifest import Manifest
@@ -191,8 +191,8 @@ def start(config: TrainConfig, preemption: Preemption) -> Trainer:
 def dry_run(config: TrainConfig) -> str:
     """The run in words, its network built of shapes alone: nothing is read, allocated or sent."""
     world, batch = dist.get_world_size(), config.data.batch_size
-    if batch % world:
-        raise ConfigError(f"data.batch_size: {batch} is not a multiple of the {world} ranks")
+    if problems := divisible(config, world):
+        raise ConfigError("\n".join(problems))
     with torch.device("meta"):
         model = TVMModel(DiT(config.model), config.objective, Normalizer([0.0], [1.0]), config.seed)
     parameters = sum(p.numel() for p in model.net.parameters())
