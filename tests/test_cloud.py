@@ -128,7 +128,6 @@ def straight(s3, s3_digits, tmp_path_factory):
     return result(folder)
 
 
-@pytest.mark.slow
 def test_killed_in_an_upload_then_preempted_then_on_another_node_the_run_ends_with_the_same_bits(
     s3, s3_digits, straight, tmp_path
 ):
