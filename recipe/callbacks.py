@@ -78,7 +78,7 @@ class ExportWeights(Callback):
             self.description = json.dumps(description)
         if self.preemption.stopped:
             return
-        if event == Event.FIT_END or (event == Event.BATCH_CHECKPOINT and self.due(state, event)):
+        if event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) and self.due(state, event):
             self.export(state)
 
     def export(self, state: State) -> None:

@@ -29,6 +29,15 @@ class ConfigError(ValueError):
     """A setting that cannot be: the message names the key, what it was and what is allowed."""
 
 
+def is_time(text: str) -> bool:
+    """Whether it is a number with one of Composer's units; it would take a bare 3 for 30 seconds."""
+    try:
+        Time.from_timestring(text)
+    except (ValueError, TypeError):
+        return False
+    return not text.isdigit()
+
+
 @dataclass
 class OptimizerConfig:
     """AdamW; the defaults are the paper's. schedule: constant, linear or cosine (both to zero at the end of
@@ -174,16 +183,28 @@ class TrainConfig:
             raise ValueError(f"export: {self.export} may hold ema and net only")
         if self.save_keep < 1 and self.save_keep != -1:
             raise ValueError(f"save_keep: {self.save_keep} must be at least 1, or -1 for all")
+        self.check_times()
         if self.time_limit and Time.from_timestring(self.time_limit).unit != TimeUnit.SECOND:
             raise ValueError(f"time_limit: {self.time_limit} must be in seconds, e.g. 86000sec")
         if "://" in self.folder:
             raise ValueError(f"folder: {self.folder} must be local; save_folder may be in a bucket")
         self.save_folder = normalize_uri(self.save_folder)
+        self.fork_from = normalize_uri(self.fork_from) if self.fork_from else None
         self.data.remote = normalize_uri(self.data.remote) if self.data.remote else None
         if not all(0 <= label <= self.model.classes for label in self.grid.labels):
             raise ValueError(f"grid.labels: {self.grid.labels} must be in 0..{self.model.classes}")
         if self.data.remote is None and not Path(self.data.local).is_dir():
             raise ValueError(f"data.local: {self.data.local} is not a folder, and data.remote is not set")
+
+    def check_times(self) -> None:
+        """Raises ValueError."""
+        times = {
+            **{k: getattr(self, k) for k in ("duration", "save_interval", "export_interval", "time_limit")},
+            **{"grid.interval": self.grid.interval, "optimizer.warmup": self.optimizer.warmup},
+        }
+        for key, text in times.items():
+            if text is not None and not is_time(text):
+                raise ValueError(f"{key}: {text!r} is not a time such as 2400ba, 3ep or 600sec")
 
 
 def read_yaml(path: str) -> DictConfig:
@@ -206,6 +227,10 @@ def load_config(schema: type[T], path: str | None, overrides: list[str]) -> T:
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise ConfigError(f"{override}: overrides are written key=value")
+        try:
+            OmegaConf.from_dotlist([override])
+        except YAMLError as error:
+            raise ConfigError(f"{override}: not valid YAML: {' '.join(str(error).split())}") from error
     try:
         merged = OmegaConf.merge(
             OmegaConf.structured(schema), read_yaml(path) if path else {}, OmegaConf.from_dotlist(overrides)

@@ -52,8 +52,10 @@ class DataConfig:
         except ValueError as error:
             raise ValueError(f"data.cache_limit: {self.cache_limit!r} is not a size such as 100gb") from error
         if isinstance(self.normalize, dict):
-            if sorted(self.normalize) != ["mean", "std"]:
-                raise ValueError(f"data.normalize: {self.normalize} must have the keys mean and std")
+            lists = [v if isinstance(v, list) else [None] for v in self.normalize.values()]
+            numbers = all(isinstance(x, (int, float)) for values in lists for x in values)
+            if sorted(self.normalize) != ["mean", "std"] or not numbers:
+                raise ValueError(f"data.normalize: {self.normalize} must be lists of numbers mean and std")
         elif self.normalize not in ("pixels", "manifest"):
             raise ValueError(f"data.normalize: {self.normalize!r} is not pixels, manifest or {{mean, std}}")
 
@@ -61,6 +63,12 @@ class DataConfig:
     def cache_bytes(self) -> int | None:
         """cache_limit in bytes."""
         return bytes_to_int(self.cache_limit) if self.cache_limit else None
+
+    def per_rank(self, ranks: int) -> int:
+        """Samples of a global batch on each rank. Raises ValueError."""
+        if self.batch_size % ranks:
+            raise ValueError(f"data.batch_size: {self.batch_size} is not a multiple of the {ranks} ranks")
+        return self.batch_size // ranks
 
     @property
     def source(self) -> str:
@@ -75,10 +83,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 def train_loader(config: DataConfig, seed: int) -> StreamingDataLoader:
     """This rank's share of the global batch, in an order that depends on the seed and the epoch alone."""
-    world = dist.get_world_size()
-    if config.batch_size % world:
-        raise ValueError(f"data.batch_size: {config.batch_size} is not a multiple of the {world} ranks")
-    per_rank = config.batch_size // world
+    per_rank = config.per_rank(dist.get_world_size())
     dataset = TrainingDataset(
         remote=config.remote,
         local=config.local,

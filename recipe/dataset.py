@@ -131,6 +131,13 @@ class TrainingDataset(StreamingDataset):
     def __getitem__(self, at: Any) -> dict[str, Any]:  # noqa: ANN401
         return {**super().__getitem__(at), "sample": at}
 
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Between two epochs that is the start of the next one; Streaming would start the old one again."""
+        state = super().state_dict(num_samples, from_beginning)
+        if from_beginning and num_samples == 0:
+            state["epoch"] = max(state["epoch"], self.next_epoch)
+        return state
+
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Looking ahead, take Streaming's slow file lock only for a shard not seen to be there."""
         if shard_id in self._present and not blocking and not self.cache_limit:

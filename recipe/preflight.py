@@ -9,18 +9,21 @@ import netrc
 import os
 import shutil
 import sys
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from composer.utils import dist, parse_uri
 
 from recipe.config import ConfigError, TrainConfig, load_config
-from recipe.data import SHUFFLE_WINDOW
+from recipe.data import SHUFFLE_WINDOW, normalizer
 from recipe.dit import DiT
-from recipe.resume import PROBE
-from recipe.storage import Folder, StorageError, retry_more
+from recipe.resume import PROBE, checkpoints, complete, fork
+from recipe.storage import Folder, StorageError
 from streaming_convert.manifest import MANIFEST, Manifest, read_manifest
-from streaming_convert.retry import status
+from streaming_convert.retry import status, transient
 from streaming_convert.store import DatasetError
 
 OCI_LOGIN = "oci setup config"
@@ -39,6 +42,10 @@ def check_data(config: TrainConfig) -> Manifest:
             raise ConfigError(
                 f"model.{key}: {getattr(config.model, key)} differs from the {value} of {config.data.source}"
             )
+    try:
+        normalizer(config.data, manifest)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return manifest
 
 
@@ -47,24 +54,32 @@ def login(scheme: str) -> str:
     return {"s3": "aws configure", "gs": "gcloud auth application-default login", "oci": OCI_LOGIN}[scheme]
 
 
+def reach(scheme: str) -> str:
+    """The command that shows whether a service answers at all."""
+    s3, gs = os.environ.get("S3_ENDPOINT_URL", "https://s3.amazonaws.com"), "https://storage.googleapis.com"
+    return {"s3": f"curl -I {s3}", "gs": f"curl -I {gs}", "oci": "oci os ns get"}[scheme]
+
+
 def mend(uri: str, error: StorageError) -> str:
     """The command that mends, or at least shows, why `uri` cannot be used."""
     if "://" not in uri:
         return f"ls -ld {uri}"
     scheme, bucket, path = parse_uri(uri)
-    code = status(error)
-    if code is None or code == 401:
+    if transient(error):
+        return reach(scheme)
+    if status(error) in (None, 401):
         return login(scheme)
+    endpoint = ' --endpoint-url "$S3_ENDPOINT_URL"' if "S3_ENDPOINT_URL" in os.environ else ""
     if "BucketNotFound" in str(error) or "NoSuchBucket" in str(error):
         return {
-            "s3": f"aws s3 mb s3://{bucket}",
+            "s3": f"aws s3 mb s3://{bucket}{endpoint}",
             "gs": f"gcloud storage buckets create gs://{bucket}",
             "oci": f"oci os bucket create --name {bucket} --compartment-id OCID",
         }[scheme]
     return {
-        "s3": f"aws s3 ls s3://{bucket}/{path}/",
-        "gs": f"gcloud storage ls gs://{bucket}/{path}/",
-        "oci": f"oci os object list --bucket-name {bucket} --prefix {path}/ --limit 1",
+        "s3": f"aws s3 ls {uri}/{endpoint}",
+        "gs": f"gcloud storage ls {uri}/",
+        "oci": f"oci os object list --bucket-name {bucket} --prefix '{path}' --limit 1",
     }[scheme]
 
 
@@ -82,15 +97,30 @@ def readable_data(config: TrainConfig) -> list[str]:
     return []
 
 
-def writable_checkpoints(config: TrainConfig) -> list[str]:
-    """List, write and delete in the checkpoint folder."""
+def writable(key: str, uri: str) -> list[str]:
+    """List, write and delete in a folder."""
+    probe = f"{PROBE}-{uuid.uuid4().hex}"  # nodes may share the folder
     try:
-        folder = Folder(config.save_folder)
+        folder = Folder(uri)
         folder.names()
-        folder.write(PROBE, b"")
-        folder.delete(PROBE)
+        folder.write(probe, b"")
+        folder.delete(probe)
     except StorageError as error:
-        return [f"save_folder: {error}. To mend: {mend(config.save_folder, error)}"]
+        return [f"{key}: {error}. To mend: {mend(uri, error)}"]
+    return []
+
+
+def forkable(config: TrainConfig) -> list[str]:
+    """The checkpoint that `fork_from` names, needed until the run has one of its own."""
+    folder = Folder(config.save_folder)
+    if not config.fork_from or complete(folder, checkpoints(folder, folder.names())):
+        return []
+    try:
+        fork(config)
+    except ConfigError as error:
+        return [str(error)]
+    except StorageError as error:
+        return [f"fork_from: {error}. To mend: {mend(config.fork_from, error)}"]
     return []
 
 
@@ -125,33 +155,50 @@ def oci_agreement(config: TrainConfig) -> list[str]:
     return problems
 
 
-def free(path: str) -> int:
-    """Bytes free on the disk that holds, or will hold, `path`."""
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+def checkpoint_bytes(config: TrainConfig) -> int:
+    """Student, averages, two moments of Adam, in float32."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in DiT(config.model).parameters())
+    return 4 * parameters * (5 if config.objective.name == "tvm" else 4)
+
+
+def held(folder: str | Path) -> int:
+    """Bytes of all files in a local folder."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def needs(config: TrainConfig) -> Iterator[tuple[str, str, int]]:
+    """(setting, path, bytes to come): one checkpoint more than are kept, or one on its way to a bucket, and
+    the dataset's share of the cache. What a run before left there counts as its own."""
+    size = checkpoint_bytes(config)
+    if "://" in config.save_folder:
+        yield "folder", config.folder, size - held(Path(config.folder, "staging"))
+    else:
+        kept = (max(config.save_keep, 1) + 1) * size
+        yield "save_folder", config.save_folder, kept - held(config.save_folder)
+    if config.data.remote:
+        shards = read_manifest(config.data.remote).shards
+        total = sum(shard["bytes"] for shard in shards.values())
+        here = [shard["bytes"] for name, shard in shards.items() if Path(config.data.local, name).exists()]
+        yield "data.local", config.data.local, min(total, config.data.cache_bytes or total) - sum(here)
 
 
 def disk_space(config: TrainConfig) -> list[str]:
-    """Room for the cache and for checkpoints: one more than are kept, or two where they are remote."""
-    with torch.device("meta"):
-        size = 4 * sum(p.numel() for p in DiT(config.model).parameters())
-    size *= 5 if config.objective.name == "tvm" else 4  # student, averages, two moments of Adam
-    if "://" in config.save_folder:
-        need = {"folder": (config.folder, 2 * size)}
-    else:
-        need = {"save_folder": (config.save_folder, (max(config.save_keep, 1) + 1) * size)}
-    if config.data.remote:
-        local = Path(config.data.local)
-        shards = read_manifest(config.data.remote).shards
-        missing = sum(s["bytes"] for name, s in shards.items() if not (local / name).exists())
-        need["data.local"] = (config.data.local, min(missing, config.data.cache_bytes or missing))
-    return [
-        f"{key}: {path} needs {bytes_ / 1e9:.1f} GB and has {free(path) / 1e9:.1f} GB. To mend: df -h {path}"
-        for key, (path, bytes_) in need.items()
-        if free(path) < bytes_
-    ]
+    """Room on each disk for all that goes there."""
+    disks = defaultdict(list)
+    for key, path, missing in needs(config):
+        place = Path(path).absolute()
+        while not place.exists():
+            place = place.parent
+        disks[place.stat().st_dev].append((f"{key}: {path}", max(missing, 0), place))
+    problems = []
+    for parts in disks.values():
+        names, missing, places = zip(*parts, strict=True)
+        free = shutil.disk_usage(places[0]).free
+        if free < sum(missing):
+            figures = f"{sum(missing) / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+            problems.append(f"{', '.join(names)}: {figures}. To mend: df -h {places[0]}")
+    return problems
 
 
 def cache_limit(config: TrainConfig, ranks: int) -> list[str]:
@@ -178,8 +225,10 @@ def cache_limit(config: TrainConfig, ranks: int) -> list[str]:
 def divisible(config: TrainConfig, ranks: int) -> list[str]:
     """The global batch and the replicas against the number of ranks."""
     problems = []
-    if config.data.batch_size % ranks:
-        problems.append(f"data.batch_size: {config.data.batch_size} is not a multiple of the {ranks} ranks")
+    try:
+        config.data.per_rank(ranks)
+    except ValueError as error:
+        problems.append(str(error))
     if ranks % config.parallel.replicas:
         problems.append(f"parallel.replicas: {config.parallel.replicas} does not divide the {ranks} ranks")
     return problems
@@ -207,8 +256,21 @@ def wandb_key(config: TrainConfig) -> list[str]:
 def problems(config: TrainConfig, ranks: int) -> list[str]:
     """All that would make a run of `config` on that many ranks fail."""
     found = [*divisible(config, ranks), *precision(config), *wandb_key(config), *oci_agreement(config)]
-    found += [*readable_data(config), *writable_checkpoints(config)]
-    return found or [*cache_limit(config, ranks), *disk_space(config)]
+    found += [*readable_data(config), *writable("folder", config.folder)]
+    found += writable("save_folder", config.save_folder)
+    return found or [*cache_limit(config, ranks), *disk_space(config), *forkable(config)]
+
+
+def shared(folder: str) -> bool:
+    """Whether all ranks see a file that rank 0 makes in a local folder."""
+    probe = Path(folder, f"{PROBE}-{dist.all_gather_object(uuid.uuid4().hex)[0]}")
+    if dist.get_global_rank() == 0:
+        probe.touch()
+    dist.barrier()
+    seen = dist.all_gather_object(probe.exists())
+    if dist.get_global_rank() == 0:
+        probe.unlink()
+    return all(seen)
 
 
 def check(config: TrainConfig) -> None:
@@ -217,13 +279,17 @@ def check(config: TrainConfig) -> None:
     found = sorted({p for node in dist.all_gather_object(mine) for p in node})
     if found:
         raise ConfigError("\n".join(found))
+    if "://" not in config.save_folder and not shared(config.save_folder):
+        raise ConfigError(
+            f"save_folder: {config.save_folder} is not one folder that all nodes see, and each writes "
+            f"a part of a checkpoint: choose one on a file system that they share, or in a bucket"
+        )
 
 
 def main(arguments: list[str]) -> None:
     """Command line: CONFIG.yaml [key=value ...]."""
     if not arguments:
         raise SystemExit("usage: python -m recipe.preflight CONFIG.yaml [key=value ...]")
-    retry_more()
     ranks = int(os.environ.get("WORLD_SIZE", 0)) or torch.cuda.device_count() or 1
     try:
         config = load_config(TrainConfig, arguments[0], arguments[1:])

@@ -2,7 +2,7 @@
 
 Composer saves and loads them on local disk; around it stands
 
-    SAVE_FOLDER/run.json                  whose folder this is: run name, architecture
+    SAVE_FOLDER/run.json                  whose folder this is: run name, architecture, latest start
     SAVE_FOLDER/ep0-ba40/__0_0.distcp     what each rank saved (rank0.pt without FSDP2), and .metadata
     SAVE_FOLDER/ep0-ba40/rank0.json       that rank's receipt: checksums of its files, written after them
     SAVE_FOLDER/weights/, train.jsonl     where it is a bucket: copies of what is exported and logged locally
@@ -26,6 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import xxhash
@@ -45,6 +46,7 @@ LOG = "train.jsonl"
 PROBE = ".preflight"
 FOLDER = re.compile(r"ep(\d+)-ba(\d+)")
 FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata|rank\d+\.(pt|json)")
+RECEIPT = {"run_name", "attempt", "ranks", "files"}
 INIT_ONLY = ("preset", "label_std", "time_init", "patch_init")  # do not change the shape of the network
 
 
@@ -71,17 +73,32 @@ def checkpoints(folder: Folder, names: list[str]) -> list[Checkpoint]:
     return sorted(found.values(), key=lambda c: c.step, reverse=True)
 
 
+class DamageError(StorageError):
+    """A file that this module wrote, whole as always, and that now holds something else."""
+
+
+def read_json(folder: Folder, name: str, keys: set[str]) -> dict:
+    """The object in a file of this layout. Raises StorageError, DamageError."""
+    try:
+        content = json.loads(folder.read(name))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not keys <= content.keys():
+        raise DamageError(f"{folder.uri}/{name} is damaged, it must be JSON with {', '.join(sorted(keys))}")
+    return content
+
+
 def receipts(folder: Folder, checkpoint: Checkpoint) -> list[dict] | None:
-    """The receipts of all ranks, of one attempt at saving; None if the checkpoint is not complete."""
+    """The receipts of all ranks, of one attempt at saving; None if the checkpoint is not complete.
+
+    Raises StorageError, DamageError.
+    """
     found: list[dict] = []
     while not found or len(found) < found[0]["ranks"]:
         name = f"rank{len(found)}.json"
         if name not in checkpoint.files:
             return None
-        try:
-            found.append(json.loads(folder.read(f"{checkpoint.name}/{name}")))
-        except ValueError:
-            return None
+        found.append(read_json(folder, f"{checkpoint.name}/{name}", RECEIPT))
     return found if all(r["attempt"] == found[0]["attempt"] for r in found) else None
 
 
@@ -107,8 +124,11 @@ def damage(path: Path, expected: dict[str, str]) -> str | None:
 def identity(config: TrainConfig) -> dict:
     """What a checkpoint must agree on with the run that loads it."""
     model = {k: v for k, v in as_dict(config.model).items() if k not in INIT_ONLY}
-    return {"objective.name": config.objective.name, "parallel.fsdp2": config.parallel.fsdp2} | {
-        f"model.{k}": v for k, v in model.items()
+    return {
+        "objective.name": config.objective.name,
+        "parallel.fsdp2": config.parallel.fsdp2,
+        "ema.posthoc": config.ema.posthoc,
+        **{f"model.{k}": v for k, v in model.items()},
     }
 
 
@@ -120,7 +140,7 @@ def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: 
             f"{key}: {folder.uri} is not empty and holds no {RUN}, so nothing in it can be resumed: "
             f"choose another folder ({names[0]} is there)"
         )
-    owner = json.loads(folder.read(RUN))
+    owner = read_json(folder, RUN, {"run_name", "identity"})
     if not fork and owner["run_name"] != config.run_name:
         raise ConfigError(
             f"save_folder: {folder.uri} belongs to run_name {owner['run_name']!r}, not {config.run_name!r}: "
@@ -135,44 +155,67 @@ def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: 
             )
 
 
-def claim(config: TrainConfig) -> tuple[Folder, list[Checkpoint]]:
-    """The checkpoints of this run, newest first, or the one that it forks from. A new run claims its folder.
+def sign_in(config: TrainConfig, folder: Folder) -> str:
+    """Writes whose folder this is, and which start of that run has it now; returns the id of this start."""
+    attempt = uuid.uuid4().hex
+    owner = {"run_name": config.run_name, "identity": identity(config), "attempt": attempt}
+    folder.write(RUN, json.dumps(owner, indent=2).encode())
+    return attempt
+
+
+class Saved(NamedTuple):
+    """A checkpoint that all ranks signed: the checksum of each file, and what is wrong with its receipts."""
+
+    name: str
+    files: dict[str, str]
+    problem: str | None = None
+
+
+def complete(folder: Folder, found: list[Checkpoint]) -> list[Saved]:
+    """Those of the checkpoints that are complete, in the same order. Raises StorageError."""
+    result = []
+    for checkpoint in found:
+        try:
+            parts = receipts(folder, checkpoint)
+        except DamageError as error:
+            result.append(Saved(checkpoint.name, {}, str(error)))
+            continue
+        if parts is not None:
+            files = {name: digest for part in parts for name, digest in part["files"].items()}
+            result.append(Saved(checkpoint.name, files))
+    return result
+
+
+def claim(config: TrainConfig) -> tuple[str, list[Saved]]:
+    """This run's folder, which a new run claims, and its complete checkpoints; or those of `fork_from`.
 
     Raises ConfigError, StorageError.
     """
     folder = Folder(config.save_folder)
-    names = [name for name in folder.names() if name != PROBE]
+    names = [name for name in folder.names() if not name.startswith(PROBE)]
     if names:
         check_identity(config, folder, names)
         if folder.remote and LOG in names and not Path(config.folder, LOG).exists():
             folder.get(LOG, Path(config.folder, LOG))
     else:
-        owner = {"run_name": config.run_name, "identity": identity(config)}
-        folder.write(RUN, json.dumps(owner, indent=2).encode())
+        sign_in(config, folder)
     found = checkpoints(folder, names)
-    if any(receipts(folder, c) for c in found) or not config.fork_from:
-        return folder, found
-    uri, _, name = config.fork_from.rstrip("/").rpartition("/")
+    own = complete(folder, found)
+    for name in [c.name for c in found if c.name not in [saved.name for saved in own]]:
+        log.warning("%s/%s was never completed: not used", folder.uri, name)
+    return (folder.uri, own) if own or not config.fork_from else fork(config)
+
+
+def fork(config: TrainConfig) -> tuple[str, list[Saved]]:
+    """The folder and the checkpoint that `fork_from` names. Raises ConfigError, StorageError."""
+    uri, _, name = config.fork_from.rpartition("/")
     parent = Folder(uri)
     names = parent.names()
-    found = [c for c in checkpoints(parent, names) if c.name == name and receipts(parent, c)]
+    found = complete(parent, [c for c in checkpoints(parent, names) if c.name == name])
     if not found:
         raise ConfigError(f"fork_from: {config.fork_from} is not a complete checkpoint")
     check_identity(config, parent, names, fork=True)
-    return parent, found
-
-
-def candidates(config: TrainConfig) -> tuple[str, list[tuple[str, dict[str, str]]]]:
-    """(folder, [(checkpoint, {file: checksum}), ...]): the complete ones, newest first."""
-    folder, found = claim(config)
-    result = []
-    for checkpoint in found:
-        parts = receipts(folder, checkpoint)
-        if parts is None:
-            log.warning("%s/%s was never completed: not used", folder.uri, checkpoint.name)
-        else:
-            result.append((checkpoint.name, {k: v for part in parts for k, v in part["files"].items()}))
-    return folder.uri, result
+    return parent.uri, found
 
 
 def fetch(uri: str, name: str, files: dict[str, str], scratch: Path) -> tuple[Path, str | None]:
@@ -190,6 +233,14 @@ def fetch(uri: str, name: str, files: dict[str, str], scratch: Path) -> tuple[Pa
     return scratch / name, damage(scratch / name, files)
 
 
+def remove_downloads(folder: str) -> None:
+    """Of starts that were killed. No rank leaves before all are done: nodes may share the folder."""
+    if dist.get_local_rank() == 0:
+        for left in Path(folder).glob("resume-*"):
+            shutil.rmtree(left, ignore_errors=True)
+    dist.barrier()
+
+
 @contextmanager
 def newest(config: TrainConfig) -> Iterator[tuple[str, str] | None]:
     """(what Composer's load_path takes, where it came from) of the newest usable checkpoint, None if the run
@@ -197,15 +248,16 @@ def newest(config: TrainConfig) -> Iterator[tuple[str, str] | None]:
 
     Raises ConfigError if there are checkpoints and none of them is sound: a run never starts over by itself.
     """
-    uri, found = on_rank_zero(lambda: candidates(config))
+    remove_downloads(config.folder)
+    uri, found = on_rank_zero(lambda: claim(config))
     scratch, problems = None, []
     if dist.get_local_rank() == 0:
         Path(config.folder).mkdir(parents=True, exist_ok=True)
         scratch = tempfile.mkdtemp(prefix="resume-", dir=config.folder)
     try:
-        for name, files in found:
-            path, problem = "", None
-            if dist.get_local_rank() == 0:
+        for name, files, problem in found:
+            path = ""
+            if problem is None and dist.get_local_rank() == 0:
                 path, problem = fetch(uri, name, files, Path(scratch))
             answers = dist.all_gather_object((str(path), problem))
             problem = next((p for _, p in answers if p), None)
@@ -247,18 +299,28 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def prune(folder: Folder, keep: int, run_name: str) -> None:
+def ours(folder: Folder, checkpoint: Checkpoint, run_name: str) -> bool:
+    """Whether its first receipt, where there is one, can be read and names that run."""
+    if "rank0.json" not in checkpoint.files:
+        return True
+    with suppress(DamageError):
+        return read_json(folder, f"{checkpoint.name}/rank0.json", RECEIPT)["run_name"] == run_name
+    return False
+
+
+def prune(folder: Folder, keep: int, run_name: str, step: int) -> None:
     """Deletes all but the `keep` newest complete checkpoints (-1: none), and leftovers older than those.
 
-    Only names of this layout are touched, and no checkpoint with another run's receipt.
+    Later ones than `step`, the one just saved, stay and do not count: the run resumed before them, so they
+    are damaged. Only names of this layout are touched, and no checkpoint whose receipt is not this run's.
     """
-    found = checkpoints(folder, folder.names())
-    complete = [c for c in found if receipts(folder, c) is not None]
-    if keep < 0 or len(complete) < keep:
+    found = [c for c in checkpoints(folder, folder.names()) if c.step <= step]
+    sound = {saved.name for saved in complete(folder, found) if saved.problem is None}
+    steps = [c.step for c in found if c.name in sound]
+    if keep < 0 or len(steps) < keep:
         return
-    for old in (c for c in found if c.step < complete[keep - 1].step):
-        receipt = f"{old.name}/rank0.json"
-        if "rank0.json" in old.files and json.loads(folder.read(receipt))["run_name"] != run_name:
+    for old in found:
+        if old.step >= steps[keep - 1] or not ours(folder, old, run_name):
             continue
         for file in sorted(old.files, key=lambda f: not f.endswith(".json")):  # receipts first
             folder.delete(f"{old.name}/{file}")
@@ -284,7 +346,7 @@ class Checkpoints(CheckpointSaver):
         )
         if self.target.remote and dist.get_local_rank() == 0:
             shutil.rmtree(local, ignore_errors=True)  # what a killed process left
-        self.attempt = on_rank_zero(lambda: uuid.uuid4().hex)
+        self.attempt = on_rank_zero(lambda: sign_in(config, self.target))
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
         self.seconds = 0.0
@@ -296,14 +358,20 @@ class Checkpoints(CheckpointSaver):
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         started = time.monotonic()
         self.wait()
+        on_rank_zero(self.check_owner)
         super()._save_checkpoint(state, logger)
         name = f"ep{int(state.timestamp.epoch)}-ba{int(state.timestamp.batch)}"
-        self.pending = self.thread.submit(self.publish, name)
+        self.pending = self.thread.submit(self.publish, name, int(state.timestamp.batch))
         self.seconds += time.monotonic() - started
         logger.log_metrics({"time/checkpoint_seconds": self.seconds})
 
-    def publish(self, name: str) -> None:
-        """Checksums, uploads and signs for what this rank saved; rank 0 also prunes."""
+    def check_owner(self) -> None:
+        """Raises StorageError where the run has been started again while this start of it still goes on."""
+        if read_json(self.target, RUN, {"attempt"})["attempt"] != self.attempt:
+            raise StorageError(f"save_folder: {self.target.uri} was taken over by a later start of this run")
+
+    def publish(self, name: str, step: int) -> None:
+        """Checksums, uploads and signs for what this rank saved; rank 0 also mirrors and prunes."""
         rank, local = dist.get_global_rank(), Path(self.folder, name)
         mine = [*local.glob(f"__{rank}_*.distcp"), *local.glob(f"rank{rank}.pt")]
         mine += local.glob(".metadata") if rank == 0 else []
@@ -318,10 +386,11 @@ class Checkpoints(CheckpointSaver):
                 self.target.put(f"{name}/{path.name}", path)
                 path.unlink()
             remove_if_empty(local)
+        if rank == 0:
+            self.mirror()  # first: with the last receipt the run is finished, and is not started again
         self.target.write(f"{name}/rank{rank}.json", json.dumps(receipt).encode())
         if rank == 0:
-            self.mirror()
-            prune(self.target, self.config.save_keep, self.config.run_name)
+            prune(self.target, self.config.save_keep, self.config.run_name, step)
 
     def mirror(self) -> None:
         """Copies exported weights and the log of numbers beside remote checkpoints."""
@@ -347,7 +416,7 @@ class Checkpoints(CheckpointSaver):
         dist.barrier()
         if dist.get_global_rank() == 0:
             self.mirror()
-            prune(self.target, self.config.save_keep, self.config.run_name)
+            prune(self.target, self.config.save_keep, self.config.run_name, int(state.timestamp.batch))
         dist.barrier()
 
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from composer.utils import maybe_create_object_store_from_uri, parse_uri
 
-from streaming_convert.retry import ATTEMPTS, attempt, status
+from streaming_convert.retry import attempt, status
 
 T = TypeVar("T")
 
@@ -35,11 +35,6 @@ def normalize_uri(uri: str) -> str:
     return uri.rstrip("/")
 
 
-def retry_more() -> None:
-    """Lets boto3, in this process and those that it starts, try as often as the clients for OCI do."""
-    os.environ.setdefault("AWS_MAX_ATTEMPTS", str(ATTEMPTS))
-
-
 class Folder:
     """The files under `uri`, named relative to it. Safe to use from several threads, not across a fork."""
 
@@ -48,25 +43,26 @@ class Folder:
         self.uri = normalize_uri(uri)
         self.remote = "://" in self.uri
         if self.remote:
-            self.prefix = parse_uri(self.uri)[2].rstrip("/") + "/"
+            path = parse_uri(self.uri)[2].strip("/")
+            self.prefix = f"{path}/" if path else ""
             self.store = self._attempt("open", "", lambda: maybe_create_object_store_from_uri(self.uri))
 
     def names(self) -> list[str]:
-        """All files, at any depth; none for a folder that does not exist."""
+        """All files, at any depth; none for a folder that does not exist, and none halfway through `put`."""
         if self.remote:
             keys = self._attempt("list", "", lambda: self.store.list_objects(self.prefix))
             return [key.removeprefix(self.prefix) for key in keys]
         root = Path(self.uri)
 
         def fail(error: OSError) -> None:
-            raise StorageError(f"cannot list {self.uri}: {error}") from error
+            if not isinstance(error, FileNotFoundError):
+                raise StorageError(f"cannot list {self.uri}: {error}") from error
 
-        if not root.exists():
-            return []
         return [
             Path(folder, name).relative_to(root).as_posix()
             for folder, _, names in os.walk(root, onerror=fail)
             for name in names
+            if not name.endswith(".tmp")
         ]
 
     def put(self, name: str, source: Path) -> None:

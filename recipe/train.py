@@ -41,9 +41,9 @@ from recipe.data import Normalizer, normalizer, train_loader
 from recipe.dit import DiT
 from recipe.model import StepKey, TVMModel
 from recipe.parallel import parallelism, prepare_blocks
-from recipe.preflight import check, check_data
+from recipe.preflight import check, check_data, divisible
 from recipe.resume import PREEMPTED, Checkpoints, Preemption, ignore_sigterm, newest
-from recipe.storage import StorageError, retry_more
+from recipe.storage import StorageError
 from streaming_convert.manifest import Manifest
 from streaming_convert.store import DatasetError
 
@@ -168,26 +168,31 @@ def build_trainer(config: TrainConfig, load_path: str | None, preemption: Preemp
 
 def start(config: TrainConfig, preemption: Preemption) -> Trainer:
     """Checks the surroundings, and builds the trainer at the step where the run stands."""
-    dist.initialize_dist("gpu" if torch.cuda.is_available() else "cpu")
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    dist.initialize_dist(device, timeout=3600)  # while a checkpoint is downloaded, the other ranks wait
     check(config)
     with newest(config) as found:
         load_path, source = found or (None, None)
         trainer = build_trainer(config, load_path, preemption)
     step = int(trainer.state.timestamp.batch)
     if trainer.state.timestamp >= trainer.state.max_duration:
+        if source == config.fork_from:
+            raise ConfigError(
+                f"duration: {config.duration} leaves nothing to do after step {step} of {source}"
+            )
         log.info("%s: already finished at step %d (%s)", config.run_name, step, source)
     elif source:
         log.info("%s: resumed at step %d from %s", config.run_name, step, source)
     else:
-        log.info("%s: starting at step 0, no checkpoint in %s yet", config.run_name, config.save_folder)
+        log.info("%s: starting at step 0, %s has no complete checkpoint", config.run_name, config.save_folder)
     return trainer
 
 
 def dry_run(config: TrainConfig) -> str:
     """The run in words, its network built of shapes alone: nothing is read, allocated or sent."""
     world, batch = dist.get_world_size(), config.data.batch_size
-    if batch % world:
-        raise ConfigError(f"data.batch_size: {batch} is not a multiple of the {world} ranks")
+    if problems := divisible(config, world):
+        raise ConfigError("\n".join(problems))
     with torch.device("meta"):
         model = TVMModel(DiT(config.model), config.objective, Normalizer([0.0], [1.0]), config.seed)
     parameters = sum(p.numel() for p in model.net.parameters())
@@ -207,7 +212,6 @@ def main(arguments: list[str]) -> None:
         raise SystemExit("usage: composer recipe/train.py CONFIG.yaml [key=value ...] [--dry-run]")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("recipe").setLevel(logging.INFO if dist.get_global_rank() == 0 else logging.WARNING)
-    retry_more()
     try:
         config = load_config(TrainConfig, arguments[0], arguments[1:])
         if dry:

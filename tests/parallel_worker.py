@@ -1,6 +1,8 @@
 """Runs the same 20 steps under several settings in one process group; rank 0 writes losses and weights.
 
 composer -n RANKS tests/parallel_worker.py DIGITS OUT NAME=DTYPE,override,... ...
+
+Besides the configuration's keys: save_folder and load_path of Composer's own checkpoints, one every 6 steps.
 """
 
 import sys
@@ -46,6 +48,8 @@ def full(tensor):
 
 
 def run(digits, dtype, overrides):
+    paths = dict(o.split("=") for o in overrides if o.startswith(("save_folder", "load_path")))
+    overrides = [o for o in overrides if o.split("=")[0] not in paths]
     config = load_config(TrainConfig, "yamls/digits.yaml", [f"data.local={digits}", *TINY, *overrides])
     model, sharding = build_model(config, check_data(config)), parallelism(config.parallel, "cpu")
     if dtype == "bf16":  # Composer has no bf16 on a CPU: what its trainer and amp_bf16 do on a GPU
@@ -67,6 +71,9 @@ def run(digits, dtype, overrides):
         device="cpu",
         device_train_microbatch_size=config.microbatch,
         progress_bar=False,
+        save_interval="6ba",
+        save_filename="ba{batch}.pt",
+        **paths,
     )
     trainer.fit()
     weights = {name: full(p.detach()).clone() for name, p in model.named_parameters()}

@@ -10,14 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 
 from recipe import preflight
 from recipe.config import ConfigError, TrainConfig, load_config
-from recipe.resume import checkpoints, newest, prune, receipts
+from recipe.resume import Checkpoints, Preemption, checkpoints, newest, prune, receipts
 from recipe.storage import Folder, StorageError, normalize_uri
+from recipe.train import build_trainer, start
 from recipe.weights import load_weights
+from streaming_convert import retry
 from streaming_convert.manifest import read_manifest
 from tests.conftest import ROOT, TINY
 from tests.fakes import Cloud
@@ -124,7 +128,6 @@ def straight(s3, s3_digits, tmp_path_factory):
     return result(folder)
 
 
-@pytest.mark.slow
 def test_killed_in_an_upload_then_preempted_then_on_another_node_the_run_ends_with_the_same_bits(
     s3, s3_digits, straight, tmp_path
 ):
@@ -173,6 +176,21 @@ def test_two_sharded_ranks_through_two_launchers_stop_together_and_one_rank_goes
     assert losses == pytest.approx(straight[0], rel=1e-5)
 
 
+@pytest.mark.skipif(not NAMESPACES, reason="needs user namespaces")
+def test_nodes_with_a_folder_each_are_refused(digits, tmp_path):
+    run = [
+        "yamls/digits.yaml",
+        *TINY,
+        f"data.local={digits}",
+        f"folder={tmp_path}",
+        "save_folder=/dev/shm/save",
+    ]
+    for node in [Job({}, *run, node=node, nodes=2) for node in (0, 1)]:
+        status, output = node.end()
+        assert status == 1, output
+        assert "save_folder: /dev/shm/save is not one folder that all nodes see" in output
+
+
 @pytest.fixture
 def cloud_env(s3, monkeypatch):
     for name, value in s3.env.items():
@@ -193,6 +211,12 @@ def saved(s3, s3_digits, straight, tmp_path, request):
         source.get(name, tmp_path / "file")
         target.put(name, tmp_path / "file")
     return target
+
+
+def sign(folder, name, rank=0, **more):
+    """Writes a receipt for no files."""
+    receipt = {"run_name": "digits", "ranks": 1, "attempt": "a", "files": {}, **more}
+    folder.write(f"{name}/rank{rank}.json", json.dumps(receipt).encode())
 
 
 def resumed_from(config):
@@ -236,6 +260,7 @@ def test_a_first_checkpoint_that_was_never_completed_is_no_obstacle(s3, digits, 
         ("model.width=32", r"model\.width: 32 differs from the 16"),
         ("objective.name=flow_matching", r"objective\.name: flow_matching differs from the tvm"),
         ("parallel.fsdp2=true", r"parallel\.fsdp2: True differs from the False"),
+        ("ema.posthoc=[0.05]", r"ema\.posthoc: \[0\.05\] differs from the \[\]"),
         ("run_name=other", r"belongs to run_name 'digits', not 'other'"),
     ],
 )
@@ -269,29 +294,97 @@ def test_a_fork_starts_from_another_runs_checkpoint_in_its_own_folder(s3, straig
         resumed_from(config_of(digits, s3.uri("fork2"), f"{fork[:-1]}9"))
 
 
+def test_a_fork_with_nothing_left_to_do_is_refused(s3, straight, digits, tmp_path):
+    source = f"{s3.uri('straight')}/ep0-ba8"
+    more = (f"fork_from={source}", f"folder={tmp_path}", "run_name=fork", "duration=8ba")
+    with pytest.raises(ConfigError, match=r"duration: 8ba leaves nothing to do after step 8 of .*ep0-ba8"):
+        start(config_of(digits, s3.uri("fork3"), *more), Preemption(None))
+
+
 def test_pruning_deletes_old_checkpoints_of_this_run_alone(saved):
     saved.write("ep0-ba2/rank0.pt", b"left over")
     saved.write("ep0-ba8/notes.txt", b"not ours")
-    saved.write("ep0-ba3/rank0.json", json.dumps({"run_name": "other", "ranks": 1, "attempt": "x"}).encode())
-    prune(saved, -1, "digits")
+    sign(saved, "ep0-ba3", run_name="other")
+    prune(saved, -1, "digits", 12)
     assert "ep0-ba8/rank0.pt" in saved.names()
-    prune(saved, 1, "digits")
+    prune(saved, 1, "digits", 12)
     names = {n for n in saved.names() if n.startswith("ep")}
     assert names == {"ep0-ba12/rank0.pt", "ep0-ba12/rank0.json", "ep0-ba8/notes.txt", "ep0-ba3/rank0.json"}
+
+
+def test_pruning_spares_the_checkpoint_just_saved_before_a_damaged_one(tmp_path):
+    folder = Folder(str(tmp_path))
+    for step in (4, 8, 12):
+        sign(folder, f"ep0-ba{step}")
+    prune(folder, 1, "digits", 8)
+    assert sorted(folder.names()) == ["ep0-ba12/rank0.json", "ep0-ba8/rank0.json"]
+
+
+def test_a_receipt_that_cannot_be_read_is_damage_and_never_a_fresh_start(digits, tmp_path, caplog):
+    config = config_of(digits, tmp_path / "save", f"folder={tmp_path}/run")
+    assert resumed_from(config) is None
+    folder = Folder(config.save_folder)
+    sign(folder, "ep0-ba4")
+    folder.write("ep0-ba8/rank0.json", b'{"run')
+    assert resumed_from(config) == "ep0-ba4"
+    assert "ep0-ba8 is damaged: not used" in caplog.text
+    folder.write("ep0-ba4/rank0.json", b"{}")
+    with pytest.raises(ConfigError, match=r"none of the checkpoints .*ep0-ba4/rank0.json is damaged"):
+        resumed_from(config)
+    folder.write("run.json", b"[]")
+    with pytest.raises(StorageError, match=r"run.json is damaged"):
+        resumed_from(config)
+
+
+def test_what_a_killed_start_left_is_no_obstacle_and_does_not_stay(digits, tmp_path):
+    (tmp_path / "save").mkdir()
+    (tmp_path / "save/run.json.tmp").write_bytes(b"{")
+    (tmp_path / "run/resume-killed/ep0-ba4").mkdir(parents=True)
+    assert resumed_from(config_of(digits, tmp_path / "save", f"folder={tmp_path}/run")) is None
+    assert not list((tmp_path / "run").iterdir())
+
+
+class AtOnce:
+    """A thread pool without threads."""
+
+    def submit(self, action, *arguments):
+        future = Future()
+        future.set_result(action(*arguments))
+        return future
+
+
+def test_weights_reach_the_bucket_before_the_receipt_that_ends_the_run(s3, digits, tmp_path, monkeypatch):
+    written, put = [], Folder.put
+    monkeypatch.setattr(Folder, "put", lambda self, name, path: (written.append(name), put(self, name, path)))
+    more = (f"folder={tmp_path}", "duration=1ep", "data.batch_size=1024", "grid.interval=null")
+    trainer = build_trainer(config_of(digits, s3.uri("order"), *more), None, Preemption(None))
+    (saver,) = (c for c in trainer.state.callbacks if isinstance(c, Checkpoints))
+    saver.thread = AtOnce()  # no export that comes after the save can overtake its upload
+    trainer.fit()
+    trainer.close()
+    assert written.index("weights/ba0000001-ema.safetensors") < written.index("ep1-ba1/rank0.json")
+
+
+def test_of_two_starts_of_one_run_the_earlier_one_saves_nothing_more(digits, tmp_path):
+    config = config_of(digits, tmp_path / "save", f"folder={tmp_path}", "duration=2ba", "grid.interval=null")
+    trainer = build_trainer(config, None, Preemption(None))
+    Checkpoints(config)
+    with pytest.raises(StorageError, match=r"save_folder: .*save was taken over by a later start"):
+        trainer.fit()
+    trainer.close()
+    assert Folder(config.save_folder).names() == ["run.json"]
 
 
 def test_receipts_of_two_attempts_at_one_checkpoint_do_not_make_it_complete(tmp_path):
     folder = Folder(str(tmp_path))
     for rank, attempt in enumerate("ab"):
-        receipt = {"run_name": "r", "ranks": 2, "attempt": attempt, "files": {}}
-        folder.write(f"ep0-ba4/rank{rank}.json", json.dumps(receipt).encode())
+        sign(folder, "ep0-ba4", rank, ranks=2, attempt=attempt)
     (found,) = checkpoints(folder, folder.names())
     assert receipts(folder, found) is None
 
 
 def test_a_flaky_endpoint_is_tried_again_until_it_answers(s3, cloud_env, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    preflight.retry_more()
     folder, content = Folder(s3.uri("flaky")), os.urandom(100_000)
     s3.faults.rate, before = 0.3, s3.faults.failed
     try:
@@ -322,13 +415,18 @@ class TestPreflight:
         ("override", "message"),
         [
             ("data.remote=s3://nowhere/x", r"data\.remote: .*To mend: aws s3 (mb|ls) s3://nowhere"),
-            ("save_folder=s3://nowhere/x", r"save_folder: .*To mend: aws s3 mb s3://nowhere"),
+            (
+                "save_folder=s3://nowhere/x",
+                r"To mend: aws s3 mb s3://nowhere --endpoint-url \"\$S3_ENDPOINT_URL",
+            ),
+            ("folder=/proc/none", r"folder: cannot write /proc/none/.*To mend: ls -ld /proc/none"),
+            ("fork_from=s3://tests/none/ep0-ba4", r"fork_from: .* is not a complete checkpoint"),
             ("data.batch_size=5", r"data\.batch_size: 5 is not a multiple of the 2 ranks"),
             ("log.wandb=online", r"log\.wandb: online, but there is no key\. To mend: wandb login"),
             ("model.size=16", r"model\.size: 16 differs from the 8"),
             ("data.cache_limit=50kb", r"data\.cache_limit: 50kb is less .*data\.cache_limit=1mb or more"),
             ("data.cache_limit=much", r"data\.cache_limit: 'much' is not a size"),
-            ("model.width=400000", r"folder: .* needs .* GB and has .* GB"),
+            ("model.width=400000", r"folder: .* GB needed, .* GB free"),
         ],
     )
     def test_each_failure_names_the_setting_and_the_command(
@@ -343,6 +441,25 @@ class TestPreflight:
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
         with pytest.raises(SystemExit, match=r"save_folder: .*NoCredentialsError.*To mend: aws configure"):
+            preflight.main(settings(tmp_path, s3_digits, s3.uri("preflight")))
+
+    def test_disks_need_room_for_what_is_not_there_yet_and_for_all_that_goes_there(
+        self, digits, tmp_path, monkeypatch
+    ):
+        config = config_of(digits, tmp_path / "save", f"folder={tmp_path}", "save_keep=2")
+        size = preflight.checkpoint_bytes(config)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * size))
+        assert re.match(r"save_folder: .* GB needed, .* GB free\. To mend: df", *preflight.disk_space(config))
+        Folder(config.save_folder).write("ep0-ba4/rank0.pt", bytes(size))
+        assert preflight.disk_space(config) == []
+        more = (f"data.remote={digits}", f"data.local={tmp_path}/cache")
+        config = config_of(digits, config.save_folder, f"folder={tmp_path}", "save_keep=2", *more)
+        assert re.match(r"save_folder: .*, data.local: .* GB needed", *preflight.disk_space(config))
+
+    def test_an_endpoint_that_does_not_answer_is_named(self, s3, s3_digits, tmp_path, monkeypatch):
+        monkeypatch.setattr(retry, "ATTEMPTS", 1)
+        monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")
+        with pytest.raises(SystemExit, match=r"save_folder: .*To mend: curl -I http://127.0.0.1:1"):
             preflight.main(settings(tmp_path, s3_digits, s3.uri("preflight")))
 
     def test_oci_configurations_that_differ_are_named(self, oci, tmp_path, monkeypatch):
@@ -370,8 +487,13 @@ class TestPreflight:
         assert "To mend: oci setup config" in problem
 
     def test_a_bucket_that_is_not_there_comes_with_the_command_that_makes_it(self, oci):
-        (problem,) = preflight.writable_checkpoints(config_of(ROOT / "recipe", "oci://nowhere/run"))
+        (problem,) = preflight.writable("save_folder", "oci://nowhere/run")
         assert "To mend: oci os bucket create --name nowhere" in problem
+
+
+def test_a_bucket_itself_is_a_folder(s3, cloud_env):
+    Folder("s3://tests/below").write("a", b"")
+    assert "below/a" in Folder("s3://tests").names()
 
 
 @pytest.mark.parametrize("uri", ["oci://tests/folder", "oci://tests@testing/folder/"])

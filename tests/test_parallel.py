@@ -38,8 +38,11 @@ TWO = {
 
 @pytest.fixture(scope="module")
 def results(digits, tmp_path_factory):
-    out = {}
-    for ranks, cases in ((1, ONE), (2, TWO)):
+    out, folder = {}, tmp_path_factory.mktemp("elastic")
+    first = {"two": f"float64,save_folder={folder}/two"}
+    second = {"then_one": f"float64,load_path={folder}/two/ba6.pt,save_folder={folder}/one"}
+    third = {"then_two": f"float64,load_path={folder}/one/ba12.pt"}
+    for ranks, cases in ((2, first), (1, ONE | second), (2, TWO | third)):
         path = tmp_path_factory.mktemp("parallel") / "results.pt"
         launcher = ["-m", "composer.cli.launcher", "-n", ranks, "--master_port", 29500 + ranks]
         run(*launcher, "tests/parallel_worker.py", digits, path, *(f"{k}={v}" for k, v in cases.items()))
@@ -54,6 +57,13 @@ def test_every_setting_gives_the_same_curve_and_weights_in_float64(results, name
     assert other["losses"] == pytest.approx(plain["losses"], rel=1e-10, abs=0)
     for key, weight in plain["weights"].items():
         torch.testing.assert_close(other["weights"][key], weight, rtol=1e-9, atol=1e-9, msg=key)
+
+
+def test_from_two_ranks_to_one_and_back_within_an_epoch_no_step_changes(results):
+    plain = results["plain"]
+    for name, begin in (("two", 0), ("then_one", 6), ("then_two", 12)):
+        assert results[name]["samples"] == plain["samples"][begin:]
+        assert results[name]["losses"] == pytest.approx(plain["losses"][begin:], rel=1e-10, abs=0)
 
 
 @pytest.mark.parametrize("name", ["ddp32", "fsdp2_32"])

@@ -111,6 +111,15 @@ def test_the_average_ramps_up_to_its_decay():
     assert ema_decay(0.999, 0, ramp=False) == 0.999
 
 
+@pytest.mark.parametrize("interval", ["1ep", "7ba"])  # both are saved after the epoch's last batch
+def test_a_run_resumed_between_two_epochs_goes_on_with_the_order_of_the_second(digits, tmp_path, interval):
+    saving = {"save_folder": str(tmp_path), "save_interval": interval}
+    _, straight = fit(digits, 10, "data.batch_size=256", **saving)
+    (between,) = tmp_path.glob("ep*-ba7-rank0.pt")
+    _, resumed = fit(digits, 10, "data.batch_size=256", load_path=str(between))
+    assert resumed.rows == straight.rows[7:]
+
+
 def last_rows(folder):
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     return {row["step"]: row["loss/train/total"] for row in rows}
@@ -186,6 +195,13 @@ def test_flow_matching_trains_through_the_same_key_without_a_target(digits):
         (["duration"], "duration: overrides are written key=value"),
         (["data.batch_size=0"], "data.batch_size: 0"),
         (["data.normalize={mean: [1.0]}"], "data.normalize"),
+        (["data.normalize={mean: [1.0], std: [x]}"], "data.normalize"),
+        (["data.normalize={mean: [1.0, 2.0], std: [1.0, 2.0]}"], "data.normalize: needs 1 values"),
+        (["data.normalize={mean:[1.0]}"], "data.normalize={mean:[1.0]}: not valid YAML"),
+        (["duration=soon"], "duration: 'soon' is not a time"),
+        (["save_interval=10"], "save_interval: '10' is not a time"),
+        (["optimizer.warmup=3"], "optimizer.warmup: '3' is not a time"),
+        (["fork_from=http://x/ep0-ba1"], "neither a local path nor"),
         (["log.wandb=yes"], "log.wandb"),
     ],
 )
