@@ -15,15 +15,17 @@ class Moments:
 
     def add(self, samples: np.ndarray) -> None:
         """Adds stored samples (N, C, H, W); the first half of latents' C are means, the second deviations."""
+        values = np.empty(samples.shape[1:])  # once: new memory costs more than the sums
         for sample in samples:
-            values = sample.reshape(len(sample), -1).astype(np.float64)
+            values[:] = sample
             means, stds = np.split(values, 2) if self.latents else (values, values[:, :0])
             self.merge(
                 {
-                    "n": means.shape[1],
-                    "x": means.sum(1).tolist(),
-                    "xx": np.vecdot(means, means).tolist(),
-                    "var": np.vecdot(stds, stds).tolist(),
+                    "n": means[0].size,
+                    "x": means.sum((1, 2)).tolist(),
+                    # row by row: for long ones BLAS would wake its threads, which takes 0.4 ms
+                    "xx": np.vecdot(means, means).sum(1).tolist(),
+                    "var": np.vecdot(stds, stds).sum(1).tolist(),
                 }
             )
 
