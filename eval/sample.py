@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -90,10 +91,10 @@ class Generator:
 
 
 def check_guidance(facts: dict, w: float) -> None:
-    """Raises ValueError for a w that a TVM network has not been trained for; flow matching takes any."""
+    """Warns of a w that a TVM network has not been trained for; flow matching takes any."""
     trained = facts["method"]["guidance"]
     if facts["method"]["objective"] == "tvm" and not min(trained) <= w <= max(trained):
-        raise ValueError(f"w: {w:g} is outside what the network was trained for, {trained}")
+        warnings.warn(f"w = {w:g} is outside what the network was trained for, {trained}", stacklevel=2)
 
 
 def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:

@@ -115,6 +115,8 @@ def test_samples_at_the_command_line(tiny_run, tmp_path):
     assert arrays["arr_1"].tolist() == list(range(10)) * 2
     expected = Generator(weights, dtype="fp64")(torch.arange(20) % 10, 5 + torch.arange(20), 1, 1.25)
     assert np.array_equal(arrays["arr_0"], expected.permute(0, 2, 3, 1))
+    with pytest.warns(UserWarning, match=r"w = 2 is outside what the network was trained for, \[1.25\]"):
+        sample_main([weights, "--w", "2", "--labels", "1", "--out", str(tmp_path / "other.png")])
     files = sorted((tmp_path / "samples").iterdir())
     assert [file.name for file in files[:2]] == ["000005.png", "000006.png"]
     assert np.array_equal(np.stack([np.array(Image.open(f)) for f in files]), arrays["arr_0"][..., 0])
@@ -126,7 +128,6 @@ def test_samples_at_the_command_line(tiny_run, tmp_path):
         (["--labels", "11"], "--labels: '11' is not in 0..9"),
         (["--labels", "1,,2"], "--labels: '' is not in 0..9"),
         (["--w", "inf"], "--w: inf"),
-        (["--w", "2"], "w: 2 is outside what the network was trained for, [1.25]"),
         (["--labels", "1", "--out", "nowhere/x.png"], "--out: folder nowhere does not exist"),
         (["--samples", "10", "--out", "recipe"], "--out: recipe is not empty"),
         (["--nfe", "0"], "--nfe: 0"),
