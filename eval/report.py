@@ -255,7 +255,7 @@ def html_table(rows: list[Row]) -> str:
 
 def html_page(rows: list[Row], protocol: str, title: str, pictures: dict[str, Path]) -> str:
     """One file that needs no other: the notes, the table, and the pictures, by their headings, inlined."""
-    text = "".join(f"<p>{html.escape(note)}</p>" for note in notes(rows, protocol))
+    text = "".join(f"<p>{html.escape(note).replace('`', '')}</p>" for note in notes(rows, protocol))
     figures = ""
     for heading, path in pictures.items():
         data = base64.b64encode(path.read_bytes()).decode()

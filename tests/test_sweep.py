@@ -100,7 +100,7 @@ def test_the_report_is_one_page_with_everything_on_it(tiny_run, digits, classifi
     page = (tmp_path / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 2
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)
-    assert "Protocol `tvm`: 200 samples (the protocol&#x27;s number is 50,000)" in page
+    assert "Protocol tvm: 200 samples (the protocol&#x27;s number is 50,000)" in page
     assert f"<td>{row['frechet_distance']:.3f}</td>" in page
     assert (row["labels"], row["rounding"]) == ("drawn", "down")
 
