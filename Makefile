@@ -17,7 +17,7 @@ lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Two processes of one thread each: faster on small tensors than one of two threads; the draws are the same.
 demo compare: export OMP_NUM_THREADS = 1

@@ -158,7 +158,6 @@ def test_killed_in_an_upload_then_preempted_then_on_another_node_the_run_ends_wi
     assert "weights/ba0000012-ema.safetensors" in names
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not NAMESPACES, reason="needs user namespaces")
 def test_two_sharded_ranks_through_two_launchers_stop_together_and_one_rank_goes_on(
     s3, s3_digits, straight, tmp_path
@@ -507,7 +506,6 @@ def test_one_spelling_of_an_oci_uri_serves_both_libraries(oci, digits, uri, tmp_
     assert folder.names() == ["manifest.json"]
 
 
-@pytest.mark.slow
 def test_the_run_resumes_to_the_same_bits_through_oci(oci, digits, straight, tmp_path):
     data = Folder(oci.uri("digits"))
     for file in digits.iterdir():
@@ -524,7 +522,6 @@ def test_the_run_resumes_to_the_same_bits_through_oci(oci, digits, straight, tmp
     assert result(tmp_path / "run") == straight
 
 
-@pytest.mark.slow
 def test_the_oci_command_uploads_what_training_reads_and_lists_what_it_wrote(oci, tmp_path):
     def command(*words):
         program = [sys.executable, "-m", "oci_cli.cli", "os", "object", *words, "--bucket-name", "tests"]
