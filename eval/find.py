@@ -11,7 +11,7 @@ from composer.utils import dist
 
 from eval.export import find_snapshots, save, synthesize
 from recipe.posthoc import length_of
-from recipe.weights import read_facts
+from recipe.weights import parse_facts, read_facts
 from streaming_convert.store import Store
 
 
@@ -60,7 +60,7 @@ def mirror(uri: str, folder: Path, latest: bool) -> Path:
     with Store(uri) as store:
         names = [name for name in sorted(store.names()) if "/" not in name and name.endswith(".json")]
         descriptions = {name: store.read(name) for name in names}
-        facts = {name: json.loads(text) for name, text in descriptions.items()}
+        facts = {name: parse_facts(text, f"{uri}/{name}") for name, text in descriptions.items()}
         newest = max((fact["step"] or 0 for fact in facts.values()), default=0)
         for name, fact in facts.items():
             copy, snapshot = target / name, fact["average"].startswith("posthoc")

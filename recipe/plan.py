@@ -20,6 +20,7 @@ from composer.core import Time, TimeUnit
 from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.dit import DiT, DiTConfig
 from recipe.parallel import ParallelConfig
+from recipe.preflight import divisible
 from recipe.tvm import TVMConfig
 
 GIB = 2**30
@@ -157,10 +158,8 @@ def step_activations(config: TrainConfig, parallel: ParallelConfig) -> float:
 
 def layout(config: TrainConfig, gpus: int) -> tuple[int, int]:
     """(samples per GPU and microbatch, microbatches). Raises ConfigError."""
-    if config.data.batch_size % gpus:
-        raise ConfigError(f"data.batch_size: {config.data.batch_size} is not a multiple of the {gpus} ranks")
-    if gpus % config.parallel.replicas:
-        raise ConfigError(f"parallel.replicas: {config.parallel.replicas} does not divide the {gpus} ranks")
+    if problems := divisible(config, gpus):
+        raise ConfigError("\n".join(problems))
     batch = config.data.batch_size // gpus
     microbatch = min(config.microbatch or batch, batch)
     return microbatch, math.ceil(batch / microbatch)

@@ -112,8 +112,10 @@ def writable(key: str, uri: str) -> list[str]:
 
 def forkable(config: TrainConfig) -> list[str]:
     """The checkpoint that `fork_from` names, needed until the run has one of its own."""
+    if not config.fork_from:
+        return []
     folder = Folder(config.save_folder)
-    if not config.fork_from or complete(folder, checkpoints(folder, folder.names())):
+    if complete(folder, checkpoints(folder, folder.names())):
         return []
     try:
         fork(config)

@@ -37,6 +37,7 @@ from composer.utils import dist
 
 from recipe.config import ConfigError, TrainConfig, as_dict
 from recipe.storage import Folder, StorageError
+from recipe.weights import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -104,11 +105,7 @@ def receipts(folder: Folder, checkpoint: Checkpoint) -> list[dict] | None:
 
 def checksum(path: Path) -> str:
     """xxh64 of a file, hexadecimal."""
-    digest = xxhash.xxh64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_digest(path, xxhash.xxh64())
 
 
 def damage(path: Path, expected: dict[str, str]) -> str | None:

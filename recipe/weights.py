@@ -37,11 +37,10 @@ def commit() -> str:
     return head.stdout.decode().strip() + ("+" if changes.stdout.strip() else "")
 
 
-def sha256(path: Path) -> str:
-    """Digest of a file of any size."""
-    digest = hashlib.sha256()
+def file_digest(path: Path, digest: Any) -> str:  # noqa: ANN401
+    """Hexadecimal digest of a file of any size, by a new object of hashlib or xxhash."""
     with path.open("rb") as file:
-        while block := file.read(2**20):
+        while block := file.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
 
@@ -56,7 +55,7 @@ def save_weights(
     weights, description = _files(path)
     weights.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: t.contiguous().cpu() for name, t in state.items()}, f"{weights}.part")
-    digest = sha256(Path(f"{weights}.part"))
+    digest = file_digest(Path(f"{weights}.part"), hashlib.sha256())
     os.replace(f"{weights}.part", weights)
     facts = {"format": FORMAT, "model": asdict(config), **facts, "commit": commit(), "sha256": digest}
     description.with_suffix(".part").write_text(json.dumps(facts, indent=2) + "\n")
@@ -70,14 +69,19 @@ def read_facts(path: str | Path) -> dict[str, Any]:
     for file in (weights, description):
         if not file.is_file():
             raise FileNotFoundError(f"weights: {file} does not exist")
+    return parse_facts(description.read_bytes(), str(description))
+
+
+def parse_facts(text: bytes, where: str) -> dict[str, Any]:
+    """The content of a weights' JSON, read from `where`. Raises ValueError, naming it."""
     try:
-        facts = dict(json.loads(description.read_text()))
+        facts = dict(json.loads(text))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"weights: {description} is not a description of weights: {error}") from error
+        raise ValueError(f"weights: {where} is not a description of weights: {error}") from error
     if facts.get("format") != FORMAT:
-        raise ValueError(f"weights: {description} has format {facts.get('format')}, expected {FORMAT}")
+        raise ValueError(f"weights: {where} has format {facts.get('format')}, expected {FORMAT}")
     if not facts.keys() >= KEYS:
-        raise ValueError(f"weights: {description} lacks {', '.join(sorted(KEYS - facts.keys()))}")
+        raise ValueError(f"weights: {where} lacks {', '.join(sorted(KEYS - facts.keys()))}")
     return facts
 
 
@@ -87,7 +91,7 @@ def load_weights(path: str | Path, device: str | torch.device = "cpu") -> tuple[
     Raises FileNotFoundError or ValueError, the latter also where tensors and JSON do not belong together.
     """
     facts = read_facts(path)
-    if sha256(_files(path)[0]) != facts["sha256"]:
+    if file_digest(_files(path)[0], hashlib.sha256()) != facts["sha256"]:
         raise ValueError(f"weights: {_files(path)[0]} is not the file that its JSON describes (sha256)")
     net = DiT(DiTConfig(**facts["model"]), initialize=False).to(device)
     net.load_state_dict(load_file(_files(path)[0], device=str(device)))
