@@ -25,18 +25,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recipe.algorithms import ema_update
 from recipe.dit import DiT, DiTConfig
+from recipe.objectives import TVM, FlowMatching, Objective
+from recipe.objectives.base import Batch, draw
 from recipe.parallel import ParallelConfig, prepare_blocks
-from recipe.tvm import Batch, TVMConfig, flow_matching_loss, tvm_loss
 from recipe.weights import commit
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, from the data sheets
+GUIDED = TVM(guidance=2.0)
 VARIANTS = {
-    "tvm": ("tvm", {"compile": True}),
-    "tvm, checkpointed": ("tvm", {"compile": True, "checkpoint_every": 1}),
-    "tvm, eager": ("tvm", {}),
-    "flow matching": ("flow_matching", {"compile": True}),
+    "tvm": (GUIDED, {"compile": True}),
+    "tvm, checkpointed": (GUIDED, {"compile": True, "checkpoint_every": 1}),
+    "tvm, eager": (GUIDED, {}),
+    "flow matching": (FlowMatching(), {"compile": True}),
 }
-GUIDED = TVMConfig(guidance=2.0)
 KINDS = {
     "attention": ("jvp_attention", "flash", "attention", "softmax"),
     "matrix products": ("gemm", "cutlass", "nvjet", "::mm", "addmm", "bmm", "sm90_xmma", "ampere_"),
@@ -52,17 +53,16 @@ def autocast(device: str) -> Iterator[None]:
         yield
 
 
-def random_batch(config: DiTConfig, size: int, device: str) -> Batch:
+def random_batch(config: DiTConfig, objective: Objective, size: int, device: str) -> Batch:
     """Random draws of the right shapes."""
-    shape = (size, config.channels, config.size, config.size)
-    x0, noise = torch.randn(2, *shape, device=device)
-    t, s, s_prime = torch.rand(3, size, device=device)
-    label = torch.randint(config.classes, (size,), device=device)
-    return Batch(x0, noise, torch.maximum(t, s), torch.minimum(t, s), s_prime, label, torch.full_like(t, 2.0))
+    ids = torch.arange(size, device=device)
+    x0 = torch.randn(size, config.channels, config.size, config.size, device=device)
+    label = ids % max(config.classes, 1)
+    return draw(x0, label, torch.zeros_like(ids), ids, 0, objective, config.classes)
 
 
-def make_step(net: DiT, objective: str, options: dict, batch: Batch) -> Callable[[], None]:
-    """Loss, backward, AdamW and both averages, as training does them."""
+def make_step(net: DiT, objective: Objective, options: dict, batch: Batch) -> Callable[[], None]:
+    """Loss, backward, AdamW and the averages, as training does them."""
     null = net.config.classes
     target, average = (copy.deepcopy(net).requires_grad_(False) for _ in range(2))
     prepare_blocks(net, ParallelConfig(**options), trained=True)
@@ -73,14 +73,11 @@ def make_step(net: DiT, objective: str, options: dict, batch: Batch) -> Callable
     def step() -> None:
         optimizer.zero_grad()
         with autocast(device):
-            if objective == "tvm":
-                loss = tvm_loss(net, target, batch, GUIDED, null)
-            else:
-                loss = flow_matching_loss(net, batch)
+            loss = objective.loss(net, target, batch, null)
         loss.total.mean().backward()
         optimizer.step()
         ema_update(average, net, 0.9999)
-        if objective == "tvm":
+        if objective.teacher:
             ema_update(target, net, 0.99)
 
     return step
@@ -125,16 +122,13 @@ def time_by_kind(step: Callable[[], None], device: str, top: int = 12) -> dict[s
     }
 
 
-def flops_per_sample(config: DiTConfig, objective: str) -> float:
+def flops_per_sample(config: DiTConfig, objective: Objective) -> float:
     """Counted on meta tensors."""
     with torch.device("meta"):
-        net, batch = DiT(config), random_batch(config, 2, "meta")
+        net, batch = DiT(config), random_batch(config, objective, 2, "meta")
         target = copy.deepcopy(net).requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
-        if objective == "tvm":
-            loss = tvm_loss(net, target, batch, GUIDED, config.classes)
-        else:
-            loss = flow_matching_loss(net, batch)
+        loss = objective.loss(net, target, batch, config.classes)
         loss.total.mean().backward()
     return counter.get_total_flops() / 2
 
@@ -165,7 +159,7 @@ def report(preset: str, size: int, batch_size: int, steps: int) -> dict[str, Any
             net = DiT(config, initialize=False).to(device)
             for p in net.parameters():
                 torch.nn.init.normal_(p, std=0.02)
-            step = make_step(net, objective, options, random_batch(config, batch_size, device))
+            step = make_step(net, objective, options, random_batch(config, objective, batch_size, device))
             row = measure(step, device, steps)
         except torch.cuda.OutOfMemoryError:
             rows[variant] = {"seconds": None, "peak_gib": None, "error": "out of memory"}

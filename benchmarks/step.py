@@ -26,8 +26,9 @@ from benchmarks.device import GUIDED, random_batch
 from recipe.algorithms import ema_update
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
+from recipe.objectives.base import Batch
+from recipe.objectives.flow_matching import flow_matching_loss
 from recipe.parallel import ParallelConfig, prepare_blocks
-from recipe.tvm import Batch, flow_matching_loss, tvm_loss
 
 Work = Callable[[], object]
 
@@ -45,9 +46,9 @@ def flop_ratio(size: int) -> float:
         config = DiTConfig(preset="XL/2-18", size=size)
         net = DiT(config)
         target = copy.deepcopy(net).requires_grad_(False)
-        batch = random_batch(config, 2, "meta")
-    tvm = flops(lambda: tvm_loss(net, target, batch, GUIDED, config.classes).total.mean().backward())
-    plain = flops(lambda: flow_matching_loss(net, batch).total.mean().backward())
+        batch = random_batch(config, GUIDED, 2, "meta")
+    tvm = flops(lambda: GUIDED.loss(net, target, batch, config.classes).total.mean().backward())
+    plain = flops(lambda: flow_matching_loss(GUIDED, net, batch).total.mean().backward())
     return tvm / plain
 
 
@@ -73,25 +74,25 @@ def build(size: int) -> tuple[DiT, Batch]:
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    return net, random_batch(config, size, "cpu")
+    return net, random_batch(config, GUIDED, size, "cpu")
 
 
 def explicit_jvp(net: DiT, batch: Batch) -> None:
     """Forward with explicit tangents, then backward through value and tangent."""
-    ones = torch.ones_like(batch.t)
-    value, tangent = net(batch.x0, batch.t, Dual(batch.t - batch.s, -ones), batch.label, 1 / batch.w)
+    t, s, _ = batch.times
+    value, tangent = net(batch.x0, t, Dual(t - s, -torch.ones_like(t)), batch.label, 1 / batch.w)
     (value.square().mean() + tangent.square().mean()).backward()
 
 
 def functional_jvp(net: DiT, batch: Batch) -> None:
     """The same numbers by torch.func.jvp of the plain network."""
-    params = dict(net.named_parameters())
+    params, (t, s, _) = dict(net.named_parameters()), batch.times
 
     def plain(d: Tensor) -> Tensor:
-        return functional_call(net, params, (batch.x0, batch.t, d, batch.label, 1 / batch.w)).value
+        return functional_call(net, params, (batch.x0, t, d, batch.label, 1 / batch.w)).value
 
     with sdpa_kernel(SDPBackend.MATH):
-        value, tangent = jvp(plain, (batch.t - batch.s,), (-torch.ones_like(batch.t),))
+        value, tangent = jvp(plain, (t - s,), (-torch.ones_like(t),))
         (value.square().mean() + tangent.square().mean()).backward()
 
 
@@ -108,10 +109,10 @@ def step_times(net: DiT, target: DiT, batch: Batch, pairs: int) -> tuple[float, 
     null = net.config.classes
 
     def tvm() -> None:
-        training_step(net, lambda: tvm_loss(net, target, batch, GUIDED, null).total, optimizer)
+        training_step(net, lambda: GUIDED.loss(net, target, batch, null).total, optimizer)
 
     def plain() -> None:
-        training_step(net, lambda: flow_matching_loss(net, batch).total, optimizer)
+        training_step(net, lambda: flow_matching_loss(GUIDED, net, batch).total, optimizer)
 
     return paired(tvm, plain, pairs)
 
@@ -135,7 +136,7 @@ def upkeep_share() -> float:
     """Share of optimizer and both averages in a whole step: width of B/2, two blocks, batch 4, 256 tokens."""
     config = DiTConfig(preset="B/2", size=32)
     config.depth = 2
-    net, batch = DiT(config), random_batch(config, 4, "cpu")
+    net, batch = DiT(config), random_batch(config, GUIDED, 4, "cpu")
     target, average = (copy.deepcopy(net).requires_grad_(False) for _ in range(2))
     optimizer = torch.optim.AdamW(net.parameters(), 1e-6)
 
@@ -145,7 +146,7 @@ def upkeep_share() -> float:
         ema_update(average, net, 0.9999)
 
     def step() -> None:
-        loss = tvm_loss(net, target, batch, GUIDED, config.classes).total
+        loss = GUIDED.loss(net, target, batch, config.classes).total
         training_step(net, lambda: loss, optimizer)
         ema_update(target, net, 0.99)
         ema_update(average, net, 0.9999)

@@ -31,6 +31,7 @@ from eval.protocols import quantize
 from eval.sample import check_guidance
 from recipe.data import Normalizer
 from recipe.dit import DiTConfig
+from recipe.objectives import from_facts
 from recipe.posthoc import combination, exponent, length_of
 from recipe.sampler import sample
 from recipe.storage import Folder, StorageError
@@ -155,12 +156,14 @@ class Sampler(nn.Module):
         super().__init__()
         self.net, self.facts = load_weights(path)
         self.normalizer = Normalizer(self.facts["data"]["mean"], self.facts["data"]["std"])
-        self.nfe, self.w = nfe, self.facts["method"]["guidance"][0] if w is None else w
-        check_guidance(self.facts, self.w)
+        self.objective = from_facts(self.facts["method"])
+        self.nfe, self.w = nfe, self.objective.default_w if w is None else w
+        check_guidance(self.objective, self.w)
 
     def forward(self, noise: Tensor, label: Tensor) -> Tensor:
-        method, null = self.facts["method"], self.net.config.classes
-        values = self.normalizer.invert(sample(self.net, noise, label, self.nfe, self.w, method, null))
+        null = self.net.config.classes
+        x0 = sample(self.net, noise, label, self.nfe, self.w, self.objective, null)
+        values = self.normalizer.invert(x0)
         return quantize(values, "nearest") if self.facts["data"]["column"] == "image" else values.float()
 
 

@@ -26,6 +26,7 @@ from eval.decode import load_decoder
 from eval.protocols import PROTOCOLS, choose_labels, describe, quantize
 from recipe.data import Normalizer
 from recipe.dit import DiT
+from recipe.objectives import Objective, from_facts
 from recipe.sampler import initial_noise, sample
 from recipe.weights import load_weights
 
@@ -52,15 +53,11 @@ class Generator:
         self.dtype = torch.float64 if dtype == "fp64" else torch.float32
         self.autocast = dtype == "amp_bf16"
         self.net.to(self.dtype)
+        self.objective = from_facts(self.facts["method"])
         data = self.facts["data"]
         self.normalizer = Normalizer(data["mean"], data["std"]).to(self.device, self.dtype)
         latent = data["column"] == "latents"
         self.decode = load_decoder(data["encoder"], vae, device) if latent else None
-
-    @property
-    def default_w(self) -> float:
-        """The guidance weight of training (the lowest of a range); 1 for flow matching."""
-        return self.facts["method"]["guidance"][0]
 
     def noise(self, seeds: Tensor) -> Tensor:
         """(B, C, H, W) from int64 seeds (B,)."""
@@ -75,8 +72,8 @@ class Generator:
     def from_noise(self, noise: Tensor, label: Tensor, nfe: int, w: float) -> Tensor:
         """noise: (B, C, H, W), label: int64 (B,)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            method, null = self.facts["method"], self.net.config.classes
-            x0 = sample(self.net, noise, label.to(self.device), nfe, w, method, null)
+            null = self.net.config.classes
+            x0 = sample(self.net, noise, label.to(self.device), nfe, w, self.objective, null)
         values = self.normalizer.invert(x0)
         if not values.isfinite().all():
             raise FloatingPointError(f"the network's output is not finite with {nfe} steps at w = {w:g}")
@@ -90,11 +87,12 @@ class Generator:
             yield self(label[index], seeds[index], nfe, w), index
 
 
-def check_guidance(facts: dict, w: float) -> None:
-    """Warns of a w that a TVM network has not been trained for; flow matching takes any."""
-    trained = facts["method"]["guidance"]
-    if facts["method"]["objective"] == "tvm" and not min(trained) <= w <= max(trained):
-        warnings.warn(f"w = {w:g} is outside what the network was trained for, {trained}", stacklevel=2)
+def check_guidance(objective: Objective, w: float) -> None:
+    """Warns of a w that the network has not been trained for."""
+    low, high = objective.guidance_range
+    if not low <= w <= high:
+        trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        warnings.warn(f"w = {w:g} is outside what {objective.name} was trained for, {trained}", stacklevel=2)
 
 
 def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
@@ -246,8 +244,8 @@ def main(arguments: list[str]) -> None:
         classes = generator.net.config.classes
         default = ",".join(map(str, range(min(classes, 10)))) or "none"
         labels = parse_labels(options.labels or default, generator.net)
-        w = generator.default_w if options.w is None else options.w
-        check_guidance(generator.facts, w)
+        w = generator.objective.default_w if options.w is None else options.w
+        check_guidance(generator.objective, w)
         if options.out.suffix == ".png":
             Image.fromarray(draw_grid(generator, labels, w, options)).save(options.out)
         else:

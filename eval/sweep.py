@@ -39,6 +39,7 @@ from eval.score import (
     open_reference,
 )
 from recipe.config import ConfigError, load_config
+from recipe.objectives import from_facts
 from recipe.weights import commit
 from streaming_convert.manifest import read_manifest
 from streaming_convert.store import DatasetError
@@ -126,7 +127,7 @@ def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Cell]]:
     for export in setup.exports:
         labels = choose(config, export.facts, torch.arange(setup.samples))
         inputs = hashlib.sha256(setup.reference.digest.encode() + labels.numpy().tobytes()).hexdigest()
-        for w in config.w or [export.facts["method"]["guidance"][0]]:
+        for w in config.w or [from_facts(export.facts["method"]).default_w]:
             for nfe in config.nfe:
                 stem, digest = str(export.path.with_suffix("")), export.facts["sha256"]
                 yield export, Cell(stem, digest, nfe, w, *shared, inputs)
@@ -213,7 +214,7 @@ def prepare(config: SweepConfig, device: torch.device) -> Setup:
         for _, facts in exports:
             choose(config, facts, torch.arange(samples))
             for w in config.w:
-                check_guidance(facts, w)
+                check_guidance(from_facts(facts["method"]), w)
         metrics = (config.metrics, config.batch_size, config.floor_splits, config.seed)
         reference = Reference(config.reference, images, extractor, *metrics)
     except (ValueError, OSError, ImportError) as error:

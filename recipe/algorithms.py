@@ -7,13 +7,14 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from composer.core import Algorithm, Event, State
+from composer.core import Algorithm, Event, State, Time
 from composer.loggers import Logger
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from recipe import posthoc
+from recipe.objectives.base import Loss
 
 log = logging.getLogger(__name__)
 
@@ -92,31 +93,32 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-class ScaleParameter(Algorithm):
-    """Sets the scaled parameterisation f = (s - t) w F at the start and guards every step.
+class StepGuard(Algorithm):
+    """Warms a run up and guards every step.
 
-    scaled: k = w in the displacement (paper, section 4), else k = 1. tangent_warmup: over that many steps
-    dF/ds grows from 0 to its full size (0: off). clip: largest global gradient norm (None: off, the paper's
-    choice at 256 px). A step whose gradient is not finite is no step at all: weights, averages and optimizer
-    state stay as they are, and the ids of the samples with a non-finite loss are logged; after
-    `max_skipped` in a row the run stops with an error.
+    flow_matching_first: so long plain velocities are matched, e.g. 1500ba (None: not at all). tangent_warmup:
+    over that many steps the derivative grows from 0 to its full size (0: off). clip: largest global gradient
+    norm (None: off, TVM's choice at 256 px). A step whose gradient is not finite is no step at all: weights,
+    averages and optimizer state stay as they are, and the ids of the samples with a non-finite loss are
+    logged; after `max_skipped` in a row the run stops with an error.
     """
 
     def __init__(
         self,
-        scaled: bool = True,
+        flow_matching_first: str | None = None,
         tangent_warmup: int = 0,
         clip: float | None = None,
         max_skipped: int = 5,
     ) -> None:
-        self.scaled, self.tangent_warmup = scaled, tangent_warmup
+        self.flow_matching_first = Time.from_input(flow_matching_first or "0ba")
+        self.tangent_warmup = tangent_warmup
         self.clip, self.max_skipped = clip, max_skipped
         self.skipped = self.skipped_in_row = 0
         self.bad_samples: list[int] = []
 
     def match(self, event: Event, state: State) -> bool:
-        """At the start, around each loss, and between the backward pass and the optimizer."""
-        return event in (Event.INIT, Event.BATCH_START, Event.AFTER_LOSS, Event.AFTER_TRAIN_BATCH)
+        """Around each loss, and between the backward pass and the optimizer."""
+        return event in (Event.BATCH_START, Event.AFTER_LOSS, Event.AFTER_TRAIN_BATCH)
 
     def state_dict(self) -> dict[str, int]:
         """Counters travel with the checkpoint."""
@@ -129,12 +131,11 @@ class ScaleParameter(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Dispatch to the event's work."""
         model = unwrap(state.model)
-        if event == Event.INIT:
-            model.objective.scaled = self.scaled
-        elif event == Event.BATCH_START:
+        if event == Event.BATCH_START:
             self.losses: list[tuple[Tensor, Tensor]] = []
             step = int(state.timestamp.batch)
             model.tangent = min(1.0, step / self.tangent_warmup) if self.tangent_warmup else 1.0
+            model.flow_matching = state.timestamp < self.flow_matching_first
         elif event == Event.AFTER_LOSS:
             self.losses.append((state.batch["sample"], state.outputs.total.detach()))
             logger.log_metrics(residuals(state.outputs))
@@ -171,11 +172,7 @@ class ScaleParameter(Algorithm):
             raise RuntimeError(f"{message}. Stopping: algorithms.max_skipped is {self.max_skipped}")
 
 
-def residuals(loss) -> dict[str, Tensor]:  # noqa: ANN001
-    """RMS of F, of dF/ds and of both residuals over this rank's microbatch."""
-    return {
-        "train/rms_F": loss.network.square().mean().sqrt(),
-        "train/rms_dF_ds": loss.derivative.square().mean().sqrt(),
-        "train/rms_terminal": loss.terminal.detach().mean().sqrt(),
-        "train/rms_flow_matching": loss.flow_matching.detach().mean().sqrt(),
-    }
+def residuals(loss: Loss) -> dict[str, Tensor]:
+    """RMS of what was evaluated and of the loss's terms over this rank's microbatch."""
+    rms = {f"train/rms_{name}": value.square().mean().sqrt() for name, value in loss.evaluated.items()}
+    return rms | {f"train/rms_{name}": term.value.mean().sqrt() for name, term in loss.terms.items()}

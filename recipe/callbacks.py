@@ -21,26 +21,20 @@ from eval.sample import grid
 from recipe.algorithms import unwrap
 from recipe.config import GridConfig
 from recipe.data import Normalizer, to_uint8
-from recipe.draws import Stream, keys, uniform
-from recipe.model import TVMModel
+from recipe.model import GenerativeModel
 from recipe.plan import step_flops
 from recipe.posthoc import average_of_child
 from recipe.resume import Preemption
 from recipe.sampler import initial_noise, sample
-from recipe.tvm import sample_times
 from recipe.weights import save_weights
 from streaming_convert.encoders import load_vae
 
 
-def inference_facts(model: TVMModel, data: dict[str, Any]) -> dict[str, Any]:
+def inference_facts(model: GenerativeModel, data: dict[str, Any]) -> dict[str, Any]:
     """`method` and `data` of the weights' JSON (see recipe/weights.py)."""
-    objective, normalizer = model.objective, model.normalizer
+    normalizer = model.normalizer
     return {
-        "method": {
-            "objective": objective.name,
-            "scaled": objective.scaled,
-            "guidance": objective.guidance if objective.name == "tvm" else [1.0],
-        },
+        "method": model.objective.facts(),
         "data": {
             **data,
             "mean": normalizer.mean.flatten().tolist(),
@@ -131,7 +125,7 @@ class SampleGrid(Callback):
                 Image.fromarray(picture).save(path)
                 logger.log_images(picture, name=f"samples/nfe{nfe}", channels_last=True, use_table=False)
 
-    def sample(self, model: TVMModel, nfe: int) -> Tensor:
+    def sample(self, model: GenerativeModel, nfe: int) -> Tensor:
         """Normalised images (labels x columns, C, H, W), row by row."""
         net = model.net.config
         labels = self.config.labels or list(range(min(net.classes, 10))) or [net.classes]
@@ -139,8 +133,8 @@ class SampleGrid(Callback):
         label = torch.tensor(labels, device=device).repeat_interleave(self.config.columns)
         seeds, dtype = torch.arange(len(label), device=device), model.normalizer.mean.dtype
         noise = initial_noise(seeds, (net.channels, net.size, net.size), dtype)
-        method = inference_facts(model, {})["method"]
-        return sample(model.ema, noise, label, nfe, method["guidance"][0], method)
+        objective = model.objective
+        return sample(model.ema, noise, label, nfe, objective.default_w, objective, model.null)
 
 
 def pictures(x0: Tensor, normalizer: Normalizer, column: str, vae: nn.Module | None) -> Tensor:
@@ -179,39 +173,33 @@ class Throughput(SpeedMonitor):
 
 
 class LossByTime(Callback):
-    """Mean losses in quarters of time, over `interval` batches and all ranks.
+    """Mean of each term of the loss in quarters of its time, over `interval` batches and all ranks.
 
-    The terminal loss goes by the gap t - s that the map jumps over (0.75-1: nearly from noise to data in one
-    step), flow matching by s'. Times are drawn again from the batch's keys. A quarter without samples is
-    left out.
+    What the map jumps over goes by the gap t - s (0.75-1: nearly from noise to data in one step), a velocity
+    by its time. A quarter without samples is left out.
     """
 
     quarters = ("0-0.25", "0.25-0.5", "0.5-0.75", "0.75-1")
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
-        self.totals: Tensor | None = None
+        self.totals: dict[str, Tensor] = {}
 
     def after_loss(self, state: State, logger: Logger) -> None:
-        """Adds this microbatch's sums and counts, (2 losses, 2, 4 quarters), on its device."""
-        model, batch, loss = unwrap(state.model), state.batch, state.outputs
-        key = keys(model.seed, batch["step"], batch["sample"], Stream.TIMES)
-        t, s, s_prime = sample_times(uniform(key, 4), model.objective)
-        rows = [(s_prime, loss.flow_matching)]
-        if model.target is not None:
-            rows.append((t - s, loss.terminal))
-        sums = torch.stack([quarter_sums(time, value.detach()) for time, value in rows])
-        self.totals = sums if self.totals is None else self.totals + sums
+        """Adds this microbatch's sums and counts, (2, 4 quarters) a term, on its device."""
+        for name, term in state.outputs.terms.items():
+            sums = quarter_sums(term.time, term.value)
+            self.totals[name] = self.totals[name] + sums if name in self.totals else sums
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Logs the means when they are due."""
-        if int(state.timestamp.batch) % self.interval or self.totals is None:
+        if int(state.timestamp.batch) % self.interval:
             return
-        dist.all_reduce(self.totals)
-        for name, (total, count) in zip(("flow_matching", "terminal"), self.totals.tolist(), strict=False):
-            means = {q: a / n for q, a, n in zip(self.quarters, total, count, strict=True) if n}
+        for name, totals in self.totals.items():
+            dist.all_reduce(totals)
+            means = {q: a / n for q, a, n in zip(self.quarters, *totals.tolist(), strict=True) if n}
             logger.log_metrics({f"loss/{name}/{quarter}": mean for quarter, mean in means.items()})
-        self.totals = None
+        self.totals = {}
 
 
 def quarter_sums(time: Tensor, value: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from yaml import YAMLError
 
 from recipe.data import DataConfig
 from recipe.dit import DiTConfig
+from recipe.objectives import OBJECTIVES, TVM, Objective
 from recipe.parallel import ParallelConfig
 from recipe.posthoc import MAX_LENGTH
 from recipe.storage import normalize_uri
-from recipe.tvm import TVMConfig
 
 T = TypeVar("T")
 
@@ -166,7 +166,7 @@ class TrainConfig:
     microbatch: int | None = None
     data: DataConfig = field(default_factory=DataConfig)
     model: DiTConfig = field(default_factory=DiTConfig)
-    objective: TVMConfig = field(default_factory=TVMConfig)
+    objective: Objective = field(default_factory=TVM)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     step: StepConfig = field(default_factory=StepConfig)
@@ -201,6 +201,7 @@ class TrainConfig:
         times = {
             **{k: getattr(self, k) for k in ("duration", "save_interval", "export_interval", "time_limit")},
             **{"grid.interval": self.grid.interval, "optimizer.warmup": self.optimizer.warmup},
+            "objective.flow_matching_first": self.objective.flow_matching_first,
         }
         for key, text in times.items():
             if text is not None and not is_time(text):
@@ -219,7 +220,34 @@ def read_yaml(path: str) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path}: must be a mapping of keys to values")
     base = config.pop("base", None)
-    return config if base is None else OmegaConf.merge(read_yaml(str(file.parent / base)), config)
+    return config if base is None else overlay(read_yaml(str(file.parent / base)), config)
+
+
+def overlay(under: DictConfig, over: DictConfig) -> DictConfig:
+    """`over` on `under`; where it names another objective, that section begins anew."""
+    name = objective_name(over, "")
+    if name and name != objective_name(under, TVM.name):
+        under = OmegaConf.masked_copy(under, [key for key in under if key != "objective"])
+    return OmegaConf.merge(under, over)
+
+
+def objective_name(config: DictConfig, default: str) -> str:
+    """What it sets as objective.name, else the default."""
+    section = config.get("objective")
+    return str(section.get("name", default)) if isinstance(section, DictConfig) else default
+
+
+def check_objective(config: DictConfig) -> type[Objective]:
+    """The class of its objective. Raises ConfigError for an unknown one, and for settings of another one."""
+    name = objective_name(config, TVM.name)
+    if name not in OBJECTIVES:
+        raise ConfigError(f"objective.name: {name!r} is not one of {', '.join(OBJECTIVES)}")
+    section = config.get("objective")
+    for key in section if isinstance(section, DictConfig) else ():
+        owners = [other for other, cls in OBJECTIVES.items() if key in cls.__dataclass_fields__]
+        if owners and name not in owners:
+            raise ConfigError(f"objective.{key}: a setting of {', '.join(owners)}, not of {name}")
+    return OBJECTIVES[name]
 
 
 def load_config(schema: type[T], path: str | None, overrides: list[str]) -> T:
@@ -232,10 +260,11 @@ def load_config(schema: type[T], path: str | None, overrides: list[str]) -> T:
         except YAMLError as error:
             raise ConfigError(f"{override}: not valid YAML: {' '.join(str(error).split())}") from error
     try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(schema), read_yaml(path) if path else {}, OmegaConf.from_dotlist(overrides)
-        )
-        return OmegaConf.to_object(merged)
+        given = overlay(read_yaml(path) if path else OmegaConf.create(), OmegaConf.from_dotlist(overrides))
+        typed = OmegaConf.structured(schema)
+        if "objective" in typed:
+            typed.objective = OmegaConf.structured(check_objective(given))
+        return OmegaConf.to_object(OmegaConf.merge(typed, given))
     except OmegaConfBaseException as error:
         raise ConfigError(_describe(error)) from error
     except ValueError as error:

@@ -1,8 +1,9 @@
-"""The network F(x, t, d, label, beta) of Terminal Velocity Matching: a diffusion transformer.
+"""The network F(x, t, d, label, beta) of every objective: a diffusion transformer.
 
 It differs from DiT (arXiv 2212.09748) as the TVM paper asks (arXiv 2511.19797, section 4): RMSNorm without
 gain instead of LayerNorm, RMS-normed modulation, RMS-normed queries and keys, a second time input d = t - s,
-a guidance input beta = 1/w, and a spectral initialisation. It is written once, on (value, tangent) pairs.
+a guidance input beta = 1/w, and a spectral initialisation. Options take the first three back, for pretrained
+weights (SiT, arXiv 2401.08740). It is written once, on (value, tangent) pairs.
 
 Shapes: B batch, C channels, H x W image, N = (H / patch) * (W / patch) tokens, D width, K classes.
 """
@@ -26,13 +27,17 @@ PRESETS = {
 }
 
 
+NORMS = {"rms": dual.rms_norm, "layer": dual.layer_norm}
+
+
 @dataclass
 class DiTConfig:
     """Architecture. `preset` (S/2, B/2, L/2, XL/2, XL/2-18) fills in width, depth and heads with patch 2.
 
     size: image or latent side in pixels; classes: 0 for unconditional; label_std: standard deviation of the
     initial class embeddings; time_init: `normal` (N(0, 0.02^2)) or `spectral`; patch_init: `spectral` (the
-    paper) or `xavier` (what the released code does).
+    paper) or `xavier` (the released code); norm: `rms` or `layer`; modulation_norm, qk_norm: whether
+    modulation, and queries and keys, are RMS-normed; reverse_time: the network is told 1 - t, as SiT is.
     """
 
     preset: str | None = None
@@ -47,6 +52,10 @@ class DiTConfig:
     label_std: float = 0.02
     time_init: str = "normal"
     patch_init: str = "spectral"
+    norm: str = "rms"
+    modulation_norm: bool = True
+    qk_norm: bool = True
+    reverse_time: bool = False
 
     def __post_init__(self) -> None:
         if self.preset is not None:
@@ -66,7 +75,12 @@ class DiTConfig:
             raise ValueError(f"model.width: {self.width} must be a multiple of 4 (2-D position embedding)")
         if self.size % self.patch:
             raise ValueError(f"model.patch: {self.patch} does not divide model.size {self.size}")
-        for name, allowed in (("time_init", ("normal", "spectral")), ("patch_init", ("spectral", "xavier"))):
+        choices = {
+            "time_init": ("normal", "spectral"),
+            "patch_init": ("spectral", "xavier"),
+            "norm": tuple(NORMS),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"model.{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
 
@@ -135,32 +149,33 @@ def unpatchify(z: Tensor, p: int, channels: int) -> Tensor:
 
 
 class Modulation(nn.Sequential):
-    """SiLU(cond) (B, D) -> n vectors (B, 1, D), each RMS-normed (paper, section 4)."""
+    """SiLU(cond) (B, D) -> n vectors (B, 1, D), each RMS-normed if asked for (paper, section 4)."""
 
-    def __init__(self, width: int, n: int) -> None:
+    def __init__(self, width: int, n: int, normed: bool) -> None:
         super().__init__(nn.SiLU(), nn.Linear(width, n * width))
-        self.n = n
+        self.n, self.normed = n, normed
 
     def forward(self, c: Dual) -> list[Dual]:
         m = dual.map_linear(lambda z: z.unflatten(-1, (self.n, 1, -1)), dual.linear(self[1], c))
-        return dual.unbind(dual.rms_norm(m), 1)
+        return dual.unbind(dual.rms_norm(m) if self.normed else m, 1)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with RMS-normed queries and keys (gain shared by the heads)."""
+    """Multi-head self-attention; queries and keys RMS-normed if asked for (gain shared by the heads)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.RMSNorm(width // heads)
-        self.k_norm = nn.RMSNorm(width // heads)
+        self.q_norm = nn.RMSNorm(width // heads) if qk_norm else None
+        self.k_norm = nn.RMSNorm(width // heads) if qk_norm else None
         self.proj = nn.Linear(width, width)
 
     def forward(self, z: Dual) -> Dual:
         qkv = dual.map_linear(lambda y: y.unflatten(-1, (3, self.heads, -1)), dual.linear(self.qkv, z))
         q, k, v = (dual.map_linear(lambda y: y.transpose(1, 2), part) for part in dual.unbind(qkv, 2))
-        q, k = dual.rms_norm(q, self.q_norm.weight), dual.rms_norm(k, self.k_norm.weight)
+        if self.q_norm is not None:
+            q, k = dual.rms_norm(q, self.q_norm.weight), dual.rms_norm(k, self.k_norm.weight)
         out = dual.map_linear(lambda y: y.transpose(1, 2).flatten(2), dual.attention(q, k, v))
         return dual.linear(self.proj, out)
 
@@ -178,33 +193,40 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """z += gate1 Attn(modulate(rms(z))); z += gate2 MLP(modulate(rms(z))). z (B, N, D), c (B, D)."""
+    """z += gate1 Attn(modulate(norm(z))); z += gate2 MLP(modulate(norm(z))). z (B, N, D), c (B, D).
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+    detach_tangent: here, where a compiler sees it, so that nothing is kept or differentiated for the tangent.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.attn = Attention(width, heads)
-        self.mlp = MLP(width, int(width * mlp_ratio))
-        self.adaLN_modulation = Modulation(width, 6)
+        width = config.width
+        self.norm = NORMS[config.norm]
+        self.attn = Attention(width, config.heads, config.qk_norm)
+        self.mlp = MLP(width, int(width * config.mlp_ratio))
+        self.adaLN_modulation = Modulation(width, 6, config.modulation_norm)
 
-    def forward(self, z: Dual, c: Dual) -> Dual:
+    def forward(self, z: Dual, c: Dual, detach_tangent: bool = False) -> Dual:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)
-        h = self.attn(dual.modulate(dual.rms_norm(z), shift1, scale1))
+        h = self.attn(dual.modulate(self.norm(z), shift1, scale1))
         z = dual.add(z, dual.mul(gate1, h))
-        h = self.mlp(dual.modulate(dual.rms_norm(z), shift2, scale2))
-        return dual.add(z, dual.mul(gate2, h))
+        h = self.mlp(dual.modulate(self.norm(z), shift2, scale2))
+        z = dual.add(z, dual.mul(gate2, h))
+        return dual.detach(z) if detach_tangent else z
 
 
 class FinalLayer(nn.Module):
     """(B, N, D) -> (B, N, p p C)."""
 
-    def __init__(self, width: int, features: int) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, features)
-        self.adaLN_modulation = Modulation(width, 2)
+        self.norm = NORMS[config.norm]
+        self.linear = nn.Linear(config.width, config.patch**2 * config.channels)
+        self.adaLN_modulation = Modulation(config.width, 2, config.modulation_norm)
 
     def forward(self, z: Dual, c: Dual) -> Dual:
         shift, scale = self.adaLN_modulation(c)
-        return dual.linear(self.linear, dual.modulate(dual.rms_norm(z), shift, scale))
+        return dual.linear(self.linear, dual.modulate(self.norm(z), shift, scale))
 
 
 class DiT(nn.Module):
@@ -220,8 +242,8 @@ class DiT(nn.Module):
         self.s_embedder = ScalarEmbedder(width)
         self.guidance_embedder = ScalarEmbedder(width)
         self.y_embedder = LabelEmbedder(config.classes, width)
-        self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_ratio) for _ in range(config.depth))
-        self.final_layer = FinalLayer(width, config.patch**2 * config.channels)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
         self.register_buffer("pos_embed", position_embedding(width, side), persistent=False)
         if initialize:
             self.init_weights()
@@ -233,14 +255,19 @@ class DiT(nn.Module):
         d: Tensor | Dual,
         label: Tensor,
         beta: Tensor | None = None,
+        detach_tangent: bool = False,
     ) -> Dual:
         """F and, where x, t or d carries a tangent, its directional derivative.
 
         x: (B, C, H, W); t, d: (B,) times in [0, 1] with d = t - s; label: (B,) int64 in 0..K, K meaning none;
-        beta: (B,) = 1/w, or None to leave the guidance term out. Returns a pair of (B, C, H, W).
+        beta: (B,) = 1/w, or None to leave the guidance term out; detach_tangent: no gradient through the
+        derivative, which then costs a forward pass and no backward. Returns a pair of (B, C, H, W).
         """
+        t = dual.dual(t)
+        if self.config.reverse_time:
+            t = Dual(1 - t.value, None if t.tangent is None else -t.tangent)
         cond = [
-            self.t_embedder(dual.dual(t)),
+            self.t_embedder(t),
             self.s_embedder(dual.dual(d)),
             self.y_embedder(label),
         ]
@@ -248,10 +275,13 @@ class DiT(nn.Module):
             cond.append(self.guidance_embedder(Dual(beta)))
         c = dual.silu(dual.add(*cond))
         z = dual.add(self.x_embedder(dual.dual(x)), Dual(self.pos_embed))
+        if detach_tangent:
+            z, c = dual.detach(z), dual.detach(c)
         for block in self.blocks:
-            z = block(z, c)
+            z = block(z, c, detach_tangent)
         config = self.config
-        return dual.map_linear(lambda y: unpatchify(y, config.patch, config.channels), self.final_layer(z, c))
+        F = dual.map_linear(lambda y: unpatchify(y, config.patch, config.channels), self.final_layer(z, c))
+        return dual.detach(F) if detach_tangent else F
 
     @torch.no_grad()
     def init_weights(self) -> None:

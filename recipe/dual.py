@@ -33,6 +33,11 @@ def dual(x: Tensor | Dual) -> Dual:
     return x if isinstance(x, Dual) else Dual(x)
 
 
+def detach(x: Dual) -> Dual:
+    """No gradient through the tangent."""
+    return Dual(x.value, None if x.tangent is None else x.tangent.detach())
+
+
 def _sum(*terms: Tensor | None) -> Tensor | None:
     present = [term for term in terms if term is not None]
     return sum(present[1:], present[0]) if present else None
@@ -142,6 +147,11 @@ def rms_norm(x: Dual, gain: Tensor | None = None) -> Dual:
         tangent = x.tangent.to(value.dtype)
         tangent = (tangent - y * (y * tangent).mean(-1, keepdim=True)) * r
     return Dual(y, tangent) if gain is None else map_linear(lambda z: z * gain, Dual(y, tangent))
+
+
+def layer_norm(x: Dual) -> Dual:
+    """LayerNorm without gain and bias: `rms_norm` of x - mean(x)."""
+    return rms_norm(map_linear(lambda z: z - z.mean(-1, keepdim=True), x))
 
 
 def modulate(x: Dual, shift: Dual, scale: Dual) -> Dual:

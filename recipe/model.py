@@ -1,4 +1,4 @@
-"""The ComposerModel: a student, its two averages, and one training step as a pure function of the batch."""
+"""The ComposerModel: a student, its averages, and one training step as a pure function of the batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from recipe.data import Normalizer
 from recipe.dit import DiT
-from recipe.tvm import Loss, TVMConfig, draw, flow_matching_loss, tvm_loss
+from recipe.objectives.base import Loss, Objective, draw
+from recipe.objectives.flow_matching import flow_matching_loss
 
 
 def frozen_copy(net: nn.Module) -> nn.Module:
@@ -20,41 +21,40 @@ def frozen_copy(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net).requires_grad_(False)
 
 
-class TVMModel(ComposerModel):
-    """net: the student; target: its fast average, the teacher of the loss (None for flow matching); ema: its
-    slow average, the weights that are evaluated. All three are sharded and checkpointed alike.
+class GenerativeModel(ComposerModel):
+    """net: the student; target: its fast average, the teacher of the loss (or None); ema: its slow
+    average, the weights that are evaluated. All are sharded and checkpointed alike.
 
     A batch holds `image` or `latents`, `label`, `sample` (dataset ids) and `step` (see `StepKey`), all of
     length B. Every random draw is keyed by (seed, step, sample), so ranks, microbatches and resumes change
-    nothing.
+    nothing. tangent, flow_matching: the state of the warm-ups, set before each step (`StepGuard`).
     """
 
-    def __init__(self, net: DiT, objective: TVMConfig, normalizer: Normalizer, seed: int) -> None:
+    def __init__(self, net: DiT, objective: Objective, normalizer: Normalizer, seed: int) -> None:
         super().__init__()
+        if not objective.guidance_input:
+            net.guidance_embedder.requires_grad_(False)  # never evaluated, and DDP wants a gradient of all
         self.net = net
         self.ema = frozen_copy(net)
-        self.target = frozen_copy(net) if objective.name == "tvm" else None
+        self.target = frozen_copy(net) if objective.teacher else None
         self.objective, self.normalizer, self.seed = objective, normalizer, seed
         self.null = net.config.classes
-        self.tangent = 1.0
+        self.tangent, self.flow_matching = 1.0, False
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
-        """Per-sample loss terms (B,)."""
+        """Per-sample losses (B,)."""
         step, sample = batch["step"], batch["sample"]
         with torch.no_grad():
             x0 = self.normalizer(batch, step, self.seed)
             drawn = draw(x0, batch["label"], step, sample, self.seed, self.objective, self.null)
-        if self.target is None:
-            return flow_matching_loss(self.net, drawn)
-        return tvm_loss(self.net, self.target, drawn, self.objective, self.null, self.tangent)
+        if self.flow_matching:
+            return flow_matching_loss(self.objective, self.net, drawn)
+        return self.objective.loss(self.net, self.target, drawn, self.null, self.tangent)
 
     def loss(self, outputs: Loss, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Means over the microbatch; Composer differentiates `total` and logs all."""
-        return {
-            "total": outputs.total.mean(),
-            "terminal": outputs.terminal.mean(),
-            "flow_matching": outputs.flow_matching.mean(),
-        }
+        terms = {name: term.value.detach().mean() for name, term in outputs.terms.items()}
+        return {"total": outputs.total.mean(), **terms}
 
 
 class StepKey(Callback):

@@ -19,9 +19,9 @@ from composer.core import Time, TimeUnit
 
 from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.dit import DiT, DiTConfig
+from recipe.objectives.base import Objective, Pass
 from recipe.parallel import ParallelConfig
 from recipe.preflight import divisible
-from recipe.tvm import TVMConfig
 
 GIB = 2**30
 FP32, BF16 = 4, 2
@@ -85,36 +85,39 @@ def forward_flops(model: DiTConfig) -> tuple[int, int]:
     return int(2 * (tokens + conditioning)), 4 * model.depth * N * N * D
 
 
-def step_flops(model: DiTConfig, objective: TVMConfig) -> int:
-    """FLOPs of one sample's training step, nothing recomputed.
+# Work of a pass in units of a plain forward, (linear layers, attention: 6 products for 2 where dual): forward
+# and, by what is differentiated, backward.
+FORWARD = {False: (1, 1), True: (2, 3)}
+BACKWARD = {"none": (0, 0), "value": (2, 2), "both": (4, 6)}
 
-    In forward passes: flow matching 1 + 2 backward. TVM adds the dual pass, whose linear layers cost 2 and
-    whose attention costs 3 (6 products for 2), twice that backward, and the teacher's pass, or two where the
-    guidance weight is not always 1. With `detach_jvp` only the value is differentiated.
-    """
+
+def step_flops(model: DiTConfig, objective: Objective) -> int:
+    """FLOPs of one sample's training step, nothing recomputed (flow matching: 1 + 2 forward passes)."""
     linear, attention = forward_flops(model)
-    if objective.name == "flow_matching":
-        return 3 * (linear + attention)
-    teacher = 1 if objective.guidance == [1.0] else 2
-    backward = (2, 2) if objective.detach_jvp else (4, 6)
-    return (2 + backward[0] + teacher + 3) * linear + (3 + backward[1] + teacher + 3) * attention
+    total = 0
+    for one in objective.passes():
+        (f_linear, f_attention), (b_linear, b_attention) = FORWARD[one.dual], BACKWARD[one.gradient]
+        total += (one.batches * f_linear + b_linear) * linear
+        total += (one.batches * f_attention + b_attention) * attention
+    return total
 
 
-def recomputed_flops(model: DiTConfig, objective: TVMConfig, checkpoint_every: int) -> float:
+def recomputed_flops(model: DiTConfig, objective: Objective, checkpoint_every: int) -> float:
     """FLOPs of one sample that checkpointed blocks spend a second time (the network's ends neglected)."""
     linear, attention = forward_flops(model)
-    dual = 2 * linear + 3 * attention if objective.name == "tvm" else 0
-    return checkpointed_blocks(model, checkpoint_every) / model.depth * (linear + attention + dual)
+    work = [FORWARD[one.dual] for one in trained_passes(objective)]
+    again = sum(a * linear + b * attention for a, b in work)
+    return checkpointed_blocks(model, checkpoint_every) / model.depth * again
 
 
-def student_passes(objective: TVMConfig) -> tuple[bool, ...]:
-    """Whether each pass of the student in a step is dual: plain, and for TVM dual as well."""
-    return (False, True) if objective.name == "tvm" else (False,)
+def trained_passes(objective: Objective) -> list[Pass]:
+    """Those that are differentiated."""
+    return [one for one in objective.passes() if one.gradient != "none"]
 
 
-def averages(objective: TVMConfig) -> int:
-    """Copies of the weights beside the student: evaluation average and, for TVM, target."""
-    return 2 if objective.name == "tvm" else 1
+def averages(objective: Objective) -> int:
+    """Copies of the weights beside the student: evaluation average and, for some, target."""
+    return 1 + objective.teacher
 
 
 def checkpointed_blocks(model: DiTConfig, every: int) -> int:
@@ -150,10 +153,10 @@ def activation_bytes(
 def step_activations(config: TrainConfig, parallel: ParallelConfig) -> float:
     """Bytes of one sample at the peak: all student passes, and the block that is in its backward pass."""
     low = BF16 if config.precision == "amp_bf16" else FP32
-    passes = student_passes(config.objective)
+    duals = [one.dual and one.gradient == "both" for one in trained_passes(config.objective)]
     how = parallel.compile, parallel.checkpoint_every, low
-    kept = sum(activation_bytes(config.model, dual, *how) for dual in passes)
-    return kept + block_bytes(config.model, passes[-1], False, low)
+    kept = sum(activation_bytes(config.model, dual, *how) for dual in duals)
+    return kept + block_bytes(config.model, max(duals), False, low)
 
 
 def layout(config: TrainConfig, gpus: int) -> tuple[int, int]:
@@ -176,7 +179,7 @@ def memory(config: TrainConfig, gpus: int) -> dict[str, float]:
     blocks, rest = parameter_counts(config.model)
     P, parallel = blocks + rest, config.parallel
     shards = gpus // parallel.replicas if parallel.fsdp2 else 1
-    copies, passes = averages(config.objective), len(student_passes(config.objective))
+    copies, passes = averages(config.objective), len(trained_passes(config.objective))
     sharded = parallel.fsdp2 and shards > 1
     gathered = copies * rest + 2 * blocks / config.model.depth if sharded else 0
     autocast = config.precision == "amp_bf16" and not (sharded and gathered_size(config) == BF16)
@@ -196,11 +199,13 @@ def memory(config: TrainConfig, gpus: int) -> dict[str, float]:
 def gathers(config: TrainConfig) -> tuple[int, int]:
     """All-gathers of every block in a microbatch: (of the student, of the target).
 
-    Each student pass gathers forward and backward. Unless weights are freed after a forward pass, both share
-    the first one; the backward pass frees them, so the second to be differentiated gathers again.
+    A pass gathers forward and, if it is differentiated, backward. Unless weights are freed after a forward
+    pass, all share the first one; a backward pass frees them, so each further one gathers again.
     """
-    passes = len(student_passes(config.objective))
-    return (2 * passes if config.parallel.reshard_after_forward else passes), passes - 1
+    passes, trained = config.objective.passes(), len(trained_passes(config.objective))
+    target = sum(one.teacher for one in passes)
+    student = len(passes) - target
+    return (student + trained if config.parallel.reshard_after_forward else trained), target
 
 
 class Collective(NamedTuple):
@@ -283,9 +288,8 @@ def times(config: TrainConfig, gpus: int, cluster: Cluster) -> Times:
         model, objective, config.parallel.checkpoint_every
     )
     shards = gpus // config.parallel.replicas if config.parallel.fsdp2 else 1
-    averages = 2 if objective.name == "tvm" else 1
     touched = (
-        FP32 * (7 + 3 * averages) * sum(parameter_counts(model)) / shards
+        FP32 * (7 + 3 * averages(objective)) * sum(parameter_counts(model)) / shards
     )  # AdamW 4 reads, 3 writes; EMA 2, 1
     return Times(
         flops * config.data.batch_size / gpus / (gpu.flops * cluster.efficiency),

@@ -161,7 +161,7 @@ def checkpoint_bytes(config: TrainConfig) -> int:
     """Student, averages, two moments of Adam, in float32."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in DiT(config.model).parameters())
-    return 4 * parameters * (5 if config.objective.name == "tvm" else 4)
+    return 4 * parameters * (4 + config.objective.teacher)
 
 
 def held(folder: str | Path) -> int:

@@ -26,7 +26,7 @@ from composer.optim import (
 from composer.utils import dist, reproducibility
 from omegaconf import OmegaConf
 
-from recipe.algorithms import EMA, ScaleParameter
+from recipe.algorithms import EMA, StepGuard
 from recipe.callbacks import ExportWeights, JSONLines, LossByTime, MetricsToWandB, SampleGrid, Throughput
 from recipe.config import (
     ConfigError,
@@ -39,7 +39,7 @@ from recipe.config import (
 )
 from recipe.data import Normalizer, normalizer, train_loader
 from recipe.dit import DiT
-from recipe.model import StepKey, TVMModel
+from recipe.model import GenerativeModel, StepKey
 from recipe.parallel import parallelism, prepare_blocks
 from recipe.preflight import check, check_data, divisible
 from recipe.resume import PREEMPTED, Checkpoints, Preemption, ignore_sigterm, newest
@@ -50,10 +50,12 @@ from streaming_convert.store import DatasetError
 log = logging.getLogger("recipe.train")
 
 
-def build_model(config: TrainConfig, manifest: Manifest) -> TVMModel:
+def build_model(config: TrainConfig, manifest: Manifest) -> GenerativeModel:
     """Student and averages from the seed alone: the same on every rank."""
     reproducibility.seed_all(config.seed)
-    model = TVMModel(DiT(config.model), config.objective, normalizer(config.data, manifest), config.seed)
+    model = GenerativeModel(
+        DiT(config.model), config.objective, normalizer(config.data, manifest), config.seed
+    )
     for net, trained in ((model.net, True), (model.target, False), (model.ema, False)):
         if net is not None:
             prepare_blocks(net, config.parallel, trained)
@@ -130,7 +132,12 @@ def build_trainer(config: TrainConfig, load_path: str | None, preemption: Preemp
     device = "gpu" if torch.cuda.is_available() else "cpu"
     o = config.optimizer
     optimizer = torch.optim.AdamW(
-        model.net.parameters(), o.lr, tuple(o.betas), o.eps, weight_decay=o.weight_decay, fused=True
+        [p for p in model.net.parameters() if p.requires_grad],
+        o.lr,
+        tuple(o.betas),
+        o.eps,
+        weight_decay=o.weight_decay,
+        fused=True,
     )
     data = {
         "column": manifest.column,
@@ -148,7 +155,7 @@ def build_trainer(config: TrainConfig, load_path: str | None, preemption: Preemp
         schedulers=build_schedule(o),
         max_duration=config.duration,
         algorithms=[
-            ScaleParameter(config.objective.scaled, **vars(config.step)),
+            StepGuard(config.objective.flow_matching_first, **vars(config.step)),
             EMA(**vars(config.ema)),
         ],
         callbacks=build_callbacks(config, data, device, preemption),
@@ -194,7 +201,7 @@ def dry_run(config: TrainConfig) -> str:
     if problems := divisible(config, world):
         raise ConfigError("\n".join(problems))
     with torch.device("meta"):
-        model = TVMModel(DiT(config.model), config.objective, Normalizer([0.0], [1.0]), config.seed)
+        model = GenerativeModel(DiT(config.model), config.objective, Normalizer([0.0], [1.0]), config.seed)
     parameters = sum(p.numel() for p in model.net.parameters())
     return (
         f"{OmegaConf.to_yaml(as_dict(config))}\n"

@@ -13,7 +13,7 @@ from composer.core import Callback
 from composer.utils import dist
 from torch.distributed.tensor import DTensor
 
-from recipe.algorithms import EMA, ScaleParameter
+from recipe.algorithms import EMA, StepGuard
 from recipe.config import TrainConfig, load_config
 from recipe.data import train_loader
 from recipe.model import StepKey
@@ -58,14 +58,19 @@ def run(digits, dtype, overrides):
             sharding.fsdp2.mixed_precision = {"param_dtype": "bf16", "reduce_dtype": "fp32"}
     else:
         model = model.to(getattr(torch, dtype))
-    optimizer = torch.optim.AdamW(model.net.parameters(), lr=1e-3, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        [p for p in model.net.parameters() if p.requires_grad], lr=1e-3, betas=(0.9, 0.95)
+    )
     losses = Losses()
     trainer = Trainer(
         model=model,
         train_dataloader=train_loader(config.data, config.seed),
         optimizers=optimizer,
         max_duration=f"{STEPS}ba",
-        algorithms=[ScaleParameter(config.objective.scaled, **vars(config.step)), EMA(**vars(config.ema))],
+        algorithms=[
+            StepGuard(config.objective.flow_matching_first, **vars(config.step)),
+            EMA(**vars(config.ema)),
+        ],
         callbacks=[StepKey(), losses],
         parallelism_config=sharding,
         device="cpu",

@@ -2,9 +2,11 @@
 
     python tests/parity.py FOLDER
 
-FOLDER holds `<case>_io.npz`, `<case>_weights_{student,teacher}.npz`, `<case>_grads.npz`, `<case>_acts.npz`
-and `sample_ts.npz`; sizes and loss options are read from each case's `config_json`. Prints the worst relative
-error (max abs error / max abs value) of each array and exits 1 where one is above its tolerance.
+FOLDER holds, for TVM, `<case>_io.npz`, `<case>_weights_{student,teacher}.npz`, `<case>_grads.npz`,
+`<case>_acts.npz` and `sample_ts.npz`; for MeanFlow and iMF `objectives_<case>_{io,weights}.npz`; for SiT
+`sit_<case>_io.npz`, `sit_<case>.pt` and `sit_<case>_train.pt`. Sizes and options are read from each case's
+`config_json`. Prints the worst relative error (max abs error / max abs value) of each array and exits 1 where
+one is above its tolerance.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.import_sit import import_sit
 from recipe.algorithms import ema_update
 from recipe.dit import DiT, DiTConfig
 from recipe.draws import Stream, keys, uniform
 from recipe.dual import Dual
+from recipe.objectives import IMF, MeanFlow
+from recipe.objectives.base import Batch
+from recipe.objectives.tvm import TVM, displacement
 from recipe.sampler import sample
-from recipe.tvm import Batch, TVMConfig, displacement, sample_times, tvm_loss
 
 TOLERANCE = 1e-9
 QUANTILE_TOLERANCE = 0.01
@@ -95,10 +100,10 @@ class Table:
         return "\n".join(lines)
 
 
-def objective(config: dict) -> TVMConfig:
+def objective(config: dict) -> TVM:
     loss = config["loss"]
     guidance = loss.get("cfg") or [loss.get("min_cfg", 1.0), loss.get("max_cfg", 2.0)]
-    return TVMConfig(guidance=guidance, scaled=config["do_scale_param"])
+    return TVM(guidance=guidance, scaled=config["do_scale_param"])
 
 
 def injected_batch(io: dict[str, Tensor], config: dict) -> Batch:
@@ -114,7 +119,7 @@ def injected_batch(io: dict[str, Tensor], config: dict) -> Batch:
     dropped = io["in/u_drop"] < loss.get("label_dropout", 0.0)
     label = torch.where(dropped, null, index(io["in/labels_before_drop"]))
     times = (io["in/t"], io["in/s"], io["in/s_prime"])
-    return Batch(io["in/images"], io["in/noise"], *times, label, torch.where(dropped, 1.0, w))
+    return Batch(io["in/images"], io["in/noise"], times, label, torch.where(dropped, 1.0, w), label)
 
 
 def check_forward(table: Table, case: str, parts: dict) -> None:
@@ -164,13 +169,13 @@ def check_loss(table: Table, case: str, parts: dict) -> None:
         options = objective(config)
         options.detach_jvp = detach
         student.zero_grad()
-        loss = tvm_loss(student, teacher, batch, options, null)
+        loss = options.loss(student, teacher, batch, null)
         loss.total.mean().backward()
         if not detach:
-            table.check(f"{case} terminal_loss", loss.terminal, io["out/terminal_loss"])
-            table.check(f"{case} fm_loss", loss.flow_matching, io["out/fm_loss"])
+            table.check(f"{case} terminal_loss", loss.terms["terminal"].value, io["out/terminal_loss"])
+            table.check(f"{case} fm_loss", loss.terms["flow_matching"].value, io["out/fm_loss"])
             table.check(f"{case} mean_loss", loss.total.mean(), io["out/mean_loss"])
-            table.check(f"{case} F_ts", loss.network, io["out/F_ts"])
+            table.check(f"{case} F_ts", loss.evaluated["F"], io["out/F_ts"])
         check_gradients(table, case, key, student, parts["grads"])
 
 
@@ -201,7 +206,7 @@ def check_training(table: Table, case: str, parts: dict) -> None:
     losses, norms = [], []
     for _ in range(4):
         optimizer.zero_grad()
-        loss = tvm_loss(net, target, batch, options, null).total
+        loss = options.loss(net, target, batch, null).total
         loss.mean().backward()
         norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), config["clip"] or float("inf")))
         optimizer.step()
@@ -220,12 +225,12 @@ def check_training(table: Table, case: str, parts: dict) -> None:
 def check_sampler(table: Table, case: str, parts: dict) -> None:
     io, config = tensors(parts["io"]), parts["config"]
     net = build(config, parts["weights_student"])
-    method = {"objective": "tvm", "scaled": config["do_scale_param"]}
+    options, null = objective(config), config["num_classes"]
     z, label = io["in/samp_z"], index(io["in/samp_labels"])
     for nfe in (1, 2, 4):
-        got = sample(net, z, label, nfe, config["samp_cfg"], method)
+        got = sample(net, z, label, nfe, config["samp_cfg"], options, null)
         table.check(f"{case} samp_out_{nfe}step", got, io[f"out/samp_out_{nfe}step"])
-    got = sample(net, z, label, 1, 1.0, method)
+    got = sample(net, z, label, 1, 1.0, options, null)
     table.check(f"{case} samp_out_default_1step_w1", got, io["out/samp_out_default_1step_w1"])
 
 
@@ -237,15 +242,77 @@ def check_times(table: Table, folder: Path) -> None:
         }
     z_gap, u, z_s = (golden[f"default/inj_{n}"] for n in ("z_gap", "u", "z_s_prime"))
     injected = torch.stack([torch.special.ndtr(z_gap), u, torch.special.ndtr(z_s), torch.ones_like(u)], -1)
-    for name, got in zip(("t", "s", "s_prime"), sample_times(injected, TVMConfig()), strict=True):
+    for name, got in zip(("t", "s", "s_prime"), TVM().sample_times(injected), strict=True):
         table.check(f"times: map to {name}", got, golden[f"default/inj_{name}"])
     sample = torch.arange(400_000)
     draws = uniform(keys(0, torch.zeros_like(sample), sample, Stream.TIMES), 4)
-    t, s, s_prime = sample_times(draws, TVMConfig())
+    t, s, s_prime = TVM().sample_times(draws)
     for name, values in (("t", t), ("s", s), ("s_prime", s_prime), ("gap", t - s)):
         got, want = torch.quantile(values, golden["levels"]), golden[f"default_2M/{name}_q"]
         error = (got - want).abs().max().item()
         table.rows.append((f"times: quantiles of {name}", error, QUANTILE_TOLERANCE))
+
+
+def check_objectives(table: Table, folder: Path, case: str) -> None:
+    """MeanFlow without and with kappa, and iMF: guided targets, u, du/dt, V, losses, gradients."""
+    with np.load(folder / f"{case}_io.npz") as arrays:
+        golden = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "config_json"}
+        config = json.loads(str(arrays["config_json"]))
+    with np.load(folder / f"{case}_weights.npz") as arrays:
+        state = {name: torch.from_numpy(arrays[name]).double() for name in arrays.files}
+    net, null = DiT(DiTConfig(**config["model"])).double(), config["model"]["classes"]
+    net.load_state_dict(state)
+    power = {key: config["objective"][key] for key in ("norm_p", "norm_eps")}
+    objectives = {
+        "meanflow": MeanFlow(**{**config["objective"], "kappa": 0.0}),
+        "meanflow_kappa": MeanFlow(**config["objective"]),
+        "imf": IMF(guidance=[1, 8], **power),
+    }
+    for tag, objective in objectives.items():
+        check_objective(table, f"{case} {tag}", net, objective, golden_of(golden, tag), null)
+
+
+def golden_of(golden: dict[str, Tensor], tag: str) -> dict[str, Tensor]:
+    """The inputs, and what the golden data say of one objective."""
+    mine = {name.removeprefix(f"{tag}/"): x for name, x in golden.items() if name.startswith(f"{tag}/")}
+    return {name: x for name, x in golden.items() if "/" not in name} | mine
+
+
+def check_objective(
+    table: Table, case: str, net: DiT, objective: MeanFlow | IMF, golden: dict[str, Tensor], null: int
+) -> None:
+    label = torch.where(golden["dropped"], null, golden["label"])
+    t, r, w = golden["t"], golden["r"], golden.get("w", torch.ones_like(golden["t"]))
+    batch = Batch(golden["x0"], golden["noise"], (t, r), label, w, golden["label"])
+    net.zero_grad()
+    loss = objective.loss(net, None, batch, null)
+    loss.total.mean().backward()
+    u, du_dt = loss.evaluated["F"], loss.evaluated["dF_dt"]
+    x_t, guided = batch.at(t), golden["v_guided"]
+    if isinstance(objective, MeanFlow):
+        table.check(f"{case} v_guided", objective.guided_velocity(net, x_t, batch, null), guided)
+        table.check(f"{case} u", u, golden["u"])
+        table.check(f"{case} du_dt", du_dt, golden["du_dt"])
+    else:
+        table.check(f"{case} v_guided", objective.velocities(net, x_t, batch, null)[1], guided)
+        table.check(f"{case} V", u + (t - r)[:, None, None, None] * du_dt, golden["V"])
+    table.check(f"{case} loss", loss.total, golden["loss"])
+    for name, p in net.named_parameters():
+        if f"grad/{name}" in golden:
+            table.check(f"{case} grad {name}", p.grad, golden[f"grad/{name}"])
+
+
+def check_sit(table: Table, folder: Path, case: str) -> None:
+    """The imported SiT evaluated at 1 - t and negated, from both forms of its file."""
+    with np.load(folder / f"{case}_io.npz") as arrays:
+        x, t, y, velocity = (torch.from_numpy(arrays[name]) for name in ("x", "t", "y", "velocity"))
+        heads = json.loads(str(arrays["config_json"]))["num_heads"]
+    for name in (case, f"{case}_train"):
+        state, facts = import_sit(folder / f"{name}.pt", heads)
+        net = DiT(facts["config"]).double()
+        net.load_state_dict(state)
+        got = -net(x, 1 - t, torch.zeros_like(t), y).value
+        table.check(f"{name} velocity", got, velocity)
 
 
 def check_folder(folder: Path) -> Table:
@@ -255,9 +322,14 @@ def check_folder(folder: Path) -> Table:
         raise SystemExit(f"parity: {folder} holds no <case>_io.npz")
     table = Table()
     for case in cases:
-        parts = load_case(folder, case)
-        for check in (check_forward, check_loss, check_training, check_sampler):
-            check(table, case, parts)
+        if case.startswith("objectives_"):
+            check_objectives(table, folder, case)
+        elif case.startswith("sit_"):
+            check_sit(table, folder, case)
+        else:
+            parts = load_case(folder, case)
+            for check in (check_forward, check_loss, check_training, check_sampler):
+                check(table, case, parts)
     if (folder / "sample_ts.npz").exists():
         check_times(table, folder)
     return table

@@ -415,7 +415,8 @@ def test_wrong_packed_arguments_are_named():
 @every_fused
 def test_a_small_network_has_the_same_loss_and_gradients_on_both_back_ends(device):
     from recipe.dit import DiT, DiTConfig
-    from recipe.tvm import TVMConfig, draw, tvm_loss
+    from recipe.objectives import TVM
+    from recipe.objectives.base import draw
 
     torch.manual_seed(0)
     net = DiT(DiTConfig(size=6, channels=1, classes=3, patch=2, width=32, depth=2, heads=2))
@@ -423,12 +424,13 @@ def test_a_small_network_has_the_same_loss_and_gradients_on_both_back_ends(devic
         p.data.add_(0.1 * torch.randn_like(p))
     net.to(device)
     ids = torch.arange(2, device=device)
-    batch = draw(torch.randn(2, 1, 6, 6).to(device), ids, ids, ids, 0, TVMConfig(guidance=1.5), null=3)
+    objective = TVM(guidance=1.5)
+    batch = draw(torch.randn(2, 1, 6, 6).to(device), ids, ids, ids, 0, objective, null=3)
     results = []
     for backend in ("reference", "triton"):
         kernels.set_backend(backend)
         net.zero_grad()
-        loss = tvm_loss(net, net, batch, TVMConfig(guidance=1.5), null=3).total
+        loss = objective.loss(net, net, batch, null=3).total
         loss.mean().backward()
         results.append([loss.detach(), *(p.grad for p in net.parameters())])
     assert max(errors(results[1], [x.double() for x in results[0]])) < 2e-5

@@ -11,9 +11,10 @@ from torch._dynamo.utils import counters
 
 from recipe.dit import DiT, DiTConfig
 from recipe.draws import Stream, keys, normal
+from recipe.objectives import TVM
+from recipe.objectives.base import draw
 from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
 from recipe.sampler import sample
-from recipe.tvm import TVMConfig, draw, tvm_loss
 from tests.conftest import run
 
 ONE = {
@@ -134,7 +135,7 @@ def compiled_and_plain(monkeypatch, checkpoint_every):
 @pytest.mark.parametrize("checkpoint_every", [0, 1])
 def test_blocks_compile_whole_once_and_change_nothing(monkeypatch, checkpoint_every):
     pairs = compiled_and_plain(monkeypatch, checkpoint_every)
-    config, ids = TVMConfig(guidance=1.5), torch.arange(4)
+    config, ids = TVM(guidance=1.5), torch.arange(4)
     graphs = []
     for step in range(10):
         when = torch.full_like(ids, step)
@@ -143,7 +144,7 @@ def test_blocks_compile_whole_once_and_change_nothing(monkeypatch, checkpoint_ev
         results = []
         for student, teacher in pairs:
             student.zero_grad()
-            loss = tvm_loss(student, teacher, batch, config, null=3).total
+            loss = config.loss(student, teacher, batch, null=3).total
             loss.mean().backward()
             results.append((loss.detach(), torch.cat([p.grad.flatten() for p in student.parameters()])))
         torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
@@ -151,8 +152,8 @@ def test_blocks_compile_whole_once_and_change_nothing(monkeypatch, checkpoint_ev
     # first dual block (no token tangent yet), other dual blocks, plain student, plain teacher
     assert graphs[0] == 4
     assert graphs[-1] == graphs[0]
-    teacher, method = pairs[1][1], {"objective": "tvm", "scaled": True}
+    teacher = pairs[1][1]
     for nfe in (1, 2, 1):
-        sample(teacher, torch.randn(6, 1, 4, 4).double(), torch.arange(6) % 3, nfe, 1.5, method)
+        sample(teacher, torch.randn(6, 1, 4, 4).double(), torch.arange(6) % 3, nfe, 1.5, config, 3)
     assert counters["stats"]["unique_graphs"] == graphs[0] + 1  # of 8 that dynamo allows
     assert not counters["graph_break"]

@@ -18,6 +18,12 @@ def test_network_loss_gradients_training_and_sampler_agree_with_the_golden_data(
     assert len(table.rows) > 100
 
 
+def test_meanflow_imf_and_imported_sit_agree_with_the_golden_data():
+    table = check_folder(DATA / "objectives")
+    assert not table.failed, str(table)
+    assert len(table.rows) == 13 + 13 + 13 + 2
+
+
 def test_the_table_reports_what_is_wrong():
     table = Table()
     table.check("off by 1e-8", torch.tensor([1.0, 2.0 + 2e-8], dtype=torch.float64), torch.tensor([1.0, 2.0]))

@@ -19,15 +19,15 @@ from recipe import plan
 from recipe.config import TrainConfig, load_config
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
+from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow
 from recipe.parallel import ParallelConfig, prepare_blocks
 from recipe.train import main
-from recipe.tvm import TVMConfig, flow_matching_loss, tvm_loss
 
 IMAGENET = {
-    "imagenet256_w2": (256, [2.0], True, "spectral", None),
-    "imagenet256_w1p75": (256, [1.75], True, "normal", None),
-    "imagenet512_w2p5": (1024, [2.5], False, "normal", 1.0),
-    "imagenet512_w2p25": (1024, [2.25], True, "spectral", 1.0),
+    "imagenet256_w2": (256, (2, 2), True, "spectral", None),
+    "imagenet256_w1p75": (256, (1.75, 1.75), True, "normal", None),
+    "imagenet512_w2p5": (1024, (2.5, 2.5), False, "normal", 1.0),
+    "imagenet512_w2p25": (1024, (2.25, 2.25), True, "spectral", 1.0),
 }
 
 
@@ -35,7 +35,7 @@ IMAGENET = {
 def test_the_yamls_hold_the_numbers_of_the_paper(name):
     config = load_config(TrainConfig, f"yamls/{name}.yaml", [])
     model, objective, optimizer = config.model, config.objective, config.optimizer
-    found = model.tokens, objective.guidance, objective.scaled, model.time_init, config.step.clip
+    found = model.tokens, objective.guidance_range, objective.scaled, model.time_init, config.step.clip
     assert found == IMAGENET[name]
     assert (model.width, model.depth, model.heads, model.patch, model.classes) == (1152, 28, 18, 2, 1000)
     assert (config.duration, config.data.batch_size, config.precision) == ("300000ba", 2048, "amp_bf16")
@@ -73,11 +73,16 @@ SMALLER = {"width": 768, "heads": 12, "depth": 3}
 @pytest.mark.parametrize(
     ("shape", "objective", "tolerance"),
     [
-        ({"preset": "XL/2-18", "size": 32}, TVMConfig(guidance=2.0), 0.005),
-        ({**SMALLER, "size": 64}, TVMConfig(guidance=2.0), 0.005),
-        ({**SMALLER, "size": 32}, TVMConfig(guidance=1.0), 0.005),
-        ({**SMALLER, "size": 32}, TVMConfig(guidance=2.0, detach_jvp=True), 0.005),
-        ({**SMALLER, "size": 32}, TVMConfig(name="flow_matching"), 0.005),
+        ({"preset": "XL/2-18", "size": 32}, TVM(guidance=2.0), 0.005),
+        ({**SMALLER, "size": 64}, TVM(guidance=2.0), 0.005),
+        ({**SMALLER, "size": 32}, TVM(guidance=1.0), 0.005),
+        ({**SMALLER, "size": 32}, TVM(guidance=2.0, detach_jvp=True), 0.005),
+        ({**SMALLER, "size": 32}, FlowMatching(), 0.005),
+        ({**SMALLER, "size": 32}, MeanFlow(), 0.005),
+        ({**SMALLER, "size": 32}, MeanFlow(omega=2.0), 0.005),
+        ({**SMALLER, "size": 64}, MeanFlow(omega=0.2, kappa=0.9), 0.005),
+        ({**SMALLER, "size": 32}, IMF(), 0.005),
+        ({**SMALLER, "size": 64}, IMF(guidance=[1, 8]), 0.005),
     ],
 )
 def test_flops_are_those_that_torch_counts(shape, objective, tolerance):
@@ -85,13 +90,10 @@ def test_flops_are_those_that_torch_counts(shape, objective, tolerance):
     with torch.device("meta"):
         net = DiT(model)
         target = copy.deepcopy(net).requires_grad_(False)
-        batch = random_batch(model, 2, "meta")
+        batch = random_batch(model, objective, 2, "meta")
 
     def step():
-        if objective.name == "tvm":
-            loss = tvm_loss(net, target, batch, objective, model.classes)
-        else:
-            loss = flow_matching_loss(net, batch)
+        loss = objective.loss(net, target, batch, model.classes)
         loss.total.mean().backward()
 
     assert 2 * plan.step_flops(model, objective) == pytest.approx(flops(step), rel=tolerance)
@@ -181,7 +183,7 @@ def eight_ranks():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("objective", ["tvm", "flow_matching"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("reshard", [True, False])
 def test_traffic_is_what_fsdp2_sends(eight_ranks, objective, reshard):
     overrides = [
@@ -197,12 +199,9 @@ def test_traffic_is_what_fsdp2_sends(eight_ranks, objective, reshard):
     for model in (net, target):
         for module in (*model.blocks, model):
             fully_shard(module, mesh=eight_ranks, reshard_after_forward=reshard)
-    batch = random_batch(config.model, 2, "cpu")
+    batch = random_batch(config.model, config.objective, 2, "cpu")
     with Collectives() as seen:
-        if objective == "tvm":
-            loss = tvm_loss(net, target, batch, config.objective, 3)
-        else:
-            loss = flow_matching_loss(net, batch)
+        loss = config.objective.loss(net, target, batch, 3)
         loss.total.mean().backward()
     rows = plan.traffic(config, 8)
     for name, word in (("c10d::_allgather_base_", "all-gather"), ("c10d::_reduce_scatter_base_", "reduce")):

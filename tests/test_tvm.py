@@ -10,8 +10,10 @@ from recipe.algorithms import ema_update
 from recipe.dit import DiT, DiTConfig
 from recipe.draws import Stream, keys, normal, uniform
 from recipe.dual import Dual
+from recipe.objectives import FlowMatching
+from recipe.objectives.base import Batch, draw
+from recipe.objectives.tvm import SAMPLERS, TVM
 from recipe.sampler import initial_noise, sample
-from recipe.tvm import SAMPLERS, Batch, TVMConfig, draw, flow_matching_loss, sample_times, tvm_loss
 
 SIGMA = 0.6
 
@@ -22,7 +24,7 @@ def uniforms(n):
 
 
 def make_batch(n, shape=(1, 2, 2), seed=0, **options):
-    config = TVMConfig(**options)
+    config = TVM(**options)
     ids = torch.arange(n)
     x0 = SIGMA * normal(keys(seed, torch.zeros_like(ids), ids, Stream.POSTERIOR), *shape)
     return draw(x0, torch.zeros(n, dtype=torch.int64), torch.zeros_like(ids), ids, seed, config, 1), config
@@ -34,7 +36,7 @@ def spread(u):
     return a, (u - (1 - u) * SIGMA**2) / a
 
 
-def exact_network(x, t, d, label, beta=None):
+def exact_network(x, t, d, label, beta=None, detach_tangent=False):
     """The exact F for Gaussian data: the flow multiplies x by a(s) / a(t). Its tangent is that along d."""
     d, td = d if isinstance(d, Dual) else Dual(d)
     s = t - d
@@ -53,7 +55,7 @@ def exact_network(x, t, d, label, beta=None):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_times_are_ordered_and_the_share_of_equal_ones_is_kept(sampler):
-    t, s, s_prime = sample_times(uniforms(20000), TVMConfig(times=sampler, equal_share=0.25))
+    t, s, s_prime = TVM(times=sampler, equal_share=0.25).sample_times(uniforms(20000))
     assert (s >= 0).all()
     assert (s <= t).all()
     assert (t <= 1).all()
@@ -67,8 +69,8 @@ def test_truncated_times_follow_the_truncated_law():
     from scipy import stats
 
     u = uniforms(4000)
-    config = TVMConfig(times="trunc")
-    t, s, _ = sample_times(u, config)
+    config = TVM(times="trunc")
+    t, s, _ = config.sample_times(u)
     z = (torch.logit(s) - config.s_mean) / config.s_std
     limit = (torch.logit(t) - config.s_mean) / config.s_std
     levels = torch.special.ndtr(z) / torch.special.ndtr(limit)
@@ -78,59 +80,60 @@ def test_truncated_times_follow_the_truncated_law():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_exact_map_of_gaussian_data_has_no_terminal_residual(sampler):
     batch, config = make_batch(512, times=sampler)
-    loss = tvm_loss(exact_network, exact_network, batch, config, null=1)
-    assert loss.terminal.abs().max() < 1e-16
+    loss = config.loss(exact_network, exact_network, batch, null=1)
+    assert loss.terms["terminal"].value.abs().max() < 1e-16
 
 
 def test_the_exact_map_of_gaussian_data_minimises_the_flow_matching_term():
     batch, config = make_batch(20000)
-    loss = tvm_loss(exact_network, exact_network, batch, config, null=1).flow_matching
-    a, _ = spread(batch.s_prime)
+    loss = config.loss(exact_network, exact_network, batch, null=1).terms["flow_matching"].value
+    a, _ = spread(batch.times[2])
     conditional_variance = SIGMA**2 / a**2  # of v = noise - x0 given x_s', in closed form
     assert loss.mean().item() == pytest.approx(conditional_variance.mean().item(), rel=0.02)
     for factor in (0.97, 1.03):
 
-        def off(*args, factor=factor):
-            out = exact_network(*args)
+        def off(*args, factor=factor, **options):
+            out = exact_network(*args, **options)
             return Dual(out.value * factor, None if out.tangent is None else out.tangent * factor)
 
-        assert tvm_loss(off, exact_network, batch, config, null=1).flow_matching.mean() > loss.mean()
+        worse = config.loss(off, exact_network, batch, null=1).terms["flow_matching"].value
+        assert worse.mean() > loss.mean()
 
 
 def test_wrong_derivatives_are_seen_by_the_terminal_term():
     batch, config = make_batch(512)
 
-    def off(*args):
-        out = exact_network(*args)
+    def off(*args, **options):
+        out = exact_network(*args, **options)
         return out if out.tangent is None else out._replace(tangent=out.tangent * 1.01)
 
-    assert tvm_loss(off, exact_network, batch, config, null=1).terminal.mean() > 1e-8
+    assert config.loss(off, exact_network, batch, null=1).terms["terminal"].value.mean() > 1e-8
 
 
 def test_terms_of_equal_times_vanish_and_options_are_checked():
     batch, config = make_batch(64, equal_share=1.0)
     net = exact_network
-    assert (tvm_loss(lambda *a: Dual(net(*a).value * 2, a[0] * 0), net, batch, config, 1).terminal == 0).all()
+    off = config.loss(lambda *a, **k: Dual(net(*a).value * 2, a[0] * 0), net, batch, 1)
+    assert (off.terms["terminal"].value == 0).all()
     for options, message in (
         ({"guidance": 0}, "objective.guidance"),
         ({"guidance": [2, 1]}, "objective.guidance"),
         ({"times": "uniform"}, "objective.times"),
         ({"label_dropout": 1.5}, "objective.label_dropout"),
-        ({"name": "ddpm"}, "objective.name"),
     ):
         with pytest.raises(ValueError, match=message):
-            TVMConfig(**options)
+            TVM(**options)
 
 
 def test_draws_depend_on_the_sample_alone_and_follow_the_options():
-    config = TVMConfig(guidance=[1.5, 3.0], label_dropout=0.3)
+    config = TVM(guidance=[1.5, 3.0], label_dropout=0.3)
     ids = torch.arange(4000)
     label, step = torch.zeros_like(ids), torch.full_like(ids, 7)
     x0 = torch.zeros(4000, 1, 2, 2)
     whole = draw(x0, label, step, ids, 5, config, null=9)
     order = torch.randperm(4000)[:100]
     part = draw(x0[order], label[order], step[order], ids[order], 5, config, null=9)
-    for a, b in zip(whole, part, strict=True):
+    for a, b in zip((*whole[:2], *whole.times, *whole[3:]), (*part[:2], *part.times, *part[3:]), strict=True):
         assert torch.equal(a[order], b)
     dropped = whole.label == 9
     assert dropped.double().mean().item() == pytest.approx(0.3, abs=0.03)
@@ -175,9 +178,9 @@ def test_without_guidance_the_unconditional_pass_is_left_out_and_nothing_else_ch
         calls.append(len(x))
         return net(x, *rest)
 
-    lean = tvm_loss(net, counted, batch, config, null=1)
-    config.guidance = [1.0, 1.0]
-    full = tvm_loss(net, counted, batch, config, null=1)
+    lean = config.loss(net, counted, batch, null=1)
+    config.guidance = [1.0, 1.0 + 1e-12]
+    full = config.loss(net, counted, batch, null=1)
     assert calls == [8, 16]
     torch.testing.assert_close(lean.total, full.total, rtol=1e-12, atol=0)
 
@@ -188,7 +191,7 @@ def test_detaching_the_jvp_keeps_the_loss_and_changes_the_gradient():
     losses, gradients = [], []
     for config.detach_jvp in (False, True):
         net.zero_grad()
-        loss = tvm_loss(net, teacher, batch, config, null=1).total
+        loss = config.loss(net, teacher, batch, null=1).total
         loss.mean().backward()
         losses.append(loss.detach())
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
@@ -201,11 +204,11 @@ def test_a_detached_jvp_costs_nine_forward_passes_instead_of_eleven():
         net = DiT(DiTConfig(size=8, channels=1, classes=1, patch=2, width=256, depth=4, heads=4))
         x0, noise = torch.empty(2, 2, 1, 8, 8)
         times, label = torch.empty(4, 2), torch.empty(2, dtype=torch.int64)
-    batch, counts = Batch(x0, noise, *times[:3], label, times[3]), []
+    batch, counts = Batch(x0, noise, tuple(times[:3]), label, times[3], label), []
     for detach_jvp in (False, True):
-        config = TVMConfig(guidance=2.0, detach_jvp=detach_jvp)
+        config = TVM(guidance=2.0, detach_jvp=detach_jvp)
         with FlopCounterMode(display=False) as counter:
-            tvm_loss(net, net, batch, config, null=1).total.mean().backward()
+            config.loss(net, net, batch, null=1).total.mean().backward()
         counts.append(counter.get_total_flops())
     assert counts[1] / counts[0] == pytest.approx(9 / 11, abs=0.01)
 
@@ -214,16 +217,14 @@ def train_on_mixture(objective, steps=400, batch=256):
     """A one-token network on four Gaussians in the plane; returns the network's average."""
     torch.manual_seed(0)
     net = DiT(DiTConfig(size=1, channels=2, classes=0, patch=1, width=64, depth=2, heads=2))
-    config = TVMConfig(name=objective, label_dropout=0.0)
+    objective.label_dropout = 0.0
     target, average = copy.deepcopy(net), copy.deepcopy(net)
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, (0.9, 0.95))
     for step in range(steps):
         x0 = mixture(batch, step)
         ids = torch.arange(batch)
-        drawn = draw(x0, torch.zeros_like(ids), torch.full_like(ids, step), ids, 0, config, null=0)
-        loss = (
-            tvm_loss(net, target, drawn, config, 0) if objective == "tvm" else flow_matching_loss(net, drawn)
-        )
+        drawn = draw(x0, torch.zeros_like(ids), torch.full_like(ids, step), ids, 0, objective, null=1)
+        loss = objective.loss(net, target, drawn, 1)
         optimizer.zero_grad()
         loss.total.mean().backward()
         optimizer.step()
@@ -249,9 +250,8 @@ def sliced_wasserstein(a, b, directions=64):
 def test_one_step_samples_of_a_mixture_are_closer_than_those_of_flow_matching():
     real, noise = mixture(2000, 10_000), initial_noise(torch.arange(2000), (2, 1, 1))
     distance = {}
-    for objective in ("tvm", "flow_matching"):
+    for objective in (TVM(), FlowMatching()):
         net = train_on_mixture(objective)
-        method = {"objective": objective, "scaled": True}
         label = torch.zeros(2000, dtype=torch.int64)
-        distance[objective] = sliced_wasserstein(sample(net, noise, label, 1, 1.0, method), real)
+        distance[objective.name] = sliced_wasserstein(sample(net, noise, label, 1, 1.0, objective, 1), real)
     assert distance["tvm"] < 0.5 * distance["flow_matching"], distance

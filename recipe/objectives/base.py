@@ -1,0 +1,203 @@
+"""What objectives share: the path, the random draws of a step, what a loss returns, and the interface.
+
+Notation: x_t = (1 - t) x0 + t noise, velocity v = noise - x0, t = 1 is noise; 0 <= s <= t <= 1 (MeanFlow's r
+is s). F(x, t, t - s, label, beta) is the network, beta = 1/w, w the guidance weight. Per-sample quantities
+have shape (B,), images (B, C, H, W).
+
+    average velocity over [s, t]   u(x, t, s) = k F(x, t, t - s, label, beta)
+    velocity                       u(x, t) = u(x, t, t)
+    one step of sampling           x_s = x_t - (t - s) u(x_t, t, s)
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from recipe.draws import Stream, keys, normal, uniform
+from recipe.dual import Dual
+from recipe.rules import Number, Rule, check, rule, share
+
+Network = Callable[..., Dual]
+
+
+class Batch(NamedTuple):
+    """Everything random about one training step, drawn once.
+
+    times: what they are is up to the objective; label: of training, null where it is dropped; full_label:
+    that of the data.
+    """
+
+    x0: Tensor
+    noise: Tensor
+    times: tuple[Tensor, ...]
+    label: Tensor
+    w: Tensor
+    full_label: Tensor
+
+    def at(self, t: Tensor) -> Tensor:
+        """x_t = (1 - t) x0 + t noise."""
+        return self.x0 + image(t) * self.velocity
+
+    @property
+    def velocity(self) -> Tensor:
+        """v = noise - x0."""
+        return self.noise - self.x0
+
+
+class Term(NamedTuple):
+    """A per-sample part of a loss to log, and the time (B,) by which the log sorts it."""
+
+    value: Tensor
+    time: Tensor
+
+
+class Loss(NamedTuple):
+    """total: (B,), training minimises its mean; the rest is for the logs.
+
+    terms: unweighted by anything that hides their size; evaluated: images whose RMS is logged, detached.
+    """
+
+    total: Tensor
+    terms: dict[str, Term]
+    evaluated: dict[str, Tensor]
+
+
+class Pass(NamedTuple):
+    """One evaluation of the network in a step. dual: with a tangent; gradient: of what is differentiated,
+    `none`, `value` or `both`; batches: how many batches at once; teacher: by the target average.
+    """
+
+    dual: bool = False
+    gradient: str = "value"
+    batches: int = 1
+    teacher: bool = False
+
+
+@dataclass
+class Objective(ABC):
+    """Settings of an objective (the fields) and what is particular to it (the methods).
+
+    label_dropout: share of samples trained without label; flow_matching_first: how long a run matches plain
+    velocities, in the objective's own parameterisation, before it goes on with the objective: 1500ba.
+    """
+
+    name: str
+    label_dropout: float = rule(0.1, share)
+    flow_matching_first: str | None = None
+
+    teacher: ClassVar[bool] = False
+    guidance_input: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the setting."""
+        check(self, "objective")
+
+    @abstractmethod
+    def sample_times(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Uniform numbers (B, 4) to times, each (B,)."""
+
+    def sample_guidance(self, u: Tensor, dropped: Tensor) -> Tensor:
+        """Uniform numbers (B,) to guidance weights; dropped (B,): the sample has lost its label."""
+        return torch.ones_like(u)
+
+    def flow_time(self, times: tuple[Tensor, ...]) -> Tensor:
+        """The time at which plain velocities are matched."""
+        return times[0]
+
+    @abstractmethod
+    def loss(
+        self, student: Network, teacher: Network | None, batch: Batch, null: int, tangent: float = 1.0
+    ) -> Loss:
+        """The loss of each sample.
+
+        teacher: the target average of the student's weights, evaluated without gradient, or None; null: the
+        label that means none; tangent: factor of the derivative (tangent warm-up; 1 is the paper).
+        """
+
+    @abstractmethod
+    def passes(self) -> list[Pass]:
+        """The evaluations of the network in a step."""
+
+    @property
+    def guidance_range(self) -> tuple[float, float]:
+        """The guidance weights that sampling may ask for; (1, 1) where training has fixed guidance."""
+        return (1.0, 1.0)
+
+    @property
+    def default_w(self) -> float:
+        """The guidance weight of sampling where none is asked for: of the range, the nearest to 1."""
+        low, high = self.guidance_range
+        return min(max(1.0, low), high)
+
+    def scale(self, w: Tensor | float) -> Tensor | float:
+        """k of the parameterisation u = k F."""
+        return 1.0
+
+    def beta(self, w: Tensor) -> Tensor | None:
+        """What the network is told of w."""
+        return 1 / w if self.guidance_input else None
+
+    def average_velocity(
+        self, net: Network, x: Tensor, t: float, s: float, label: Tensor, w: float, null: int
+    ) -> Tensor:
+        """u(x, t, s) = k F of one step of sampling, in float64; see the objectives for what w may be."""
+        ones = torch.ones(len(x), dtype=x.dtype, device=x.device)
+        velocity = net(x, t * ones, (t - s) * ones, label, self.beta(w * ones)).value.double()
+        return velocity * self.scale(w)
+
+    def facts(self) -> dict[str, Any]:
+        """The settings, as exported weights describe their `method`; `objective` is the name."""
+        settings = asdict(self)
+        return {"objective": settings.pop("name"), **settings}
+
+
+guidance_weights = Rule(
+    lambda w: 0 < ends(w)[0] <= ends(w)[1] < math.inf, "must be w > 0, or [low, high] with 0 < low <= high"
+)
+
+
+def ends(w: Number | list[Number]) -> tuple[float, float]:
+    """The range of guidance weights that `w` or `[low, high]` means. Raises ValueError."""
+    low, high = (w, w) if isinstance(w, Number) else w if len(w) == 2 else (*w, *w)
+    return float(low), float(high)
+
+
+def draw(
+    x0: Tensor, label: Tensor, step: Tensor, sample: Tensor, seed: int, objective: Objective, null: int
+) -> Batch:
+    """All random numbers of a training step, keyed by (seed, step, sample id).
+
+    x0: (B, C, H, W) normalised; label, step, sample: (B,) int64; null: the index that means "no label".
+    """
+
+    def key(stream: Stream) -> Tensor:
+        return keys(seed, step, sample, stream)
+
+    times = objective.sample_times(uniform(key(Stream.TIMES), 4))
+    dropped = uniform(key(Stream.LABEL_DROP), 1)[:, 0] < objective.label_dropout
+    w = objective.sample_guidance(uniform(key(Stream.GUIDANCE), 1)[:, 0], dropped)
+    noise = normal(key(Stream.NOISE), *x0.shape[1:]).to(x0.dtype)
+    times = tuple(t.to(x0.dtype) for t in times)
+    return Batch(x0, noise, times, torch.where(dropped, null, label), w.to(x0.dtype), label)
+
+
+def image(u: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1)."""
+    return u[:, None, None, None]
+
+
+def mean_square(residual: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B,)."""
+    return residual.square().mean((1, 2, 3))
+
+
+def logit_normal(u: Tensor, mean: float, std: float) -> Tensor:
+    """Quantile function of the logit-normal law: sigmoid(mean + std z), z the normal quantile of u."""
+    return torch.sigmoid(mean + std * torch.special.ndtri(u))

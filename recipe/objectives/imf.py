@@ -1,0 +1,83 @@
+"""Improved MeanFlow, iMF (arXiv 2512.02012): the target is v, and guidance is chosen after training.
+
+    V = u + (t - r) sg(du/dt) against v,   du/dt along the network's own velocity
+
+Left out of the published method: its auxiliary head for v, the guidance interval as an input, and
+conditioning by tokens in context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from recipe.objectives.base import Batch, Loss, Network, Objective, Pass, Term, ends, guidance_weights, image
+from recipe.objectives.meanflow import adaptive, average_velocity_along, ordered_times
+from recipe.rules import Number, finite, not_negative, positive, rule, share
+
+
+@dataclass
+class IMF(Objective):
+    """guidance: [low, high], the range of w, drawn for each sample by the power law low (high / low)^U;
+    equal_share: probability of r = t; t_mean, t_std: of the logit-normal law of both times; norm_p,
+    norm_eps: power and offset of the adaptive weight (norm_p 0: none).
+    """
+
+    name: str = "imf"
+    guidance: Number | list[Number] = rule(1.0, guidance_weights)
+    equal_share: float = rule(0.5, share)
+    t_mean: float = rule(-0.4, finite)
+    t_std: float = rule(1.0, positive)
+    norm_p: float = rule(1.0, not_negative)
+    norm_eps: float = rule(0.01, positive)
+
+    guidance_input: ClassVar[bool] = True
+
+    def sample_times(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(t, r), see `ordered_times`."""
+        return ordered_times(u, self.t_mean, self.t_std, self.equal_share)
+
+    def sample_guidance(self, u: Tensor, dropped: Tensor) -> Tensor:
+        """Power law in the range, with or without label."""
+        low, high = self.guidance_range
+        return low * (high / low) ** u
+
+    @property
+    def guidance_range(self) -> tuple[float, float]:
+        """As trained: the network knows w."""
+        return ends(self.guidance)
+
+    def velocities(self, student: Network, x_t: Tensor, batch: Batch, null: int) -> tuple[Tensor, Tensor]:
+        """v_c = u(x_t, t | label, w) and v_g = v + (1 - 1/w) (v_c - u(x_t, t | none, w = 1)), no gradient.
+
+        Where the label is dropped, v_g = v, and v_c sees the label all the same.
+        """
+        (t, _), label, v = batch.times, batch.full_label, batch.velocity
+        zero, one, beta = torch.zeros_like(t), torch.ones_like(t), self.beta(batch.w)
+        if self.guidance_range == (1, 1):
+            return student(x_t, t, zero, label, beta).value, v
+        twice = (torch.cat([z, z]) for z in (x_t, t, zero))
+        free = torch.full_like(label, null)
+        v_c, v_u = student(*twice, torch.cat([label, free]), torch.cat([beta, one])).value.chunk(2)
+        return v_c, torch.where(image(batch.label != null), v + image(1 - beta) * (v_c - v_u), v)
+
+    def loss(self, student: Network, teacher: None, batch: Batch, null: int, tangent: float = 1.0) -> Loss:
+        """Adaptively weighted sum |V - sg v_g|^2 for each sample."""
+        t, r = batch.times
+        x_t = batch.at(t)
+        with torch.no_grad():
+            v_c, v_g = self.velocities(student, x_t, batch, null)
+        u = average_velocity_along(student, x_t, v_c, t, r, batch.label, self.beta(batch.w))
+        V = u.value + image(t - r) * tangent * u.tangent
+        error = (V - v_g).square().sum((1, 2, 3))
+        total = adaptive(error, self.norm_p, self.norm_eps)
+        return Loss(
+            total, {"error": Term(error.detach(), t - r)}, {"F": u.value.detach(), "dF_dt": u.tangent}
+        )
+
+    def passes(self) -> list[Pass]:
+        """The student's own velocity, with and without label, then the dual pass."""
+        return [Pass(gradient="none", batches=1 + (self.guidance_range != (1, 1))), Pass(dual=True)]

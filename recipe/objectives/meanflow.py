@@ -1,0 +1,101 @@
+"""MeanFlow (arXiv 2505.13447): the average velocity by its own identity, guidance fixed at training.
+
+identity  u(x_t, t, r) = v - (t - r) du/dt,   du/dt along (x, t, r) -> (v, 1, 0)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recipe import dual
+from recipe.dual import Dual
+from recipe.objectives.base import Batch, Loss, Network, Objective, Pass, Term, image, logit_normal
+from recipe.rules import below_one, finite, not_negative, positive, rule, share
+
+
+@dataclass
+class MeanFlow(Objective):
+    """omega, kappa: weights of v and of the labelled velocity in the guided target, in force for
+    t_start <= t <= t_end (effective guidance omega / (1 - kappa); omega 1 and kappa 0: none); equal_share:
+    probability of r = t; t_mean, t_std: of the logit-normal law of both times; norm_p, norm_eps: power and
+    offset of the adaptive weight (norm_p 0: none).
+    """
+
+    name: str = "meanflow"
+    omega: float = rule(1.0, finite)
+    kappa: float = rule(0.0, below_one)
+    t_start: float = rule(0.0, share)
+    t_end: float = rule(1.0, share)
+    equal_share: float = rule(0.75, share)
+    t_mean: float = rule(-0.4, finite)
+    t_std: float = rule(1.0, positive)
+    norm_p: float = rule(1.0, not_negative)
+    norm_eps: float = rule(0.01, positive)
+
+    def sample_times(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(t, r), see `ordered_times`."""
+        return ordered_times(u, self.t_mean, self.t_std, self.equal_share)
+
+    def guided_velocity(self, student: Network, x_t: Tensor, batch: Batch, null: int) -> Tensor:
+        """v_g = omega v + (1 - omega - kappa) u(x_t, t | none) + kappa u(x_t, t | label) inside the interval.
+
+        Both u without gradient; v_g = v outside, and where the label is dropped (paper, appendix B.1).
+        """
+        (t, _), label, v, zero = batch.times, batch.label, batch.velocity, torch.zeros_like(batch.times[0])
+        if (self.omega, self.kappa) == (1, 0):
+            return v
+        free = torch.full_like(label, null)
+        if self.kappa:
+            twice = (torch.cat([z, z]) for z in (x_t, t, zero))
+            u_free, u_label = student(*twice, torch.cat([free, label])).value.chunk(2)
+        else:
+            u_free = u_label = student(x_t, t, zero, free).value
+        guided = self.omega * v + (1 - self.omega - self.kappa) * u_free + self.kappa * u_label
+        inside = (self.t_start <= t) & (t <= self.t_end) & (label != null)
+        return torch.where(image(inside), guided, v)
+
+    def loss(self, student: Network, teacher: None, batch: Batch, null: int, tangent: float = 1.0) -> Loss:
+        """Adaptively weighted sum |u - sg(v_g - (t - r) du/dt)|^2 for each sample (paper, eq. 10 and 22)."""
+        t, r = batch.times
+        x_t = batch.at(t)
+        with torch.no_grad():
+            v_g = self.guided_velocity(student, x_t, batch, null)
+        u = average_velocity_along(student, x_t, v_g, t, r, batch.label, None)
+        target = v_g - image(t - r) * tangent * u.tangent
+        error = (u.value - target).square().sum((1, 2, 3))
+        total = adaptive(error, self.norm_p, self.norm_eps)
+        return Loss(
+            total, {"error": Term(error.detach(), t - r)}, {"F": u.value.detach(), "dF_dt": u.tangent}
+        )
+
+    def passes(self) -> list[Pass]:
+        """Guidance (none, one or two evaluations of the student), then the dual pass."""
+        guidance = (
+            []
+            if (self.omega, self.kappa) == (1, 0)
+            else [Pass(gradient="none", batches=1 + bool(self.kappa))]
+        )
+        return [*guidance, Pass(dual=True)]
+
+
+def ordered_times(u: Tensor, mean: float, std: float, equal_share: float) -> tuple[Tensor, Tensor]:
+    """(t, r): the larger and the smaller of two logit-normal draws, and r = t with that probability."""
+    first, second = (logit_normal(z, mean, std) for z in u.unbind(-1)[:2])
+    t, r = torch.maximum(first, second), torch.minimum(first, second)
+    return t, torch.where(u[:, 3] < equal_share, t, r)
+
+
+def average_velocity_along(
+    net: Network, x_t: Tensor, v: Tensor, t: Tensor, r: Tensor, label: Tensor, beta: Tensor | None
+) -> Dual:
+    """u(x_t, t, r) and its derivative du/dt along (x, t, r) -> (v, 1, 0), without gradient through that."""
+    one = torch.ones_like(t)
+    return dual.detach(net(Dual(x_t, v), Dual(t, one), Dual(t - r, one), label, beta, detach_tangent=True))
+
+
+def adaptive(error: Tensor, p: float, eps: float) -> Tensor:
+    """error / sg(error + eps)^p, (B,)."""
+    return error / (error.detach() + eps) ** p

@@ -1,0 +1,172 @@
+"""Terminal Velocity Matching (arXiv 2511.19797): times, displacement map, loss.
+
+In the notation of `base.py`, with k = w in the scaled parameterisation and 1 otherwise:
+
+    displacement        f(x, t, s) = (s - t) k F(x, t, t - s)
+    velocity            u(x, s)    = k F(x, s, 0)
+    terminal condition  d/ds f(x_t, t, s) = u(x_t + f(x_t, t, s), s)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from recipe.dual import Dual
+from recipe.objectives.base import (
+    Batch,
+    Loss,
+    Network,
+    Objective,
+    Pass,
+    Term,
+    ends,
+    guidance_weights,
+    image,
+    logit_normal,
+    mean_square,
+)
+from recipe.rules import Number, finite, one_of, positive, rule, share
+
+SAMPLERS = ("gap*", "gap", "trunc", "clamp")
+
+
+@dataclass
+class TVM(Objective):
+    """guidance: constant w, or [low, high] for w drawn uniformly for each sample (1 where the label is
+    dropped); scaled: k = w; times: gap*, gap, trunc or clamp; equal_share: probability of t = s; the means
+    and deviations belong to the logit-normal laws of the gap t - s, of s, and (trunc, clamp) of t;
+    detach_jvp: no gradient through dF/ds.
+    """
+
+    name: str = "tvm"
+    guidance: Number | list[Number] = rule(1.0, guidance_weights)
+    scaled: bool = True
+    times: str = rule("gap*", one_of(*SAMPLERS))
+    equal_share: float = rule(0.0, share)
+    gap_mean: float = rule(-0.8, finite)
+    gap_std: float = rule(1.0, positive)
+    s_mean: float = rule(-0.4, finite)
+    s_std: float = rule(1.0, positive)
+    t_mean: float = rule(-0.4, finite)
+    t_std: float = rule(1.0, positive)
+    detach_jvp: bool = False
+
+    teacher: ClassVar[bool] = True
+    guidance_input: ClassVar[bool] = True
+
+    def sample_times(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(t, s, s'), with 0 <= s <= t <= 1.
+
+        gap*: gap = t - s is logit-normal, s is logit-normal truncated to s < 1 - gap, s' is independent.
+        gap: the same with s' = s. trunc: t is logit-normal, s logit-normal truncated to s < t, s' = s.
+        clamp: s = min(s, t) of two independent logit-normal draws, s' = s. The last column decides t = s.
+        """
+        first, second, third, equal = u.unbind(-1)
+        if self.times.startswith("gap"):
+            gap = logit_normal(first, self.gap_mean, self.gap_std)
+            s = truncated_logit_normal(second, self.s_mean, self.s_std, 1 - gap)
+            t = (s + gap).clamp(max=1)
+        else:
+            t = logit_normal(first, self.t_mean, self.t_std)
+            if self.times == "trunc":
+                s = truncated_logit_normal(second, self.s_mean, self.s_std, t)
+            else:
+                s = torch.minimum(logit_normal(second, self.s_mean, self.s_std), t)
+        s_prime = logit_normal(third, self.s_mean, self.s_std) if self.times == "gap*" else s
+        return torch.where(equal < self.equal_share, s, t), s, s_prime
+
+    def flow_time(self, times: tuple[Tensor, ...]) -> Tensor:
+        """s'."""
+        return times[2]
+
+    def sample_guidance(self, u: Tensor, dropped: Tensor) -> Tensor:
+        """Uniform in the range, 1 without label."""
+        low, high = self.guidance_range
+        return torch.where(dropped, 1.0, low + (high - low) * u)
+
+    @property
+    def guidance_range(self) -> tuple[float, float]:
+        """As trained: the network knows w."""
+        return ends(self.guidance)
+
+    def scale(self, w: Tensor | float) -> Tensor | float:
+        """w if scaled, else 1."""
+        return w if self.scaled else 1.0
+
+    def loss(self, student: Network, teacher: Network, batch: Batch, null: int, tangent: float = 1.0) -> Loss:
+        """Terminal and flow-matching terms for each sample (paper, eq. 15), both weighted by beta^2.
+
+        terminal      = beta^2 mean |df/ds - sg u_T(sg(x_t + f), s)|^2, and 0 where t = s
+        flow matching = beta^2 mean |u(x_s', s') - (w v + (1 - w) sg u_T(x_s', s', no label, w = 1))|^2
+
+        The teacher T's two halves are one call; the second is left out where w is 1 by configuration.
+        """
+        (t, s, s_prime), label, w, v = batch.times, batch.label, batch.w, batch.velocity
+        beta, k = 1 / w, self.scale(w) * torch.ones_like(w)
+        zero, null_label = torch.zeros_like(s), torch.full_like(label, null)
+        x_t, x_s = batch.at(t), batch.at(s_prime)
+        f, F = displacement(student, x_t, t, s, label, beta, k, tangent, self.detach_jvp)
+
+        with torch.no_grad():
+            x_f = x_t + f.value
+            if self.guidance_range == (1, 1):
+                u_terminal, v_target = image(k) * teacher(x_f, s, zero, label, beta).value, v
+            else:
+                conditional, unconditional = teacher(
+                    torch.cat([x_f, x_s]),
+                    torch.cat([s, s_prime]),
+                    torch.cat([zero, zero]),
+                    torch.cat([label, null_label]),
+                    torch.cat([beta, torch.ones_like(beta)]),
+                ).value.chunk(2)
+                u_terminal = image(k) * conditional
+                v_target = image(w) * v + image(1 - w) * unconditional
+
+        different = ~torch.isclose(s, t, rtol=1e-5, atol=1e-8)
+        terminal = torch.where(different, mean_square(image(beta) * (f.tangent - u_terminal)), 0.0)
+        u = image(k) * student(x_s, s_prime, zero, label, beta).value
+        flow_matching = mean_square(image(beta) * (u - v_target))
+        terms = {
+            "terminal": Term(terminal.detach(), t - s),
+            "flow_matching": Term(flow_matching.detach(), s_prime),
+        }
+        return Loss(terminal + flow_matching, terms, {"F": F.value.detach(), "dF_ds": F.tangent.detach()})
+
+    def passes(self) -> list[Pass]:
+        """Dual student, teacher (twice where w is not always 1), plain student."""
+        return [
+            Pass(dual=True, gradient="value" if self.detach_jvp else "both"),
+            Pass(gradient="none", batches=1 if self.guidance_range == (1, 1) else 2, teacher=True),
+            Pass(),
+        ]
+
+
+def displacement(
+    net: Network,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    label: Tensor,
+    beta: Tensor,
+    k: Tensor,
+    tangent: float = 1.0,
+    detach_jvp: bool = False,
+) -> tuple[Dual, Dual]:
+    """f(x, t, s) = (s - t) k F and its derivative df/ds = k (F + (s - t) dF/ds), x and t held fixed.
+
+    Returns ((f, df/ds), (F, dF/ds)); s enters the network through d = t - s alone, whose tangent is -1.
+    `tangent` scales dF/ds (tangent warm-up; 1 is the paper); detach_jvp stops the gradient through dF/ds.
+    """
+    F = net(x, t, Dual(t - s, -torch.ones_like(s)), label, beta, detach_tangent=detach_jvp)
+    k, span = image(k), image(s - t)
+    return Dual(span * k * F.value, k * (F.value + span * tangent * F.tangent)), F
+
+
+def truncated_logit_normal(u: Tensor, mean: float, std: float, upper: Tensor) -> Tensor:
+    """Quantile function of the logit-normal law conditioned on being below `upper`."""
+    mass = torch.special.ndtr((torch.logit(upper) - mean) / std)
+    return logit_normal(u * mass, mean, std).clamp(max=upper)
