@@ -6,11 +6,11 @@ combination is a ConfigError of one line that names the key.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from composer.core import Time, TimeUnit
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -20,6 +20,20 @@ from recipe.dit import DiTConfig
 from recipe.objectives import OBJECTIVES, TVM, Objective
 from recipe.parallel import ParallelConfig
 from recipe.posthoc import MAX_LENGTH
+from recipe.rules import (
+    Rule,
+    below_one,
+    check,
+    each,
+    filled,
+    not_negative,
+    one_of,
+    positive,
+    rule,
+    time,
+    time_or_none,
+    whole,
+)
 from recipe.storage import normalize_uri
 
 T = TypeVar("T")
@@ -29,13 +43,9 @@ class ConfigError(ValueError):
     """A setting that cannot be: the message names the key, what it was and what is allowed."""
 
 
-def is_time(text: str) -> bool:
-    """Whether it is a number with one of Composer's units; it would take a bare 3 for 30 seconds."""
-    try:
-        Time.from_timestring(text)
-    except (ValueError, TypeError):
-        return False
-    return not text.isdigit()
+file_name = Rule(
+    re.compile(r"\w[\w.-]{0,99}").fullmatch, "must be letters, digits, `_`, `-` and `.`, at most 100"
+)
 
 
 @dataclass
@@ -44,20 +54,21 @@ class OptimizerConfig:
     `duration`), after a linear warmup of e.g. 100ba.
     """
 
-    lr: float = 1e-4
-    schedule: str = "constant"
-    warmup: str = "0ba"
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: float = rule(1e-4, positive)
+    schedule: str = rule("constant", one_of("constant", "linear", "cosine"))
+    warmup: str = rule("0ba", time_or_none)
+    betas: list[float] = rule([0.9, 0.95], Rule(lambda b: len(b) == 2, "must be two"), each(below_one))
+    eps: float = rule(1e-8, positive)
+    weight_decay: float = rule(0.0, not_negative)
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"optimizer.lr: {self.lr} must be positive")
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"optimizer.schedule: {self.schedule!r} is not one of constant, linear, cosine")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"optimizer.betas: {self.betas} must be two numbers in [0, 1)")
+        check(self, "optimizer")
+
+
+length = Rule(
+    lambda x: 0.001 <= x <= MAX_LENGTH and round(x, 3) == x,
+    f"must be in [0.001, {MAX_LENGTH:.3f}], in thousandths",
+)
 
 
 @dataclass
@@ -68,35 +79,25 @@ class EMAConfig:
     any length can be had after training (recipe/posthoc.py). Each costs one more copy of the weights.
     """
 
-    target_decay: float = 0.99
-    decay: float = 0.9999
+    target_decay: float = rule(0.99, below_one)
+    decay: float = rule(0.9999, below_one)
     ramp: bool = False
-    posthoc: list[float] = field(default_factory=list)
+    posthoc: list[float] = rule([], each(length))
 
     def __post_init__(self) -> None:
-        for name in ("target_decay", "decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"ema.{name}: {getattr(self, name)} must be in [0, 1)")
-        for length in self.posthoc:
-            if not 0.001 <= length <= MAX_LENGTH or round(length, 3) != length:
-                raise ValueError(
-                    f"ema.posthoc: {length} must be in [0.001, {MAX_LENGTH:.3f}], in thousandths"
-                )
+        check(self, "ema")
 
 
 @dataclass
 class StepConfig:
     """Guards of a step: see `algorithms.ScaleParameter`."""
 
-    tangent_warmup: int = 0
-    clip: float | None = None
-    max_skipped: int = 5
+    tangent_warmup: int = rule(0, not_negative)
+    clip: float | None = rule(None, positive)
+    max_skipped: int = rule(5, positive)
 
     def __post_init__(self) -> None:
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"step.clip: {self.clip} must be positive, or null for no clipping")
-        if self.max_skipped < 1:
-            raise ValueError(f"step.max_skipped: {self.max_skipped} must be at least 1")
+        check(self, "step")
 
 
 @dataclass
@@ -107,17 +108,14 @@ class GridConfig:
     each; vae: folder or hub name of the autoencoder of latents (null: false colours).
     """
 
-    interval: str | None = "1000ba"
-    labels: list[int] = field(default_factory=list)
-    columns: int = 8
-    nfe: list[int] = field(default_factory=lambda: [1])
-    vae: str | None = None
+    interval: str | None = rule("1000ba", time)
+    labels: list[int] = rule([])
+    columns: int = rule(8, whole(1, 100))
+    nfe: list[int] = rule([1], filled, each(whole(1, 1000)))
+    vae: str | None = rule(None, filled)
 
     def __post_init__(self) -> None:
-        if self.columns < 1:
-            raise ValueError(f"grid.columns: {self.columns} must be at least 1")
-        if not self.nfe or min(self.nfe) < 1:
-            raise ValueError(f"grid.nfe: {self.nfe} must be one or more numbers of at least 1")
+        check(self, "grid")
 
 
 @dataclass
@@ -126,17 +124,14 @@ class LogConfig:
     wandb: off, online or offline; peak_tflops: of one device, for the MFU (null: Composer's table of GPUs).
     """
 
-    interval: int = 10
-    peak_tflops: float | None = None
+    interval: int = rule(10, positive)
+    peak_tflops: float | None = rule(None, positive)
     progress_bar: bool = True
-    wandb: str = "off"
-    wandb_project: str = "terminal-velocity"
+    wandb: str = rule("off", one_of("off", "online", "offline"))
+    wandb_project: str = rule("terminal-velocity", file_name)
 
     def __post_init__(self) -> None:
-        if self.interval < 1:
-            raise ValueError(f"log.interval: {self.interval} must be at least 1")
-        if self.wandb not in ("off", "online", "offline"):
-            raise ValueError(f"log.wandb: {self.wandb!r} is not one of off, online, offline")
+        check(self, "log")
 
 
 @dataclass
@@ -151,19 +146,23 @@ class TrainConfig:
     and forward pass (null: all of them).
     """
 
-    run_name: str
-    folder: str
-    duration: str
-    save_folder: str = "${folder}/checkpoints"
-    save_interval: str = "1000ba"
-    save_keep: int = 2
-    fork_from: str | None = None
-    time_limit: str | None = None
-    export_interval: str = "10000ba"
-    export: list[str] = field(default_factory=lambda: ["ema"])
-    seed: int = 0
-    precision: str = "fp32"
-    microbatch: int | None = None
+    run_name: str = rule(MISSING, file_name)
+    folder: str = rule(
+        MISSING, filled, Rule(lambda x: "://" not in x, "must be local; save_folder may be in a bucket")
+    )
+    duration: str = rule(MISSING, time)
+    save_folder: str = rule("${folder}/checkpoints", filled)
+    save_interval: str = rule("1000ba", time)
+    save_keep: int = rule(2, Rule(lambda n: n > 0 or n == -1, "must be at least 1, or -1 for all"))
+    fork_from: str | None = rule(None, filled)
+    time_limit: str | None = rule(
+        None, time, Rule(lambda x: x.endswith("sec"), "must be in seconds, e.g. 86000sec")
+    )
+    export_interval: str = rule("10000ba", time)
+    export: list[str] = rule(["ema"], Rule(lambda x: set(x) <= {"ema", "net"}, "may hold ema and net only"))
+    seed: int = rule(0, whole(0, 2**31 - 1))
+    precision: str = rule("fp32", one_of("fp32", "amp_bf16"))
+    microbatch: int | None = rule(None, positive)
     data: DataConfig = field(default_factory=DataConfig)
     model: DiTConfig = field(default_factory=DiTConfig)
     objective: Objective = field(default_factory=TVM)
@@ -175,19 +174,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "amp_bf16"):
-            raise ValueError(f"precision: {self.precision!r} is not one of fp32, amp_bf16")
-        if self.microbatch is not None and self.microbatch < 1:
-            raise ValueError(f"microbatch: {self.microbatch} must be at least 1, or null")
-        if not set(self.export) <= {"ema", "net"}:
-            raise ValueError(f"export: {self.export} may hold ema and net only")
-        if self.save_keep < 1 and self.save_keep != -1:
-            raise ValueError(f"save_keep: {self.save_keep} must be at least 1, or -1 for all")
-        self.check_times()
-        if self.time_limit and Time.from_timestring(self.time_limit).unit != TimeUnit.SECOND:
-            raise ValueError(f"time_limit: {self.time_limit} must be in seconds, e.g. 86000sec")
-        if "://" in self.folder:
-            raise ValueError(f"folder: {self.folder} must be local; save_folder may be in a bucket")
+        check(self)
         self.save_folder = normalize_uri(self.save_folder)
         self.fork_from = normalize_uri(self.fork_from) if self.fork_from else None
         self.data.remote = normalize_uri(self.data.remote) if self.data.remote else None
@@ -195,17 +182,6 @@ class TrainConfig:
             raise ValueError(f"grid.labels: {self.grid.labels} must be in 0..{self.model.classes}")
         if self.data.remote is None and not Path(self.data.local).is_dir():
             raise ValueError(f"data.local: {self.data.local} is not a folder, and data.remote is not set")
-
-    def check_times(self) -> None:
-        """Raises ValueError."""
-        times = {
-            **{k: getattr(self, k) for k in ("duration", "save_interval", "export_interval", "time_limit")},
-            **{"grid.interval": self.grid.interval, "optimizer.warmup": self.optimizer.warmup},
-            "objective.flow_matching_first": self.objective.flow_matching_first,
-        }
-        for key, text in times.items():
-            if text is not None and not is_time(text):
-                raise ValueError(f"{key}: {text!r} is not a time such as 2400ba, 3ep or 600sec")
 
 
 def read_yaml(path: str) -> DictConfig:

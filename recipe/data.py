@@ -6,6 +6,7 @@ holding a VAE posterior's mean and standard deviation; and `label` int64.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,21 @@ from torch import Tensor, nn
 
 from recipe.dataset import TrainingDataset
 from recipe.draws import Stream, keys, normal
+from recipe.rules import Number, Rule, check, each, filled, positive, rule, whole
 from streaming_convert.manifest import Manifest, read_manifest
 
 SHUFFLE_WINDOW = 1 << 18  # samples of each canonical node among which the order is drawn; Streaming's default
+
+
+def is_normalization(value: str | dict[str, list[float]]) -> bool:
+    """Of the three kinds that `DataConfig` names, the third in finite numbers, deviations positive."""
+    if isinstance(value, str):
+        return value in ("pixels", "manifest")
+    return (
+        sorted(value) == ["mean", "std"]
+        and all(map(math.isfinite, value["mean"]))
+        and each(positive).holds(value["std"])
+    )
 
 
 @dataclass
@@ -33,31 +46,19 @@ class DataConfig:
     for any number of nodes; cache_limit: e.g. 100gb.
     """
 
-    local: str = "data/digits/train"
-    remote: str | None = None
-    batch_size: int = 256
-    workers: int = 1
-    normalize: Any = "pixels"
+    local: str = rule("data/digits/train", filled)
+    remote: str | None = rule(None, filled)
+    batch_size: int = rule(256, positive)
+    workers: int = rule(1, whole(0, 1024))
+    normalize: str | dict[str, list[Number]] = rule(
+        "pixels", Rule(is_normalization, "is not pixels, manifest or {mean: [...], std: [...]}")
+    )
     shuffle: bool = True
-    canonical_nodes: int = 64
-    cache_limit: str | None = None
+    canonical_nodes: int = rule(64, whole(1, 65536))
+    cache_limit: str | None = rule(None, Rule(lambda x: bytes_to_int(x) > 0, "is not a size such as 100gb"))
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"data.batch_size: {self.batch_size} must be at least 1")
-        if self.workers < 0:
-            raise ValueError(f"data.workers: {self.workers} must not be negative")
-        try:
-            self.cache_bytes  # noqa: B018
-        except ValueError as error:
-            raise ValueError(f"data.cache_limit: {self.cache_limit!r} is not a size such as 100gb") from error
-        if isinstance(self.normalize, dict):
-            lists = [v if isinstance(v, list) else [None] for v in self.normalize.values()]
-            numbers = all(isinstance(x, (int, float)) for values in lists for x in values)
-            if sorted(self.normalize) != ["mean", "std"] or not numbers:
-                raise ValueError(f"data.normalize: {self.normalize} must be lists of numbers mean and std")
-        elif self.normalize not in ("pixels", "manifest"):
-            raise ValueError(f"data.normalize: {self.normalize!r} is not pixels, manifest or {{mean, std}}")
+        check(self, "data")
 
     @property
     def cache_bytes(self) -> int | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from recipe import dual
 from recipe.dual import Dual
+from recipe.rules import Rule, check, not_negative, one_of, rule, whole
 
 PRESETS = {
     "S/2": {"width": 384, "depth": 12, "heads": 6},
@@ -40,49 +41,37 @@ class DiTConfig:
     modulation, and queries and keys, are RMS-normed; reverse_time: the network is told 1 - t, as SiT is.
     """
 
-    preset: str | None = None
-    size: int = 32
-    channels: int = 4
-    classes: int = 1000
-    patch: int = 2
-    width: int = 384
-    depth: int = 12
-    heads: int = 6
-    mlp_ratio: float = 4.0
-    label_std: float = 0.02
-    time_init: str = "normal"
-    patch_init: str = "spectral"
-    norm: str = "rms"
+    preset: str | None = rule(None, one_of(*PRESETS))
+    size: int = rule(32, whole(1, 8192))
+    channels: int = rule(4, whole(1, 1024))
+    classes: int = rule(1000, whole(0, 10**7))
+    patch: int = rule(2, whole(1, 8192))
+    width: int = rule(384, whole(1, 65536))
+    depth: int = rule(12, whole(1, 1000))
+    heads: int = rule(6, whole(1, 65536))
+    mlp_ratio: float = rule(4.0, Rule(lambda x: 0 < x <= 100, "must be in (0, 100]"))
+    label_std: float = rule(0.02, not_negative)
+    time_init: str = rule("normal", one_of("normal", "spectral"))
+    patch_init: str = rule("spectral", one_of("spectral", "xavier"))
+    norm: str = rule("rms", one_of(*NORMS))
     modulation_norm: bool = True
     qk_norm: bool = True
     reverse_time: bool = False
 
     def __post_init__(self) -> None:
+        check(self, "model")
         if self.preset is not None:
-            if self.preset not in PRESETS:
-                raise ValueError(f"model.preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
-            self.patch = 2
-            for name, value in PRESETS[self.preset].items():
-                setattr(self, name, value)
-        for name in ("size", "channels", "patch", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}: {getattr(self, name)} must be at least 1")
-        if self.classes < 0:
-            raise ValueError(f"model.classes: {self.classes} must be 0 (unconditional) or more")
+            vars(self).update(PRESETS[self.preset], patch=2)
         if self.width % self.heads:
             raise ValueError(f"model.heads: {self.heads} does not divide model.width {self.width}")
         if self.width % 4:
             raise ValueError(f"model.width: {self.width} must be a multiple of 4 (2-D position embedding)")
         if self.size % self.patch:
             raise ValueError(f"model.patch: {self.patch} does not divide model.size {self.size}")
-        choices = {
-            "time_init": ("normal", "spectral"),
-            "patch_init": ("spectral", "xavier"),
-            "norm": tuple(NORMS),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"model.{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if int(self.width * self.mlp_ratio) < 1:
+            raise ValueError(
+                f"model.mlp_ratio: {self.mlp_ratio} leaves the MLP of model.width {self.width} nothing"
+            )
 
     @property
     def tokens(self) -> int:

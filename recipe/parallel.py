@@ -15,6 +15,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.utils.checkpoint import checkpoint
 
 from recipe.dit import Block, DiT
+from recipe.rules import check, not_negative, one_of, positive, rule
 
 
 @dataclass
@@ -30,23 +31,16 @@ class ParallelConfig:
     """
 
     fsdp2: bool = False
-    replicas: int = 1
+    replicas: int = rule(1, positive)
     reshard_after_forward: bool = True
-    mixed_precision: str = "DEFAULT"
+    mixed_precision: str = rule("DEFAULT", one_of("DEFAULT", "PURE", "FULL"))
     compile: bool = False
-    checkpoint_every: int = 0
+    checkpoint_every: int = rule(0, not_negative)
 
     def __post_init__(self) -> None:
-        if self.replicas < 1:
-            raise ValueError(f"parallel.replicas: {self.replicas} must be at least 1")
+        check(self, "parallel")
         if self.replicas > 1 and not self.fsdp2:
             raise ValueError(f"parallel.replicas: {self.replicas} needs parallel.fsdp2: true")
-        if self.mixed_precision not in ("DEFAULT", "PURE", "FULL"):
-            raise ValueError(
-                f"parallel.mixed_precision: {self.mixed_precision!r} is not DEFAULT, PURE or FULL"
-            )
-        if self.checkpoint_every < 0:
-            raise ValueError(f"parallel.checkpoint_every: {self.checkpoint_every} must be 0 (off) or more")
 
 
 def prepare_blocks(net: DiT, config: ParallelConfig, trained: bool) -> None:

@@ -1,0 +1,67 @@
+"""What a setting may be, beside it: `lr: float = rule(1e-4, positive)`; `check(self)` in __post_init__.
+
+A rule is checked where the dataclass is made, so a setting that breaks one never leaves __post_init__.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import field, fields
+from typing import Any, NamedTuple
+
+Number = int | float  # in a union of types OmegaConf takes no integer for a float
+
+
+class Rule(NamedTuple):
+    """Whether a value may be used (an arithmetic, type or value error says no), and what to say if not."""
+
+    holds: Callable[[Any], bool]
+    says: str
+
+
+positive = Rule(lambda x: 0 < x < math.inf, "must be positive and finite")
+not_negative = Rule(lambda x: 0 <= x < math.inf, "must be finite and not negative")
+finite = Rule(math.isfinite, "must be finite")
+share = Rule(lambda x: 0 <= x <= 1, "must be between 0 and 1")
+below_one = Rule(lambda x: 0 <= x < 1, "must be in [0, 1)")
+filled = Rule(lambda x: len(x) > 0, "must not be empty")
+time = Rule(
+    re.compile(r"0*[1-9]\d{0,14}(ba|ep|sp|sec)").fullmatch, "is not a time such as 2400ba, 3ep or 600sec"
+)
+time_or_none = Rule(re.compile(r"\d{1,15}(ba|ep|sp|sec)").fullmatch, time.says)
+
+
+def whole(low: int, high: int) -> Rule:
+    """An integer of a range, both ends included; the upper one keeps slips from filling a machine."""
+    return Rule(lambda x: low <= x <= high, f"must be a whole number from {low} to {high}")
+
+
+def one_of(*allowed: str) -> Rule:
+    """A name among others."""
+    return Rule(lambda x: x in allowed, f"is not one of {', '.join(allowed)}")
+
+
+def each(one: Rule) -> Rule:
+    """A list of such values, or an empty one."""
+    return Rule(lambda values: all(map(one.holds, values)), one.says)
+
+
+def rule(default: Any, *rules: Rule) -> Any:  # noqa: ANN401
+    """A dataclass field with its rules, which None passes; dataclasses.MISSING: required."""
+    how = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**how, metadata={"rules": rules})
+
+
+def check(settings: Any, section: str = "") -> None:  # noqa: ANN401
+    """Raises ValueError with the key (below `section`), the value and the rule that it breaks."""
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        for one in f.metadata.get("rules", ()) if value is not None else ():
+            try:
+                holds = one.holds(value)
+            except (ArithmeticError, TypeError, ValueError):
+                holds = False
+            if not holds:
+                raise ValueError(f"{section and section + '.'}{f.name}: {value!r} {one.says}")
