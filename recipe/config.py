@@ -141,9 +141,10 @@ class TrainConfig:
     folder: local; holds weights/, samples/, train.jsonl and what is on its way to a bucket; save_folder:
     where checkpoints are, local or s3://, gs://, oci:// (then weights and log are copied there too);
     save_keep: how many stay, -1 for all; fork_from: the checkpoint, SAVE_FOLDER/ep0-ba40, from which a new
-    run starts; time_limit: save and exit with status 75 so long after the start, e.g. 86000sec; export: which
-    weights are written to weights/, `ema` and/or `net`, every export_interval; microbatch: samples per rank
-    and forward pass (null: all of them).
+    run starts; init_from: exported or imported weights, or a folder of exports, that a new run begins with
+    (recipe/warm_start.py); time_limit: save and exit with status 75 so long after the start, e.g. 86000sec;
+    export: which weights are written to weights/, `ema` and/or `net`, every export_interval; microbatch:
+    samples per rank and forward pass (null: all of them).
     """
 
     run_name: str = rule(MISSING, file_name)
@@ -155,6 +156,7 @@ class TrainConfig:
     save_interval: str = rule("1000ba", time)
     save_keep: int = rule(2, Rule(lambda n: n > 0 or n == -1, "must be at least 1, or -1 for all"))
     fork_from: str | None = rule(None, filled)
+    init_from: str | None = rule(None, filled)
     time_limit: str | None = rule(
         None, time, Rule(lambda x: x.endswith("sec"), "must be in seconds, e.g. 86000sec")
     )
@@ -177,6 +179,11 @@ class TrainConfig:
         check(self)
         self.save_folder = normalize_uri(self.save_folder)
         self.fork_from = normalize_uri(self.fork_from) if self.fork_from else None
+        self.init_from = normalize_uri(self.init_from) if self.init_from else None
+        if self.init_from and self.fork_from:
+            raise ValueError(
+                "init_from: begins a new run, and fork_from goes on with another: give one of them"
+            )
         self.data.remote = normalize_uri(self.data.remote) if self.data.remote else None
         if not all(0 <= label <= self.model.classes for label in self.grid.labels):
             raise ValueError(f"grid.labels: {self.grid.labels} must be in 0..{self.model.classes}")

@@ -22,6 +22,7 @@ from recipe.data import SHUFFLE_WINDOW, normalizer
 from recipe.dit import DiT
 from recipe.resume import PROBE, checkpoints, complete, fork
 from recipe.storage import Folder, StorageError
+from recipe.warm_start import check_weights
 from streaming_convert.manifest import MANIFEST, Manifest, read_manifest
 from streaming_convert.retry import status, transient
 from streaming_convert.store import DatasetError
@@ -123,6 +124,22 @@ def forkable(config: TrainConfig) -> list[str]:
         return [str(error)]
     except StorageError as error:
         return [f"fork_from: {error}. To mend: {mend(config.fork_from, error)}"]
+    return []
+
+
+def weights_fit(config: TrainConfig) -> list[str]:
+    """The weights that `init_from` names, needed until the run has a checkpoint."""
+    if not config.init_from:
+        return []
+    folder = Folder(config.save_folder)
+    if complete(folder, checkpoints(folder, folder.names())):
+        return []
+    try:
+        check_weights(config, normalizer(config.data, read_manifest(config.data.source)))
+    except ConfigError as error:
+        return [str(error)]
+    except StorageError as error:
+        return [f"init_from: {error}. To mend: {mend(config.init_from, error)}"]
     return []
 
 
@@ -260,7 +277,12 @@ def problems(config: TrainConfig, ranks: int) -> list[str]:
     found = [*divisible(config, ranks), *precision(config), *wandb_key(config), *oci_agreement(config)]
     found += [*readable_data(config), *writable("folder", config.folder)]
     found += writable("save_folder", config.save_folder)
-    return found or [*cache_limit(config, ranks), *disk_space(config), *forkable(config)]
+    return found or [
+        *cache_limit(config, ranks),
+        *disk_space(config),
+        *forkable(config),
+        *weights_fit(config),
+    ]
 
 
 def shared(folder: str) -> bool:

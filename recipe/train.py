@@ -44,6 +44,7 @@ from recipe.parallel import parallelism, prepare_blocks
 from recipe.preflight import check, check_data, divisible
 from recipe.resume import PREEMPTED, Checkpoints, Preemption, ignore_sigterm, newest
 from recipe.storage import StorageError
+from recipe.warm_start import warm_start
 from streaming_convert.manifest import Manifest
 from streaming_convert.store import DatasetError
 
@@ -129,6 +130,8 @@ def build_trainer(config: TrainConfig, load_path: str | None, preemption: Preemp
     """Everything that one run needs, from its configuration; load_path: see `resume.newest`."""
     manifest = check_data(config)
     model = build_model(config, manifest)
+    if config.init_from and load_path is None:
+        log.info("%s: %s", config.run_name, warm_start(model, config))
     device = "gpu" if torch.cuda.is_available() else "cpu"
     o = config.optimizer
     optimizer = torch.optim.AdamW(

@@ -1,0 +1,123 @@
+"""Beginning a new run from weights: `init_from`, of any objective to any other, exported or imported.
+
+The new network's velocity is, at step 0, exactly that of the weights, at the guidance weight at which these
+are sampled; what the weights do not know (guidance, and the second time of an imported network) enters as
+nothing and is learned.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from recipe.config import ConfigError, TrainConfig
+from recipe.data import Normalizer
+from recipe.dit import DiT, DiTConfig
+from recipe.dual import Dual
+from recipe.model import GenerativeModel
+from recipe.objectives import from_facts
+from recipe.objectives.base import Objective
+from recipe.resume import INIT_ONLY
+from recipe.storage import Folder
+from recipe.weights import load_weights, parse_facts
+
+EMBEDDERS = ("s_embedder", "guidance_embedder")
+
+
+def find(uri: str) -> tuple[Folder, str]:
+    """The folder and the name of weights; of a folder of exports the newest evaluation average is meant.
+
+    Raises StorageError.
+    """
+    exported = [name for name in Folder(uri).names() if re.fullmatch(r"ba\d+-ema\.json", name)]
+    uri = f"{uri}/{max(exported)}" if exported else uri
+    folder, _, name = uri.removesuffix(".json").removesuffix(".safetensors").rpartition("/")
+    return Folder(folder or "."), name
+
+
+def check_weights(config: TrainConfig, normalizer: Normalizer) -> None:
+    """One ConfigError of all differences between the weights and the run. Raises StorageError."""
+    folder, name = find(config.init_from)
+    try:
+        facts = parse_facts(folder.read(f"{name}.json"), f"{folder.uri}/{name}.json")
+        theirs = asdict(DiTConfig(**facts["model"]))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"init_from: {error}") from error
+    mine = {k: v for k, v in asdict(config.model).items() if k not in INIT_ONLY}
+    found = [f"model.{k}: {v} here, {theirs[k]} there" for k, v in mine.items() if theirs[k] != v]
+    for key in ("mean", "std"):
+        here, there = getattr(normalizer, key).flatten(), torch.tensor(facts["data"][key])
+        if here.shape != there.shape or not torch.allclose(here, there, rtol=1e-4):
+            found.append(f"data.normalize.{key}: {here.tolist()} here, {there.tolist()} there")
+    try:
+        output_ratio(from_facts(facts["method"]), config.objective)
+    except ValueError as error:
+        found.append(str(error))
+    if found:
+        raise ConfigError(f"init_from: {config.init_from} does not fit: {'; '.join(found)}")
+
+
+def output_ratio(source: Objective, target: Objective) -> float:
+    """Factor r of the output, k_target r F = k_source F. Raises ValueError where it varies with w."""
+    low, high = target.guidance_range if target.guidance_input else (source.default_w, source.default_w)
+    ratios = {source.scale(w) / target.scale(w) for w in (low, high)}
+    if len(ratios) > 1:
+        raise ValueError(
+            f"objective.scaled: with w from {low:g} to {high:g} both parameterisations must be the same; "
+            f"set objective.scaled={str(source.scale(2.0) == 2.0).lower()}"
+        )
+    return ratios.pop()
+
+
+@torch.no_grad()
+def adapt(net: DiT, source: Objective, target: Objective) -> None:
+    """Changes weights, in place, so that `target` finds in them the velocity that `source` left there.
+
+    A guidance input that only the source has is fixed at the w at which that is sampled; one that only the
+    target has begins as zero; the last layer takes the ratio of the parameterisations.
+    """
+    ratio = output_ratio(source, target)
+    for p in net.final_layer.linear.parameters():
+        p.mul_(ratio)
+    last = net.guidance_embedder.mlp[2]
+    if source.guidance_input and not target.guidance_input:
+        beta = source.beta(torch.tensor([source.default_w], dtype=last.bias.dtype))
+        net.t_embedder.mlp[2].bias.add_(net.guidance_embedder(Dual(beta)).value[0])
+    if target.guidance_input and not source.guidance_input:
+        last.weight.zero_()
+        last.bias.zero_()
+
+
+def warm_start(model: GenerativeModel, config: TrainConfig) -> str:
+    """Puts the weights of `init_from` into the student and its averages; says what is taken and what is new.
+
+    Raises ConfigError, StorageError.
+    """
+    check_weights(config, model.normalizer)
+    folder, name = find(config.init_from)
+    with TemporaryDirectory() as scratch:
+        for suffix in (".safetensors", ".json"):
+            folder.get(name + suffix, Path(scratch, name + suffix))
+        try:
+            net, facts = load_weights(Path(scratch, name))
+        except ValueError as error:
+            raise ConfigError(f"init_from: {error}") from error
+    source = from_facts(facts["method"])
+    adapt(net, source, model.objective)
+    state: dict[str, Tensor] = net.state_dict()
+    for mine in (model.net, model.target, model.ema):
+        if mine is not None:
+            mine.load_state_dict(state)
+    new = [e for e in EMBEDDERS if not state[f"{e}.mlp.2.weight"].any()]
+    if not model.objective.guidance_input:
+        new = [e for e in new if e != "guidance_embedder"]
+    taken = sum(x.numel() for name, x in state.items() if not name.startswith(tuple(new or ["-"])))
+    return (
+        f"{config.init_from} ({source.name}, step {facts['step']}): {taken:,} parameters taken, "
+        f"new: {', '.join(new) or 'none'}"
+    )

@@ -1,0 +1,281 @@
+"""What holds for every objective: the Gaussian's closed form, guidance, costs, warm starts, add-your-own."""
+
+import re
+import sys
+import types
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipe.config import ConfigError, TrainConfig, load_config
+from recipe.data import Normalizer
+from recipe.dit import DiT, DiTConfig
+from recipe.draws import Stream, keys, uniform
+from recipe.dual import Dual
+from recipe.model import GenerativeModel
+from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow, from_facts
+from recipe.objectives.base import draw
+from recipe.objectives.flow_matching import flow_matching_loss
+from recipe.sampler import initial_noise, sample
+from recipe.storage import StorageError
+from recipe.warm_start import warm_start
+from recipe.weights import save_weights
+from tests.test_tvm import SIGMA, exact_network, make_batch, small_network, spread
+
+GUIDED = [
+    TVM(guidance=1.5),
+    TVM(guidance=[1.0, 2.0], scaled=False),
+    MeanFlow(omega=1.5),
+    IMF(guidance=[1, 4]),
+]
+
+
+def exact_dual(x, t, d, label, beta=None, detach_tangent=False):
+    """The exact u of Gaussian data with its derivative along (x, t, d), by torch.func.jvp."""
+    primals = [z.value if isinstance(z, Dual) else z for z in (x, t, d)]
+    tangents = [
+        torch.zeros_like(z) if not isinstance(y, Dual) else y.tangent
+        for y, z in zip((x, t, d), primals, strict=True)
+    ]
+    if not any(isinstance(z, Dual) for z in (x, t, d)):
+        return exact_network(*primals, label)
+    return Dual(*torch.func.jvp(lambda *a: exact_network(*a, label).value, tuple(primals), tuple(tangents)))
+
+
+@pytest.mark.parametrize("objective", [MeanFlow(norm_p=0), IMF(norm_p=0)], ids=["meanflow", "imf"])
+def test_the_exact_average_velocity_of_gaussian_data_is_where_training_rests(objective):
+    """With target and tangent as the exact network gives them, no other size of its value fits better."""
+    objective.label_dropout, objective.equal_share = 0.0, 0.3
+    ids = torch.arange(20000)
+    x0 = make_batch(20000)[0].x0
+    batch = draw(x0, 0 * ids, 0 * ids, ids, 0, objective, null=1)
+    error = objective.loss(exact_dual, None, batch, 1).terms["error"].value
+    for factor in (0.95, 1.05):
+
+        def off(*args, factor=factor, **options):
+            out = exact_dual(*args, **options)
+            return out if out.tangent is None else out._replace(value=out.value * factor)
+
+        assert objective.loss(off, None, batch, 1).terms["error"].value.mean() > error.mean()
+    t, r = batch.times
+    same = r == t  # the error is the conditional variance of v, in closed form, of four pixels
+    variance = SIGMA**2 / spread(t[same])[0] ** 2
+    assert error[same].mean().item() == pytest.approx(4 * variance.mean().item(), rel=0.03)
+
+
+@pytest.mark.parametrize("objective", [FlowMatching(), TVM(), MeanFlow(), IMF()], ids=lambda o: o.name)
+def test_the_sampler_takes_gaussian_noise_to_gaussian_data(objective):
+    noise = initial_noise(torch.arange(20000), (1, 1, 1), torch.float64)
+    label = torch.zeros(20000, dtype=torch.int64)
+    nfe = 400 if objective.name == "flow_matching" else 1
+    spread_of = sample(exact_network, noise, label, nfe, 1.0, objective, 1).std() / noise.std()
+    assert spread_of.item() == pytest.approx(SIGMA, rel=0.01)
+
+
+def test_times_of_meanflow_are_ordered_and_equal_as_often_as_asked():
+    ids = torch.arange(20000)
+    u = uniform(keys(0, torch.zeros_like(ids), ids, Stream.TIMES), 4)
+    for objective in (MeanFlow(equal_share=0.75), IMF(equal_share=0.5)):
+        t, r = objective.sample_times(u)
+        assert (r <= t).all()
+        assert (t == r).double().mean().item() == pytest.approx(objective.equal_share, abs=0.01)
+        median = torch.sigmoid(torch.tensor(-0.4)).item()  # P(both draws below it) = 1/4
+        assert (t < median).double().mean().item() == pytest.approx(0.25, abs=0.01)
+
+
+def test_guidance_of_imf_follows_the_power_law_with_and_without_label():
+    u = torch.linspace(0.0005, 0.9995, 1000, dtype=torch.float64)
+    w = IMF(guidance=[1, 8]).sample_guidance(u, u > 2)
+    assert torch.equal(w, IMF(guidance=[1, 8]).sample_guidance(u, u < 2))
+    assert w.log().mean().item() == pytest.approx(torch.tensor(8.0).log().item() / 2, rel=1e-6)
+    assert (w.min().item(), w.max().item()) == pytest.approx((1, 8), rel=2e-3)
+
+
+@pytest.mark.parametrize("objective", GUIDED, ids=lambda o: o.name)
+def test_dropped_labels_are_seen_by_no_guidance(objective):
+    """A sample without label is trained on v itself, whatever the unconditional velocity says."""
+    torch.manual_seed(0)
+    net = small_network()
+    ids = torch.arange(64)
+    objective.label_dropout = 1.0
+    x0 = torch.randn(64, 1, 2, 2, dtype=torch.float64)
+    batch = draw(x0, torch.zeros_like(ids), torch.zeros_like(ids), ids, 0, objective, 1)
+    assert (batch.label == 1).all()
+    if isinstance(objective, TVM):
+        assert (batch.w == 1).all()
+    else:
+        guided = objective.guided_velocity if isinstance(objective, MeanFlow) else objective.velocities
+        target = guided(net, batch.at(batch.times[0]), batch, 1)
+        assert torch.equal(target if isinstance(objective, MeanFlow) else target[1], batch.velocity)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_facts_of_weights_bring_the_objective_back(name):
+    objective = OBJECTIVES[name](label_dropout=0.25)
+    assert from_facts(objective.facts()) == objective
+    with pytest.raises(ValueError, match="method"):
+        from_facts({**objective.facts(), "unknown": 1})
+    with pytest.raises(ValueError, match="method.objective: 'ddpm' is not one of tvm"):
+        from_facts({"objective": "ddpm"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.kappa=0.5"], "objective.kappa: a setting of meanflow, not of tvm"),
+        (
+            ["objective.name=meanflow", "objective.scaled=true"],
+            "objective.scaled: a setting of tvm, not of meanflow",
+        ),
+        (["objective.name=imf", "objective.times=gap"], "objective.times: a setting of tvm, not of imf"),
+        (["objective.name=ddpm"], "objective.name: 'ddpm' is not one of tvm, flow_matching, meanflow, imf"),
+        (["objective.name=meanflow", "objective.kappa=1"], "objective.kappa: 1.0 must be in"),
+        (["objective.name=imf", "objective.guidance=[4,1]"], r"objective.guidance: \[4, 1\] must be"),
+        (["objective.name=imf", "objective.guidance=[]"], "objective.guidance"),
+        (
+            ["objective.name=flow_matching", "objective.flow_matching_first=2ba"],
+            "objective.flow_matching_first",
+        ),
+        (["objective.flow_matching_first=soon"], "objective.flow_matching_first: 'soon' is not a time"),
+        (["init_from=a", "fork_from=b/ep0-ba1"], "init_from"),
+    ],
+)
+def test_settings_of_another_objective_are_one_error_that_says_whose_they_are(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=f"^{message}") as error:
+        load_config(TrainConfig, "yamls/digits.yaml", [f"data.local={tmp_path}", *overrides])
+    assert "\n" not in str(error.value)
+
+
+def test_naming_another_objective_begins_the_section_anew(tmp_path):
+    config = load_config(
+        TrainConfig,
+        "yamls/digits.yaml",
+        [f"data.local={tmp_path}", "objective.name=meanflow", "objective.omega=2"],
+    )
+    assert config.objective == MeanFlow(omega=2.0)
+    same = load_config(TrainConfig, "yamls/digits.yaml", [f"data.local={tmp_path}", "objective.name=tvm"])
+    assert same.objective == TVM(guidance=1.25, gap_mean=0.0)
+
+
+def model_of(objective, **options):
+    torch.manual_seed(1)
+    config = DiTConfig(size=4, channels=2, classes=3, width=32, depth=2, heads=2, **options)
+    return GenerativeModel(DiT(config), objective, Normalizer([0.0, 0.0], [1.0, 1.0]), 0)
+
+
+def test_a_run_can_begin_with_flow_matching_in_its_own_parameterisation():
+    objective = TVM(guidance=2.0, flow_matching_first="3ba")
+    model = model_of(objective).double()
+    ids = torch.arange(6)
+    batch = {"image": torch.randn(6, 2, 4, 4).double(), "label": ids % 3, "sample": ids, "step": 0 * ids}
+    model.flow_matching = True
+    with torch.no_grad():
+        for p in model.net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        first = model(batch)
+        model.flow_matching = False
+        then = model(batch)
+    assert first.terms.keys() == {"flow_matching"}
+    assert then.terms.keys() == {"flow_matching", "terminal"}
+    x0 = model.normalizer(batch, batch["step"], 0)
+    drawn = draw(x0, batch["label"], batch["step"], ids, 0, objective, 3)
+    s_prime = drawn.times[2]
+    u = objective.average_velocity(
+        lambda x, t, d, *rest: model.net(x, s_prime, d, *rest), drawn.at(s_prime), 1, 1, drawn.label, 2.0, 3
+    )
+    kept = drawn.label != 3
+    assert kept.any()
+    expected = (u - drawn.velocity).square().mean((1, 2, 3))
+    torch.testing.assert_close(first.total[kept], expected[kept], rtol=1e-10, atol=0)
+    assert flow_matching_loss(objective, model.net, drawn).total.shape == (6,)
+
+
+PAIRS = [
+    (FlowMatching(), TVM(guidance=[1.0, 3.0], scaled=False)),
+    (FlowMatching(), TVM(guidance=1.25)),
+    (FlowMatching(), MeanFlow()),
+    (FlowMatching(), IMF(guidance=[1, 8])),
+    (TVM(guidance=2.0), MeanFlow(omega=2.0)),
+    (TVM(guidance=[1.0, 2.0]), TVM(guidance=[1.0, 2.0])),
+    (TVM(guidance=2.0), IMF(guidance=2.0)),
+    (MeanFlow(), TVM(guidance=1.5)),
+    (IMF(guidance=[1, 8]), FlowMatching()),
+    (IMF(guidance=[1, 8]), TVM(guidance=[1.0, 8.0], scaled=False)),
+]
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda o: f"{o.name}{getattr(o, 'guidance', '')}")
+def test_init_from_keeps_the_velocities_of_the_weights(tmp_path, source, target):
+    trained = model_of(source)
+    with torch.no_grad():
+        for p in trained.net.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    data = {"column": "image", "mean": [0.0, 0.0], "std": [1.0, 1.0]}
+    facts = {"method": source.facts(), "data": data, "average": "ema", "step": 5}
+    save_weights(tmp_path / "weights/ba0000005-ema", trained.net.state_dict(), trained.net.config, facts)
+    config = load_config(
+        TrainConfig, "yamls/digits.yaml", [f"data.local={tmp_path}", f"init_from={tmp_path}/weights"]
+    )
+    config.model, config.objective = trained.net.config, target
+    model = model_of(target)
+    said = warm_start(model, config)
+    assert f"({source.name}, step 5)" in said
+    assert ("guidance_embedder" in said) == (target.guidance_input and not source.guidance_input)
+    x, label = torch.randn(5, 2, 4, 4).double(), torch.arange(5) % 3
+    trained, model = trained.double(), model.double()
+    for w in target.guidance_range if target.guidance_input else (1.0,):  # the ends of what training sees
+        theirs = w if source.guidance_input and target.guidance_input else source.default_w
+        want = source.average_velocity(trained.net, x, 0.7, 0.7, label, theirs, 3)
+        for net in (model.net, model.ema, *([model.target] if target.teacher else [])):
+            got = target.average_velocity(net, x, 0.7, 0.7, label, w, 3)
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_that_do_not_fit_are_one_error_with_all_differences(tmp_path):
+    source = model_of(TVM(guidance=[1.0, 2.0]))
+    data = {"column": "image", "mean": [0.5, 0.0], "std": [1.0, 1.0]}
+    facts = {"method": source.objective.facts(), "data": data, "average": "ema", "step": 5}
+    save_weights(tmp_path / "w", source.net.state_dict(), source.net.config, facts)
+    config = load_config(
+        TrainConfig, "yamls/digits.yaml", [f"data.local={tmp_path}", f"init_from={tmp_path}/w"]
+    )
+    config.model = DiTConfig(**{**asdict(source.net.config), "depth": 3, "norm": "layer"})
+    config.objective = IMF(guidance=[1, 2])
+    with pytest.raises(ConfigError) as error:
+        warm_start(model_of(config.objective, norm="layer"), config)
+    for part in (
+        "model.depth: 3 here, 2 there",
+        "model.norm",
+        "data.normalize.mean",
+        "objective.scaled",
+        "init_from",
+    ):
+        assert part in str(error.value)
+    config.init_from = f"{tmp_path}/none"
+    with pytest.raises(StorageError, match="none.json"):
+        warm_start(model_of(config.objective), config)
+
+
+def test_the_objective_of_the_documentation_trains(monkeypatch):
+    page = Path("docs/objectives.md").read_text()
+    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(source.splitlines()) <= 60
+    module = types.ModuleType("recipe.objectives.alpha_flow")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, "docs/objectives.md", "exec"), module.__dict__)
+    objective = module.AlphaFlow()
+    net = small_network()
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    ids, errors = torch.arange(64), []
+    x0 = 0.6 * torch.randn(64, 1, 2, 2, dtype=torch.float64)
+    for step in range(60):
+        batch = draw(x0, 0 * ids, 0 * ids + step, ids, 0, objective, 1)
+        loss = objective.loss(net, None, batch, 1, tangent=min(1.0, step / 40))
+        optimizer.zero_grad()
+        loss.total.mean().backward()
+        optimizer.step()
+        errors.append(loss.terms["error"].value.mean().item())
+    assert sum(errors[-10:]) / 10 < 0.7 * errors[0]
+    assert sample(net, x0, 0 * ids, 2, 1.0, objective, 1).shape == x0.shape
