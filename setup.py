@@ -8,7 +8,7 @@ setup(
     description="Train one-step image generators at scale with Terminal Velocity Matching",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
-    packages=["recipe", "kernels", "streaming_convert", "eval", "benchmarks"],
+    packages=["storage", "recipe", "kernels", "streaming_convert", "eval", "benchmarks"],
     install_requires=[
         "numpy>=2",
         "torch>=2.7",

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from recipe.config import TrainConfig, load_config
-from recipe.storage import Folder
+from storage import Folder
 from tests.conftest import run
 from tests.fakes import Cloud
 from tests.test_cloud import Job

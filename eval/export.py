@@ -34,8 +34,8 @@ from recipe.dit import DiTConfig
 from recipe.objectives import from_facts
 from recipe.posthoc import combination, exponent, length_of
 from recipe.sampler import sample
-from recipe.storage import Folder, StorageError
 from recipe.weights import load_weights, read_facts, save_weights
+from storage import Folder, StorageError
 
 Facts = dict[str, Any]
 DESCRIPTION = ("state", "callbacks", "ExportWeights", "description")

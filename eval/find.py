@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from composer.utils import dist
 from eval.export import find_snapshots, save, synthesize
 from recipe.posthoc import length_of
 from recipe.weights import parse_facts, read_facts
-from streaming_convert.store import Store
+from storage import Folder
 
 
 class Export(NamedTuple):
@@ -57,19 +56,19 @@ def mirror(uri: str, folder: Path, latest: bool) -> Path:
     """
     target = folder / uri.split("://", 1)[1].strip("/").replace("/", "-")
     target.mkdir(parents=True, exist_ok=True)
-    with Store(uri) as store:
-        names = [name for name in sorted(store.names()) if "/" not in name and name.endswith(".json")]
-        descriptions = {name: store.read(name) for name in names}
-        facts = {name: parse_facts(text, f"{uri}/{name}") for name, text in descriptions.items()}
-        newest = max((fact["step"] or 0 for fact in facts.values()), default=0)
-        for name, fact in facts.items():
-            copy, snapshot = target / name, fact["average"].startswith("posthoc")
-            if latest and not snapshot and (fact["step"] or 0) < newest:
-                continue
-            if not copy.is_file() or copy.read_bytes() != descriptions[name]:
-                weights = store.fetch(Path(name).with_suffix(".safetensors").name)
-                shutil.move(weights, copy.with_suffix(".safetensors"))
-                copy.write_bytes(descriptions[name])
+    source = Folder(uri)
+    names = [name for name in sorted(source.names()) if "/" not in name and name.endswith(".json")]
+    descriptions = {name: source.read(name) for name in names}
+    facts = {name: parse_facts(text, f"{uri}/{name}") for name, text in descriptions.items()}
+    newest = max((fact["step"] or 0 for fact in facts.values()), default=0)
+    for name, fact in facts.items():
+        copy, snapshot = target / name, fact["average"].startswith("posthoc")
+        if latest and not snapshot and (fact["step"] or 0) < newest:
+            continue
+        if not copy.is_file() or copy.read_bytes() != descriptions[name]:
+            weights = copy.with_suffix(".safetensors")
+            source.get(weights.name, weights)
+            copy.write_bytes(descriptions[name])
     return target
 
 

@@ -41,8 +41,7 @@ from eval.score import (
 from recipe.config import ConfigError, load_config
 from recipe.objectives import from_facts
 from recipe.weights import commit
-from streaming_convert.manifest import read_manifest
-from streaming_convert.store import DatasetError
+from storage.manifest import DatasetError, read_manifest
 
 CHOICES = {"protocol": tuple(PROTOCOLS), "dtype": DTYPES, "extractor": tuple(EXTRACTORS)}
 WANDB = ("off", "online", "offline")

@@ -34,7 +34,7 @@ from recipe.rules import (
     time_or_none,
     whole,
 )
-from recipe.storage import normalize_uri
+from storage import normalize_uri
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from recipe.dataset import TrainingDataset
 from recipe.draws import Stream, keys, normal
 from recipe.rules import Number, Rule, check, each, filled, positive, rule, whole
-from streaming_convert.manifest import Manifest, read_manifest
+from storage.manifest import Manifest, read_manifest
 
 SHUFFLE_WINDOW = 1 << 18  # samples of each canonical node among which the order is drawn; Streaming's default
 

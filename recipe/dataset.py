@@ -20,8 +20,8 @@ from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
 
-from streaming_convert.retry import attempt
-from streaming_convert.store import DatasetError
+from storage import attempt
+from storage.manifest import DatasetError
 
 log = logging.getLogger("recipe.dataset")
 HASH = "xxh64"  # the one that streaming_convert writes

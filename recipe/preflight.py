@@ -21,11 +21,9 @@ from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.data import SHUFFLE_WINDOW, normalizer
 from recipe.dit import DiT
 from recipe.resume import PROBE, checkpoints, complete, fork
-from recipe.storage import Folder, StorageError
 from recipe.warm_start import check_weights
-from streaming_convert.manifest import MANIFEST, Manifest, read_manifest
-from streaming_convert.retry import status, transient
-from streaming_convert.store import DatasetError
+from storage import Folder, StorageError, status, transient
+from storage.manifest import MANIFEST, DatasetError, Manifest, read_manifest
 
 OCI_LOGIN = "oci setup config"
 

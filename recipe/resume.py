@@ -36,8 +36,8 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from recipe.config import ConfigError, TrainConfig, as_dict
-from recipe.storage import Folder, StorageError
 from recipe.weights import file_digest
+from storage import Folder, StorageError
 
 log = logging.getLogger(__name__)
 

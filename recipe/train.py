@@ -43,10 +43,9 @@ from recipe.model import GenerativeModel, StepKey
 from recipe.parallel import parallelism, prepare_blocks
 from recipe.preflight import check, check_data, divisible
 from recipe.resume import PREEMPTED, Checkpoints, Preemption, ignore_sigterm, newest
-from recipe.storage import StorageError
 from recipe.warm_start import warm_start
-from streaming_convert.manifest import Manifest
-from streaming_convert.store import DatasetError
+from storage import StorageError
+from storage.manifest import DatasetError, Manifest
 
 log = logging.getLogger("recipe.train")
 

@@ -23,8 +23,8 @@ from recipe.model import GenerativeModel
 from recipe.objectives import from_facts
 from recipe.objectives.base import Objective
 from recipe.resume import INIT_ONLY
-from recipe.storage import Folder
 from recipe.weights import load_weights, parse_facts
+from storage import Folder
 
 EMBEDDERS = ("s_embedder", "guidance_embedder")
 

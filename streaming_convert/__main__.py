@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from storage import Folder, normalize_uri
+from storage.manifest import DatasetError, Manifest
 from streaming_convert import sources, writer
 from streaming_convert.encoders import DTYPES, VAE, Encoder, Stored
-from streaming_convert.manifest import Manifest
 from streaming_convert.sources import Source
-from streaming_convert.store import DatasetError, Store
 
 PASSING_OPTIONS = ("--workers", "--device", "--shard", "--max-rejected")  # do not decide what is written
 SHARD_HEADER = 1024  # bytes that a shard's description of its columns stays below
@@ -51,11 +51,11 @@ def parser() -> argparse.ArgumentParser:
     merge.set_defaults(run=run_merge)
 
     check = commands.add_parser("verify", help="check every sample of a dataset against index and manifest")
-    check.add_argument("uri", metavar="FOLDER_OR_URI")
+    check.add_argument("uri", type=_target, metavar="FOLDER_OR_URI")
     check.set_defaults(run=run_verify)
 
     show = commands.add_parser("show", help="a picture of samples of a dataset")
-    show.add_argument("uri", metavar="FOLDER_OR_URI")
+    show.add_argument("uri", type=_target, metavar="FOLDER_OR_URI")
     show.add_argument("--out", required=True, metavar="PNG")
     show.add_argument("--vae", metavar="NAME", help="decodes latents: a diffusers folder or hub name")
     show.add_argument("--rows", type=_at_least(1), default=10)
@@ -100,7 +100,7 @@ def _add_sources(commands: argparse._SubParsersAction) -> None:
     add("--size", type=_at_least(1), default=64, help="side in pixels (default: %(default)s)")
 
     add = source("mds", "a dataset made by this program", lambda a: sources.mds(a.path, a.size))
-    add("path", metavar="FOLDER_OR_URI")
+    add("path", type=_target, metavar="FOLDER_OR_URI")
     add("--size", type=_at_least(1), help="side to bring pixels to (default: as they are)")
 
 
@@ -241,12 +241,12 @@ def _command(argv: list[str]) -> str:
 
 def run_merge(args: argparse.Namespace, argv: list[str]) -> int:
     """Completes train/ and val/ from the parts that all machines converted."""
-    with Store(args.out) as store:
-        names = store.names()
-        plans = [f"{split}/{writer.PLAN}" for split in ("train", "val") if f"{split}/{writer.PLAN}" in names]
-        if not plans:
-            raise DatasetError(f"{args.out} holds no unfinished conversion")
-        plan = Manifest.from_json(store.read(plans[0]), f"{args.out}/{plans[0]}")
+    folder = Folder(args.out)
+    names = folder.names()
+    plans = [f"{split}/{writer.PLAN}" for split in ("train", "val") if f"{split}/{writer.PLAN}" in names]
+    if not plans:
+        raise DatasetError(f"{args.out} holds no unfinished conversion")
+    plan = Manifest.from_json(folder.read(plans[0]), f"{args.out}/{plans[0]}")
     _finish([f"{args.out}/{split}" for split in plan.input["splits"]], args.max_rejected)
     return 0
 
@@ -282,7 +282,10 @@ def run_show(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _target(text: str) -> str:
-    target = text.rstrip("/")
+    try:
+        target = normalize_uri(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     if not target or target.endswith(":"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder or URI")
     return target

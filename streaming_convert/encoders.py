@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import xxhash
 
+from storage.manifest import DatasetError
 from streaming_convert.sources import Source
-from streaming_convert.store import DatasetError
 
 if TYPE_CHECKING:
     import torch

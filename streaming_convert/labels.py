@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from streaming_convert.store import DatasetError
+from storage.manifest import DatasetError
 
 LABEL_FILES = ("labels.csv", "labels.json", "dataset.json")
 MAX_CLASSES = 2**20  # of labels that are numbers; a larger one is a slip

@@ -8,8 +8,8 @@ from streaming import MDSWriter
 from streaming.base.compression import decompress
 from streaming.base.format.mds import MDSReader
 
-from streaming_convert.manifest import MANIFEST, read_manifest
-from streaming_convert.store import DatasetError, Store
+from storage import Folder, MissingError
+from storage.manifest import MANIFEST, DatasetError, read_manifest
 
 
 class ShardWriter(MDSWriter):
@@ -26,8 +26,7 @@ class ShardWriter(MDSWriter):
 def dataset_folders(uri: str) -> dict[str, str]:
     """Names and URIs of the finished splits below `uri`, which is a converter's --out or one split itself."""
     uri = uri.rstrip("/")
-    with Store(uri) as store:
-        names = store.names()
+    names = Folder(uri).names()
     splits = {name: f"{uri}/{name}" for name in ("train", "val") if f"{name}/{MANIFEST}" in names}
     if MANIFEST in names:
         splits = {uri.rsplit("/", 1)[-1]: uri}
@@ -36,12 +35,12 @@ def dataset_folders(uri: str) -> dict[str, str]:
     return splits
 
 
-def read_index(store: Store) -> list[dict]:
+def read_index(folder: Folder) -> list[dict]:
     """The entries of index.json, one per shard."""
     try:
-        return json.loads(store.read("index.json"))["shards"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{store.uri}/index.json is missing or damaged: {error}") from error
+        return json.loads(folder.read("index.json"))["shards"]
+    except (MissingError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{folder.uri}/index.json is missing or damaged: {error}") from error
 
 
 class Shard:
@@ -82,10 +81,10 @@ def list_shards(entries: list[dict]) -> dict[str, dict]:
     }
 
 
-def open_shard(store: Store, entry: dict) -> Shard:
+def open_shard(folder: Folder, entry: dict) -> Shard:
     """Reads one shard of the dataset; DatasetError if its file is missing or damaged."""
     name = stored_file(entry)["basename"]
     try:
-        return Shard(entry, store.read(name))
-    except FileNotFoundError as error:
+        return Shard(entry, folder.read(name))
+    except MissingError as error:
         raise DatasetError(f"{name}: the file is missing") from error

@@ -3,10 +3,10 @@
 import numpy as np
 from PIL import Image
 
+from storage import Folder
+from storage.manifest import read_manifest
 from streaming_convert.images import to_image
-from streaming_convert.manifest import read_manifest
 from streaming_convert.shards import open_shard, read_index
-from streaming_convert.store import Store
 
 
 def sample_grid(uri: str, columns: int = 10, rows: int = 10, vae: str | None = None) -> Image.Image:
@@ -33,14 +33,14 @@ def sample_grid(uri: str, columns: int = 10, rows: int = 10, vae: str | None = N
 def _spread(uri: str, column: str, count: int) -> np.ndarray:
     """`count` samples (N, C, H, W), evenly spaced over the dataset; reads only the shards that hold them."""
     values = []
-    with Store(uri) as store:
-        entries = read_index(store)
-        ends = np.cumsum([entry["samples"] for entry in entries])
-        chosen = np.linspace(0, ends[-1] - 1, count).round().astype(int)
-        for number, entry in enumerate(entries):
-            inside = chosen[np.searchsorted(ends, chosen, side="right") == number]
-            shard = open_shard(store, entry) if len(inside) else None
-            values += [shard[i - ends[number] + entry["samples"]][column] for i in inside]
+    folder = Folder(uri)
+    entries = read_index(folder)
+    ends = np.cumsum([entry["samples"] for entry in entries])
+    chosen = np.linspace(0, ends[-1] - 1, count).round().astype(int)
+    for number, entry in enumerate(entries):
+        inside = chosen[np.searchsorted(ends, chosen, side="right") == number]
+        shard = open_shard(folder, entry) if len(inside) else None
+        values += [shard[i - ends[number] + entry["samples"]][column] for i in inside]
     return np.stack(values)
 
 

@@ -4,7 +4,6 @@ import atexit
 import functools
 import io
 import os
-import shutil
 import tempfile
 import threading
 import zipfile
@@ -18,10 +17,10 @@ import xxhash
 from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
+from storage import Folder
+from storage.manifest import DatasetError, read_manifest
 from streaming_convert import labels
 from streaming_convert.images import ADM_CROP, Rejected, centre_crop, decode, to_array, to_image
-from streaming_convert.manifest import read_manifest
-from streaming_convert.store import DatasetError, Store
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 EMOJI_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
@@ -359,7 +358,7 @@ def mds(uri: str, size: int | None = None) -> Source:
     manifest = read_manifest(folder)
     if manifest.column == "latents" and size:
         raise DatasetError(f"--size: {folder} holds latents, which cannot be scaled")
-    store = Store(_local_copy(folder))
+    store = Folder(_local_copy(folder))
     entries = read_index(store)
     shard = functools.lru_cache(maxsize=2)(lambda number: open_shard(store, entries[number]))
     keys, numbers, versions = [], [], []
@@ -393,8 +392,7 @@ def _local_copy(uri: str) -> str:
         return uri
     copy = tempfile.TemporaryDirectory(prefix="streaming_convert-")
     atexit.register(copy.cleanup)
-    with Store(uri) as store:
-        names = ["index.json", *read_manifest(uri).shards]
-        for name in tqdm(names, desc=f"downloading {uri}", unit="file"):
-            shutil.move(store.fetch(name), Path(copy.name, name))
+    folder = Folder(uri)
+    for name in tqdm(["index.json", *read_manifest(uri).shards], desc=f"downloading {uri}", unit="file"):
+        folder.get(name, Path(copy.name, name))
     return copy.name

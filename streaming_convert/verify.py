@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
-from streaming_convert.manifest import STORED_DTYPE, Manifest, read_manifest
+from storage import Folder, MissingError
+from storage.manifest import STORED_DTYPE, DatasetError, Manifest, read_manifest
 from streaming_convert.moments import Moments
 from streaming_convert.shards import Shard, list_shards, open_shard, read_index
-from streaming_convert.store import DatasetError, Store
 from streaming_convert.writer import REJECTED
 
 
@@ -21,30 +21,30 @@ def verify(uri: str) -> list[str]:
     Raises DatasetError if there is no manifest or no index to check against.
     """
     manifest = read_manifest(uri)
-    with Store(uri) as store:
-        entries = read_index(store)
-        try:
-            return _problems(store, manifest, entries)
-        except DatasetError:
-            raise
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            return [f"index.json or manifest.json is damaged: {error!r}"]
+    folder = Folder(uri)
+    entries = read_index(folder)
+    try:
+        return _problems(folder, manifest, entries)
+    except DatasetError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        return [f"index.json or manifest.json is damaged: {error!r}"]
 
 
-def _problems(store: Store, manifest: Manifest, entries: list[dict]) -> list[str]:
+def _problems(folder: Folder, manifest: Manifest, entries: list[dict]) -> list[str]:
     counts, moments, problems = Counter(), Moments(manifest.column), _check_listing(entries, manifest)
-    for entry in tqdm(entries, desc=f"verifying {store.uri}", unit="shard", dynamic_ncols=True):
+    for entry in tqdm(entries, desc=f"verifying {folder.uri}", unit="shard", dynamic_ncols=True):
         try:
-            problems += _check_samples(open_shard(store, entry), manifest, counts, moments)
+            problems += _check_samples(open_shard(folder, entry), manifest, counts, moments)
         except DatasetError as error:
             problems.append(str(error))
-    return problems or _check_totals(manifest, counts, _count_rejected(store), moments)
+    return problems or _check_totals(manifest, counts, _count_rejected(folder), moments)
 
 
-def _count_rejected(store: Store) -> int:
+def _count_rejected(folder: Folder) -> int:
     try:
-        return len(store.read(REJECTED).splitlines())
-    except FileNotFoundError:
+        return len(folder.read(REJECTED).splitlines())
+    except MissingError:
         return 0
 
 

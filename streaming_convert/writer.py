@@ -20,17 +20,18 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
+from storage import Folder
+from storage.manifest import MANIFEST, STORED_DTYPE, WORK, DatasetError, Manifest, difference, fingerprint
 from streaming_convert.encoders import Encoder
 from streaming_convert.images import Rejected
-from streaming_convert.manifest import MANIFEST, STORED_DTYPE, Manifest, difference, fingerprint
 from streaming_convert.moments import Moments
 from streaming_convert.sources import Source
-from streaming_convert.store import WORK, DatasetError, Store
 
 if TYPE_CHECKING:
     from streaming_convert.shards import ShardWriter
@@ -59,17 +60,17 @@ def is_complete(job: Job) -> bool:
 
     Raises DatasetError if it holds another one, finished or not, or files that no conversion put there.
     """
-    with Store(job.uri) as store:
-        names = store.names()
-        found = MANIFEST if MANIFEST in names else PLAN if PLAN in names else None
-        if found:
-            change = difference(job.plan, Manifest.from_json(store.read(found), f"{job.uri}/{found}"))
-            if change:
-                raise DatasetError(f"{job.uri} holds a different dataset: {change}. Nothing was changed")
-        elif any(not name.startswith(f"{WORK}/") for name in names):
-            raise DatasetError(f"{job.uri} is not empty and holds no dataset of ours. Nothing was changed")
+    folder = Folder(job.uri)
+    names = folder.names()
+    found = MANIFEST if MANIFEST in names else PLAN if PLAN in names else None
+    if found:
+        change = difference(job.plan, Manifest.from_json(folder.read(found), f"{job.uri}/{found}"))
+        if change:
+            raise DatasetError(f"{job.uri} holds a different dataset: {change}. Nothing was changed")
+    elif any(not name.startswith(f"{WORK}/") for name in names):
+        raise DatasetError(f"{job.uri} is not empty and holds no dataset of ours. Nothing was changed")
     if found == MANIFEST:
-        _clean_up(store)
+        _clean_up(folder)
     return found == MANIFEST
 
 
@@ -78,29 +79,29 @@ def convert(job: Job, workers: int, shard: tuple[int, int] = (1, 1)) -> None:
 
     Raises DatasetError when a part cannot be written; finished parts stay and are not converted again.
     """
-    with Store(job.uri) as store:
-        names = store.names()
-        if PLAN not in names:
-            store.write(PLAN, job.plan.to_json())
-        mine = range(shard[0] - 1, _num_parts(job.plan), shard[1])
-        todo = [number for number in mine if _record_name(number) not in names]
-        total, left = (sum(len(job.part(number)) for number in numbers) for numbers in (mine, todo))
-        with tqdm(total=total, initial=total - left, unit="img", desc=job.uri, dynamic_ncols=True) as bar:
-            if job.encoder.in_process:
-                with ThreadPoolExecutor(workers) as loaders:
-                    for number in todo:
-                        _convert_part(job, number, store, loaders, bar.update)
-            elif workers == 1 or len(todo) < 2:
+    folder = Folder(job.uri)
+    names = set(folder.names())
+    if PLAN not in names:
+        folder.write(PLAN, job.plan.to_json())
+    mine = range(shard[0] - 1, _num_parts(job.plan), shard[1])
+    todo = [number for number in mine if _record_name(number) not in names]
+    total, left = (sum(len(job.part(number)) for number in numbers) for numbers in (mine, todo))
+    with tqdm(total=total, initial=total - left, unit="img", desc=job.uri, dynamic_ncols=True) as bar:
+        if job.encoder.in_process:
+            with ThreadPoolExecutor(workers) as loaders:
                 for number in todo:
-                    _convert_part(job, number, store, None, bar.update)
-            else:
-                _convert_in_processes(job, todo, min(workers, len(todo)), store.staging, bar)
+                    _convert_part(job, number, folder, loaders, bar.update)
+        elif workers == 1 or len(todo) < 2:
+            for number in todo:
+                _convert_part(job, number, folder, None, bar.update)
+        else:
+            _convert_in_processes(job, todo, min(workers, len(todo)), bar)
 
 
-def _convert_in_processes(job: Job, parts: list[int], workers: int, scratch: Path, bar: tqdm) -> None:
+def _convert_in_processes(job: Job, parts: list[int], workers: int, bar: tqdm) -> None:
     # Forked, not spawned: a list of a million files is shared instead of sent, and torch is imported once.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _start_worker, (job, scratch, os.getpid())) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (job, os.getpid())) as pool:
         futures = [pool.submit(_work, number) for number in parts]
         try:
             for future in as_completed(futures):
@@ -111,12 +112,12 @@ def _convert_in_processes(job: Job, parts: list[int], workers: int, scratch: Pat
             pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Job, Store]  # in a worker process
+_worker: tuple[Job, Folder]  # in a worker process
 
 
-def _start_worker(job: Job, scratch: Path, parent: int) -> None:
+def _start_worker(job: Job, parent: int) -> None:
     global _worker
-    _worker = job, Store(job.uri, scratch)
+    _worker = job, Folder(job.uri)  # clients do not survive a fork
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
 
@@ -129,37 +130,39 @@ def _exit_with(parent: int) -> None:
 
 
 def _work(number: int) -> int:
-    job, store = _worker
-    _convert_part(job, number, store, None, lambda samples: None)
+    job, folder = _worker
+    _convert_part(job, number, folder, None, lambda samples: None)
     return len(job.part(number))
 
 
 def _convert_part(
-    job: Job, number: int, store: Store, loaders: Executor | None, progress: Callable[[int], object]
+    job: Job, number: int, folder: Folder, loaders: Executor | None, progress: Callable[[int], object]
 ) -> None:
     """Writes the shard of one part, then its record: index entry, label counts, moments, rejected samples."""
     counts, moments, rejected = Counter(), Moments(job.plan.column), []
+    work = None if folder.remote else Path(job.uri, WORK)
     try:
-        writer = _shard_writer(job.plan, store.staging / "mds")
-        for positions, samples in _batches(job, number, loaders, rejected, progress):
-            stored = job.encoder(samples)
-            if stored.dtype != np.uint8:
-                finite = np.isfinite(stored).all(axis=(1, 2, 3))
-                bad = [job.source.keys[position] for position in positions[~finite]]
-                rejected += [
-                    {"key": key, "reason": "the encoder gives values that are not finite"} for key in bad
-                ]
-                positions, stored = positions[finite], stored[finite]
-            moments.add(stored)
-            labels = job.source.labels[positions]
-            counts.update(labels.tolist())
-            for value, label in zip(stored, labels, strict=True):
-                writer.write({job.plan.column: value, "label": label})
-        writer.finish()
-        entry = _publish_shard(store, number, writer)
-        results = {"shard": entry, "counts": counts, "moments": moments.sums, "rejected": rejected}
-        record = {"plan": fingerprint(job.plan), **results}
-        store.write(_record_name(number), json.dumps(record).encode())
+        with TemporaryDirectory(prefix="tmp-", dir=work) as scratch:
+            writer = _shard_writer(job.plan, scratch)
+            for positions, samples in _batches(job, number, loaders, rejected, progress):
+                stored = job.encoder(samples)
+                if stored.dtype != np.uint8:
+                    finite = np.isfinite(stored).all(axis=(1, 2, 3))
+                    bad = [job.source.keys[position] for position in positions[~finite]]
+                    rejected += [
+                        {"key": key, "reason": "the encoder gives values that are not finite"} for key in bad
+                    ]
+                    positions, stored = positions[finite], stored[finite]
+                moments.add(stored)
+                labels = job.source.labels[positions]
+                counts.update(labels.tolist())
+                for value, label in zip(stored, labels, strict=True):
+                    writer.write({job.plan.column: value, "label": label})
+            writer.finish()
+            entry = _publish_shard(folder, number, writer)
+            results = {"shard": entry, "counts": counts, "moments": moments.sums, "rejected": rejected}
+            record = {"plan": fingerprint(job.plan), **results}
+            folder.write(_record_name(number), json.dumps(record).encode())
     except OSError as error:
         raise DatasetError(
             f"cannot write part {number} of {job.uri}: {error.strerror or error}. "
@@ -167,17 +170,16 @@ def _convert_part(
         ) from error
 
 
-def _shard_writer(plan: Manifest, folder: Path) -> "ShardWriter":
+def _shard_writer(plan: Manifest, folder: str) -> "ShardWriter":
     """The writer of one shard, into an empty `folder`."""
     from streaming_convert.shards import ShardWriter
 
-    shutil.rmtree(folder, ignore_errors=True)
     columns = {
         plan.column: f"ndarray:{STORED_DTYPE[plan.column]}:{','.join(map(str, plan.shape))}",
         "label": "int64",
     }
     return ShardWriter(
-        columns=columns, out=str(folder), compression=plan.compression, hashes=["xxh64"], size_limit=None
+        columns=columns, out=folder, compression=plan.compression, hashes=["xxh64"], size_limit=None
     )
 
 
@@ -229,7 +231,7 @@ def _load(
     yield from (future.result() for future in queue)
 
 
-def _publish_shard(store: Store, number: int, writer: "ShardWriter") -> dict | None:
+def _publish_shard(folder: Folder, number: int, writer: "ShardWriter") -> dict | None:
     """Gives the written shard its number, moves it into place and returns its entry of the index."""
     if not writer.shards:  # every sample of the part was rejected
         return None
@@ -238,8 +240,7 @@ def _publish_shard(store: Store, number: int, writer: "ShardWriter") -> dict | N
     written = Path(writer.local, file["basename"])
     for info in filter(None, (entry["raw_data"], entry["zip_data"])):
         info["basename"] = info["basename"].replace(".00000.", f".{number:05}.")
-    os.replace(written, store.staging / file["basename"])
-    store.publish(file["basename"])
+    folder.put(file["basename"], written)
     return entry
 
 
@@ -264,46 +265,46 @@ def _collect(uri: str) -> tuple[Manifest, list[dict]]:
     """The plan with the number of rejected samples, and the records of its parts; if it is finished already,
     the manifest and no records.
     """
-    with Store(uri) as store:
-        names = store.names()
-        if MANIFEST in names:
-            return Manifest.from_json(store.read(MANIFEST), f"{uri}/{MANIFEST}"), []
-        if PLAN not in names:
-            raise DatasetError(f"{uri} holds no conversion, finished or not")
-        plan = Manifest.from_json(store.read(PLAN), f"{uri}/{PLAN}")
-        records = _read_records(store, plan, names)
-        rejected = [line for record in records for line in record["rejected"]]
-        if rejected:
-            store.write(REJECTED, "".join(json.dumps(line) + "\n" for line in rejected).encode())
+    folder = Folder(uri)
+    names = set(folder.names())
+    if MANIFEST in names:
+        return Manifest.from_json(folder.read(MANIFEST), f"{uri}/{MANIFEST}"), []
+    if PLAN not in names:
+        raise DatasetError(f"{uri} holds no conversion, finished or not")
+    plan = Manifest.from_json(folder.read(PLAN), f"{uri}/{PLAN}")
+    records = _read_records(folder, plan, names)
+    rejected = [line for record in records for line in record["rejected"]]
+    if rejected:
+        folder.write(REJECTED, "".join(json.dumps(line) + "\n" for line in rejected).encode())
     return replace(plan, rejected=len(rejected)), records
 
 
 def _publish_manifest(uri: str, manifest: Manifest, records: list[dict]) -> None:
     shards = [record["shard"] for record in records if record["shard"]]
-    with Store(uri) as store:
-        store.write(INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
-        store.write(MANIFEST, manifest.to_json())
-    _clean_up(store)
+    folder = Folder(uri)
+    folder.write(INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
+    folder.write(MANIFEST, manifest.to_json())
+    _clean_up(folder)
 
 
-def _clean_up(store: Store) -> None:
-    """Deletes the records of a finished dataset; in a bucket, where Streaming cannot delete, they stay."""
-    if not store.remote:
-        shutil.rmtree(Path(store.uri, WORK), ignore_errors=True)
+def _clean_up(folder: Folder) -> None:
+    """Deletes the records of a finished dataset; in a bucket, where that takes a request each, they stay."""
+    if not folder.remote:
+        shutil.rmtree(Path(folder.uri, WORK), ignore_errors=True)
 
 
-def _read_records(store: Store, plan: Manifest, names: set[str]) -> list[dict]:
+def _read_records(folder: Folder, plan: Manifest, names: set[str]) -> list[dict]:
     wanted = [_record_name(number) for number in range(_num_parts(plan))]
     missing = [name for name in wanted if name not in names]
     if missing:
         raise DatasetError(
-            f"{store.uri}: {len(missing)} of {len(wanted)} parts are missing, the first is {missing[0]}"
+            f"{folder.uri}: {len(missing)} of {len(wanted)} parts are missing, the first is {missing[0]}"
         )
     with ThreadPoolExecutor(16) as pool:  # from a bucket, thousands of files one by one would take minutes
-        records = [json.loads(data) for data in pool.map(store.read, wanted)]
+        records = [json.loads(data) for data in pool.map(folder.read, wanted)]
     for name, record in zip(wanted, records, strict=True):
         if record["plan"] != fingerprint(plan):
-            raise DatasetError(f"{store.uri}/{name} is a part of another dataset than {PLAN}")
+            raise DatasetError(f"{folder.uri}/{name} is a part of another dataset than {PLAN}")
     return records
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from recipe.resume import checkpoints
-from recipe.storage import Folder
 from recipe.weights import load_weights
+from storage import Folder
 from tests.conftest import run
 from tests.fakes import Cloud
 from tests.test_cloud import Job, settings

@@ -15,14 +15,14 @@ from types import SimpleNamespace
 
 import pytest
 
+import storage
 from recipe import preflight
 from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.resume import Checkpoints, Preemption, checkpoints, newest, prune, receipts
-from recipe.storage import Folder, StorageError, normalize_uri
 from recipe.train import build_trainer, start
 from recipe.weights import load_weights
-from streaming_convert import retry
-from streaming_convert.manifest import read_manifest
+from storage import Folder, StorageError, normalize_uri
+from storage.manifest import read_manifest
 from tests.conftest import ROOT, TINY
 from tests.fakes import Cloud
 
@@ -456,7 +456,7 @@ class TestPreflight:
         assert re.match(r"save_folder: .*, data.local: .* GB needed", *preflight.disk_space(config))
 
     def test_an_endpoint_that_does_not_answer_is_named(self, s3, s3_digits, tmp_path, monkeypatch):
-        monkeypatch.setattr(retry, "ATTEMPTS", 1)
+        monkeypatch.setattr(storage, "ATTEMPTS", 1)
         monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")
         with pytest.raises(SystemExit, match=r"save_folder: .*To mend: curl -I http://127.0.0.1:1"):
             preflight.main(settings(tmp_path, s3_digits, s3.uri("preflight")))

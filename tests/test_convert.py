@@ -16,12 +16,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from streaming import StreamingDataset
 
+from storage import Folder
+from storage.manifest import DatasetError, Manifest, read_manifest
 from streaming_convert import images, sources
 from streaming_convert.__main__ import main, split_items
 from streaming_convert.images import Rejected, decode
-from streaming_convert.manifest import Manifest, read_manifest
 from streaming_convert.shards import open_shard, read_index
-from streaming_convert.store import DatasetError, Store
 
 SYNSETS = ["n01440764", "n02123045", "n03445777"]  # tench, tabby cat, golf ball: 0, 281 and 574 in ImageNet
 
@@ -31,7 +31,7 @@ def convert(*words: object) -> int:
 
 
 def read_all(folder: Path) -> list[dict]:
-    store = Store(str(folder))
+    store = Folder(str(folder))
     return [
         sample
         for entry in read_index(store)

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from tqdm import tqdm
 
+from storage import S3, Folder, StorageError
+from storage.manifest import DatasetError, read_manifest
 from streaming_convert.__main__ import main
-from streaming_convert.manifest import read_manifest
-from streaming_convert.store import DatasetError, Store
 from tests.test_convert import files
 
 SHARDS = 40
@@ -251,12 +251,13 @@ def test_whole_bucket_may_be_the_target(bucket):
 
 
 def test_only_an_answer_of_404_means_missing(monkeypatch):
-    def refuse(self: Store, source: str, path: Path) -> None:
-        raise PermissionError(f"{source}: forbidden")
+    def refuse(self: S3, key: str, target: str) -> None:
+        raise PermissionError(f"{key}: forbidden")
 
-    monkeypatch.setattr(Store, "_download", refuse)
-    with pytest.raises(DatasetError, match="forbidden"):
-        Store("s3://bucket-404/set").read("index.json")
+    monkeypatch.setattr(S3, "get", refuse)
+    with pytest.raises(StorageError, match="forbidden") as caught:
+        Folder("s3://bucket-404/set").read("index.json")
+    assert not isinstance(caught.value, FileNotFoundError)
 
 
 def test_missing_bucket_is_one_clear_error(bucket, pictures, capsys):

@@ -5,10 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from storage.manifest import DatasetError, read_manifest
 from streaming_convert import encoders, sources
 from streaming_convert.__main__ import main
-from streaming_convert.manifest import read_manifest
-from streaming_convert.store import DatasetError
 from tests.test_convert import convert, files, read_all
 
 diffusers = pytest.importorskip("diffusers")

@@ -14,8 +14,7 @@ from streaming.base.shared.prefix import _pack_locals
 
 from recipe.data import DataConfig, train_loader
 from recipe.dataset import TrainingDataset
-from streaming_convert.manifest import read_manifest
-from streaming_convert.store import DatasetError
+from storage.manifest import DatasetError, read_manifest
 from tests.conftest import ROOT
 
 NAMESPACES = shutil.which("unshare") and not subprocess.run(["unshare", "-rm", "true"]).returncode

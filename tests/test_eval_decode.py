@@ -7,8 +7,8 @@ from eval.decode import load_decoder
 from eval.sample import Generator
 from recipe.dit import DiT, DiTConfig
 from recipe.weights import save_weights
+from storage.manifest import DatasetError
 from streaming_convert.encoders import hash_weights
-from streaming_convert.store import DatasetError
 
 FACTS = {
     "method": {"objective": "tvm", "scaled": True, "guidance": [1.0]},

@@ -19,9 +19,9 @@ from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow, from
 from recipe.objectives.base import draw
 from recipe.objectives.flow_matching import flow_matching_loss
 from recipe.sampler import initial_noise, sample
-from recipe.storage import StorageError
 from recipe.warm_start import warm_start
 from recipe.weights import save_weights
+from storage import StorageError
 from tests.test_tvm import SIGMA, exact_network, make_batch, small_network, spread
 
 GUIDED = [

@@ -10,12 +10,17 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from streaming_convert.store import DatasetError, Store
+from storage import Folder, MissingError, StorageError
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 STORED_DTYPE = {"image": "uint8", "latents": "float16"}
+WORK = ".parts"  # bookkeeping of an unfinished conversion, inside the dataset folder
 RESULTS = ("num_samples", "class_counts", "channel_mean", "channel_std", "rejected", "shards")
+
+
+class DatasetError(ValueError):
+    """The input, the target or the request is wrong in a way that the user can mend; shown as one line."""
 
 
 @dataclass
@@ -80,12 +85,13 @@ def read_manifest(uri: str) -> Manifest:
     Raises DatasetError when there is none: the folder is empty, or its conversion has not finished.
     """
     try:
-        with Store(uri) as store:
-            text = store.read(MANIFEST)
-    except FileNotFoundError as error:
+        text = Folder(uri).read(MANIFEST)
+    except MissingError as error:
         raise DatasetError(
             f"{uri} holds no {MANIFEST}: not a dataset, or its conversion did not finish"
         ) from error
+    except StorageError as error:
+        raise DatasetError(str(error)) from error
     return Manifest.from_json(text, f"{uri}/{MANIFEST}")
 
 
