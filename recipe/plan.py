@@ -77,6 +77,11 @@ def parameter_counts(model: DiTConfig) -> tuple[int, int]:
     return blocks, sum(p.numel() for p in net.parameters()) - blocks
 
 
+def without_gradient(model: DiTConfig, objective: Objective) -> int:
+    """Parameters of the guidance embedder, where the objective does not evaluate it."""
+    return 0 if objective.guidance_input else 256 * model.width + model.width**2 + 2 * model.width
+
+
 def forward_flops(model: DiTConfig) -> tuple[int, int]:
     """FLOPs of the linear layers and of attention's two products, one plain forward pass of one sample."""
     N, D, patch = model.tokens, model.width, model.patch**2 * model.channels
@@ -232,14 +237,15 @@ def traffic(config: TrainConfig, gpus: int) -> list[Collective]:
     reduced = width if config.parallel.mixed_precision == "PURE" else FP32
     share = microbatches * (shards - 1) / shards
     student, target = gathers(config)
+    G = P - without_gradient(config.model, config.objective)
     rows = [
         Collective(name, width * share * (n * blocks + rest), microbatches * (n * (messages - 1) + 1), shards)
         for name, n in (("all-gather student", student), ("all-gather target", target))
         if n
     ]
-    rows.append(Collective("reduce-scatter gradients", reduced * share * P, microbatches * messages, shards))
+    rows.append(Collective("reduce-scatter gradients", reduced * share * G, microbatches * messages, shards))
     if replicas > 1:
-        received = microbatches * 2 * reduced * P / shards * (replicas - 1) / replicas
+        received = microbatches * 2 * reduced * G / shards * (replicas - 1) / replicas
         count = microbatches * messages
         rows.append(Collective("all-reduce gradients", received, count, replicas, shards))
     return rows

@@ -195,6 +195,7 @@ def test_traffic_is_what_fsdp2_sends(eight_ranks, objective, reshard):
     overrides += ["precision=fp32", "data.batch_size=16", "model.classes=3", "grid.labels=[]"]
     config = load_config(TrainConfig, "yamls/imagenet256_w2.yaml", overrides)
     net = DiT(config.model)
+    net.guidance_embedder.requires_grad_(config.objective.guidance_input)
     target = copy.deepcopy(net).requires_grad_(False)
     for model in (net, target):
         for module in (*model.blocks, model):
