@@ -17,6 +17,14 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 TINY = ["model.width=16", "model.depth=1", "model.heads=2", "data.batch_size=16", "log.progress_bar=false"]
 
+EACH = {
+    "tvm": [],
+    "flow_matching": ["objective.name=flow_matching"],
+    "meanflow": ["objective.name=meanflow", "objective.omega=1.5", "objective.kappa=0.25"],
+    "imf": ["objective.name=imf", "objective.guidance=2"],
+    "flow_matching_first": ["objective.flow_matching_first=4ba"],
+}  # overrides of the digits run
+
 
 def run(*command, check=True, env=None, timeout=300):
     """Run a command of the project from its root; returns the completed process with its output as text."""

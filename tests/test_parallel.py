@@ -11,11 +11,11 @@ from torch._dynamo.utils import counters
 
 from recipe.dit import DiT, DiTConfig
 from recipe.draws import Stream, keys, normal
-from recipe.objectives import TVM
+from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow
 from recipe.objectives.base import draw
 from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
 from recipe.sampler import sample
-from tests.conftest import run
+from tests.conftest import EACH, run
 
 ONE = {
     "plain": "float64",
@@ -25,6 +25,9 @@ ONE = {
     "plain32": "float32",
     "bf16_32": "bf16",
 }
+# the others: plainly, and with everything at once on two ranks
+for name, overrides in list(EACH.items())[1:]:
+    ONE[f"{name}:plain"] = ",".join(["float64", *overrides])
 TWO = {
     "ddp": "float64",
     "fsdp2": "float64,parallel.fsdp2=true,parallel.mixed_precision=FULL",
@@ -35,6 +38,9 @@ TWO = {
     "fsdp2_32": "float32,parallel.fsdp2=true",
     "fsdp2_bf16_32": "bf16,parallel.fsdp2=true",
 }
+for name, overrides in list(EACH.items())[1:]:
+    TWO[f"{name}:ddp"] = ",".join(["float64", *overrides])
+    TWO[f"{name}:everything"] = ",".join([TWO["everything"], *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,8 @@ def results(digits, tmp_path_factory):
 
 @pytest.mark.parametrize("name", [n for n in (*ONE, *TWO) if "32" not in n])
 def test_every_setting_gives_the_same_curve_and_weights_in_float64(results, name):
-    plain, other = results["plain"], results[name]
+    objective, colon, _ = name.rpartition(":")
+    plain, other = results[f"{objective}{colon}plain"], results[name]
     assert other["samples"] == plain["samples"]
     assert other["losses"] == pytest.approx(plain["losses"], rel=1e-10, abs=0)
     for key, weight in plain["weights"].items():
@@ -132,11 +139,17 @@ def compiled_and_plain(monkeypatch, checkpoint_every):
     return pairs
 
 
+# tvm: first dual block (no token tangent yet), other dual blocks, plain student, teacher; meanflow and imf:
+# dual blocks, and plain ones without gradient
 @pytest.mark.parametrize("checkpoint_every", [0, 1])
-def test_blocks_compile_whole_once_and_change_nothing(monkeypatch, checkpoint_every):
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [(TVM(guidance=1.5), 4), (FlowMatching(), 1), (MeanFlow(omega=1.5), 2), (IMF(guidance=[1, 2]), 2)],
+    ids=OBJECTIVES,
+)
+def test_blocks_compile_whole_once_and_change_nothing(monkeypatch, config, expected, checkpoint_every):
     pairs = compiled_and_plain(monkeypatch, checkpoint_every)
-    config, ids = TVM(guidance=1.5), torch.arange(4)
-    graphs = []
+    ids, graphs = torch.arange(4), []
     for step in range(10):
         when = torch.full_like(ids, step)
         x0 = normal(keys(1, when, ids, Stream.POSTERIOR), 1, 4, 4)
@@ -146,11 +159,11 @@ def test_blocks_compile_whole_once_and_change_nothing(monkeypatch, checkpoint_ev
             student.zero_grad()
             loss = config.loss(student, teacher, batch, null=3).total
             loss.mean().backward()
-            results.append((loss.detach(), torch.cat([p.grad.flatten() for p in student.parameters()])))
+            gradients = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
+            results.append((loss.detach(), torch.cat(gradients)))
         torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
         graphs.append(counters["stats"]["unique_graphs"])
-    # first dual block (no token tangent yet), other dual blocks, plain student, plain teacher
-    assert graphs[0] == 4
+    assert graphs[0] == expected
     assert graphs[-1] == graphs[0]
     teacher = pairs[1][1]
     for nfe in (1, 2, 1):
