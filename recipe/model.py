@@ -26,7 +26,7 @@ class TVMModel(ComposerModel):
 
     A batch holds `image` or `latents`, `label`, `sample` (dataset ids) and `step` (see `StepKey`), all of
     length B. Every random draw is keyed by (seed, step, sample), so ranks, microbatches and resumes change
-    nothing.
+    nothing. A network without classes takes every label for its only one, "no label".
     """
 
     def __init__(self, net: DiT, objective: TVMConfig, normalizer: Normalizer, seed: int) -> None:
@@ -40,10 +40,10 @@ class TVMModel(ComposerModel):
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
         """Per-sample loss terms (B,)."""
-        step, sample = batch["step"], batch["sample"]
+        step, sample, label = batch["step"], batch["sample"], batch["label"].clamp(max=self.null)
         with torch.no_grad():
             x0 = self.normalizer(batch, step, self.seed)
-            drawn = draw(x0, batch["label"], step, sample, self.seed, self.objective, self.null)
+            drawn = draw(x0, label, step, sample, self.seed, self.objective, self.null)
         if self.target is None:
             return flow_matching_loss(self.net, drawn)
         return tvm_loss(self.net, self.target, drawn, self.objective, self.null, self.tangent)

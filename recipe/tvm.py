@@ -20,9 +20,16 @@ from torch import Tensor
 
 from recipe.draws import Stream, keys, normal, uniform
 from recipe.dual import Dual
+from recipe.rules import Number, Rule, check, each, finite, one_of, positive, rule, share
 
 Network = Callable[..., Dual]
 SAMPLERS = ("gap*", "gap", "trunc", "clamp")
+
+
+weights = Rule(
+    lambda w: len(w) in (1, 2) and each(positive).holds(w) and sorted(w) == list(w),
+    "must be w > 0, or [low, high] with 0 < low <= high",
+)
 
 
 @dataclass
@@ -35,38 +42,25 @@ class TVMConfig:
     and (trunc, clamp) of t; detach_jvp: no gradient through dF/ds.
     """
 
-    name: str = "tvm"
-    guidance: float | list[float] = 1.0
-    label_dropout: float = 0.1
+    name: str = rule("tvm", one_of("tvm", "flow_matching"))
+    guidance: Number | list[Number] = rule(1.0, weights)
+    label_dropout: float = rule(0.1, share)
     scaled: bool = True
-    times: str = "gap*"
-    equal_share: float = 0.0
-    gap_mean: float = -0.8
-    gap_std: float = 1.0
-    s_mean: float = -0.4
-    s_std: float = 1.0
-    t_mean: float = -0.4
-    t_std: float = 1.0
+    times: str = rule("gap*", one_of(*SAMPLERS))
+    equal_share: float = rule(0.0, share)
+    gap_mean: float = rule(-0.8, finite)
+    gap_std: float = rule(1.0, positive)
+    s_mean: float = rule(-0.4, finite)
+    s_std: float = rule(1.0, positive)
+    t_mean: float = rule(-0.4, finite)
+    t_std: float = rule(1.0, positive)
     detach_jvp: bool = False
 
     def __post_init__(self) -> None:
-        if self.name not in ("tvm", "flow_matching"):
-            raise ValueError(f"objective.name: {self.name!r} is not one of tvm, flow_matching")
-        if self.times not in SAMPLERS:
-            raise ValueError(f"objective.times: {self.times!r} is not one of {', '.join(SAMPLERS)}")
         if isinstance(self.guidance, int | float):
-            self.guidance = [float(self.guidance)]
-        w = self.guidance
-        if len(w) not in (1, 2) or min(w) <= 0 or sorted(w) != list(w):
-            raise ValueError(
-                f"objective.guidance: {list(w)} must be w > 0, or [low, high] with 0 < low <= high"
-            )
-        for name in ("label_dropout", "equal_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"objective.{name}: {getattr(self, name)} must be between 0 and 1")
-        for name in ("gap_std", "s_std", "t_std"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"objective.{name}: {getattr(self, name)} must be positive")
+            self.guidance = [self.guidance]
+        check(self, "objective")
+        self.guidance = [float(w) for w in self.guidance]
 
 
 class Batch(NamedTuple):
