@@ -29,9 +29,6 @@ def find_weights(names: list[str], averages: list[str], latest: bool, folder: Pa
     Raises:
         OSError, ValueError: there are none, or they cannot be read.
     """
-    for average in averages:
-        if average not in ("ema", "net"):
-            length_of(average)
     found = []
     with dist.run_local_rank_zero_first():
         for name in names:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,11 +39,19 @@ from eval.score import (
 )
 from recipe.config import ConfigError, load_config
 from recipe.objectives import from_facts
+from recipe.posthoc import MAX_LENGTH, length_of
+from recipe.rules import Rule, check, each, file_name, filled, local, one_of, place, positive, rule, whole
 from recipe.weights import commit
 from storage.manifest import DatasetError, read_manifest
 
-CHOICES = {"protocol": tuple(PROTOCOLS), "dtype": DTYPES, "extractor": tuple(EXTRACTORS)}
-WANDB = ("off", "online", "offline")
+metrics = Rule(
+    lambda names: "fd" in names and set(names) <= set(METRICS),
+    f"must hold fd, and may hold {', '.join(name for name in METRICS if name != 'fd')}",
+)
+average = Rule(
+    lambda name: name in ("ema", "net") or length_of(name),
+    f"may hold ema, net and posthoc:LENGTH with a length in (0, {MAX_LENGTH:.3f}]",
+)
 
 
 @dataclass
@@ -60,42 +67,29 @@ class SweepConfig:
     averaged over `floor_splits` (0: none).
     """
 
-    folder: str
-    weights: list[str]
-    reference: str
+    folder: str = rule(MISSING, local)
+    weights: list[str] = rule(MISSING, filled, each(place))
+    reference: str = rule(MISSING, place)
     latest: bool = False
-    averages: list[str] = field(default_factory=lambda: ["ema"])
-    nfe: list[int] = field(default_factory=lambda: [1, 2, 4])
-    w: list[float] = field(default_factory=list)
-    protocol: str = "matched"
-    samples: int = 0
-    labels: str | None = None
-    metrics: list[str] = field(default_factory=lambda: ["fd"])
-    batch_size: int = 256
-    seed: int = 0
-    dtype: str = "fp32"
-    vae: str | None = None
-    extractor: str = "classifier"
-    extractor_weights: str | None = None
-    floor_splits: int = 20
-    wandb: str = "off"
-    wandb_project: str = "terminal-velocity"
+    averages: list[str] = rule(["ema"], filled, each(average))
+    nfe: list[int] = rule([1, 2, 4], filled, each(whole(1, 10_000)))
+    w: list[float] = rule([], each(positive))
+    protocol: str = rule("matched", one_of(*PROTOCOLS))
+    samples: int = rule(0, whole(0, 10**9))
+    labels: str | None = rule(None, place)
+    metrics: list[str] = rule(["fd"], metrics)
+    batch_size: int = rule(256, whole(1, 10**6))
+    seed: int = rule(0, whole(0, 2**31 - 1))
+    dtype: str = rule("fp32", one_of(*DTYPES))
+    vae: str | None = rule(None, local)
+    extractor: str = rule("classifier", one_of(*EXTRACTORS))
+    extractor_weights: str | None = rule(None, local)
+    floor_splits: int = rule(20, whole(0, 10**6))
+    wandb: str = rule("off", one_of("off", "online", "offline"))
+    wandb_project: str = rule("terminal-velocity", file_name)
 
     def __post_init__(self) -> None:
-        if not self.weights:
-            raise ValueError("weights: name at least one file or folder")
-        if min(self.nfe, default=0) < 1:
-            raise ValueError(f"nfe: {self.nfe} must be one or more numbers of at least 1")
-        if not all(0 < w < math.inf for w in self.w):
-            raise ValueError(f"w: {self.w} must be positive")
-        if self.samples < 0 or self.floor_splits < 0 or self.batch_size < 1:
-            raise ValueError("samples and floor_splits must not be negative; batch_size must be at least 1")
-        for name, allowed in (*CHOICES.items(), ("wandb", WANDB)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        if "fd" not in self.metrics or not set(self.metrics) <= set(METRICS):
-            others = ", ".join(name for name in METRICS if name != "fd")
-            raise ValueError(f"metrics: {self.metrics} must hold fd, and may hold {others}")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -149,7 +143,7 @@ def score(config: SweepConfig, reference: Reference, cell: Cell, generator: Gene
     keep_features = bool(NEED_FEATURES & set(config.metrics))
     found = FeatureSet(reference.extractor, keep_features, keep_logits="is" in config.metrics)
     ranks = dist.get_global_rank(), dist.get_world_size()
-    is_classifier = config.extractor == "classifier"
+    is_classifier = config.extractor == "classifier" and facts["model"]["classes"] > 0
     for images, index in generator.batches(labels, seeds, cell.nfe, cell.w, config.batch_size, *ranks):
         found.add(images, index, labels[index] if is_classifier else None)
     return {

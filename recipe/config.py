@@ -7,9 +7,9 @@ combination is a ConfigError of one line that names the key.
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,13 +25,16 @@ from recipe.rules import (
     below_one,
     check,
     each,
+    file_name,
     filled,
+    local,
     not_negative,
     one_of,
+    place,
     positive,
+    positive_time,
     rule,
-    time,
-    time_or_none,
+    time_or_zero,
     whole,
 )
 from storage import normalize_uri
@@ -43,11 +46,6 @@ class ConfigError(ValueError):
     """A setting that cannot be: the message names the key, what it was and what is allowed."""
 
 
-file_name = Rule(
-    re.compile(r"\w[\w.-]{0,99}").fullmatch, "must be letters, digits, `_`, `-` and `.`, at most 100"
-)
-
-
 @dataclass
 class OptimizerConfig:
     """AdamW; the defaults are the paper's. schedule: constant, linear or cosine (both to zero at the end of
@@ -56,7 +54,7 @@ class OptimizerConfig:
 
     lr: float = rule(1e-4, positive)
     schedule: str = rule("constant", one_of("constant", "linear", "cosine"))
-    warmup: str = rule("0ba", time_or_none)
+    warmup: str = rule("0ba", time_or_zero)
     betas: list[float] = rule([0.9, 0.95], Rule(lambda b: len(b) == 2, "must be two"), each(below_one))
     eps: float = rule(1e-8, positive)
     weight_decay: float = rule(0.0, not_negative)
@@ -90,7 +88,7 @@ class EMAConfig:
 
 @dataclass
 class StepConfig:
-    """Guards of a step: see `algorithms.ScaleParameter`."""
+    """Guards of a step: see `algorithms.StepGuard`."""
 
     tangent_warmup: int = rule(0, not_negative)
     clip: float | None = rule(None, positive)
@@ -108,11 +106,11 @@ class GridConfig:
     each; vae: folder or hub name of the autoencoder of latents (null: false colours).
     """
 
-    interval: str | None = rule("1000ba", time)
-    labels: list[int] = rule([])
+    interval: str | None = rule("1000ba", positive_time)
+    labels: list[int] = rule([], each(whole(0, 10**7)))
     columns: int = rule(8, whole(1, 100))
     nfe: list[int] = rule([1], filled, each(whole(1, 1000)))
-    vae: str | None = rule(None, filled)
+    vae: str | None = rule(None, local)
 
     def __post_init__(self) -> None:
         check(self, "grid")
@@ -148,19 +146,19 @@ class TrainConfig:
     """
 
     run_name: str = rule(MISSING, file_name)
-    folder: str = rule(
-        MISSING, filled, Rule(lambda x: "://" not in x, "must be local; save_folder may be in a bucket")
+    folder: str = rule(MISSING, local)
+    duration: str = rule(MISSING, positive_time)
+    save_folder: str = rule("${folder}/checkpoints", place)
+    save_interval: str = rule("1000ba", positive_time)
+    save_keep: int = rule(
+        2, Rule(lambda n: 0 < n <= 1000 or n == -1, "must be from 1 to 1000, or -1 for all")
     )
-    duration: str = rule(MISSING, time)
-    save_folder: str = rule("${folder}/checkpoints", filled)
-    save_interval: str = rule("1000ba", time)
-    save_keep: int = rule(2, Rule(lambda n: n > 0 or n == -1, "must be at least 1, or -1 for all"))
-    fork_from: str | None = rule(None, filled)
-    init_from: str | None = rule(None, filled)
+    fork_from: str | None = rule(None, place)
+    init_from: str | None = rule(None, place)
     time_limit: str | None = rule(
-        None, time, Rule(lambda x: x.endswith("sec"), "must be in seconds, e.g. 86000sec")
+        None, positive_time, Rule(lambda x: x.endswith("sec"), "must be in seconds, e.g. 86000sec")
     )
-    export_interval: str = rule("10000ba", time)
+    export_interval: str = rule("10000ba", positive_time)
     export: list[str] = rule(["ema"], Rule(lambda x: set(x) <= {"ema", "net"}, "may hold ema and net only"))
     seed: int = rule(0, whole(0, 2**31 - 1))
     precision: str = rule("fp32", one_of("fp32", "amp_bf16"))
@@ -177,6 +175,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.microbatch is not None and self.microbatch > self.data.batch_size:
+            raise ValueError(
+                f"microbatch: {self.microbatch} is more than data.batch_size, {self.data.batch_size}; "
+                f"null takes a rank's whole batch at once"
+            )
+        clocks = [re.sub(r"\d|ep|ba", "", text) for text in (self.optimizer.warmup, self.duration)]
+        if clocks[0] != clocks[1]:
+            raise ValueError(
+                f"optimizer.warmup: {self.optimizer.warmup} must be in the unit of duration, {self.duration}"
+            )
         self.save_folder = normalize_uri(self.save_folder)
         self.fork_from = normalize_uri(self.fork_from) if self.fork_from else None
         self.init_from = normalize_uri(self.init_from) if self.init_from else None
@@ -187,23 +195,28 @@ class TrainConfig:
         self.data.remote = normalize_uri(self.data.remote) if self.data.remote else None
         if not all(0 <= label <= self.model.classes for label in self.grid.labels):
             raise ValueError(f"grid.labels: {self.grid.labels} must be in 0..{self.model.classes}")
-        if self.data.remote is None and not Path(self.data.local).is_dir():
-            raise ValueError(f"data.local: {self.data.local} is not a folder, and data.remote is not set")
 
 
-def read_yaml(path: str) -> DictConfig:
+def read_yaml(schema: type, path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
     """The YAML at `path` over the one that its key `base` names (relative to it), and so on."""
-    file = Path(path)
-    if not file.is_file():
+    files = (*above, path.resolve())
+    if files[-1] in above:
+        raise ConfigError(f"{above[0]}: its base leads back to itself: {' -> '.join(map(str, files))}")
+    if not path.is_file():
         raise ConfigError(f"{path}: no such file")
     try:
-        config = OmegaConf.load(file)
-    except YAMLError as error:
+        config = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path}: must be a mapping of keys to values")
+    look_over(OmegaConf.to_container(config), schema)
     base = config.pop("base", None)
-    return config if base is None else overlay(read_yaml(str(file.parent / base)), config)
+    if base is None:
+        return config
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: {base} is not the name of one YAML")
+    return overlay(read_yaml(schema, path.parent / base, files), config)
 
 
 def overlay(under: DictConfig, over: DictConfig) -> DictConfig:
@@ -233,17 +246,41 @@ def check_objective(config: DictConfig) -> type[Objective]:
     return OBJECTIVES[name]
 
 
-def load_config(schema: type[T], path: str | None, overrides: list[str]) -> T:
-    """The configuration as an instance of `schema`; path None: its defaults. Raises ConfigError."""
+def read_overrides(schema: type, overrides: list[str]) -> DictConfig:
+    """key=value arguments as a configuration."""
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise ConfigError(f"{override}: overrides are written key=value")
         try:
-            OmegaConf.from_dotlist([override])
-        except YAMLError as error:
+            look_over(OmegaConf.to_container(OmegaConf.from_dotlist([override])), schema)
+        except (YAMLError, RecursionError) as error:
             raise ConfigError(f"{override}: not valid YAML: {' '.join(str(error).split())}") from error
+    return OmegaConf.from_dotlist(overrides)
+
+
+def look_over(value: Any, hint: Any, key: str = "") -> None:  # noqa: ANN401
+    """Refuses what OmegaConf would take, or name no key of. Raises ConfigError.
+
+    A value may refer to another key, ${folder}; but what a resolver computes or reads from the environment
+    may not end up in a name that goes to a bucket.
+    """
+    hints = get_type_hints(hint) if is_dataclass(hint) else {}
+    if hints and not isinstance(value, dict | None):
+        raise ConfigError(f"{key}: {value!r} is not a section, that is keys and their values")
+    if get_origin(hint) is list and isinstance(value, dict):
+        raise ConfigError(f"{key}: {value!r} is not a list")
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            look_over(item, hints.get(name), f"{key}.{name}" if key else str(name))
+    elif isinstance(value, str) and "${" in re.sub(r"\$\{[\w.\[\]-]+\}", "", value):
+        raise ConfigError(f"{key}: {value!r} may refer to other keys only, as in ${{folder}}")
+
+
+def load_config(schema: type[T], path: str | None, overrides: list[str]) -> T:
+    """The configuration as an instance of `schema`; path None: its defaults. Raises ConfigError."""
     try:
-        given = overlay(read_yaml(path) if path else OmegaConf.create(), OmegaConf.from_dotlist(overrides))
+        given = read_yaml(schema, Path(path)) if path else OmegaConf.create()
+        given = overlay(given, read_overrides(schema, overrides))
         typed = OmegaConf.structured(schema)
         if "objective" in typed:
             typed.objective = OmegaConf.structured(check_objective(given))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from recipe.dataset import TrainingDataset
 from recipe.draws import Stream, keys, normal
-from recipe.rules import Number, Rule, check, each, filled, positive, rule, whole
+from recipe.rules import Number, Rule, check, each, local, place, positive, rule, whole
 from storage.manifest import Manifest, read_manifest
 
 SHUFFLE_WINDOW = 1 << 18  # samples of each canonical node among which the order is drawn; Streaming's default
@@ -46,8 +46,8 @@ class DataConfig:
     for any number of nodes; cache_limit: e.g. 100gb.
     """
 
-    local: str = rule("data/digits/train", filled)
-    remote: str | None = rule(None, filled)
+    local: str = rule("data/digits/train", local)
+    remote: str | None = rule(None, place)
     batch_size: int = rule(256, positive)
     workers: int = rule(1, whole(0, 1024))
     normalize: str | dict[str, list[Number]] = rule(
@@ -59,6 +59,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check(self, "data")
+        if self.cache_limit and not self.remote:
+            raise ValueError(
+                f"data.cache_limit: {self.cache_limit} would delete shards that only data.local has"
+            )
 
     @property
     def cache_bytes(self) -> int | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from recipe import dual
 from recipe.dual import Dual
-from recipe.rules import Rule, check, not_negative, one_of, rule, whole
+from recipe.rules import Rule, check, one_of, rule, whole
 
 PRESETS = {
     "S/2": {"width": 384, "depth": 12, "heads": 6},
@@ -50,7 +50,7 @@ class DiTConfig:
     depth: int = rule(12, whole(1, 1000))
     heads: int = rule(6, whole(1, 65536))
     mlp_ratio: float = rule(4.0, Rule(lambda x: 0 < x <= 100, "must be in (0, 100]"))
-    label_std: float = rule(0.02, not_negative)
+    label_std: float = rule(0.02, Rule(lambda x: 0 <= x <= 100, "must be from 0 to 100"))
     time_init: str = rule("normal", one_of("normal", "spectral"))
     patch_init: str = rule("spectral", one_of("spectral", "xavier"))
     norm: str = rule("rms", one_of(*NORMS))

@@ -27,7 +27,8 @@ class GenerativeModel(ComposerModel):
 
     A batch holds `image` or `latents`, `label`, `sample` (dataset ids) and `step` (see `StepKey`), all of
     length B. Every random draw is keyed by (seed, step, sample), so ranks, microbatches and resumes change
-    nothing. tangent, flow_matching: the state of the warm-ups, set before each step (`StepGuard`).
+    nothing. A network without classes takes every label for its only one, "no label". tangent, flow_matching:
+    the state of the warm-ups, set before each step (`StepGuard`).
     """
 
     def __init__(self, net: DiT, objective: Objective, normalizer: Normalizer, seed: int) -> None:
@@ -43,10 +44,10 @@ class GenerativeModel(ComposerModel):
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
         """Per-sample losses (B,)."""
-        step, sample = batch["step"], batch["sample"]
+        step, sample, label = batch["step"], batch["sample"], batch["label"].clamp(max=self.null)
         with torch.no_grad():
             x0 = self.normalizer(batch, step, self.seed)
-            drawn = draw(x0, batch["label"], step, sample, self.seed, self.objective, self.null)
+            drawn = draw(x0, label, step, sample, self.seed, self.objective, self.null)
         if self.flow_matching:
             return flow_matching_loss(self.objective, self.net, drawn)
         return self.objective.loss(self.net, self.target, drawn, self.null, self.tangent)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from recipe.dit import DiT, DiTConfig
 from recipe.objectives.base import Objective, Pass
 from recipe.parallel import ParallelConfig
 from recipe.preflight import divisible
+from recipe.rules import Rule, check, each, filled, not_negative, positive, rule, whole
 
 GIB = 2**30
 FP32, BF16 = 4, 2
@@ -34,11 +35,14 @@ class GPU:
     and of a whole node's network cards.
     """
 
-    flops: float
-    memory: float
-    memory_rate: float
-    node_rate: float
-    network_rate: float
+    flops: float = rule(MISSING, positive)
+    memory: float = rule(MISSING, positive)
+    memory_rate: float = rule(MISSING, positive)
+    node_rate: float = rule(MISSING, positive)
+    network_rate: float = rule(MISSING, positive)
+
+    def __post_init__(self) -> None:
+        check(self, "gpu")
 
 
 GPUS = {
@@ -48,25 +52,33 @@ GPUS = {
 }
 
 
+known = Rule(
+    lambda gpu: isinstance(gpu, GPU) or gpu in GPUS,
+    f"is not one of {', '.join(GPUS)}; add it to GPUS in recipe/plan.py, or give its data sheet: "
+    f"gpu={{{', '.join(f'{f.name}: ...' for f in fields(GPU))}}}",
+)
+
+
 @dataclass
 class Cluster:
-    """Where the run is planned. gpus: one or more counts, one column each; efficiency: share of `flops` that
-    a step's compute reaches, and hop: seconds that one rank adds to a collective's latency: both assumed.
+    """Where the run is planned. gpus: one or more counts, one column each; gpu: a name of `GPUS`, or the five
+    numbers of a data sheet; efficiency: share of `flops` that a step's compute reaches, and hop: seconds that
+    one rank adds to a collective's latency: both assumed.
     """
 
-    gpus: list[int] = field(default_factory=lambda: [8, 64, 512])
-    gpu: str = "h100"
-    per_node: int = 8
-    efficiency: float = 0.45
-    hop: float = 2e-6
+    gpus: list[int] = rule([8, 64, 512], filled, each(whole(1, 10**6)))
+    gpu: str | GPU = rule("h100", known)
+    per_node: int = rule(8, whole(1, 10**6))
+    efficiency: float = rule(0.45, Rule(lambda x: 0 < x <= 1, "must be in (0, 1]"))
+    hop: float = rule(2e-6, not_negative)
 
     def __post_init__(self) -> None:
-        if not self.gpus or min(self.gpus) < 1:
-            raise ValueError(f"gpus: {self.gpus} must be one or more counts of at least 1")
-        if self.gpu not in GPUS:
-            raise ValueError(f"gpu: {self.gpu!r} is not one of {', '.join(GPUS)}")
-        if not 0 < self.efficiency <= 1:
-            raise ValueError(f"efficiency: {self.efficiency} must be in (0, 1]")
+        check(self)
+
+    @property
+    def sheet(self) -> GPU:
+        """The data sheet."""
+        return GPUS[self.gpu] if isinstance(self.gpu, str) else self.gpu
 
 
 def parameter_counts(model: DiTConfig) -> tuple[int, int]:
@@ -257,7 +269,7 @@ def communication_time(collectives: list[Collective], cluster: Cluster) -> tuple
     A group inside a node has NVLink. Between nodes a ring of neighbours uses all network cards of a node;
     groups of distant ranks, as many as there are of them in a node, share those.
     """
-    gpu = GPUS[cluster.gpu]
+    gpu = cluster.sheet
     bandwidth = latency = 0.0
     for c in collectives:
         inside = c.ranks * c.stride <= cluster.per_node
@@ -289,7 +301,7 @@ class Times:
 
 def times(config: TrainConfig, gpus: int, cluster: Cluster) -> Times:
     """Compute at the assumed efficiency, traffic, and the optimizer and averages at the memory's speed."""
-    gpu, model, objective = GPUS[cluster.gpu], config.model, config.objective
+    gpu, model, objective = cluster.sheet, config.model, config.objective
     flops = step_flops(model, objective) + recomputed_flops(
         model, objective, config.parallel.checkpoint_every
     )
@@ -307,7 +319,7 @@ def times(config: TrainConfig, gpus: int, cluster: Cluster) -> Times:
 def column(config: TrainConfig, gpus: int, cluster: Cluster) -> dict[str, str]:
     """All figures for one number of GPUs, as text."""
     microbatch, microbatches = layout(config, gpus)
-    parts, t, gpu = memory(config, gpus), times(config, gpus, cluster), GPUS[cluster.gpu]
+    parts, t, gpu = memory(config, gpus), times(config, gpus, cluster), cluster.sheet
     flops = step_flops(config.model, config.objective) * config.data.batch_size
     others = {
         "eager": replace(config.parallel, compile=False, checkpoint_every=0),
@@ -348,11 +360,12 @@ def report(config: TrainConfig, cluster: Cluster) -> str:
     """A Markdown table, one column for each number of GPUs, under the assumptions that it rests on."""
     blocks, rest = parameter_counts(config.model)
     columns = [column(config, gpus, cluster) for gpus in cluster.gpus]
+    name = f"an {cluster.gpu}" if isinstance(cluster.gpu, str) else "a GPU"
     lines = [
         f"{config.run_name}: {(blocks + rest) / 1e6:.0f}M parameters, {config.model.tokens} tokens, "
         f"batch {config.data.batch_size}, {config.duration}, {config.precision}.",
-        f"Assumed, not measured yet: {cluster.efficiency:.0%} of an {cluster.gpu}'s "
-        f"{GPUS[cluster.gpu].flops / 1e12:.0f} bf16 TFLOP/s, {cluster.hop * 1e6:g} us a hop.",
+        f"Assumed, not measured yet: {cluster.efficiency:.0%} of {name}'s "
+        f"{cluster.sheet.flops / 1e12:.0f} bf16 TFLOP/s, {cluster.hop * 1e6:g} us a hop.",
         "Communication is bandwidth + latency. A step takes from the first time (all of it hidden behind",
         "compute) to the second (none of it); the rows below go by the first.",
         "",

@@ -5,6 +5,7 @@ Every run does the same first. Each failure names the setting, and the command t
 
 from __future__ import annotations
 
+import math
 import netrc
 import os
 import shutil
@@ -30,6 +31,8 @@ OCI_LOGIN = "oci setup config"
 
 def check_data(config: TrainConfig) -> Manifest:
     """The dataset's manifest, after comparing it with the model. Raises ConfigError."""
+    if not config.data.remote and not os.path.isdir(config.data.local):
+        raise ConfigError(f"data.local: {config.data.local} is not a folder, and data.remote is not set")
     try:
         manifest = read_manifest(config.data.source)
     except DatasetError as error:
@@ -40,6 +43,12 @@ def check_data(config: TrainConfig) -> Manifest:
         if getattr(config.model, key) != value and not (key == "classes" and config.model.classes == 0):
             raise ConfigError(
                 f"model.{key}: {getattr(config.model, key)} differs from the {value} of {config.data.source}"
+            )
+    for key in ("batch_size", "canonical_nodes"):
+        if getattr(config.data, key) > manifest.num_samples:
+            raise ConfigError(
+                f"data.{key}: {getattr(config.data, key)} is more than the {manifest.num_samples} samples "
+                f"of {config.data.source}"
             )
     try:
         normalizer(config.data, manifest)
@@ -82,18 +91,18 @@ def mend(uri: str, error: StorageError) -> str:
     }[scheme]
 
 
-def readable_data(config: TrainConfig) -> list[str]:
-    """The manifest through both libraries' clients, its schema, and its agreement with the model."""
+def readable_data(config: TrainConfig) -> Manifest:
+    """The manifest, its schema checked, and its agreement with the model. Raises ConfigError.
+
+    Composer's client says what is wrong with a bucket; the dataset is then read through Streaming's.
+    """
     if config.data.remote:
         try:
             Folder(config.data.remote).read(MANIFEST)
         except StorageError as error:
-            return [f"data.remote: {error}. To mend: {mend(config.data.remote, error)}"]
-    try:
-        check_data(config)
-    except ConfigError as error:
-        return [str(error)]
-    return []
+            problem = f"data.remote: {error}. To mend: {mend(config.data.remote, error)}"
+            raise ConfigError(problem) from error
+    return check_data(config)
 
 
 def writable(key: str, uri: str) -> list[str]:
@@ -125,7 +134,7 @@ def forkable(config: TrainConfig) -> list[str]:
     return []
 
 
-def weights_fit(config: TrainConfig) -> list[str]:
+def weights_fit(config: TrainConfig, manifest: Manifest) -> list[str]:
     """The weights that `init_from` names, needed until the run has a checkpoint."""
     if not config.init_from:
         return []
@@ -133,7 +142,7 @@ def weights_fit(config: TrainConfig) -> list[str]:
     if complete(folder, checkpoints(folder, folder.names())):
         return []
     try:
-        check_weights(config, normalizer(config.data, read_manifest(config.data.source)))
+        check_weights(config, normalizer(config.data, manifest))
     except ConfigError as error:
         return [str(error)]
     except StorageError as error:
@@ -184,7 +193,7 @@ def held(folder: str | Path) -> int:
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def needs(config: TrainConfig) -> Iterator[tuple[str, str, int]]:
+def needs(config: TrainConfig, manifest: Manifest) -> Iterator[tuple[str, str, int]]:
     """(setting, path, bytes to come): one checkpoint more than are kept, or one on its way to a bucket, and
     the dataset's share of the cache. What a run before left there counts as its own."""
     size = checkpoint_bytes(config)
@@ -194,16 +203,16 @@ def needs(config: TrainConfig) -> Iterator[tuple[str, str, int]]:
         kept = (max(config.save_keep, 1) + 1) * size
         yield "save_folder", config.save_folder, kept - held(config.save_folder)
     if config.data.remote:
-        shards = read_manifest(config.data.remote).shards
+        shards = manifest.shards
         total = sum(shard["bytes"] for shard in shards.values())
         here = [shard["bytes"] for name, shard in shards.items() if Path(config.data.local, name).exists()]
         yield "data.local", config.data.local, min(total, config.data.cache_bytes or total) - sum(here)
 
 
-def disk_space(config: TrainConfig) -> list[str]:
+def disk_space(config: TrainConfig, manifest: Manifest) -> list[str]:
     """Room on each disk for all that goes there."""
     disks = defaultdict(list)
-    for key, path, missing in needs(config):
+    for key, path, missing in needs(config, manifest):
         place = Path(path).absolute()
         while not place.exists():
             place = place.parent
@@ -213,12 +222,12 @@ def disk_space(config: TrainConfig) -> list[str]:
         names, missing, places = zip(*parts, strict=True)
         free = shutil.disk_usage(places[0]).free
         if free < sum(missing):
-            figures = f"{sum(missing) / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+            figures = f"{math.ceil(sum(missing) / 1e6)} MB needed, {int(free / 1e6)} MB free"
             problems.append(f"{', '.join(names)}: {figures}. To mend: df -h {places[0]}")
     return problems
 
 
-def cache_limit(config: TrainConfig, ranks: int) -> list[str]:
+def cache_limit(config: TrainConfig, ranks: int, manifest: Manifest) -> list[str]:
     """A smaller cache than what a node shuffles over at a time would fetch a shard for almost every sample.
 
     Streaming shuffles each canonical node's samples in windows, which overlap: two of them are in use.
@@ -226,7 +235,6 @@ def cache_limit(config: TrainConfig, ranks: int) -> list[str]:
     limit = config.data.cache_bytes
     if not limit or not config.data.remote or not config.data.shuffle:
         return []
-    manifest = read_manifest(config.data.remote)
     total = sum(shard["bytes"] for shard in manifest.shards.values())
     in_use = min(1, 2 * config.data.canonical_nodes * SHUFFLE_WINDOW / manifest.num_samples)
     nodes = ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
@@ -270,17 +278,19 @@ def wandb_key(config: TrainConfig) -> list[str]:
     return ["log.wandb: online, but there is no key. To mend: wandb login, or log.wandb=offline"]
 
 
-def problems(config: TrainConfig, ranks: int) -> list[str]:
-    """All that would make a run of `config` on that many ranks fail."""
-    found = [*divisible(config, ranks), *precision(config), *wandb_key(config), *oci_agreement(config)]
-    found += [*readable_data(config), *writable("folder", config.folder)]
-    found += writable("save_folder", config.save_folder)
-    return found or [
-        *cache_limit(config, ranks),
-        *disk_space(config),
-        *forkable(config),
-        *weights_fit(config),
-    ]
+def problems(config: TrainConfig, ranks: int) -> tuple[list[str], Manifest | None]:
+    """All that would make a run of `config` on that many ranks fail, and the dataset's manifest."""
+    found, manifest = [*divisible(config, ranks), *precision(config), *wandb_key(config)], None
+    found += oci_agreement(config)
+    try:
+        manifest = readable_data(config)
+    except ConfigError as error:
+        found.append(str(error))
+    found += [*writable("folder", config.folder), *writable("save_folder", config.save_folder)]
+    if not found:
+        found = [*cache_limit(config, ranks, manifest), *disk_space(config, manifest)]
+        found += [*forkable(config), *weights_fit(config, manifest)]
+    return found, manifest
 
 
 def shared(folder: str) -> bool:
@@ -295,17 +305,21 @@ def shared(folder: str) -> bool:
     return all(seen)
 
 
-def check(config: TrainConfig) -> None:
-    """The same on every node of a run, since each has its own credentials and disks. Raises ConfigError."""
-    mine = problems(config, dist.get_world_size()) if dist.get_local_rank() == 0 else []
-    found = sorted({p for node in dist.all_gather_object(mine) for p in node})
-    if found:
+def check(config: TrainConfig) -> Manifest:
+    """The same on every node of a run, since each has its own credentials and disks. Raises ConfigError.
+
+    Returns the manifest, which every node has read once, to all of its ranks.
+    """
+    mine = problems(config, dist.get_world_size()) if dist.get_local_rank() == 0 else ([], None)
+    problems_of_nodes, manifests = zip(*dist.all_gather_object(mine), strict=True)
+    if found := sorted({problem for node in problems_of_nodes for problem in node}):
         raise ConfigError("\n".join(found))
     if "://" not in config.save_folder and not shared(config.save_folder):
         raise ConfigError(
             f"save_folder: {config.save_folder} is not one folder that all nodes see, and each writes "
             f"a part of a checkpoint: choose one on a file system that they share, or in a bucket"
         )
+    return manifests[0]
 
 
 def main(arguments: list[str]) -> None:
@@ -317,7 +331,7 @@ def main(arguments: list[str]) -> None:
         config = load_config(TrainConfig, arguments[0], arguments[1:])
     except ConfigError as error:
         raise SystemExit(f"config error: {error}") from error
-    found = problems(config, ranks)
+    found, _ = problems(config, ranks)
     if found:
         raise SystemExit("\n".join(found))
     print(f"{config.run_name}: ready on {ranks} rank(s): {config.data.source} -> {config.save_folder}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import field, fields
 from typing import Any, NamedTuple
@@ -15,22 +16,38 @@ Number = int | float  # in a union of types OmegaConf takes no integer for a flo
 
 
 class Rule(NamedTuple):
-    """Whether a value may be used (an arithmetic, type or value error says no), and what to say if not."""
+    """Whether a value may be used (an error of its type or value says no), and what to say if not."""
 
     holds: Callable[[Any], bool]
     says: str
 
 
-positive = Rule(lambda x: 0 < x < math.inf, "must be positive and finite")
-not_negative = Rule(lambda x: 0 <= x < math.inf, "must be finite and not negative")
+LARGEST = sys.float_info.max
+positive = Rule(lambda x: 0 < x <= LARGEST, "must be positive and finite")
+not_negative = Rule(lambda x: 0 <= x <= LARGEST, "must be finite and not negative")
 finite = Rule(math.isfinite, "must be finite")
 share = Rule(lambda x: 0 <= x <= 1, "must be between 0 and 1")
 below_one = Rule(lambda x: 0 <= x < 1, "must be in [0, 1)")
 filled = Rule(lambda x: len(x) > 0, "must not be empty")
-time = Rule(
+positive_time = Rule(
     re.compile(r"0*[1-9]\d{0,14}(ba|ep|sp|sec)").fullmatch, "is not a time such as 2400ba, 3ep or 600sec"
 )
-time_or_none = Rule(re.compile(r"\d{1,15}(ba|ep|sp|sec)").fullmatch, time.says)
+time_or_zero = Rule(re.compile(r"\d{1,15}(ba|ep|sp|sec)").fullmatch, positive_time.says)
+
+
+def _is_path(text: str) -> bool:
+    longest = max(len(part.encode()) for part in text.split("/"))
+    return text.isprintable() and 0 < len(text) < 4096 and longest < 256
+
+
+local = Rule(lambda x: _is_path(x) and "://" not in x, "is not a local path")
+place = Rule(
+    lambda x: _is_path(x) and re.fullmatch("(s3|gs|oci)://[^/]+(/.*)?|((?!://).)+", x),
+    "is neither a local path nor a place in s3://, gs://, oci://",
+)
+file_name = Rule(
+    re.compile(r"\w[\w.-]{0,99}").fullmatch, "must be letters, digits, `_`, `-` and `.`, at most 100"
+)
 
 
 def whole(low: int, high: int) -> Rule:
@@ -61,7 +78,7 @@ def check(settings: Any, section: str = "") -> None:  # noqa: ANN401
         for one in f.metadata.get("rules", ()) if value is not None else ():
             try:
                 holds = one.holds(value)
-            except (ArithmeticError, TypeError, ValueError):
+            except (ArithmeticError, AttributeError, TypeError, ValueError):
                 holds = False
             if not holds:
                 raise ValueError(f"{section and section + '.'}{f.name}: {value!r} {one.says}")

@@ -41,7 +41,7 @@ from recipe.data import Normalizer, normalizer, train_loader
 from recipe.dit import DiT
 from recipe.model import GenerativeModel, StepKey
 from recipe.parallel import parallelism, prepare_blocks
-from recipe.preflight import check, check_data, divisible
+from recipe.preflight import check, divisible
 from recipe.resume import PREEMPTED, Checkpoints, Preemption, ignore_sigterm, newest
 from recipe.warm_start import warm_start
 from storage import StorageError
@@ -125,9 +125,10 @@ def set_optimizer(trainer: Trainer, config: OptimizerConfig) -> None:
         schedule.base_lrs = [config.lr] * len(schedule.base_lrs)
 
 
-def build_trainer(config: TrainConfig, load_path: str | None, preemption: Preemption) -> Trainer:
+def build_trainer(
+    config: TrainConfig, manifest: Manifest, load_path: str | None, preemption: Preemption
+) -> Trainer:
     """Everything that one run needs, from its configuration; load_path: see `resume.newest`."""
-    manifest = check_data(config)
     model = build_model(config, manifest)
     if config.init_from and load_path is None:
         log.info("%s: %s", config.run_name, warm_start(model, config))
@@ -179,10 +180,10 @@ def start(config: TrainConfig, preemption: Preemption) -> Trainer:
     """Checks the surroundings, and builds the trainer at the step where the run stands."""
     device = "gpu" if torch.cuda.is_available() else "cpu"
     dist.initialize_dist(device, timeout=3600)  # while a checkpoint is downloaded, the other ranks wait
-    check(config)
+    manifest = check(config)
     with newest(config) as found:
         load_path, source = found or (None, None)
-        trainer = build_trainer(config, load_path, preemption)
+        trainer = build_trainer(config, manifest, load_path, preemption)
     step = int(trainer.state.timestamp.batch)
     if trainer.state.timestamp >= trainer.state.max_duration:
         if source == config.fork_from:

@@ -18,7 +18,8 @@ from recipe.config import TrainConfig, load_config
 from recipe.data import train_loader
 from recipe.model import StepKey
 from recipe.parallel import parallelism
-from recipe.train import build_model, check_data
+from recipe.preflight import check_data
+from recipe.train import build_model
 from tests.conftest import TINY
 
 STEPS = 20

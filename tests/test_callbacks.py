@@ -14,6 +14,7 @@ from recipe.callbacks import pictures, quarter_sums
 from recipe.config import TrainConfig, load_config
 from recipe.data import Normalizer
 from recipe.plan import step_flops
+from recipe.preflight import check_data
 from recipe.resume import Preemption
 from recipe.train import build_trainer
 from tests.conftest import TINY
@@ -42,7 +43,7 @@ def trained(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("callbacks")
     overrides = [f"data.local={digits}", f"folder={folder}", *TINY, *OPTIONS]
     config = load_config(TrainConfig, "yamls/digits.yaml", overrides)
-    trainer, terms = build_trainer(config, None, Preemption(None)), Terms()
+    trainer, terms = build_trainer(config, check_data(config), None, Preemption(None)), Terms()
     trainer.state.callbacks.append(terms)
     trainer.fit()
     trainer.close()

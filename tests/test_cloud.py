@@ -202,6 +202,10 @@ def config_of(digits, save_folder, *more):
     )
 
 
+def trainer_of(config):
+    return build_trainer(config, preflight.check_data(config), None, Preemption(None))
+
+
 @pytest.fixture
 def saved(s3, s3_digits, straight, tmp_path, request):
     """A copy, under its own URI, of the finished run's two checkpoints."""
@@ -356,7 +360,7 @@ def test_weights_reach_the_bucket_before_the_receipt_that_ends_the_run(s3, digit
     written, put = [], Folder.put
     monkeypatch.setattr(Folder, "put", lambda self, name, path: (written.append(name), put(self, name, path)))
     more = (f"folder={tmp_path}", "duration=1ep", "data.batch_size=1024", "grid.interval=null")
-    trainer = build_trainer(config_of(digits, s3.uri("order"), *more), None, Preemption(None))
+    trainer = trainer_of(config_of(digits, s3.uri("order"), *more))
     (saver,) = (c for c in trainer.state.callbacks if isinstance(c, Checkpoints))
     saver.thread = AtOnce()  # no export that comes after the save can overtake its upload
     trainer.fit()
@@ -366,7 +370,7 @@ def test_weights_reach_the_bucket_before_the_receipt_that_ends_the_run(s3, digit
 
 def test_of_two_starts_of_one_run_the_earlier_one_saves_nothing_more(digits, tmp_path):
     config = config_of(digits, tmp_path / "save", f"folder={tmp_path}", "duration=2ba", "grid.interval=null")
-    trainer = build_trainer(config, None, Preemption(None))
+    trainer = trainer_of(config)
     Checkpoints(config)
     with pytest.raises(StorageError, match=r"save_folder: .*save was taken over by a later start"):
         trainer.fit()
@@ -425,7 +429,7 @@ class TestPreflight:
             ("model.size=16", r"model\.size: 16 differs from the 8"),
             ("data.cache_limit=50kb", r"data\.cache_limit: 50kb is less .*data\.cache_limit=1mb or more"),
             ("data.cache_limit=much", r"data\.cache_limit: 'much' is not a size"),
-            ("model.width=400000", r"folder: .* GB needed, .* GB free"),
+            ("model.width=40000", r"folder: .* \d+ MB needed, \d+ MB free"),
         ],
     )
     def test_each_failure_names_the_setting_and_the_command(
@@ -445,15 +449,18 @@ class TestPreflight:
     def test_disks_need_room_for_what_is_not_there_yet_and_for_all_that_goes_there(
         self, digits, tmp_path, monkeypatch
     ):
+        def disk_space(config):
+            return preflight.disk_space(config, preflight.check_data(config))
+
         config = config_of(digits, tmp_path / "save", f"folder={tmp_path}", "save_keep=2")
         size = preflight.checkpoint_bytes(config)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * size))
-        assert re.match(r"save_folder: .* GB needed, .* GB free\. To mend: df", *preflight.disk_space(config))
+        assert re.match(r"save_folder: .* MB needed, .* MB free\. To mend: df", *disk_space(config))
         Folder(config.save_folder).write("ep0-ba4/rank0.pt", bytes(size))
-        assert preflight.disk_space(config) == []
+        assert disk_space(config) == []
         more = (f"data.remote={digits}", f"data.local={tmp_path}/cache")
         config = config_of(digits, config.save_folder, f"folder={tmp_path}", "save_keep=2", *more)
-        assert re.match(r"save_folder: .*, data.local: .* GB needed", *preflight.disk_space(config))
+        assert re.match(r"save_folder: .*, data.local: .* MB needed", *disk_space(config))
 
     def test_an_endpoint_that_does_not_answer_is_named(self, s3, s3_digits, tmp_path, monkeypatch):
         monkeypatch.setattr(storage, "ATTEMPTS", 1)

@@ -163,8 +163,11 @@ def test_wandb_gets_the_rows_when_asked_to(tiny_run, digits, classifier, tmp_pat
     [
         (["weights=[nowhere]"], "nowhere"),
         (["nfe=[0]"], "nfe"),
-        (["averages=[raw]"], "average 'raw'"),
-        (["averages=[posthoc:0.5]"], "posthoc length 0.5 must lie in (0, 0.289]"),
+        (["averages=[raw]"], "averages: ['raw'] may hold ema, net"),
+        (
+            ["averages=[posthoc:0.5]"],
+            "averages: ['posthoc:0.5'] may hold ema, net and posthoc:LENGTH with a length in (0, 0.289]",
+        ),
         (["averages=[posthoc:0.1]"], "holds no weights with average in ['posthoc:0.1']"),
         (["w=[-1]"], "w: [-1"),
         (["w=[.nan]"], "w: [nan"),

@@ -11,7 +11,8 @@ from recipe.algorithms import EMA, StepGuard, ema_decay
 from recipe.config import TrainConfig, load_config
 from recipe.data import train_loader
 from recipe.model import StepKey
-from recipe.train import build_model, check_data
+from recipe.preflight import check_data
+from recipe.train import build_model
 from recipe.weights import load_weights
 from tests.conftest import EACH, TINY, run
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from recipe.draws import Stream, keys, normal, uniform
 from recipe.dual import Dual
-from recipe.rules import Number, Rule, check, rule, share, time
+from recipe.rules import Number, Rule, check, positive_time, rule, share
 
 Network = Callable[..., Dual]
 
@@ -90,7 +90,7 @@ class Objective(ABC):
 
     name: str
     label_dropout: float = rule(0.1, share)
-    flow_matching_first: str | None = rule(None, time)
+    flow_matching_first: str | None = rule(None, positive_time)
 
     teacher: ClassVar[bool] = False
     guidance_input: ClassVar[bool] = False

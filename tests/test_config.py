@@ -1,0 +1,195 @@
+"""Every setting, fed what it should not be: a run can start from it, or it is one line that names its key."""
+
+import types
+from dataclasses import is_dataclass
+from typing import Union, get_args, get_origin, get_type_hints
+
+import pytest
+
+from eval.sweep import SweepConfig
+from recipe import plan, preflight
+from recipe.config import ConfigError, TrainConfig, load_config
+from recipe.plan import Cluster
+from recipe.train import dry_run
+
+HUGE, NONE = str(10**30), ["[]", "{}", "null"]
+TEXTS = ["''", "nan", "x", "../x", "a/b", '"\\0"', "x" * 5000, "0ba", "-3ba", "1e400ba", "s3://", "1", *NONE]
+NUMBERS = [".nan", ".inf", "-.inf", "-1", "0", "0.5", "1e-300", "1e300", HUGE, "x", "true", *NONE]
+LISTS = ["[.nan]", "[-1]", "[0]", "[x]", "[[]]", "[null]", f"[{HUGE}]", "[1, 1]", "[0.5, 2]", "['']", *NONE]
+SECTIONS = {n: hint for n, hint in get_type_hints(TrainConfig).items() if is_dataclass(hint)}
+REQUIRED = ["run_name=x", "folder=x", "duration=9ba", "weights=[x]", "reference=x"]
+
+
+def kinds(hint):
+    """The plain types that a field may have."""
+    if get_origin(hint) in (types.UnionType, Union):
+        return set().union(*(kinds(part) for part in get_args(hint)))
+    return {get_origin(hint) or hint}
+
+
+def odd_settings(schema):
+    """(field, value) for all fields of a schema that are no sections, and all odd values of their types."""
+    for name, hint in get_type_hints(schema).items():
+        found = kinds(hint)
+        values = TEXTS if str in found else []
+        values = values + (NUMBERS if found & {int, float, bool} else [])
+        values = values + (LISTS if found & {list, dict} else [])
+        yield from ((name, value) for value in ([] if is_dataclass(hint) else dict.fromkeys(values)))
+
+
+def accepted(schema):
+    """The odd settings that the schema takes; asserts that each other one is a line that names its key."""
+    required = [r for r in REQUIRED if r.split("=")[0] in get_type_hints(schema)]
+    for name, value in odd_settings(schema):
+        try:
+            load_config(schema, None, [*required, f"{name}={value}"])
+        except ConfigError as error:
+            assert name in str(error), (name, value)
+            assert "\n" not in str(error), (name, value)
+        else:
+            yield name, value
+
+
+@pytest.fixture
+def small(digits, tmp_path, monkeypatch):
+    """A YAML of a small run on the digits; what a setting writes, it writes into a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        "run_name: small\nfolder: run\nduration: 10ba\n"
+        "model: {size: 8, channels: 1, classes: 10, width: 16, depth: 1, heads: 2}\n"
+        f"data: {{local: {digits}, batch_size: 16}}\n"
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize("section", [None, *SECTIONS])
+def test_an_odd_setting_is_one_line_or_a_run_that_can_start(section, small):
+    found: dict[str, list[str]] = {}
+    for name, value in accepted(SECTIONS[section] if section else TrainConfig):
+        found.setdefault(name, []).append(value)
+    assert found
+    for name, value in [(name, value) for name, values in found.items() for value in {values[0], values[-1]}]:
+        key = f"{section}.{name}" if section else name
+        try:
+            config = load_config(TrainConfig, small, [f"{key}={value}"])
+            assert "parameters: " in dry_run(config)
+        except ConfigError as error:
+            assert key in str(error), (key, value)
+            assert "\n" not in str(error), (key, value)
+        else:
+            problems, _ = preflight.problems(config, 1)
+            assert all(key in line and "\n" not in line for line in problems), (key, value, problems)
+
+
+def test_an_odd_setting_of_a_sweep_is_one_line():
+    assert {name for name, _ in accepted(SweepConfig)} >= {"folder", "w", "seed"}
+
+
+def test_an_odd_setting_of_a_plan_is_one_line_or_a_plan(small):
+    for name, value in accepted(Cluster):
+        cluster = load_config(Cluster, None, [f"{name}={value}"])
+        assert "| GPUs |" in plan.report(load_config(TrainConfig, small, ["data.batch_size=512"]), cluster)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("value", ["x", "[]", "1", "null"])
+def test_a_value_in_the_place_of_a_section_is_one_line_that_names_it(section, value):
+    with pytest.raises(ConfigError, match=f"^{section}: .*"):
+        load_config(TrainConfig, None, [*REQUIRED[:3], f"{section}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=.nan", "optimizer.lr: nan must be positive and finite"),
+        ("optimizer.lr=.inf", "optimizer.lr: inf must be positive and finite"),
+        ("optimizer.weight_decay=-5", "optimizer.weight_decay: -5.0 must be finite and not negative"),
+        ("optimizer.eps=0", "optimizer.eps: 0.0 must be positive and finite"),
+        ("optimizer.warmup=10sec", "optimizer.warmup: 10sec must be in the unit of duration, 10ba"),
+        ("seed=-1", "seed: -1 must be a whole number from 0 to 2147483647"),
+        ("save_interval=0ba", "save_interval: '0ba' is not a time"),
+        ("duration=99tok", "duration: '99tok' is not a time"),
+        ("data.canonical_nodes=0", "data.canonical_nodes: 0 must be a whole number from 1"),
+        ("data.cache_limit=1gb", "data.cache_limit: 1gb would delete shards that only data.local has"),
+        ("microbatch=17", "microbatch: 17 is more than data.batch_size, 16"),
+        ("run_name=../x", "run_name: '../x' must be letters"),
+        ("run_name=''", "run_name: '' must be letters"),
+        ("run_name=${oc.env:HOME}", "run_name: '${oc.env:HOME}' may refer to other keys only"),
+        ("folder=runs/${oc.decode:x}", "folder: 'runs/${oc.decode:x}' may refer to other keys only"),
+        ("folder=${${run_name}:x}", "folder: '${${run_name}:x}' may refer to other keys only"),
+        ("grid.labels=[11]", "grid.labels: [11] must be in 0..10"),
+    ],
+)
+def test_a_setting_that_breaks_its_rule_says_which_rule(small, override, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(TrainConfig, small, [override])
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.batch_size=1798", "data.batch_size: 1798 is more than the 1797 samples of "),
+        ("data.canonical_nodes=1798", "data.canonical_nodes: 1798 is more than the 1797 samples of "),
+    ],
+)
+def test_more_than_the_dataset_holds_is_refused_before_the_start(small, override, message):
+    (problem,), _ = preflight.problems(load_config(TrainConfig, small, [override]), 1)
+    assert problem.startswith(message)
+
+
+def test_the_manifest_is_read_once(small, monkeypatch):
+    read, calls = preflight.read_manifest, []
+    monkeypatch.setattr(preflight, "read_manifest", lambda uri: calls.append(uri) or read(uri))
+    problems, manifest = preflight.problems(load_config(TrainConfig, small, []), 1)
+    assert (problems, manifest.num_samples, len(calls)) == ([], 1797, 1)
+
+
+def test_a_number_is_a_number_everywhere(small):
+    given = ["objective.guidance=2", "optimizer.betas=[0,0.5]", "step.clip=1", "log.peak_tflops=989"]
+    given += ["data.normalize={mean: [127], std: [64.5]}"]
+    config = load_config(TrainConfig, small, given)
+    assert (config.objective.guidance, config.optimizer.betas) == ([2.0], [0.0, 0.5])
+    assert (config.step.clip, config.log.peak_tflops) == (1.0, 989.0)
+    assert config.data.normalize == {"mean": [127], "std": [64.5]}
+    assert load_config(TrainConfig, small, ["objective.guidance=[1,2.5]"]).objective.guidance == [1.0, 2.5]
+
+
+def test_keys_may_refer_to_keys(small):
+    config = load_config(TrainConfig, small, ["folder=runs/${run_name}-${data.batch_size}"])
+    assert config.save_folder == "runs/small-16/checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "base: b.yaml", "b": "base: a.yaml"}, "a.yaml: its base leads back to itself: "),
+        ({"a": "base: [b, c]"}, "a.yaml: base: ['b', 'c'] is not the name of one YAML"),
+        ({"a": "base: b.yaml"}, "b.yaml: no such file"),
+        (
+            {"a": "base: '${oc.env:HOME}/b.yaml'"},
+            "base: '${oc.env:HOME}/b.yaml' may refer to other keys only",
+        ),
+        ({"a": "x: &x [*x]"}, "a.yaml: not valid YAML"),
+        ({"a": "3"}, "a.yaml: "),
+    ],
+)
+def test_a_yaml_that_cannot_be_read_is_one_line(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(TrainConfig, str(tmp_path / "a.yaml"), [])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    if "b" in files:
+        names = ["a.yaml", "b.yaml", "a.yaml"]
+        assert " -> ".join(str(tmp_path / name) for name in names) in str(error.value)
+
+
+def test_a_plan_needs_no_data_and_takes_any_gpu(small, capsys):
+    sheet = "gpu={flops: 5e14, memory: 1e11, memory_rate: 4e12, node_rate: 4e11, network_rate: 1e11}"
+    plan.main([small, "data.local=nowhere", "gpus=1", sheet])
+    assert "of a GPU's 500 bf16 TFLOP/s" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"add it to GPUS in recipe/plan.py, or give its data sheet"):
+        plan.main([small, "gpu=b300"])
