@@ -1,5 +1,5 @@
 """Streaming's dataset with its silent traps closed: shards are checked before they count as present, a failed
-download ends the run instead of the epoch, and jobs on one machine do not take each other's names.
+download ends the run instead of the epoch, and a cache serves one job at a time.
 """
 
 from __future__ import annotations
@@ -7,19 +7,17 @@ from __future__ import annotations
 import fcntl
 import logging
 import multiprocessing
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import gettempdir
 from typing import IO, Any
 
 from composer.utils import dist
-from filelock import FileLock, Timeout
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
 
+from recipe import patches
 from storage import attempt
 from storage.manifest import DatasetError
 
@@ -27,47 +25,22 @@ log = logging.getLogger("recipe.dataset")
 HASH = "xxh64"  # the one that streaming_convert writes
 
 
-@contextmanager
-def alone_on_this_machine() -> Iterator[None]:
-    """Let one job at a time set up Streaming here, waiting at most a minute for another.
-
-    Streaming takes the first free number in /dev/shm, looked up by every rank for itself: of two jobs that
-    start together one would crash, or its ranks wait for each other forever. The lock lies there, too, since
-    nodes that are containers of one machine have a /dev/shm each.
-    """
-    folder = "/dev/shm" if os.path.isdir("/dev/shm") else gettempdir()
-    lock = FileLock(f"{folder}/streaming-{os.getuid()}.lock", timeout=60)
-    if dist.get_local_rank() == 0:
-        with suppress(Timeout):
-            lock.acquire()
-    dist.barrier()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def claim_cache(local: str) -> IO[str] | None:
-    """Reserve this node's cache folder for this job, and forget the names that a killed job left for it.
+    """Reserve this node's cache folder for this job; all ranks call it, local rank 0 holds the lock.
 
-    Streaming refuses a folder that is named in /dev/shm, also where the job that named it is dead. The lock
-    goes with the process, however it ends, and is not inherited by its workers; local rank 0 holds it.
-    Raises DatasetError where a live job has it.
+    The lock goes with the process, however it ends, and is not inherited by its workers. Raises DatasetError
+    on all ranks where a live job has the folder.
     """
-    if dist.get_local_rank() != 0:
-        return None
-    Path(local).mkdir(parents=True, exist_ok=True)
-    lock = open(Path(local) / ".lock", "w")  # noqa: SIM115
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DatasetError(f"data.local: {local} is in use by another run; give each its own cache") from None
-    for names in Path("/dev/shm").glob("[0-9]*_locals"):
-        readable = os.access(names, os.R_OK)  # other users' are not
-        if readable and os.path.abspath(local).encode() in names.read_bytes()[4:].split(b"\0"):
-            number = names.name.removesuffix("locals")
-            for left in (*names.parent.glob(f"{number}*"), *Path(gettempdir()).glob(f"{number}*_filelock")):
-                left.unlink(missing_ok=True)
+    lock = problem = None
+    if dist.get_local_rank() == 0:
+        Path(local).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(local) / ".lock", "w")  # noqa: SIM115
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = f"data.local: {local} is in use by another run; give each its own cache"
+    if problems := list(filter(None, dist.all_gather_object(problem))):
+        raise DatasetError(problems[0])
     return lock
 
 
@@ -124,9 +97,9 @@ class TrainingDataset(StreamingDataset):
         self._event = SharedFlag()  # set by the thread that fails; Streaming's own is for one worker
         self._present: set[int] = set()  # shards that this worker has seen to be there
         self._failure = "another worker of this rank could not read a shard, see its message"
-        with alone_on_this_machine():
-            self._lock = claim_cache(local) if remote else None
-            super().__init__(streams=[CheckedStream(remote=remote, local=local, download_retry=1)], **options)
+        self._lock = claim_cache(local) if remote else None
+        patches.choose_names_once()
+        super().__init__(streams=[CheckedStream(remote=remote, local=local, download_retry=1)], **options)
 
     def __getitem__(self, at: Any) -> dict[str, Any]:  # noqa: ANN401
         return {**super().__getitem__(at), "sample": at}

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from composer.distributed import fsdp2
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.utils.checkpoint import checkpoint
 
+from recipe import patches
 from recipe.dit import Block, DiT
 from recipe.rules import check, not_negative, one_of, positive, rule
 
@@ -62,9 +60,8 @@ def parallelism(config: ParallelConfig, device: str) -> ParallelismConfig | None
     if not config.fsdp2:
         return None
     if device == "cpu":
-        _divide_gradients_explicitly()
-    # Weights alone take the lower precision: neither the times that enter the network nor its residual stream
-    fsdp2.MixedPrecisionPolicy = partial(MixedPrecisionPolicy, cast_forward_inputs=False)
+        patches.divide_gradients_explicitly()
+    patches.gather_weights_alone()
     mesh, world = None, dist.get_world_size()
     if config.replicas > 1:
         if world % config.replicas:
@@ -77,13 +74,3 @@ def parallelism(config: ParallelConfig, device: str) -> ParallelismConfig | None
         "mixed_precision": config.mixed_precision,
     }
     return ParallelismConfig(fsdp2=FSDP2Config(**options))
-
-
-def _divide_gradients_explicitly() -> None:
-    """gloo's reduce_scatter takes AVG for SUM (pytorch 162338): have FSDP2 sum and divide, as for fp16."""
-    original = _fsdp_collectives._get_gradient_divide_factors
-
-    def explicit(scatter_group: object, reduce_group: object, _dtype: torch.dtype, *rest: object) -> object:
-        return original(scatter_group, reduce_group, torch.float16, *rest)
-
-    _fsdp_collectives._get_gradient_divide_factors = explicit

@@ -7,15 +7,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from streaming.base.shared.prefix import _pack_locals
 
+from recipe import patches
 from recipe.data import DataConfig, train_loader
 from recipe.dataset import TrainingDataset
 from storage.manifest import DatasetError, read_manifest
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run
 
 NAMESPACES = shutil.which("unshare") and not subprocess.run(["unshare", "-rm", "true"]).returncode
 
@@ -55,12 +57,106 @@ def test_a_missing_shard_is_named_and_does_not_end_the_epoch(remote, tmp_path, w
         first_batch(remote, tmp_path / "cache", workers)
 
 
-def test_names_that_a_killed_job_left_are_forgotten(remote, tmp_path):
-    cache = tmp_path / "cache"
-    left = Path("/dev/shm/900000_locals")
-    left.write_bytes(_pack_locals([str(cache)], 900000))
-    first_batch(remote, cache)
-    assert not left.exists()
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """A temporary folder of the test's own, for its child processes too."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_what_killed_jobs_left_is_removed_and_what_may_be_in_use_is_not(remote, temporary):
+    """Numbers: 900000 ended without a trace of its names, 900001 was killed, 900002 is alive, 900003 is of
+    another program, which locks nothing, 900004 is locked at this moment.
+    """
+    content = {900001: patches.CLAIMED, 900002: patches.CLAIMED, 900003: b""}
+    names = [Path(f"/dev/shm/{number}_{name}") for number in content for name in ("barrier", "locals")]
+    for name in names:
+        number = int(name.name[:6])
+        name.write_bytes(_pack_locals(["elsewhere"], number) + content[number])
+    locks = [temporary / f"90000{n}_cache_filelock" for n in range(5)]
+    for lock in locks:
+        lock.touch()
+    alive = [patches.seize(Path("/dev/shm/900002_locals")), patches.seize(locks[4])]
+    try:
+        first_batch(remote, temporary / "cache")
+        left = {path.name for path in (*names, *locks) if path.exists()}
+        numbers = {2: ("barrier", "locals", "cache_filelock"), 3: ("barrier", "locals", "cache_filelock")}
+        expected = {f"90000{n}_{name}" for n, kinds in numbers.items() for name in kinds}
+        assert left == {*expected, "900004_cache_filelock"}
+    finally:
+        for name in names:
+            name.unlink(missing_ok=True)
+    assert all(alive)
+
+
+def test_a_killed_job_leaves_its_number_to_the_next_and_that_one_leaves_nothing(remote, temporary):
+    read = """if True:
+        import os, signal, sys
+        from recipe.data import DataConfig, train_loader
+        remote, cache, end = sys.argv[1:]
+        loader = train_loader(DataConfig(local=cache, remote=remote, batch_size=16, workers=1), seed=0)
+        batches = iter(loader)
+        next(batches)
+        print(loader.dataset._shm_prefix_int, flush=True)
+        os.killpg(0, signal.SIGKILL) if end == "kill" else None
+    """
+    numbers = []
+    for end in ("kill", "exit"):
+        command = [sys.executable, "-c", read, remote, temporary / "cache", end]
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True)
+        assert process.returncode == (-9 if end == "kill" else 0), process.stderr
+        numbers.append(int(process.stdout))
+        locks = sorted(path.name for path in temporary.glob("*_filelock"))
+        names = [path.name[7:] for path in Path("/dev/shm").glob(f"{numbers[0]:06}_*")]
+        if end == "kill":
+            assert locks == [f"{numbers[0]:06}_{name}_filelock" for name in ("barrier", "cache")]
+            assert "locals" in names
+    assert (locks, names) == ([], [])
+
+
+RANK = """
+import sys, time
+from pathlib import Path
+from composer.utils import dist
+from recipe import dataset
+
+remote, cache, *names = sys.argv[1:]
+claim = dataset.claim_cache
+
+def slowly(local):
+    if dist.get_local_rank() == 0:
+        time.sleep(3)
+        for name in names:
+            Path(name).unlink()
+    return claim(local)
+
+dataset.claim_cache = slowly
+dist.initialize_dist("cpu")
+print(len(dataset.TrainingDataset(remote, cache, batch_size=16)))
+"""
+
+
+def test_ranks_agree_on_a_number_while_names_and_lock_files_of_other_jobs_vanish(remote, temporary):
+    """With a cache that is there already, so that rank 1 need not wait for the index."""
+    names = [Path(f"/dev/shm/{number:06}_locals") for number in range(40)]
+    names = [name for name in names if not name.exists()]
+    for name in names:
+        name.write_bytes(_pack_locals(["elsewhere"], int(name.name[:6])))
+    locks = [temporary / f"{number:06}_barrier_filelock" for number in range(50, 350)]
+    for lock in locks:
+        lock.touch()
+    shutil.copytree(remote, temporary / "cache")
+    script = temporary / "rank.py"
+    script.write_text(RANK)
+    try:
+        launcher = ["-m", "composer.cli.launcher", "-n", 2, "--master_port", 29521]
+        process = run(*launcher, script, remote, temporary / "cache", *names)
+    finally:
+        for name in names:
+            name.unlink(missing_ok=True)
+    assert process.stdout.split()[0] == "899"  # of 1797, by two ranks
+    assert not list(temporary.glob("*_filelock"))
 
 
 def test_a_cache_in_use_is_refused(remote, tmp_path):

@@ -1,0 +1,142 @@
+"""What this project replaces inside Composer, Streaming and FSDP2, and what else it knows of their insides.
+
+To be read before an upgrade; tests/test_patches.py fails when any of it changes.
+
+Replaced, by the functions below:
+
+    composer.distributed.fsdp2.MixedPrecisionPolicy (mosaicml 0.32.1)
+        breaks where Composer gets its policy elsewhere
+    torch.distributed.fsdp._fully_shard._fsdp_collectives._get_gradient_divide_factors (torch 2.7 to 2.11)
+        breaks where another argument than the third is the dtype; to be removed when pytorch 162338 is mended
+    streaming.base.dataset.get_shm_prefix (streaming 0.13.0)
+        breaks where names are not NNNNNN_* in /dev/shm and NNNNNN_*_filelock in the temporary folder, or who
+        waits for a lock file does not notice that it has been unlinked (filelock 4.2)
+
+Overridden in subclasses, where the reasons stand:
+
+    Stream._download_file, StreamingDataset.prepare_shard, _prepare_thread, _ready_thread, _event and
+        _shard_states (streaming 0.13.0), in recipe/dataset.py
+    CheckpointSaver._save_checkpoint (mosaicml 0.32.1), in recipe/resume.py
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+from contextlib import nullcontext
+from functools import partial
+from multiprocessing.util import Finalize
+from pathlib import Path
+from tempfile import gettempdir
+from typing import IO
+
+import streaming.base.dataset
+import torch
+from composer.distributed import fsdp2
+from composer.utils import dist
+from streaming.base.constant import LOCALS
+from streaming.base.shared import SharedMemory
+from streaming.base.shared.prefix import _get_path, _pack_locals
+from streaming.base.world import World
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+
+SHARED = Path("/dev/shm")
+ANY = "[0-9]" * 6
+CLAIMED = b"terminal-velocity"  # ends the content of NNNNNN_locals, after what Streaming reads of it
+
+_divide_factors = _fsdp_collectives._get_gradient_divide_factors
+
+
+def gather_weights_alone() -> None:
+    """FSDP2 casts weights, but neither the times that enter the network nor its residual stream."""
+    fsdp2.MixedPrecisionPolicy = partial(MixedPrecisionPolicy, cast_forward_inputs=False)
+
+
+def divide_gradients_explicitly() -> None:
+    """gloo's reduce_scatter takes AVG for SUM (pytorch 162338): have FSDP2 sum and divide, as for fp16."""
+
+    def explicit(scatter_group: object, reduce_group: object, _dtype: torch.dtype, *rest: object) -> object:
+        return _divide_factors(scatter_group, reduce_group, torch.float16, *rest)
+
+    _fsdp_collectives._get_gradient_divide_factors = explicit
+
+
+def choose_names_once() -> None:
+    """Streaming has every rank look the first free number up, while jobs that start or end change it."""
+    streaming.base.dataset.get_shm_prefix = claim_names
+
+
+def claim_names(local: list[str], _remote: list[str | None], world: World) -> tuple[int, SharedMemory]:
+    """The number NNNNNN that begins all names of this job on this node, and NNNNNN_locals, which claims it.
+
+    Local rank 0 chooses and tells the ranks of its node; all ranks call this. The number is the job's that
+    creates NNNNNN_locals, so jobs that start together do not wait for each other.
+    """
+    number = memory = None
+    if world.is_local_leader:
+        remove_dead_names()
+        number, memory = create_locals(local)
+    number = dist.all_gather_object(number)[world.node * world.ranks_per_node]
+    # After the loader's workers have ended, which would make the files again
+    Finalize(None, remove_lock_files, (f"{number:06}",), exitpriority=-1)
+    return number, memory or SharedMemory(_get_path(number, LOCALS), False)
+
+
+def create_locals(local: list[str]) -> tuple[int, SharedMemory]:
+    """NNNNNN_locals of the first number without names and lock files; locked until the job has ended."""
+    taken = {path.name[:6] for path in (*names(ANY), *lock_files(ANY))}
+    for number in itertools.filterfalse(lambda n: f"{n:06}" in taken, itertools.count()):
+        content = _pack_locals(local, number) + CLAIMED
+        try:
+            memory = SharedMemory(_get_path(number, LOCALS), True, len(content))
+            break
+        except FileExistsError:  # another job was faster
+            continue
+    memory.lock = seize(SHARED / _get_path(number, LOCALS), wait=True)
+    memory.buf[: len(content)] = content  # after the lock: claimed and not locked means dead
+    return number, memory
+
+
+def names(number: str) -> list[Path]:
+    """Streaming's shared memory of one number, or of ANY."""
+    return list(SHARED.glob(f"{number}_*"))
+
+
+def lock_files(number: str) -> list[Path]:
+    """Streaming's lock files of one number, or of ANY."""
+    return list(Path(gettempdir()).glob(f"{number}_*_filelock"))
+
+
+def seize(path: Path, wait: bool = False) -> IO[bytes] | None:
+    """A file of this user, locked until it is closed here and in forked children; None if another has it."""
+    try:
+        file = path.open("rb")
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return None
+    status = os.fstat(file.fileno())
+    return file if status.st_nlink and status.st_uid == os.getuid() else None
+
+
+def remove_dead_names() -> None:
+    """Forgets this user's jobs that were killed: names that `claim_names` claimed and that are not locked any
+    more, and lock files of numbers without names.
+    """
+    for path in SHARED.glob(f"{ANY}_{LOCALS}"):
+        with seize(path) or nullcontext() as file:
+            if file and file.read().endswith(CLAIMED):
+                for left in sorted(names(path.name[:6]), key=lambda left: left == path):  # the lock last
+                    left.unlink(missing_ok=True)
+    alive = {path.name[:6] for path in names(ANY)}
+    for number in {path.name[:6] for path in lock_files(ANY)} - alive:
+        remove_lock_files(number)
+
+
+def remove_lock_files(number: str) -> None:
+    """Those of this user that no process holds; one that waits for such a file makes another."""
+    for path in lock_files(number):
+        with seize(path) or nullcontext() as file:
+            if file:
+                path.unlink(missing_ok=True)
