@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from eval.reference import MDSImages
-from eval.sample import Generator, grid
+from eval.sample import Generator
+from recipe.sampler import grid
 
 Row = dict[str, Any]
 

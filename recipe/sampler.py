@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from recipe.draws import Stream, keys, normal
 from recipe.tvm import Network
@@ -39,3 +41,9 @@ def sample(
                 velocity = free + w * (velocity - free)
         x = x + (s - t) * velocity
     return x
+
+
+def grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:
+    """uint8 images (N, C, H, W), C 1 or 3 => one white-framed picture (rows, columns, 3), row by row."""
+    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return make_grid(images, columns, gap, pad_value=255).permute(1, 2, 0).numpy()

@@ -9,12 +9,13 @@ import torch
 from composer.core import Callback
 from PIL import Image
 
-from eval.sample import Generator, grid
+from eval.sample import Generator
 from recipe.callbacks import pictures, quarter_sums
 from recipe.config import TrainConfig, load_config
 from recipe.data import Normalizer
 from recipe.plan import step_flops
 from recipe.resume import Preemption
+from recipe.sampler import grid
 from recipe.train import build_trainer
 from recipe.tvm import draw
 from tests.conftest import TINY
