@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from benchmarks.device import environment
+from eval.reference import make_extractor, open_images
 from eval.report import read_log
-from eval.score import make_extractor, open_reference
 from recipe.config import TrainConfig, load_config
 from recipe.resume import PREEMPTED, newest
 
@@ -49,7 +49,7 @@ def prepare() -> None:
     """The pictures, and the classifier in whose features the distance is taken; both are kept."""
     if not (DATA / "train").is_dir():
         python("-m", "streaming_convert", "emoji", "--size", 32, "--out", DATA)
-    make_extractor("classifier", None, open_reference(str(DATA / "train")), str(DATA), torch.device("cpu"))
+    make_extractor("classifier", None, open_images(DATA / "train"), str(DATA), torch.device("cpu"))
 
 
 def train_and_score(objective: str, config: str, minutes: float, overrides: list[str], out: Path) -> dict:

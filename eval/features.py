@@ -1,32 +1,41 @@
-"""Feature extractors: uint8 images (N, C, H, W) => float64 features (N, F)."""
+"""Feature extractors, uint8 images (N, C, H, W) => float64 features (N, F), and sets of their features."""
 
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 from urllib.error import URLError
 
 import torch
+from composer.utils import dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eval.metrics import FeatureMoments
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class FeatureExtractor(Protocol):
+class FeatureExtractor:
     """What the metrics need to know of a network."""
 
     name: str
     num_features: int
+    device: torch.device
+    has_logits = True
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """uint8 images (N, C, H, W) => float64 features (N, F) and, if it has them, class scores (N, K)."""
+        raise NotImplementedError
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Returns float64 features (N, F), on the extractor's device, of uint8 images (N, C, H, W)."""
+        """The features alone."""
+        return self.features_and_logits(images)[0]
 
 
 def load_extractor(
@@ -71,7 +80,7 @@ class ClassifierSettings:
     data_sha256: str
 
 
-class SmallImageClassifier:
+class SmallImageClassifier(FeatureExtractor):
     """A small convolutional network trained on labelled images in seconds, as feature extractor for them.
 
     Make one with `train`. Its features are the activations before the last linear layer.
@@ -175,22 +184,14 @@ class SmallImageClassifier:
         return self
 
     @torch.inference_mode()
-    def features(self, images: Tensor) -> Tensor:
-        """uint8 images (N, C, S, S) => float64 features (N, F)."""
-        return torch.cat([self.network[:-1](x) for x in self._batches(images)])
-
-    @torch.inference_mode()
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N, F) and class scores (N, K) from one pass."""
-        features = self.features(images)
+        """uint8 images (N, C, S, S) => float64 features (N, F) and class scores (N, K)."""
+        features = torch.cat([self.network[:-1](x) for x in self._batches(images)])
         return features, self.network[-1](features)
 
-    @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
-        """uint8 images (N, C, S, S) => float64 class scores (N, K)."""
-        return torch.cat([self.network(x) for x in self._batches(images)])
-
-    __call__ = features
+        """The class scores alone."""
+        return self.features_and_logits(images)[1]
 
     def _batches(self, images: Tensor) -> Iterator[Tensor]:
         _require_uint8(images, self.settings.channels)
@@ -260,7 +261,7 @@ def _fit(network: nn.Module, images: Tensor, labels: Tensor, epochs: int, batch_
 # ---------------------------------------------------------------- published networks
 
 
-class Inception2015:
+class Inception2015(FeatureExtractor):
     """The Inception-v3 graph of 2015-12-05, 2048 pooled features, by torch-fidelity.
 
     It resizes as TensorFlow 1 did and takes images of any size. The weights are torch-fidelity's
@@ -290,10 +291,6 @@ class Inception2015:
         self.device = torch.device(device)
         self.graph = graph.to(self.device)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 RGB or grey images (N, C, H, W) => float64 features (N, 2048)."""
-        return self.features_and_logits(images)[0]
-
     @torch.inference_mode()
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, 2048) and, from the same pass, the logits (N, 1008) for the Inception score."""
@@ -302,7 +299,7 @@ class Inception2015:
         return features.double(), logits.double()
 
 
-class DinoV2:
+class DinoV2(FeatureExtractor):
     """DINOv2 ViT-L/14, the normalised class token (1024 features), by transformers.
 
     For FD-DINOv2 (Stein et al. 2023). Images are resized to 224x224 pixels, bicubic with antialiasing, and
@@ -310,6 +307,7 @@ class DinoV2:
     """
 
     name = "dinov2-vitl14"
+    has_logits = False
 
     def __init__(self, weights: str | None = None, device: str | torch.device = "cpu") -> None:
         from transformers import Dinov2Model
@@ -329,11 +327,11 @@ class DinoV2:
         self.std = 255 * torch.tensor(IMAGENET_STD, device=self.device).view(1, 3, 1, 1)
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Tensor:
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, None]:
         """uint8 RGB or grey images (N, C, H, W) => float64 features (N, 1024)."""
         pixels = _to_rgb(images).to(self.device, torch.float32)
         pixels = F.interpolate(pixels, (224, 224), mode="bicubic", antialias=True)
-        return self.model((pixels - self.mean) / self.std).pooler_output.double()
+        return self.model((pixels - self.mean) / self.std).pooler_output.double(), None
 
 
 def _to_rgb(images: Tensor) -> Tensor:
@@ -354,3 +352,46 @@ EXTRACTORS: dict[str, Callable[[str | None, str | torch.device], FeatureExtracto
     "dinov2-vitl14": DinoV2,
     "classifier": _load_classifier,
 }
+
+
+# ---------------------------------------------------------------- a set of images
+
+
+class FeatureSet:
+    """Features of one set of images; every rank adds its share, and all ranks get the same results.
+
+    The Frechet distance needs only moments, whose memory does not grow with the number of images. `keep`
+    names what else is needed: `features` and/or `logits`.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, keep: Collection[str] = ()) -> None:
+        self.extractor = extractor
+        origin = torch.zeros(extractor.num_features, device=extractor.device)
+        self._moments = FeatureMoments(extractor.num_features, origin)
+        self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in keep}
+        self._matches = torch.zeros(1, dtype=torch.int64, device=extractor.device)
+
+    def add(self, images: Tensor, index: Tensor, labels: Tensor | None = None) -> None:
+        """uint8 images (B, C, H, W); index: int64 (B,), their places in the set; labels: asked of them."""
+        features, logits = self.extractor.features_and_logits(images)
+        self._moments.update(features)
+        for name, kept in self._kept.items():
+            kept.append((index, {"features": features, "logits": logits}[name].cpu()))
+        if labels is not None and logits is not None:
+            self._matches += (logits.argmax(1) == labels.to(logits.device)).sum()
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean (F,) and covariance (F, F) over all ranks."""
+        return self._moments.compute()
+
+    def rows(self, name: str) -> Tensor:
+        """The kept `features` (N, F) or `logits` (N, K) of all ranks, in the order of the index."""
+        gathered = [pair for part in dist.all_gather_object(self._kept[name]) for pair in part]
+        index, rows = (torch.cat(parts) for parts in zip(*gathered, strict=True))
+        return rows[index.argsort()]
+
+    def matches(self) -> int:
+        """How many images the extractor's own classifier finds to be of the class that was asked for."""
+        total = self._matches.clone()
+        dist.all_reduce(total)
+        return int(total)

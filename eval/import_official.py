@@ -282,42 +282,66 @@ def _check_against_network(state: dict[str, Tensor], config: DiTConfig) -> None:
         raise RefusedPickle("pos_embed: not the two-dimensional sine-cosine embedding")
 
 
-def weights_facts(facts: dict, guidance: float) -> dict:
-    """What our weights say beside the architecture: `read_snapshot`'s facts and the authors' published ones.
+def weights_facts(
+    facts: dict, guidance: float, mean: list[float] | None = None, std: list[float] | None = None
+) -> dict:
+    """What our weights say beside the architecture: `read_snapshot`'s facts and what is not in the file.
+
+    mean, std: one number, or one per channel, of what the network was trained on: latents without scaling,
+    or, with 1 or 3 channels, pixels in 0..255 units. None: the authors' published ones.
 
     Raises:
-        RefusedPickle: latents of a size for which no normalisation was published.
+        RefusedPickle: they do not fit the channels, or none were published for latents of this size.
     """
-    size = facts["model"]["size"]
-    if size not in LATENTS or facts["model"]["channels"] != 4:
-        raise RefusedPickle(
-            f"latents of 4 channels and {' or '.join(map(str, LATENTS))} pixels were released"
-        )
-    mean, std = LATENTS[size]
-    encoder = {"name": "stabilityai/sd-vae-ft-ema", "scaling": 1.0}
+    size, channels = facts["model"]["size"], facts["model"]["channels"]
+    if mean is None or std is None:
+        if size not in LATENTS or channels != 4:
+            sizes = " or ".join(map(str, LATENTS))
+            raise RefusedPickle(
+                f"a network of {channels} channels at {size}x{size}: the normalisation is known for 4 "
+                f"channels at {sizes} pixels only; give --mean and --std"
+            )
+        mean, std = LATENTS[size]
+    for name, values in (("--mean", mean), ("--std", std)):
+        if len(values) not in (1, channels):
+            raise RefusedPickle(f"{name}: {len(values)} numbers for {channels} channels")
+    column = "image" if channels in (1, 3) else "latents"
+    encoder = {"name": "stabilityai/sd-vae-ft-ema" if channels == 4 else "precomputed", "scaling": 1.0}
+    normalization = {name: [*v] * (channels // len(v)) for name, v in (("mean", mean), ("std", std))}
     return {
         "method": {**facts["method"], "guidance": [guidance]},
-        "data": {"column": "latents", "mean": mean, "std": std, "class_names": [], "encoder": encoder},
+        "data": {"column": column, **normalization, "class_names": [], "encoder": encoder},
         "average": "ema",
         "step": None,
         "train_seconds": None,
     }
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eval.import_official", description=__doc__)
+    add = parser.add_argument
+    add("snapshot", help="the released network-snapshot-*.pkl")
+    add("--guidance", type=float, required=True, help="the w that this network was trained with")
+    for name in ("mean", "std"):
+        text = f"{name} of its training data, one or one per channel; default: as published"
+        add(f"--{name}", type=float, nargs="+", help=text)
+    add("--out", required=True, help="path of the weights to write, without suffix")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m eval.import_official", description=__doc__)
-    parser.add_argument("snapshot", help="the released network-snapshot-*.pkl")
-    parser.add_argument(
-        "--guidance", type=float, required=True, help="the w that this network was trained with"
-    )
-    parser.add_argument("--out", required=True, help="path of the weights to write, without suffix")
+    parser = _parser()
     args = parser.parse_args(argv)
-    if not 0 < args.guidance < math.inf:
-        parser.error(f"--guidance: {args.guidance} must be positive")
+    for name, values in (("guidance", [args.guidance]), ("std", args.std or [])):
+        if not all(0 < value < math.inf for value in values):
+            parser.error(f"--{name}: {' '.join(map(str, values))} must be positive")
+    if (args.mean is None) != (args.std is None) or not all(map(math.isfinite, args.mean or [])):
+        parser.error("--mean and --std: give finite numbers for both")
     try:
         state, facts = read_snapshot(args.snapshot)
-        save_weights(args.out, state, DiTConfig(**facts["model"]), weights_facts(facts, args.guidance))
+        facts |= weights_facts(facts, args.guidance, args.mean, args.std)
+        save_weights(args.out, state, DiTConfig(**facts.pop("model")), facts)
     except (RefusedPickle, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

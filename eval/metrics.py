@@ -3,6 +3,7 @@
 Shapes: N samples, F features, K classes. Features are float64 unless said otherwise.
 """
 
+import statistics
 import warnings
 
 import torch
@@ -104,6 +105,36 @@ def _root(covariance: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt()
 
 
+def sample_distance(one: Tensor, other: Tensor) -> float:
+    """Frechet distance of the moments of two sets of features (N, F) and (M, F)."""
+    return frechet_distance(one.mean(0), one.T.cov(), other.mean(0), other.T.cov())
+
+
+def resampled_distance(
+    one: Tensor, other: Tensor | None, count: int, draws: int, seed: int
+) -> tuple[float, float]:
+    """Frechet distance of `count` random rows of `one` (N, F) and of `other` (M, F), `draws` times.
+
+    At equal numbers such distances can be compared: that of finite sets grows as they shrink.
+
+    Args:
+        other: None for `count` other rows of `one` (or what is left, if that is less).
+
+    Returns:
+        Mean and standard deviation over the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    distances = []
+    for _ in range(draws):
+        order = torch.randperm(len(one), generator=generator)
+        if other is None:
+            rest = one[order[count : 2 * count]]
+        else:
+            rest = other[torch.randperm(len(other), generator=generator)[:count]]
+        distances.append(sample_distance(one[order[:count]], rest))
+    return sum(distances) / draws, statistics.pstdev(distances)
+
+
 def kernel_distance(
     features: Tensor, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
@@ -176,3 +207,18 @@ def _coverage(points: Tensor, support: Tensor, k: int, rows: int) -> float:
     radii = torch.cat([torch.cdist(part, support).kthvalue(k + 1).values for part in support.split(rows)])
     inside = [(torch.cdist(part, support) <= radii).any(1) for part in points.split(rows)]
     return float(torch.cat(inside).double().mean())
+
+
+def nearest(points: Tensor, support: Tensor, rows: int = 2048) -> tuple[Tensor, Tensor]:
+    """Distances (N,) from `points` (N, F) to the nearest of `support` (M, F), and the rows (N,) of these.
+
+    `rows` of either are compared at a time, which bounds the memory.
+    """
+    found = []
+    for part in points.split(rows):
+        blocks = [torch.cdist(part, block).min(1) for block in support.split(rows)]
+        distances, block = torch.stack([b.values for b in blocks]).min(0)
+        index = torch.stack([b.indices for b in blocks])[block, torch.arange(len(part))]
+        found.append((distances, block * rows + index))
+    distances, index = zip(*found, strict=True)
+    return torch.cat(distances), torch.cat(index)

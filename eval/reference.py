@@ -1,29 +1,34 @@
-"""Reference statistics: `python -m eval.reference SOURCE --extractor NAME --out stats.npz` makes them,
-`read_statistics` reads them and those that others publish.
+"""Real images, to measure samples by; `python -m eval.reference SOURCE --extractor NAME --out stats.npz`
+writes a file of their statistics, `read_statistics` reads it and those that others publish.
 
 SOURCE is a dataset folder of `streaming_convert` with an image column, or any folder of images.
 """
 
 import argparse
+import hashlib
 import math
 import struct
 import sys
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from composer.utils import dist
 from PIL import Image, UnidentifiedImageError
+from scipy.stats import mannwhitneyu
 from streaming import StreamingDataset
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from eval.features import EXTRACTORS, FeatureExtractor, load_extractor
-from eval.metrics import FeatureMoments
+from eval.features import EXTRACTORS, FeatureExtractor, FeatureSet, SmallImageClassifier, load_extractor
+from eval.metrics import nearest, resampled_distance
 from eval.restricted import Global, Node, RefusedPickle, read_file
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -88,23 +93,138 @@ def open_images(source: str | Path) -> Dataset:
     return MDSImages(folder) if (folder / "index.json").is_file() else ImageFiles(folder)
 
 
-def feature_moments(batches: Iterable[Tensor], extractor: FeatureExtractor) -> FeatureMoments:
-    """Moments of the features of uint8 images, given in batches (N, C, H, W)."""
-    moments = None
-    for images in batches:
-        features = extractor(images)
-        moments = moments or FeatureMoments(features.shape[1], shift=features.mean(0))
-        moments.update(features)
-    if moments is None:
-        raise ValueError("no images")
-    return moments
+class Reference:
+    """The real images as the extractor sees them: a folder of them, or a file of statistics.
+
+    digest: of the real images and the classifier, as far as their files say; others give other distances.
+    features: (N, F) if `keep` names them or a floor is wanted, else None.
+    floor: mean Frechet distance between random halves of the images, what perfect samples would score; None
+    for a file or with floor_splits 0.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        images: Dataset | None,
+        extractor: FeatureExtractor,
+        keep: Collection[str] = (),
+        batch_size: int = 256,
+        floor_splits: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.extractor, self.images, self.features, self.floor = extractor, images, None, None
+        self.digest = content_digest(source, extractor)
+        if images is None:
+            self.moments = read_statistics(source)
+            if len(self.moments[0]) != extractor.num_features:
+                raise ValueError(
+                    f"reference: {source} is of {len(self.moments[0])} features, "
+                    f"extractor {extractor.name} has {extractor.num_features}"
+                )
+            return
+        keep = {"features"} if floor_splits else {"features"} & set(keep)
+        found = measure(images, extractor, batch_size, keep)
+        self.moments = found.moments()
+        self.features = found.rows("features") if keep else None
+        if floor_splits:
+            half = math.ceil(len(images) / 2)
+            self.floor = resampled_distance(self.features, None, half, floor_splits, seed)[0]
 
 
-def write_statistics(path: str | Path, moments: FeatureMoments, extractor: str, source: str) -> None:
-    """Writes mu (F,) and sigma (F, F) in float64, and what they are statistics of, as .npz."""
-    mean, covariance = moments.compute()
-    arrays = {"mu": mean.cpu().numpy(), "sigma": covariance.cpu().numpy(), "num_samples": int(moments.count)}
-    np.savez(path, **arrays, extractor=extractor, source=source)
+def content_digest(source: str, extractor: FeatureExtractor) -> str:
+    """Of a statistics file, a dataset folder's index (it has checksums) or a folder's names and sizes."""
+    path = Path(source)
+    if path.is_dir():
+        index = path / "index.json"
+        sizes = [] if index.is_file() else sorted((str(p), p.stat().st_size) for p in path.rglob("*"))
+        content = index.read_bytes() if index.is_file() else repr(sizes).encode()
+    else:
+        content = path.read_bytes()
+    trained = asdict(extractor.settings) if isinstance(extractor, SmallImageClassifier) else {}
+    return hashlib.sha256(content + repr(trained).encode()).hexdigest()
+
+
+def measure(
+    images: Dataset,
+    extractor: FeatureExtractor,
+    batch_size: int,
+    keep: Collection[str] = (),
+    workers: int = 0,
+) -> FeatureSet:
+    """The features of a data set, shared among the ranks; workers: processes that decode images."""
+    index = torch.arange(dist.get_global_rank(), len(images), dist.get_world_size())
+    loader = DataLoader(Subset(images, index.tolist()), batch_size, num_workers=workers)
+    found = FeatureSet(extractor, keep)
+    bar = tqdm(loader, "features", unit="batch", disable=dist.get_global_rank() != 0)
+    for batch, places in zip(bar, index.split(batch_size), strict=True):
+        found.add(batch, places)
+    return found
+
+
+def labelled(images: Dataset) -> tuple[Tensor, Tensor]:
+    """All images (N, C, H, W) and labels (N,) of a dataset folder, in memory. Raises ValueError."""
+    if not isinstance(images, MDSImages):
+        raise ValueError("reference: labels are needed, which only a dataset folder has")
+    samples = [images.samples[i] for i in range(len(images))]
+    pixels = torch.stack([torch.tensor(s["image"]) for s in samples])
+    return pixels, torch.tensor([int(s["label"]) for s in samples])
+
+
+def make_extractor(
+    name: str, weights: str | None, images: Dataset | None, folder: str, device: str | torch.device
+) -> FeatureExtractor:
+    """The extractor of that name; without `weights` a `classifier` is trained on the reference and kept."""
+    if name != "classifier" or images is None or weights is not None:
+        return load_extractor(name, weights, device)
+    with dist.run_local_rank_zero_first():
+        return SmallImageClassifier.train(*labelled(images), path=f"{folder}/classifier").to(device)
+
+
+class HeldOut:
+    """Real images that the weights have not seen: is a sample as new as these are, or a copy?
+
+    features: (H, F); near: (H,), their distances to the nearest image of the reference, which holds none of
+    them. Distances between sets are means over `draws` random subsets of `count` images, the same number on
+    both sides, so that they can be compared with what real images score: training images against other
+    training images, and against held-out ones.
+
+    Raises:
+        ValueError: more than half of the held-out images are in the reference.
+    """
+
+    def __init__(
+        self, source: str, reference: Reference, samples: int, batch_size: int, draws: int, seed: int
+    ) -> None:
+        found = measure(open_images(source), reference.extractor, batch_size, ["features"])
+        self.features, self.train = found.rows("features"), reference.features
+        self.near = nearest(self.features, self.train)[0]
+        # The features of one image in two batches may differ in their last digits.
+        known = int((self.near < 1e-4 * self.features.norm(dim=1)).sum())
+        if 2 * known > len(self.near):
+            raise ValueError(f"held_out: {known} of the {len(self.near)} images are in the reference as well")
+        self.digest = content_digest(source, reference.extractor)
+        self.count = min(samples, len(self.train) // 2, len(self.near))
+        self.resampling = (self.count, draws, seed)
+        self.floors = {
+            "real_to_training": resampled_distance(self.train, None, *self.resampling),
+            "real_to_held_out": resampled_distance(self.train, self.features, *self.resampling),
+        }
+
+    def compare(self, features: Tensor) -> dict[str, Any]:
+        """What a set of samples, by its features (N, F), scores; by the names of columns in results.jsonl.
+
+        nearer_share: the probability that a sample lies nearer to its nearest training image than a held-out
+        image does to its own, ties counting half (the Mann-Whitney statistic; Meehan et al. 2020).
+        """
+        near = nearest(features, self.train)[0]
+        return {
+            "equal_numbers": self.count,
+            "held_out_images": len(self.near),
+            "distance_to_training": resampled_distance(features, self.train, *self.resampling)[0],
+            "distance_to_held_out": resampled_distance(features, self.features, *self.resampling)[0],
+            **self.floors,
+            "nearer_share": float(mannwhitneyu(self.near, near).statistic / (len(near) * len(self.near))),
+        }
 
 
 def read_statistics(path: str | Path, metric: str = "fid") -> tuple[Tensor, Tensor]:
@@ -212,13 +332,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--out: {args.out} must end in .npz")
     try:
         extractor = load_extractor(args.extractor, args.weights, args.device)
-        loader = DataLoader(open_images(args.source), args.batch_size, num_workers=args.workers)
-        moments = feature_moments(tqdm(loader, "features", unit="batch"), extractor)
-        write_statistics(args.out, moments, args.extractor, args.source)
+        images = open_images(args.source)
+        found = measure(images, extractor, args.batch_size, workers=args.workers)
+        mean, covariance = (moment.cpu().numpy() for moment in found.moments())
+        about = {"num_samples": len(images), "extractor": args.extractor, "source": args.source}
+        np.savez(args.out, mu=mean, sigma=covariance, **about)
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"wrote the statistics of {int(moments.count):,} images to {args.out}")
+    print(f"wrote the statistics of {len(images):,} images to {args.out}")
     return 0
 
 

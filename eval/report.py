@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 import sys
 from contextlib import suppress
 from itertools import product
@@ -19,11 +20,14 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from eval.reference import MDSImages
-from eval.sample import Generator, grid
+from eval.metrics import nearest
+from eval.reference import MDSImages, Reference
+from eval.sample import Generator
+from recipe.sampler import grid
 
 Row = dict[str, Any]
 
@@ -42,12 +46,21 @@ COLUMNS = {
     "precision": lambda r: _number(r.get("precision"), ".3f"),
     "recall": lambda r: _number(r.get("recall"), ".3f"),
     "class agreement": lambda r: _number(r["class_agreement"], ".3f"),
+    "to training (real)": lambda r: _beside_real(r, "to_training"),
+    "to held-out (real)": lambda r: _beside_real(r, "to_held_out"),
+    "nearer than held-out": lambda r: _number(r.get("nearer_share"), ".3f"),
 }
 LEFT_ALIGNED = ("weights", "objective", "average")
 
 
 def _number(value: float | None, spec: str) -> str:
     return "-" if value is None else f"{value:{spec}}"
+
+
+def _beside_real(row: Row, what: str) -> str:
+    """The distance of the samples and, in brackets, of as many real images."""
+    known = "nearer_share" in row
+    return f"{row[f'distance_{what}']:.3f} ({row[f'real_{what}'][0]:.3f})" if known else "-"
 
 
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -71,7 +84,22 @@ def notes(rows: list[Row], protocol: str) -> list[str]:
         lines.append(
             f"Floor: {first['floor']:.3f}, the mean distance between random halves of the real data."
         )
+    if "nearer_share" in first:
+        lines.append(copying_note(first))
     return lines
+
+
+def copying_note(row: Row) -> str:
+    """What the columns about held-out images mean, and how far chance takes them."""
+    ours, theirs = row["samples"], row["held_out_images"]
+    chance = math.sqrt((ours + theirs + 1) / (12 * ours * theirs))  # of the Mann-Whitney statistic
+    scatter = " and ".join(f"{row[f'real_to_{name}'][1]:.2f}" for name in ("training", "held_out"))
+    return (
+        f"Is it copying? Distances of {row['equal_numbers']:,} samples to as many training and held-out "
+        "images, in brackets those of as many (other) training images; single draws of the latter scatter by "
+        f"{scatter}. Nearer than held-out: the probability that a sample lies nearer to its nearest training "
+        f"image than a held-out image does to its own; 0.500 +- {chance:.3f} where nothing is copied."
+    )
 
 
 def markdown(rows: list[Row], protocol: str) -> str:
@@ -185,6 +213,12 @@ def real_examples(images: Dataset | None, classes: list[int], columns: int) -> T
     return torch.stack([image for c in found.values() for image in c + [blank] * (columns - len(c))])
 
 
+def newest_rows(rows: list[Row]) -> tuple[list[Row], float]:
+    """The rows of the first row's weights, and the w with the lowest distance among them."""
+    newest = [r for r in rows if r["weights"] == rows[0]["weights"]]
+    return newest, min(newest, key=lambda r: r["frechet_distance"])["w"]
+
+
 def plot_samples(
     rows: list[Row], images: Dataset | None, generator: Generator, path: Path, columns: int = 8
 ) -> None:
@@ -197,8 +231,7 @@ def plot_samples(
     real = real_examples(images, shown, columns)
     parts, titles = ([real], ["real"]) if real is not None else ([], [])
     requested = torch.tensor(shown).repeat_interleave(columns)
-    newest = [r for r in rows if r["weights"] == rows[0]["weights"]]
-    w = min(newest, key=lambda r: r["frechet_distance"])["w"]
+    newest, w = newest_rows(rows)
     for nfe in sorted({r["nfe"] for r in newest}):
         pairs = zip(requested.split(columns), torch.arange(len(requested)).split(columns), strict=True)
         drawn = [generator(label, seeds, nfe, w).cpu() for label, seeds in pairs]
@@ -221,6 +254,21 @@ def plot_samples(
     axes[0, 0].set_yticks([(i + 0.5) * step for i in range(len(shown))], [names[c] for c in shown])
     figure.savefig(path, dpi=120 if max(p.shape[1] for p in pictures) < 1000 else 300)
     plt.close(figure)
+
+
+def draw_nearest(
+    rows: list[Row], reference: Reference, generator: Generator, path: Path, columns: int = 20
+) -> None:
+    """Samples of the first row's weights, each above its nearest training image; two lines for each NFE."""
+    labels, seeds = torch.arange(columns) % max(1, generator.net.config.classes), torch.arange(columns)
+    newest, w = newest_rows(rows)
+    lines = []
+    for nfe in sorted({r["nfe"] for r in newest}):
+        samples = generator(labels, seeds, nfe, w).cpu()
+        found = nearest(reference.extractor(samples).cpu(), reference.features)[1].tolist()
+        lines += [samples, torch.stack([reference.images[i] for i in found]), torch.full_like(samples, 255)]
+    picture = grid(torch.cat(lines[:-1]), columns, max(1, 32 // lines[0].shape[-1]))
+    Image.fromarray(picture).save(path)
 
 
 STYLE = """
@@ -272,20 +320,24 @@ def html_page(rows: list[Row], protocol: str, title: str, pictures: dict[str, Pa
 
 
 def write_report(
-    folder: Path, rows: list[Row], images: Dataset | None, generator: Generator, protocol: str
+    folder: Path, rows: list[Row], reference: Reference, generator: Generator, protocol: str
 ) -> None:
-    """results.md (also printed), metrics.png, samples.png and report.html in the folder.
+    """results.md (also printed), metrics.png, samples.png and report.html in the folder; nearest.png where
+    there are held-out images.
 
-    images: the real ones, None if unknown; generator: of the first row's weights; protocol: in words.
+    generator: of the first row's weights; protocol: in words.
     """
     text = markdown(rows, protocol)
     (folder / "results.md").write_text(text)
-    plot_metrics(rows, folder / "metrics.png")
-    plot_samples(rows, images, generator, folder / "samples.png")
-    pictures = {
-        "Curves": folder / "metrics.png",
-        "Samples": folder / "samples.png",
-    }
+    pictures = {"Curves": folder / "metrics.png", "Samples": folder / "samples.png"}
+    plot_metrics(rows, pictures["Curves"])
+    plot_samples(rows, reference.images, generator, pictures["Samples"])
+    if "nearer_share" in rows[0]:
+        steps = ", ".join(map(str, sorted({r["nfe"] for r in newest_rows(rows)[0]})))
+        heading = f"Samples of {steps} steps, each above its nearest training image"
+        pictures[heading] = folder / "nearest.png"
+        draw_nearest(rows, reference, generator, pictures[heading])
     page = html_page(rows, protocol, f"Sweep {folder.name}", pictures)
     (folder / "report.html").write_text(page)
-    sys.stdout.write(f"{text}\n{folder / 'report.html'} (results.md, metrics.png, samples.png)\n")
+    names = ", ".join(["results.md", *(path.name for path in pictures.values())])
+    sys.stdout.write(f"{text}\n{folder / 'report.html'} ({names})\n")

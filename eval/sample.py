@@ -13,8 +13,9 @@ import math
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +23,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.decode import load_decoder
 from eval.protocols import PROTOCOLS, choose_labels, describe, quantize
 from recipe.data import Normalizer
 from recipe.dit import DiT
 from recipe.objectives import Objective, from_facts
-from recipe.sampler import initial_noise, sample
+from recipe.sampler import grid, initial_noise, sample
 from recipe.weights import load_weights
+from streaming_convert.encoders import hash_weights, load_vae
 
 DTYPES = ("fp32", "fp64", "amp_bf16")
 
@@ -87,6 +88,40 @@ class Generator:
             yield self(label[index], seeds[index], nfe, w), index
 
 
+def load_decoder(
+    encoder: dict[str, Any], vae: str | None, device: str | torch.device, batch_size: int = 16
+) -> Callable[[Tensor], Tensor]:
+    """A function from latents (N, c, h, w), as stored, to pixels (N, 3, H, W) in 0..255 units, not rounded.
+
+    It works in fp16 on a GPU, as the published evaluations do, and in fp32 on a CPU, `batch_size` at a time.
+
+    Args:
+        encoder: what the weights say about the autoencoder (`encoder` of the dataset's manifest).
+        vae: folder of a diffusers AutoencoderKL; None for the one that `encoder` names.
+
+    Raises:
+        ValueError: diffusers is missing, there is no such autoencoder, or its weights are others than those
+            that the latents were made with.
+    """
+    model = vae or encoder.get("model") or encoder["name"]
+    network = load_vae(model, "fp32", str(device)).requires_grad_(False)
+    made_with = encoder.get("hash")
+    if made_with is not None and hash_weights(network) != made_with:
+        raise ValueError(
+            f"vae: the weights of {model} hash to {hash_weights(network)}, "
+            f"the latents were made with {made_with}"
+        )
+    network = network.half() if torch.device(device).type == "cuda" else network
+    scaling = encoder.get("scaling", 1.0)
+
+    @torch.inference_mode()
+    def decode(latents: Tensor) -> Tensor:
+        parts = (latents / scaling).to(network.dtype).split(batch_size)
+        return torch.cat([(network.decode(part).sample.float() + 1) * 127.5 for part in parts])
+
+    return decode
+
+
 def check_guidance(objective: Objective, w: float) -> None:
     """Warns of a w that the network has not been trained for."""
     low, high = objective.guidance_range
@@ -103,18 +138,6 @@ def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
     angle = torch.acos((start * end).sum() / (start.norm() * end.norm()))
     fraction = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device)[:, None, None, None]
     return (torch.sin((1 - fraction) * angle) * start + torch.sin(fraction * angle) * end) / torch.sin(angle)
-
-
-def grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:
-    """uint8 images (N, C, H, W), C 1 or 3 => one white-framed picture (rows, columns, 3), row by row."""
-    images = images.expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    rows = -(-len(images) // columns)
-    height, width = images.shape[2] + gap, images.shape[3] + gap
-    picture = np.full((rows * height + gap, columns * width + gap, 3), 255, np.uint8)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        top, left = gap + i // columns * height, gap + i % columns * width
-        picture[top : top + height - gap, left : left + width - gap] = image
-    return picture
 
 
 def write_pngs(folder: Path, batches: Iterable[tuple[Tensor, Tensor]], seeds: Tensor) -> None:

@@ -6,6 +6,7 @@ It ends with a table (results.md), pictures (metrics.png, samples.png) and both 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import sys
@@ -20,29 +21,26 @@ from typing import Any, NamedTuple
 import torch
 from composer.utils import dist, get_device
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from eval.features import EXTRACTORS
-from eval.find import Export, find_weights
+from eval.export import Export, find_weights
+from eval.features import EXTRACTORS, FeatureExtractor, FeatureSet
+from eval.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from eval.protocols import PROTOCOLS, choose_labels, describe
+from eval.reference import HeldOut, Reference, make_extractor, open_images
 from eval.report import read_lines, write_report
 from eval.sample import DTYPES, Generator, check_guidance
-from eval.score import (
-    METRICS,
-    NEED_FEATURES,
-    FeatureSet,
-    Reference,
-    check_metrics,
-    compare,
-    make_extractor,
-    open_reference,
-)
 from recipe.config import ConfigError, load_config
 from recipe.objectives import from_facts
 from recipe.posthoc import MAX_LENGTH, length_of
 from recipe.rules import Rule, check, each, file_name, filled, local, one_of, place, positive, rule, whole
 from recipe.weights import commit
 from storage.manifest import DatasetError, read_manifest
+
+METRICS = {"fd": 2, "kid": 2, "is": 10, "precision_recall": 4}  # and the samples that each needs
+KEEP = {"kid": "features", "precision_recall": "features", "is": "logits"}
+STATISTICS = (".npz", ".pkl")
 
 metrics = Rule(
     lambda names: "fd" in names and set(names) <= set(METRICS),
@@ -65,6 +63,10 @@ class SweepConfig:
     extractor: see eval/features.py, `classifier` is trained on the reference; dtype: of the sampling network;
     vae: folder of the autoencoder, for latents. The floor is the distance between halves of the reference,
     averaged over `floor_splits` (0: none).
+
+    held_out: dataset folder or folder of real images of the same kind that are neither in the reference nor
+    in what the weights were trained on; the reference is then what they were trained on, and the sweep says
+    whether samples are new or copied (eval/reference.py: HeldOut).
     """
 
     folder: str = rule(MISSING, local)
@@ -77,6 +79,7 @@ class SweepConfig:
     protocol: str = rule("matched", one_of(*PROTOCOLS))
     samples: int = rule(0, whole(0, 10**9))
     labels: str | None = rule(None, place)
+    held_out: str | None = rule(None, place)
     metrics: list[str] = rule(["fd"], metrics)
     batch_size: int = rule(256, whole(1, 10**6))
     seed: int = rule(0, whole(0, 2**31 - 1))
@@ -90,6 +93,14 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.held_out is not None and not self.floor_splits:
+            raise ValueError("held_out: needs floor_splits of at least 1")
+
+    @property
+    def keep(self) -> set[str]:
+        """What must be kept of every sample besides moments: `features`, `logits`."""
+        kept = {KEEP[name] for name in self.metrics if name in KEEP}
+        return kept | {"features"} if self.held_out else kept
 
 
 @dataclass(frozen=True)
@@ -113,45 +124,49 @@ class Cell:
     inputs: str
 
 
-def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Cell]]:
-    """The grid: the newest weights first, then w, then NFE."""
+def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, Cell]]:
+    """The grid, with the labels (n,) of its samples: the newest weights first, then w, then NFE."""
     shared = (config.protocol, setup.samples, config.seed, config.dtype, config.reference, config.extractor)
     shared += (",".join(sorted(config.metrics)), config.floor_splits)
-    for export in setup.exports:
-        labels = choose(config, export.facts, torch.arange(setup.samples))
-        inputs = hashlib.sha256(setup.reference.digest.encode() + labels.numpy().tobytes()).hexdigest()
+    digest = setup.reference.digest + (setup.held_out.digest if setup.held_out else "")
+    for export, labels in zip(setup.exports, setup.labels, strict=True):
+        inputs = hashlib.sha256(digest.encode() + labels.numpy().tobytes()).hexdigest()
         for w in config.w or [from_facts(export.facts["method"]).default_w]:
             for nfe in config.nfe:
-                stem, digest = str(export.path.with_suffix("")), export.facts["sha256"]
-                yield export, Cell(stem, digest, nfe, w, *shared, inputs)
+                stem = str(export.path.with_suffix(""))
+                yield export, labels, Cell(stem, export.facts["sha256"], nfe, w, *shared, inputs)
 
 
-def choose(config: SweepConfig, facts: dict[str, Any], seeds: Tensor) -> Tensor:
-    """Labels (n,) of the protocol; class counts come from `labels`, else the weights, else the reference."""
+def choose(config: SweepConfig, exports: list[Export], samples: int) -> list[Tensor]:
+    """Labels (n,) for each export; class counts come from `labels`, else the weights, else the reference."""
     source = config.labels or config.reference
-    counts = facts["data"].get("class_counts", []) if config.labels is None else []
-    if not counts and (config.labels or Path(source, "manifest.json").is_file()):
-        counts = read_manifest(source).class_counts
-    return choose_labels(config.protocol, facts["model"]["classes"], counts, seeds)
+    known = config.labels or Path(source, "manifest.json").is_file()
+    read = functools.cache(lambda: read_manifest(source).class_counts if known else [])
+    seeds = config.seed + torch.arange(samples)
+    labels = []
+    for _, facts in exports:
+        counts = (facts["data"].get("class_counts") if config.labels is None else None) or read()
+        labels.append(choose_labels(config.protocol, facts["model"]["classes"], counts, seeds))
+    return labels
 
 
-def score(config: SweepConfig, reference: Reference, cell: Cell, generator: Generator) -> dict[str, Any]:
+def score(
+    config: SweepConfig, setup: Setup, cell: Cell, generator: Generator, labels: Tensor
+) -> dict[str, Any]:
     """One row of results; the samples are shared among the ranks."""
-    began, facts = time.time(), generator.facts
+    began, facts, extractor = time.time(), generator.facts, setup.reference.extractor
     seeds = cell.seed + torch.arange(cell.samples)
-    labels = choose(config, facts, seeds)
-    keep_features = bool(NEED_FEATURES & set(config.metrics))
-    found = FeatureSet(reference.extractor, keep_features, keep_logits="is" in config.metrics)
+    found = FeatureSet(extractor, config.keep)
     ranks = dist.get_global_rank(), dist.get_world_size()
     is_classifier = config.extractor == "classifier" and facts["model"]["classes"] > 0
     for images, index in generator.batches(labels, seeds, cell.nfe, cell.w, config.batch_size, *ranks):
         found.add(images, index, labels[index] if is_classifier else None)
     return {
         **asdict(cell),
-        **compare(found, reference, config.metrics, cell.seed),
+        **compare(found, setup, config),
         "class_agreement": found.matches() / cell.samples if is_classifier else None,
-        "floor": reference.floor,
-        "classifier_accuracy": getattr(reference.extractor, "accuracy", None),
+        "floor": setup.reference.floor,
+        "classifier_accuracy": getattr(extractor, "accuracy", None),
         "labels": PROTOCOLS[cell.protocol].labels,
         "rounding": PROTOCOLS[cell.protocol].rounding,
         "objective": facts["method"]["objective"],
@@ -162,6 +177,29 @@ def score(config: SweepConfig, reference: Reference, cell: Cell, generator: Gene
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
     }
+
+
+def compare(found: FeatureSet, setup: Setup, config: SweepConfig) -> dict[str, float]:
+    """The metrics of a set of samples, by the names of their columns in results.jsonl.
+
+    Kernel distance on 100 subsets of 1000 (or of all, if there are fewer); precision and recall against at
+    most as many real images as there are samples, picked by the seed.
+    """
+    reference, metrics, seed = setup.reference, config.metrics, config.seed
+    values: dict[str, Any] = {"frechet_distance": frechet_distance(*found.moments(), *reference.moments)}
+    features = found.rows("features") if "features" in config.keep else None
+    real = reference.features
+    if "kid" in metrics:
+        size = min(1000, len(features), len(real))
+        values["kid"], values["kid_std"] = kernel_distance(features, real, subset_size=size, seed=seed)
+    if "precision_recall" in metrics:
+        order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
+        chosen = real[order[: len(features)]]
+        values["precision"], values["recall"] = precision_recall(features, chosen)
+    if "is" in metrics:
+        score = inception_score(found.rows("logits"), seed=seed)
+        values["inception_score"], values["inception_score_std"] = score
+    return values if setup.held_out is None else {**values, **setup.held_out.compare(features)}
 
 
 def append_result(path: Path, row: dict[str, Any]) -> None:
@@ -190,7 +228,9 @@ class Setup(NamedTuple):
     """What every cell shares, found and checked before the first sample is drawn."""
 
     exports: list[Export]
+    labels: list[Tensor]
     reference: Reference
+    held_out: HeldOut | None
     samples: int
 
 
@@ -200,19 +240,36 @@ def prepare(config: SweepConfig, device: torch.device) -> Setup:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         exports = find_weights(config.weights, config.averages, config.latest, folder)
-        images = open_reference(config.reference)
+        images = None if Path(config.reference).suffix in STATISTICS else open_images(config.reference)
         extractor = make_extractor(config.extractor, config.extractor_weights, images, config.folder, device)
         samples = config.samples or PROTOCOLS[config.protocol].samples or len(images or ())
-        check_metrics(config.metrics, images, extractor, samples)
+        check_metrics(config, images, extractor, samples)
+        labels = choose(config, exports, samples)
         for _, facts in exports:
-            choose(config, facts, torch.arange(samples))
             for w in config.w:
                 check_guidance(from_facts(facts["method"]), w)
-        metrics = (config.metrics, config.batch_size, config.floor_splits, config.seed)
-        reference = Reference(config.reference, images, extractor, *metrics)
+        settings = (config.batch_size, config.floor_splits, config.seed)
+        reference = Reference(config.reference, images, extractor, config.keep, *settings)
+        held_out = HeldOut(config.held_out, reference, samples, *settings) if config.held_out else None
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
-    return Setup(exports, reference, samples)
+    return Setup(exports, labels, reference, held_out, samples)
+
+
+def check_metrics(
+    config: SweepConfig, images: Dataset | None, extractor: FeatureExtractor, samples: int
+) -> None:
+    """Raises ValueError for a metric that this reference, extractor or number of samples cannot give."""
+    fewest = max(METRICS[name] for name in config.metrics)
+    if samples < fewest:
+        names = ", ".join(config.metrics)
+        raise ValueError(f"samples: {samples} must be at least {fewest} for metrics {names}")
+    if images is None and "features" in config.keep:
+        names = ", ".join(name for name in config.metrics if KEEP.get(name) == "features")
+        what = f"metrics: {names}" if names else "held_out:"
+        raise ValueError(f"{what} need a folder of real images, a statistics file has moments only")
+    if "is" in config.metrics and not extractor.has_logits:
+        raise ValueError(f"metrics: `is` needs class scores, extractor {extractor.name} has none")
 
 
 def sweep(config: SweepConfig) -> list[dict[str, Any]]:
@@ -226,12 +283,12 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     rows, generator, loaded, main_rank = [], None, None, dist.get_global_rank() == 0
     grid = list(cells(config, setup))
     with wandb_run(config) as run:
-        for export, cell in tqdm(grid, "sweep", unit="cell", disable=not main_rank):
+        for export, labels, cell in tqdm(grid, "sweep", unit="cell", disable=not main_rank):
             row = done.get(tuple(asdict(cell).values()))
             if row is None:
                 if loaded != export.path:
                     generator, loaded = make_generator(config, export.path, device), export.path
-                row = score(config, setup.reference, cell, generator)
+                row = score(config, setup, cell, generator, labels)
                 if main_rank:
                     append_result(results, row)
             rows.append(row)
@@ -240,7 +297,7 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     if main_rank:
         newest = make_generator(config, rows[0]["weights"], device)
         protocol = describe(config.protocol, setup.samples)
-        write_report(Path(config.folder), rows, setup.reference.images, newest, protocol)
+        write_report(Path(config.folder), rows, setup.reference, newest, protocol)
     return rows
 
 

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from eval.sample import grid
 from recipe.algorithms import unwrap
 from recipe.config import GridConfig
 from recipe.data import Normalizer, to_uint8
@@ -25,7 +24,7 @@ from recipe.model import GenerativeModel
 from recipe.plan import step_flops
 from recipe.posthoc import average_of_child
 from recipe.resume import Preemption
-from recipe.sampler import initial_noise, sample
+from recipe.sampler import grid, initial_noise, sample
 from recipe.weights import save_weights
 from streaming_convert.encoders import load_vae
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from recipe.draws import Stream, keys, normal
 from recipe.objectives.base import Network, Objective
@@ -27,3 +29,9 @@ def sample(
         t, s = 1 - i / nfe, 1 - (i + 1) / nfe
         x = x + (s - t) * objective.average_velocity(net, x.to(noise.dtype), t, s, label, w, null)
     return x
+
+
+def grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:
+    """uint8 images (N, C, H, W), C 1 or 3 => one white-framed picture (rows, columns, 3), row by row."""
+    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return make_grid(images, columns, gap, pad_value=255).permute(1, 2, 0).numpy()

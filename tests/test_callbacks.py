@@ -9,13 +9,14 @@ import torch
 from composer.core import Callback
 from PIL import Image
 
-from eval.sample import Generator, grid
+from eval.sample import Generator
 from recipe.callbacks import pictures, quarter_sums
 from recipe.config import TrainConfig, load_config
 from recipe.data import Normalizer
 from recipe.plan import step_flops
 from recipe.preflight import check_data
 from recipe.resume import Preemption
+from recipe.sampler import grid
 from recipe.train import build_trainer
 from tests.conftest import TINY
 

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from eval.protocols import PROTOCOLS, choose_labels, describe, quantize
-from eval.sample import Generator, grid, interpolate
+from eval.sample import Generator, interpolate
 from eval.sample import main as sample_main
 from recipe.dit import DiT, DiTConfig
+from recipe.sampler import grid
 from recipe.weights import load_weights, read_facts, save_weights
 
 FACTS = {"method": {"objective": "tvm", "scaled": True, "guidance": [1.0]}, "data": {}, "average": "ema"}

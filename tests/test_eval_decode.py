@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from eval.decode import load_decoder
-from eval.sample import Generator
+from eval.sample import Generator, load_decoder
 from recipe.dit import DiT, DiTConfig
 from recipe.weights import save_weights
 from storage.manifest import DatasetError

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from scipy.integrate import quad
 
+from eval.export import find_weights
 from eval.export import main as export_main
-from eval.find import find_weights
 from eval.sample import Generator
 from recipe import posthoc
 from recipe.dit import DiT, DiTConfig

@@ -6,10 +6,12 @@ import io
 import os
 import pickle
 import pickletools
+import re
 import struct
 import sys
 import tracemalloc
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from torch import nn
 
 from eval.import_official import main, read_snapshot
 from eval.restricted import RefusedPickle, read_stream
+from eval.sample import Generator
 from recipe.dit import DiT, DiTConfig
 from recipe.weights import load_weights
 
@@ -271,6 +274,35 @@ def test_command_writes_weights_that_load(tmp_path, capsys):
     (tmp_path / "snapshot.pkl").write_bytes(data[:1000])
     assert main(arguments) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_networks_of_other_data_take_their_normalisation_from_the_command(tmp_path, capsys):
+    def command(config, *options):
+        (tmp_path / "snapshot.pkl").write_bytes(snapshot(config)[0])
+        return main(
+            [str(tmp_path / "snapshot.pkl"), "--guidance", "2", "--out", str(tmp_path / "w"), *options]
+        )
+
+    assert command(TINY) == 1
+    assert "a network of 4 channels at 8x8" in (error := capsys.readouterr().err)
+    assert error.endswith("give --mean and --std\n") and not (tmp_path / "w.json").exists()
+    assert command(TINY, "--mean", "-1", "0.5", "2", "0", "--std", "4") == 0
+    data = load_weights(tmp_path / "w")[1]["data"]
+    assert (data["column"], data["mean"], data["std"]) == ("latents", [-1, 0.5, 2, 0], [4] * 4)
+    assert data["encoder"]["name"] == "stabilityai/sd-vae-ft-ema"
+    assert command(TINY, "--mean", "1", "2", "--std", "4") == 1
+    assert capsys.readouterr().err.endswith("error: --mean: 2 numbers for 4 channels\n")
+
+    assert command(replace(TINY, channels=3), "--mean", "127.5", "--std", "64") == 0
+    generator, seeds = Generator(tmp_path / "w"), torch.arange(2)
+    images = generator(torch.tensor([0, 10]), seeds, 1, 2.0)
+    assert (images.shape, images.dtype) == ((2, 3, 8, 8), torch.uint8)
+    pixels = generator.normalizer.invert(torch.zeros(2, 3, 8, 8))
+    assert torch.equal(pixels, torch.full_like(pixels, 127.5))
+    for options in (["--mean", "0"], ["--mean", "0", "--std", "0"], ["--mean", "nan", "--std", "1"]):
+        with pytest.raises(SystemExit):
+            command(TINY, *options)
+        assert re.search("--(mean|std).*(positive|both)", capsys.readouterr().err)
 
 
 # ---------------------------------------------------------------- other networks

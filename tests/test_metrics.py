@@ -24,7 +24,9 @@ from eval.metrics import (
     frechet_distance,
     inception_score,
     kernel_distance,
+    nearest,
     precision_recall,
+    resampled_distance,
 )
 
 
@@ -248,6 +250,37 @@ def test_precision_recall_against_a_direct_implementation(rows):
     assert precision_recall(x, x, rows=rows) == (1, 1)
     with pytest.raises(ValueError, match="k = 3"):
         precision_recall(x[:3], y)
+
+
+@pytest.mark.parametrize("rows", [7, 80])
+def test_the_nearest_is_found_in_any_blocks(rows):
+    x, y = samples(60, 3), samples(80, 3, seed=1)
+    distances, index = nearest(x, y, rows)
+    every = [[float((a - b).norm()) for b in y] for a in x]
+    assert index.tolist() == [row.index(min(row)) for row in every]
+    assert len(set((index // 7).tolist())) > 3  # they lie in many of the blocks
+    close(distances, torch.tensor([min(row) for row in every], dtype=torch.float64), 1e-9)
+
+
+def test_distances_at_equal_numbers_equal_an_independent_resampling():
+    x, y = samples(60, 4), samples(90, 4, seed=1)
+
+    def scipys(a, b):
+        root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+        traces = np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+        return ((a.mean(0) - b.mean(0)) ** 2).sum() + traces
+
+    # Of all rows nothing is left to chance.
+    whole = scipys(x.numpy(), y[:60].numpy())
+    assert resampled_distance(x, y[:60], 60, 2, seed=0)[0] == pytest.approx(whole, rel=1e-6)
+    rng, draws, z = np.random.default_rng(0), 400, x.numpy()
+    apart = [scipys(*(rng.permutation(rows)[:20] for rows in (z, y.numpy()))) for _ in range(draws)]
+    within = [scipys(*np.split(rng.permutation(z)[:40], 2)) for _ in range(draws)]
+    for other, drawn in ((y, apart), (None, within)):
+        mean, std = resampled_distance(x, other, 20, draws, seed=1)
+        assert mean == pytest.approx(np.mean(drawn), abs=5 * np.std(drawn) * (2 / draws) ** 0.5)
+        assert std == pytest.approx(np.std(drawn), rel=0.2)
+    assert np.mean(apart) > whole  # fewer samples, larger distances
 
 
 def test_global_random_state_is_left_alone():

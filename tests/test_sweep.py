@@ -1,17 +1,23 @@
 """Sweeps over a short real run: resume, ranks, metrics, report."""
 
 import re
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from eval import sweep as sweep_module
-from eval.features import SmallImageClassifier
-from eval.find import find_weights
+from eval.export import find_weights
+from eval.features import SmallImageClassifier, load_extractor
+from eval.reference import HeldOut, labelled, open_images
 from eval.reference import main as reference_main
-from eval.report import best_curve, read_lines, read_log
+from eval.report import best_curve, plot_distances, read_lines, read_log
 from eval.sweep import main as sweep_main
 from recipe.weights import load_weights, save_weights
+from streaming_convert.__main__ import main as convert
 from tests.conftest import ROOT, run
 from tests.test_convert_resume import bucket  # noqa: F401
 
@@ -33,10 +39,8 @@ PUBLIC |= {
 @pytest.fixture(scope="module")
 def classifier(digits, tmp_path_factory):
     """Path of a classifier of the digits, trained once for this file."""
-    from eval.score import labelled, open_reference
-
     path = tmp_path_factory.mktemp("classifier") / "classifier"
-    SmallImageClassifier.train(*labelled(open_reference(str(digits))), path=path)
+    SmallImageClassifier.train(*labelled(open_images(digits)), path=path)
     return path
 
 
@@ -153,6 +157,80 @@ def test_a_file_of_statistics_is_a_reference(tiny_run, digits, classifier, tmp_p
     assert "/ floor" not in (tmp_path / "a/results.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def split(digits, tmp_path_factory):
+    """Folder of the digits with a fifth of them in val/."""
+    folder = tmp_path_factory.mktemp("split")
+    assert convert(["digits", "--out", str(folder), "--val", "0.2", "--workers", "1"]) == 0
+    return folder
+
+
+def test_a_copying_sampler_is_found_out_and_new_images_are_not(split, classifier):
+    extractor = load_extractor("classifier", str(classifier))
+    images = labelled(open_images(split / "train"))[0]
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+    seen, new = images[:400], images[400:]
+    reference = SimpleNamespace(extractor=extractor, features=extractor(seen))
+    held_out = HeldOut(str(split / "val"), reference, 1000, 256, draws=20, seed=0)
+    assert (held_out.count, held_out.near.shape) == (200, (359,))
+    noise = torch.randint(-2, 3, seen.shape, generator=torch.Generator().manual_seed(0))
+    found = held_out.compare(extractor((seen.int() + noise).clamp(0, 255).to(torch.uint8)))
+    assert found["nearer_share"] > 0.99
+    assert found["distance_to_training"] < 0.7 * found["real_to_training"][0]
+    assert found["distance_to_held_out"] == pytest.approx(found["real_to_held_out"][0], rel=0.2)
+
+    # 1038 real digits that the reference does not hold: neither nearer nor farther, but for chance.
+    features = extractor(new)
+    found = held_out.compare(features)
+    near, theirs = (torch.cdist(f, reference.features).min(1).values for f in (features, held_out.features))
+    pairs = near[:, None] - theirs
+    share = ((pairs < 0).double() + (pairs == 0).double() / 2).mean()
+    assert found["nearer_share"] == pytest.approx(float(share), abs=1e-9)
+    assert found["nearer_share"] == pytest.approx(0.5, abs=4 * (1398 / (12 * 1038 * 359)) ** 0.5)
+    for name in ("to_training", "to_held_out"):
+        assert found[f"distance_{name}"] == pytest.approx(found[f"real_{name}"][0], rel=0.35)
+    # Ties count half: the held-out images themselves.
+    assert held_out.compare(held_out.features)["nearer_share"] == pytest.approx(0.5, abs=1e-12)
+
+
+def test_a_sweep_with_held_out_images_says_what_is_new(tiny_run, split, classifier, tmp_path):
+    names = [f"reference={split}/train", f"held_out={split}/val", "nfe=[1,2]", "latest=true"]
+    rows = sweep(tiny_run, None, classifier, tmp_path, *names)
+    assert [r["equal_numbers"] for r in rows] == [200, 200]
+    assert rows[0]["real_to_held_out"] == rows[1]["real_to_held_out"]
+    assert rows[0]["real_to_held_out"][0] < rows[0]["distance_to_held_out"]
+    assert rows[0]["nearer_share"] < 0.1  # eight steps make noise, which is near to nothing
+    table = (tmp_path / "results.md").read_text()
+    assert "to training (real) | to held-out (real) | nearer than held-out |" in table.splitlines()[0]
+    both = (rows[0][key] for key in ("distance_to_held_out", "real_to_held_out"))
+    assert "{:.3f} ({[0]:.3f})".format(*both) in table
+    chance = (560 / (12 * 200 * 359)) ** 0.5
+    assert f"0.500 +- {chance:.3f} where nothing is copied" in table
+    page = (tmp_path / "report.html").read_text()
+    assert "Samples of 1, 2 steps, each above its nearest training image" in page
+    drawn = np.array(Image.open(tmp_path / "nearest.png"))[:, :, 0]
+    assert drawn.shape == (5 * 34 + 2, 20 * 34 + 2)  # two pairs, a gap; 4 x 4 for each pixel
+    train = labelled(open_images(split / "train"))[0][:, 0].numpy()
+    sample, real = drawn[2:34:4, 2:34:4], drawn[36:68:4, 2:34:4]
+    assert (train == real).all((1, 2)).any() and not (train == sample).all((1, 2)).any()
+    again = sweep(tiny_run, None, classifier, tmp_path, *names[:1], *names[2:])
+    assert len(again) == 4  # without held-out images these are other cells
+
+
+def test_a_sweep_over_w_draws_a_line_for_each_nfe():
+    rows = [
+        {"objective": "tvm", "average": "ema", "nfe": n, "w": w, "frechet_distance": d, "floor": 0.5}
+        for n, w, d in ((1, 2.0, 3.0), (1, 1.0, 4.0), (2, 1.0, 2.0), (2, 2.0, 1.0), (2, 2.0, 5.0))
+    ]
+    _, panel = plt.subplots()
+    plot_distances(panel, rows, "w")
+    curves = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
+    assert curves["1 NFE"] == [[1, 4], [2, 3]]
+    assert curves["2 NFE"] == [[1, 2], [2, 1]]
+    assert panel.get_xlabel() == "guidance weight w"
+    plt.close()
+
+
 def test_wandb_gets_the_rows_when_asked_to(tiny_run, digits, classifier, tmp_path):
     sweep(tiny_run, digits, classifier, tmp_path, "nfe=[1]", "latest=true", "wandb=offline")
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
@@ -177,6 +255,9 @@ def test_wandb_gets_the_rows_when_asked_to(tiny_run, digits, classifier, tmp_pat
         (["metrics=[kid]"], "metrics: ['kid'] must hold fd"),
         (["samples=33", "protocol=balanced"], "samples: 33 is not a multiple of the 10 classes"),
         (["reference=nowhere"], "nowhere: no such folder"),
+        (["held_out=nowhere"], "nowhere: no such folder"),
+        (["held_out=nowhere", "floor_splits=0"], "held_out: needs floor_splits"),
+        (["held_out=x", "reference=none.npz", "samples=50"], "held_out: need a folder of real images"),
         (["reference=none.npz"], "samples: "),
         (["reference=none.npz", "samples=50"], "none.npz"),
         (["extractor_weights=nowhere/x"], "nowhere/x"),
@@ -193,6 +274,13 @@ def test_sweep_settings_are_checked(tiny_run, digits, classifier, tmp_path, over
     assert str(error.value).startswith("config error: ")
 
 
+def test_held_out_images_must_not_be_in_the_reference(tiny_run, digits, split, classifier, tmp_path):
+    arguments = [f"weights=[{tiny_run}/weights]", f"reference={digits}", f"folder={tmp_path}"]
+    arguments += [f"extractor_weights={classifier}", f"held_out={split}/val"]
+    with pytest.raises(SystemExit, match="held_out: 359 of the 359 images are in the reference as well"):
+        sweep_main(["yamls/eval/digits.yaml", *arguments])
+
+
 def test_every_sweep_that_we_ship_is_valid():
     from recipe.config import load_config
 
@@ -201,6 +289,7 @@ def test_every_sweep_that_we_ship_is_valid():
     }
     assert configs["imagenet256.yaml"].protocol == "tvm"
     assert configs["digits.yaml"].protocol == "matched"
+    assert configs["digits_heldout.yaml"].held_out == "data/digits_heldout/val"
 
 
 def test_the_newest_weights_come_first(tiny_run, tmp_path):
