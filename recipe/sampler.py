@@ -25,7 +25,7 @@ def sample(
     Flow matching takes nfe Euler steps of the velocity F(x, t, 0); for w != 1 it needs `null`, and
     classifier-free guidance evaluates the network twice a step.
     """
-    x, ones = noise.double(), torch.ones(len(noise), dtype=noise.dtype, device=noise.device)
+    x, ones = noise.double(), noise.new_ones(noise.shape[0])  # len() would fix the batch under torch.export
     for i in range(nfe):
         t, s = 1 - i / nfe, 1 - (i + 1) / nfe
         z = x.to(noise.dtype)
