@@ -1,14 +1,25 @@
 # Each target starts from a bare Python >= 3.10; `make demo` and `make test` are the two a newcomer needs.
+# STACK=next: on the torch and Triton of constraints-next.txt, in an environment of its own.
 PYTHON ?= python3
-VENV := .venv
+STACK ?= official
+$(if $(filter official next,$(STACK)),,$(error STACK: '$(STACK)' is not one of official, next))
+VENV := .venv$(if $(filter next,$(STACK)),-next)
 BIN := $(VENV)/bin
 RANKS := $(shell [ "$$(nproc 2>/dev/null || echo 1)" -ge 2 ] && echo 2 || echo 1)
 
 .PHONY: install test lint demo compare heldout faults clean
 
-$(VENV)/.installed: setup.py constraints.txt
+.venv/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --progress-bar off -e '.[dev]' -c constraints.txt
+	touch $@
+
+# Composer forbids a newer torch, and pip cannot be told otherwise: all else is resolved first, Composer laid beside it.
+.venv-next/.installed: setup.py constraints.txt constraints-next.txt
+	$(PYTHON) -m venv $(VENV)
+	grep -vE '^(torch|torchvision|triton|nvidia-[a-z0-9-]+|mosaicml)==' constraints.txt > $(VENV)/others.txt
+	$(BIN)/pip install --quiet --progress-bar off -r constraints-next.txt -r $(VENV)/others.txt
+	$(BIN)/pip install --quiet --progress-bar off --no-deps mosaicml -e . -c constraints.txt
 	touch $@
 
 install: $(VENV)/.installed

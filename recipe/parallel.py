@@ -42,12 +42,13 @@ class ParallelConfig:
 
 
 def prepare_blocks(net: DiT, config: ParallelConfig, trained: bool) -> None:
-    """Compile and checkpoint the blocks of one network, and mark them as units of sharding.
+    """Compile and checkpoint the blocks of one network, and say how Composer is to shard them.
 
     Only `forward` is replaced, so parameter names stay and FSDP2's hooks remain outside the compiled code.
     Value and tangent are recomputed together, since a block takes and returns both.
     """
-    net.fsdp_wrap_fn = lambda module: isinstance(module, Block)
+    block_options = {"reshard_after_forward": config.reshard_after_forward}
+    net.fsdp_wrap_fn = lambda module: block_options if isinstance(module, Block) else False
     for i, block in enumerate(net.blocks):
         if config.compile:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
@@ -70,7 +71,7 @@ def parallelism(config: ParallelConfig, device: str) -> ParallelismConfig | None
         mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
     options = {
         "device_mesh": mesh,
-        "reshard_after_forward": config.reshard_after_forward,
+        "reshard_after_forward": False,  # what is not in blocks: its backward pass begins at once
         "mixed_precision": config.mixed_precision,
     }
     return ParallelismConfig(fsdp2=FSDP2Config(**options))

@@ -6,8 +6,10 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from composer.core import Precision
+from composer.distributed.fsdp2 import apply_fully_shard
+from composer.distributed.fsdp2_utils import generate_composer_model_policy
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +22,7 @@ from recipe.config import TrainConfig, load_config
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
 from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow
-from recipe.parallel import ParallelConfig, prepare_blocks
+from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
 from recipe.train import main
 
 IMAGENET = {
@@ -193,13 +195,16 @@ def test_traffic_is_what_fsdp2_sends(eight_ranks, objective, reshard):
     ]
     overrides += ["model.preset=null", "model.size=8", "model.width=32", "model.heads=2", "model.depth=3"]
     overrides += ["precision=fp32", "data.batch_size=16", "model.classes=3", "grid.labels=[]"]
-    config = load_config(TrainConfig, "yamls/imagenet256_w2.yaml", overrides)
+    config = load_config(TrainConfig, "yamls/imagenet256_w2.yaml", [*overrides, "parallel.compile=false"])
     net = DiT(config.model)
     net.guidance_embedder.requires_grad_(config.objective.guidance_input)
     target = copy.deepcopy(net).requires_grad_(False)
-    for model in (net, target):
-        for module in (*model.blocks, model):
-            fully_shard(module, mesh=eight_ranks, reshard_after_forward=reshard)
+    networks = torch.nn.ModuleList([net, target])
+    for network in networks:
+        prepare_blocks(network, config.parallel, trained=network is net)
+    sharding = parallelism(config.parallel, "cpu").fsdp2
+    sharding.device_mesh = eight_ranks
+    apply_fully_shard(networks, sharding, Precision.FP32, generate_composer_model_policy(networks))
     batch = random_batch(config.model, config.objective, 2, "cpu")
     with Collectives() as seen:
         loss = config.objective.loss(net, target, batch, 3)

@@ -148,7 +148,7 @@ class Objective(ABC):
         self, net: Network, x: Tensor, t: float, s: float, label: Tensor, w: float, null: int
     ) -> Tensor:
         """u(x, t, s) = k F of one step of sampling, in float64; see the objectives for what w may be."""
-        ones = torch.ones(len(x), dtype=x.dtype, device=x.device)
+        ones = x.new_ones(x.shape[0])  # len() would fix the batch under torch.export
         velocity = net(x, t * ones, (t - s) * ones, label, self.beta(w * ones)).value.double()
         return velocity * self.scale(w)
 
