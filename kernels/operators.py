@@ -47,7 +47,13 @@ def _config(q: Tensor) -> configs.Config:
     return configs.choose(capability, q.shape[-1], q.element_size())
 
 
-def _launch(
+def _launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, **constants: object) -> None:
+    first = args[0][0] if isinstance(args[0], tuple) else args[0]
+    with torch.cuda.device_of(first):
+        kernel[grid](*args, **constants)
+
+
+def _launch_attention(
     kernel: triton.JITFunction,
     tile: configs.Tile,
     blocks: int,
@@ -62,14 +68,13 @@ def _launch(
     """
     batch, heads, n_q, n_k, head_dim = sizes
     padded = configs.padded_head_dim(head_dim)
-    with torch.cuda.device_of(matrices[0][0]):
-        kernel[(batch * heads * blocks,)](
-            *matrices, scale, heads, n_q, n_k,
-            D=head_dim, BLOCK_D=padded, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
-            MASKED=n_q % tile.queries != 0 or n_k % tile.keys != 0 or head_dim != padded,
-            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
-            num_warps=tile.warps, num_stages=tile.stages, **flags,
-        )  # fmt: skip
+    _launch(
+        kernel, (batch * heads * blocks,), *matrices, scale, heads, n_q, n_k,
+        D=head_dim, BLOCK_D=padded, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
+        MASKED=n_q % tile.queries != 0 or n_k % tile.keys != 0 or head_dim != padded,
+        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
+        num_warps=tile.warps, num_stages=tile.stages, **flags,
+    )  # fmt: skip
 
 
 def _forward(
@@ -81,7 +86,8 @@ def _forward(
     tile = _config(q).forward
     matrices = (_matrix(q), tq, _matrix(k), tk, _matrix(v), tv, _matrix(o), to, lse, mu)
     sizes = (*q.shape[:3], k.shape[2], q.shape[3])
-    _launch(triton_attention.forward, tile, triton.cdiv(q.shape[2], tile.queries), matrices, sizes, scale)
+    blocks = triton.cdiv(q.shape[2], tile.queries)
+    _launch_attention(triton_attention.forward, tile, blocks, matrices, sizes, scale)
 
 
 def _backward(
@@ -104,13 +110,13 @@ def _backward(
     sizes = (*q.shape[:3], k.shape[2], q.shape[3])
     matrices = (*inputs, _matrix(o), to, _matrix(do), dto, *statistics, _matrix(dq), dtq)
     blocks = triton.cdiv(q.shape[2], config.rows.queries)
-    _launch(triton_attention.backward_rows, config.rows, blocks, matrices, sizes, scale)
+    _launch_attention(triton_attention.backward_rows, config.rows, blocks, matrices, sizes, scale)
     matrices = (*inputs, _matrix(do), dto, *statistics, _matrix(dk), dtk, _matrix(dv), dtv)
     together = len(config.columns) == 1
     for part, tile in enumerate(config.columns):
         flags = {"KEYS": together or part == 0, "VALUES": together or part == 1}
         blocks = triton.cdiv(k.shape[2], tile.keys)
-        _launch(triton_attention.backward_columns, tile, blocks, matrices, sizes, scale, **flags)
+        _launch_attention(triton_attention.backward_columns, tile, blocks, matrices, sizes, scale, **flags)
 
 
 @torch.library.custom_op("terminal_velocity::jvp_attention", mutates_args=())
@@ -257,11 +263,10 @@ def _norm_blocks(qkv: Tensor) -> int:
 def _launch_norm(kernel: triton.JITFunction, qkv: Tensor, *tensors: MaybeTensor) -> None:
     """Run `kernel` on the queries (grid axis 1 at 0) and the keys (at 1) of a packed projection."""
     batch, n, _, heads, head_dim = qkv.shape
-    with torch.cuda.device_of(qkv):
-        kernel[(_norm_blocks(qkv), 2)](
-            qkv, *tensors, batch * n * heads, heads,
-            D=head_dim, BLOCK_D=configs.padded_head_dim(head_dim), ROWS=configs.NORM_ROWS,
-        )  # fmt: skip
+    _launch(
+        kernel, (_norm_blocks(qkv), 2), qkv, *tensors, batch * n * heads, heads,
+        D=head_dim, BLOCK_D=configs.padded_head_dim(head_dim), ROWS=configs.NORM_ROWS,
+    )  # fmt: skip
 
 
 def _save(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
