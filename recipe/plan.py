@@ -32,7 +32,7 @@ DDP_BUCKET = 25 * 2**20  # DistributedDataParallel's default
 @dataclass(frozen=True)
 class GPU:
     """Data sheet: dense bf16 FLOP/s; bytes of memory; bytes/s of memory, of NVLink (one GPU, one direction)
-    and of a whole node's network cards.
+    and of a whole node's network cards; compute capability (90 for 9.0) and multiprocessors.
     """
 
     flops: float = rule(MISSING, positive)
@@ -40,18 +40,22 @@ class GPU:
     memory_rate: float = rule(MISSING, positive)
     node_rate: float = rule(MISSING, positive)
     network_rate: float = rule(MISSING, positive)
+    arch: int = rule(90, whole(80, 200))
+    multiprocessors: int = rule(132, whole(1, 10**4))
 
     def __post_init__(self) -> None:
         check(self, "gpu")
 
 
 GPUS = {
-    "a100": GPU(312e12, 80 * GIB, 2.0e12, 300e9, 200e9),
-    "h100": GPU(989e12, 79.6 * GIB, 3.35e12, 450e9, 400e9),
-    "h200": GPU(989e12, 140.4 * GIB, 4.8e12, 450e9, 400e9),
+    "a100": GPU(312e12, 80 * GIB, 2.0e12, 300e9, 200e9, 80, 108),
+    "h100": GPU(989e12, 79.6 * GIB, 3.35e12, 450e9, 400e9, 90, 132),
+    "h200": GPU(989e12, 140.4 * GIB, 4.8e12, 450e9, 400e9, 90, 132),
+    "b200": GPU(2250e12, 180 * GIB, 7.7e12, 900e9, 400e9, 100, 148),
 }
 
 
+reached = Rule(lambda x: 0 < x <= 1, "must be in (0, 1]")
 known = Rule(
     lambda gpu: isinstance(gpu, GPU) or gpu in GPUS,
     f"is not one of {', '.join(GPUS)}; add it to GPUS in recipe/plan.py, or give its data sheet: "
@@ -60,17 +64,17 @@ known = Rule(
 
 
 @dataclass
-class Cluster:
-    """Where the run is planned. gpus: one or more counts, one column each; gpu: a name of `GPUS`, or the five
-    numbers of a data sheet; efficiency: share of `flops` that a step's compute reaches, and hop: seconds that
-    one rank adds to a collective's latency: both assumed.
+class Roofline:
+    """What times are predicted from, all assumed: shares of a data sheet that matrix products (gemm) and
+    attention reach of `flops`, and kernels of `memory_rate` (bandwidth); launch: seconds that any kernel
+    takes at least. gpu: a name of `GPUS`, or the numbers of a data sheet.
     """
 
-    gpus: list[int] = rule([8, 64, 512], filled, each(whole(1, 10**6)))
     gpu: str | GPU = rule("h100", known)
-    per_node: int = rule(8, whole(1, 10**6))
-    efficiency: float = rule(0.45, Rule(lambda x: 0 < x <= 1, "must be in (0, 1]"))
-    hop: float = rule(2e-6, not_negative)
+    gemm: float = rule(0.65, reached)
+    attention: float = rule(0.45, reached)
+    bandwidth: float = rule(0.80, reached)
+    launch: float = rule(3e-6, not_negative)
 
     def __post_init__(self) -> None:
         check(self)
@@ -79,6 +83,35 @@ class Cluster:
     def sheet(self) -> GPU:
         """The data sheet."""
         return GPUS[self.gpu] if isinstance(self.gpu, str) else self.gpu
+
+    @property
+    def name(self) -> str:
+        """Of the GPU, for people."""
+        return self.gpu if isinstance(self.gpu, str) else "this GPU"
+
+    def seconds(self, size: float, flops: float = 0, share: float = 1) -> float:
+        """Of work on `size` bytes that reaches `share` of the FLOP/s."""
+        return max(flops / (share * self.sheet.flops), size / (self.bandwidth * self.sheet.memory_rate))
+
+    def assumptions(self) -> str:
+        """One line."""
+        gpu = self.sheet
+        return (
+            f"Predicted, not measured. Assumed of {self.name}: {self.gemm:.0%} of {gpu.flops / 1e12:.0f} "
+            f"bf16 TFLOP/s in matrix products, {self.attention:.0%} in attention, {self.bandwidth:.0%} of "
+            f"{gpu.memory_rate / 1e12:.2f} TB/s, at least {self.launch * 1e6:g} us a kernel."
+        )
+
+
+@dataclass
+class Cluster(Roofline):
+    """Where the run is planned. gpus: one or more counts, one column each; hop: seconds that one rank adds to
+    a collective's latency, assumed as well.
+    """
+
+    gpus: list[int] = rule([8, 64, 512], filled, each(whole(1, 10**6)))
+    per_node: int = rule(8, whole(1, 10**6))
+    hop: float = rule(2e-6, not_negative)
 
 
 def parameter_counts(model: DiTConfig) -> tuple[int, int]:
@@ -173,7 +206,14 @@ def step_activations(config: TrainConfig, parallel: ParallelConfig) -> float:
     duals = [one.dual and one.gradient == "both" for one in trained_passes(config.objective)]
     how = parallel.compile, parallel.checkpoint_every, low
     kept = sum(activation_bytes(config.model, dual, *how) for dual in duals)
-    return kept + block_bytes(config.model, max(duals), False, low)
+    return kept + working_bytes(config)
+
+
+def working_bytes(config: TrainConfig) -> float:
+    """Bytes of one sample in the block that is in its backward pass, as if it were eager."""
+    low = BF16 if config.precision == "amp_bf16" else FP32
+    dual = any(one.dual and one.gradient == "both" for one in config.objective.passes())
+    return block_bytes(config.model, dual, False, low)
 
 
 def layout(config: TrainConfig, gpus: int) -> tuple[int, int]:
@@ -299,20 +339,22 @@ class Times:
         return self.compute + self.bandwidth + self.latency + self.update
 
 
+def updated_bytes(config: TrainConfig, gpus: int) -> float:
+    """By optimizer and averages: AdamW reads 4 and writes 3 tensors of the weights' size, EMA 2 and 1."""
+    shards = gpus // config.parallel.replicas if config.parallel.fsdp2 else 1
+    return FP32 * (7 + 3 * averages(config.objective)) * sum(parameter_counts(config.model)) / shards
+
+
 def times(config: TrainConfig, gpus: int, cluster: Cluster) -> Times:
     """Compute at the assumed efficiency, traffic, and the optimizer and averages at the memory's speed."""
     gpu, model, objective = cluster.sheet, config.model, config.objective
     flops = step_flops(model, objective) + recomputed_flops(
         model, objective, config.parallel.checkpoint_every
     )
-    shards = gpus // config.parallel.replicas if config.parallel.fsdp2 else 1
-    touched = (
-        FP32 * (7 + 3 * averages(objective)) * sum(parameter_counts(model)) / shards
-    )  # AdamW 4 reads, 3 writes; EMA 2, 1
     return Times(
-        flops * config.data.batch_size / gpus / (gpu.flops * cluster.efficiency),
+        flops * config.data.batch_size / gpus / (gpu.flops * cluster.gemm),
         *communication_time(traffic(config, gpus), cluster),
-        touched / gpu.memory_rate,
+        cluster.seconds(updated_bytes(config, gpus)),
     )
 
 
@@ -360,12 +402,10 @@ def report(config: TrainConfig, cluster: Cluster) -> str:
     """A Markdown table, one column for each number of GPUs, under the assumptions that it rests on."""
     blocks, rest = parameter_counts(config.model)
     columns = [column(config, gpus, cluster) for gpus in cluster.gpus]
-    name = f"an {cluster.gpu}" if isinstance(cluster.gpu, str) else "a GPU"
     lines = [
         f"{config.run_name}: {(blocks + rest) / 1e6:.0f}M parameters, {config.model.tokens} tokens, "
         f"batch {config.data.batch_size}, {config.duration}, {config.precision}.",
-        f"Assumed, not measured yet: {cluster.efficiency:.0%} of {name}'s "
-        f"{cluster.sheet.flops / 1e12:.0f} bf16 TFLOP/s, {cluster.hop * 1e6:g} us a hop.",
+        f"{cluster.assumptions()} {cluster.hop * 1e6:g} us a hop.",
         "Communication is bandwidth + latency. A step takes from the first time (all of it hidden behind",
         "compute) to the second (none of it); the rows below go by the first.",
         "",
@@ -376,19 +416,23 @@ def report(config: TrainConfig, cluster: Cluster) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read(arguments: list[str], own: type[Roofline]) -> tuple[TrainConfig, Roofline]:
+    """CONFIG.yaml, then keys of `own` and of the configuration, as key=value. Raises ConfigError."""
+    names = {f.name for f in fields(own)}
+    mine = [a for a in arguments[1:] if a.split("=")[0] in names]
+    others = [a for a in arguments[1:] if a not in mine]
+    mine = [f"gpus=[{a[5:].strip('[]')}]" if a.startswith("gpus=") else a for a in mine]
+    return load_config(TrainConfig, arguments[0], others), load_config(own, None, mine)
+
+
 def main(arguments: list[str]) -> None:
     """Command line: CONFIG.yaml, then keys of Cluster and of the configuration, as key=value."""
     if not arguments:
         raise SystemExit(
             "usage: python -m recipe.plan CONFIG.yaml [gpus=8,64,512] [gpu=h100] [key=value ...]"
         )
-    own = {f.name for f in fields(Cluster)}
-    mine = [a for a in arguments[1:] if a.split("=")[0] in own]
-    others = [a for a in arguments[1:] if a not in mine]
-    mine = [f"gpus=[{a[5:].strip('[]')}]" if a.startswith("gpus=") else a for a in mine]
     try:
-        cluster = load_config(Cluster, None, mine)
-        sys.stdout.write(report(load_config(TrainConfig, arguments[0], others), cluster))
+        sys.stdout.write(report(*read(arguments, Cluster)))
     except ConfigError as error:
         raise SystemExit(f"config error: {error}") from error
 

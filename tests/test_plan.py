@@ -232,18 +232,18 @@ def test_the_plan_of_a_run_shards_what_is_sharded_and_says_what_does_not_fit(cap
     assert sharded["activations, GiB"] == whole["activations, GiB"]
     assert sharded["batch per GPU"] == ["8 x 32", "1 x 32"]
     flops = float(sharded["PFLOP per step"][0]) * 1e15
-    assert float(sharded["compute, ms"][1]) == pytest.approx(1e3 * flops / 64 / 989e12 / 0.45, rel=0.01)
+    assert float(sharded["compute, ms"][1]) == pytest.approx(1e3 * flops / 64 / 989e12 / 0.65, rel=0.01)
     assert "TOO MUCH" in table("gpus=8", "microbatch=128")["memory, GiB"][0]
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["gpu=b300"], "gpu: 'b300' is not one of a100, h100, h200"),
+        (["gpu=b300"], "gpu: 'b300' is not one of a100, h100, h200, b200"),
         (["gpus=0"], "gpus"),
         (["gpus=3"], "data.batch_size: 2048 is not a multiple of the 3 ranks"),
         (["gpus=8", "parallel.replicas=3"], "parallel.replicas: 3 does not divide the 8 ranks"),
-        (["efficiency=2"], "efficiency: 2.0"),
+        (["gemm=2"], "gemm: 2.0"),
         (["duration=3ep"], "duration: 3ep must be in batches"),
     ],
 )

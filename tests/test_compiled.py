@@ -1,0 +1,100 @@
+"""What Inductor would run on a GPU: bytes and FLOPs against arithmetic, the command's table, its statuses."""
+
+import pytest
+import torch
+from torch._inductor.graph import GraphLowering
+
+from benchmarks import compiled
+from recipe import plan
+from recipe.config import TrainConfig, load_config
+
+H100 = plan.GPUS["h100"]
+SMALL = [
+    "model.preset=null",
+    "model.size=8",
+    "model.width=96",
+    "model.heads=2",
+    "model.depth=3",
+    "microbatch=4",
+]
+
+
+def test_bytes_and_flops_of_three_operations_are_the_arithmetic():
+    rows, inner, columns = 512, 256, 128
+
+    def make():
+        def three(x, w):
+            return (torch.cos(torch.sin(x) @ w),)
+
+        sizes = (rows, inner), (inner, columns)
+        return three, [torch.empty(size, requires_grad=True) for size in sizes]
+
+    found = {}
+    graphs = compiled.trace(make, autocast=False)
+    with compiled.pretended(H100):
+        for direction, graph in graphs.items():
+            found[direction] = compiled.lower(direction, *graph)[0]
+    x, w, y = 4 * rows * inner, 4 * inner * columns, 4 * rows * columns
+    product, work = x + w + y, 2 * rows * inner * columns
+    assert [(k.group, k.bytes, k.flops, k.generated) for k in found["forward"]] == [
+        ("rest", 2 * x, 0, True),
+        ("GEMM", product, work, False),
+        ("rest", 2 * y, 0, True),
+    ]
+    # The cosine's slope times the gradient of y, the gradients of w and of the sine, and the slope of that
+    assert sorted((k.bytes, k.flops) for k in found["backward"]) == sorted(
+        [(3 * y, 0), (product, work), (product, work), (3 * x, 0)]
+    )
+
+
+def run(capsys, *overrides):
+    status = compiled.main(["yamls/imagenet256_w2.yaml", *overrides])
+    return status, capsys.readouterr().out
+
+
+def test_the_command_prices_every_pass_and_assembles_every_kernel(capsys):
+    status, text = run(capsys, *SMALL, "objective.name=flow_matching", "gemm=0.5", "launch=0")
+    assert status == 0
+    assert "50% of 989 bf16 TFLOP/s in matrix products" in text
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| student")]
+    rows = {(line[0][2:], line[1]): line[2:] for line in lines}
+    tokens, width = 4 * 16, 96
+    block = 2 * tokens * 12 * width**2 + 2 * 4 * 6 * width**2
+    products = rows["student, forward", "GEMM"], rows["student, backward", "GEMM"]
+    assert [int(row[0]) for row in products] == [5, 10]
+    assert [float(row[2]) for row in products] == pytest.approx([block / 1e9, 2 * block / 1e9], abs=0.05)
+    assert float(rows["student, forward", "attention"][0]) == 1
+    assert "a generated kernel, bytes a thread, at most           0.000\n" in text
+    kept = plan.block_bytes(load(*SMALL).model, dual=False, compiled=True, low=plan.BF16) * 4 / 1e9
+    line = next(line for line in text.splitlines() if "kept for the backward" in line)
+    assert float(line.split()[-1]) == pytest.approx(kept, abs=0.001)
+
+
+def load(*overrides):
+    return load_config(TrainConfig, "yamls/imagenet256_w2.yaml", list(overrides))
+
+
+def test_a_bar_that_is_missed_is_named():
+    row = compiled.Figure("step, s, predicted", 0.21, compiled.BARS["step"])
+    assert row.missed
+    assert str(row).endswith("0.210  at most 0.2  MISSED")
+    assert not compiled.Figure("step, s, predicted", 0.21, None).missed
+
+
+def test_an_inductor_that_changed_is_one_line_and_status_3(capsys, monkeypatch):
+    monkeypatch.delattr(GraphLowering, "codegen")
+    status, text = run(capsys, *SMALL, "objective.name=flow_matching")
+    assert status == 3
+    assert text.count("\n") == 1
+    assert "AttributeError: 'GraphLowering' object has no attribute 'codegen'" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [(["gpu=b300"], "gpu: 'b300' is not one of"), (["gemm=0"], "gemm: 0.0"), (["modle.depth=2"], "modle")],
+)
+def test_a_wrong_key_is_one_line_that_names_it(overrides, message):
+    with pytest.raises(SystemExit) as error:
+        compiled.main(["yamls/imagenet256_w2.yaml", *overrides])
+    assert str(error.value).startswith("config error: ")
+    assert message in str(error.value)
