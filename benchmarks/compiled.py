@@ -122,7 +122,7 @@ def trace(make: Callable[[], tuple[Callable, tuple]], grad: bool = True, autocas
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             results = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*arguments)
         if grad:
-            results = [x for x in results if x is not None]
+            results = [x for x in results if x is not None and x.requires_grad]
             torch.autograd.backward(results, [torch.empty_like(x) for x in results])
     return graphs
 
