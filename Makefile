@@ -40,10 +40,13 @@ demo: install
 	$(BIN)/composer -n $(RANKS) recipe/train.py yamls/digits.yaml
 	$(BIN)/composer -n 1 eval/sweep.py yamls/eval/digits.yaml
 
-# The same network and about the same training time with plain flow matching, in one table with the demo's result.
+# The same network and about the same training time with every other objective: a table with the demo's result, and
+# the one-step distance over the training time.
 compare: demo
-	$(BIN)/composer -n $(RANKS) recipe/train.py yamls/digits_flow_matching.yaml
+	for objective in flow_matching meanflow imf; do \
+		$(BIN)/composer -n $(RANKS) recipe/train.py yamls/digits_$$objective.yaml || exit; done
 	$(BIN)/composer -n 1 eval/sweep.py yamls/eval/digits_compare.yaml
+	$(BIN)/composer -n 1 eval/sweep.py yamls/eval/digits_compare_time.yaml
 
 # The digits run without a fifth of the digits: are samples new, or copies of what the network has seen?
 heldout: install

@@ -28,12 +28,15 @@ NEW = ("s_embedder", "guidance_embedder")
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in the file, or its `ema`. Raises OSError, ValueError."""
+    """The state dict in the file, or its `ema`. Raises FileNotFoundError, ValueError."""
     try:
         with torch.serialization.safe_globals([Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        reason = next(line for line in str(error).splitlines()[::-1] if line.strip())
+    except FileNotFoundError:
+        raise
+    except (UnpicklingError, RuntimeError, OSError, EOFError, KeyError) as error:
+        lines = str(error).splitlines() or [repr(error)]
+        reason = next((line for line in lines if "WeightsUnpickler" in line), lines[0])  # names what it met
         raise ValueError(f"{path}: refused: {reason.strip()}") from error
     state = content.get("ema", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):

@@ -135,9 +135,10 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 def plot_losses(axis: Axes, log: dict[str, np.ndarray]) -> None:
     """Loss terms over the steps of a run."""
-    for name in ("terminal", "flow_matching"):
-        if f"loss/train/{name}" in log:
-            values = smooth(log[f"loss/train/{name}"], 10)
+    for key in sorted(log):
+        group, _, name = key.rpartition("/")
+        if group == "loss/train" and name != "total":
+            values = smooth(log[key], 10)
             axis.plot(log["step"][-len(values) :], values, label=name.replace("_", " "))
     axis.set(xlabel="step", ylabel="loss", yscale="log", title="Loss terms (running mean of 10 points)")
     axis.legend()
@@ -150,6 +151,14 @@ def best_curve(rows: list[Row], axis: str) -> tuple[list[float], list[float]]:
         if row[axis] is not None:
             best[row[axis]] = min(row["frechet_distance"], best.get(row[axis], float("inf")))
     return list(zip(*sorted(best.items()), strict=True)) or ([], [])
+
+
+TITLES = {
+    "step": "training step",
+    "train_seconds": "training seconds",
+    "nfe": "NFE",
+    "w": "guidance weight w",
+}
 
 
 def plot_distances(panel: Axes, rows: list[Row], axis: str) -> None:
@@ -167,7 +176,7 @@ def plot_distances(panel: Axes, rows: list[Row], axis: str) -> None:
             panel.plot(*best_curve(chosen, axis), marker="o", label=" ".join(map(str, words)) or "samples")
     if rows[0]["floor"] is not None:
         panel.axhline(rows[0]["floor"], color="grey", linestyle=":", label="halves of the real data")
-    title = {"nfe": "NFE", "w": "guidance weight w", "step": "training step"}[axis]
+    title = TITLES[axis]
     panel.set(xlabel=title, ylabel="Frechet distance", yscale="log", title=f"Lowest distance over {title}")
     if axis == "nfe":
         ticks = sorted({r["nfe"] for r in rows})
@@ -178,9 +187,18 @@ def plot_distances(panel: Axes, rows: list[Row], axis: str) -> None:
 
 
 def plot_metrics(rows: list[Row], path: Path) -> None:
-    """The losses of the first row's run, if known, and the distance over each axis with several values."""
-    log = read_log(Path(rows[0]["weights"]).parent.parent / "train.jsonl")
-    axes = [name for name in ("step", "nfe", "w") if len({r[name] for r in rows} - {None}) > 1] or ["nfe"]
+    """The losses of the only run, if known, and the distance over each axis with several values.
+
+    Objectives are compared by training seconds instead of steps, which cost each a different time.
+    """
+    runs: dict[Path, list[Row]] = {}
+    for row in rows:
+        runs.setdefault(Path(row["weights"]).parent.parent, []).append(row)
+    log = read_log(next(iter(runs)) / "train.jsonl") if len(runs) == 1 else {}
+    compared = len({r["objective"] for r in rows}) > 1
+    axes = ("train_seconds" if compared else "step", "nfe", "w")
+    varied = [a for a in axes if any(len({r[a] for r in run} - {None}) > 1 for run in runs.values())]
+    axes = varied or ["nfe"]
     count = len(axes) + bool(log)
     columns = min(count, 2)
     lines = -(-count // columns)

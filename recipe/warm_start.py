@@ -116,8 +116,8 @@ def warm_start(model: GenerativeModel, config: TrainConfig) -> str:
     new = [e for e in EMBEDDERS if not state[f"{e}.mlp.2.weight"].any()]
     if not model.objective.guidance_input:
         new = [e for e in new if e != "guidance_embedder"]
-    taken = sum(x.numel() for name, x in state.items() if not name.startswith(tuple(new or ["-"])))
+    taken = sum(x.numel() for key, x in state.items() if key.split(".")[0] not in new)
     return (
-        f"{config.init_from} ({source.name}, step {facts['step']}): {taken:,} parameters taken, "
+        f"{folder.uri}/{name} ({source.name}, step {facts['step']}): {taken:,} parameters taken, "
         f"new: {', '.join(new) or 'none'}"
     )

@@ -1,6 +1,7 @@
 """Training through Composer and Streaming: real processes, real digits."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -157,6 +158,21 @@ def test_a_finished_run_says_so_and_changes_nothing(digits, tiny_run):
     process = run(*command, f"folder={tiny_run}", "duration=8ba", "save_interval=4ba", "export=[ema,net]")
     assert "already finished at step 8" in process.stdout + process.stderr
     assert (tiny_run / "weights/ba0000008-ema.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_begins_with_weights_and_resumes_without_them(digits, tiny_run, tmp_path):
+    shutil.copytree(tiny_run / "weights", tmp_path / "weights")
+    command = ["recipe/train.py", "yamls/digits.yaml", f"data.local={digits}", *TINY, "save_interval=2ba"]
+    command += ["objective.name=imf", "objective.guidance=1.25", f"init_from={tmp_path}/weights"]
+    command += [f"folder={tmp_path}/run", "export=[net]", "log.interval=1"]
+    said = run(*command, "duration=2ba")
+    assert "ba0000008-ema (tvm, step 8)" in said.stdout + said.stderr
+    shutil.rmtree(tmp_path / "weights")
+    said = run(*command, "duration=4ba")
+    assert "resumed at step 2" in said.stdout + said.stderr
+    said = run(*command, "duration=4ba", f"folder={tmp_path}/other", check=False)
+    assert "init_from" in said.stderr
+    assert "Traceback" not in said.stderr
 
 
 def test_two_ranks_take_the_same_samples_and_reach_the_same_weights(digits, tiny_run, tmp_path):
