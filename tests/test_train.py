@@ -181,6 +181,19 @@ def test_flow_matching_trains_through_the_same_key_without_a_target(digits):
     assert len(recorder.rows) == 2
 
 
+def test_a_network_without_classes_trains_on_labelled_data_and_its_labels_change_nothing(digits):
+    class Shifted(Recorder):
+        def after_dataloader(self, state, logger):
+            super().after_dataloader(state, logger)
+            state.batch["label"] = (state.batch["label"] + 1) % 10
+
+    _, recorder = fit(digits, 3, "model.classes=0")
+    model, other = fit(digits, 3, "model.classes=0", recorder=Shifted())
+    assert model.net.y_embedder.embedding_table.weight.shape[0] == 1
+    assert len(recorder.rows) == 3
+    assert recorder.rows == other.rows
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
