@@ -112,7 +112,7 @@ def test_a_value_in_the_place_of_a_section_is_one_line_that_names_it(section, va
         ("save_interval=0ba", "save_interval: '0ba' is not a time"),
         ("duration=99tok", "duration: '99tok' is not a time"),
         ("data.canonical_nodes=0", "data.canonical_nodes: 0 must be a whole number from 1"),
-        ("data.cache_limit=1gb", "data.cache_limit: 1gb would delete shards that only data.local has"),
+        ("data.cache_limit=1gb", "data.cache_limit: 1gb limits the copy of data.remote, which is not set"),
         ("microbatch=17", "microbatch: 17 is more than data.batch_size, 16"),
         ("run_name=../x", "run_name: '../x' must be letters"),
         ("run_name=''", "run_name: '' must be letters"),
