@@ -27,11 +27,13 @@ from eval.protocols import PROTOCOLS, choose_labels, describe, quantize
 from recipe.data import Normalizer
 from recipe.dit import DiT
 from recipe.objectives import Objective, from_facts
+from recipe.rules import obeys, positive, whole
 from recipe.sampler import grid, initial_noise, sample
 from recipe.weights import load_weights
 from streaming_convert.encoders import hash_weights, load_vae
 
 DTYPES = ("fp32", "fp64", "amp_bf16")
+SEED = whole(0, 2**62)  # sample i has the seed + i, an int64
 
 
 class Generator:
@@ -204,11 +206,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("nfe", "columns", "batch_size", "scale", "samples", "w"):
+    rules = dict.fromkeys(("nfe", "columns", "batch_size", "scale", "samples"), whole(1, 10**9))
+    rules |= {"w": positive, "seed": SEED, "interpolate": SEED}
+    for name, rule in rules.items():
         value = getattr(options, name)
-        option = f"--{name.replace('_', '-')}"
-        if value is not None and not (0 < value < math.inf if name == "w" else value >= 1):
-            raise ValueError(f"{option}: {value} must be {'positive' if name == 'w' else 'at least 1'}")
+        if value is not None and not obeys(value, rule):
+            raise ValueError(f"--{name.replace('_', '-')}: {value} {rule.says}")
     grid_only = options.interpolate is not None or options.labels is not None
     if options.out.suffix != ".png" and grid_only:
         raise ValueError(f"--labels and --interpolate make a grid: --out {options.out} must end in .png")

@@ -24,10 +24,12 @@ from recipe.rules import (
     Rule,
     below_one,
     check,
+    describe,
     each,
     file_name,
     filled,
     local,
+    no_clock,
     not_negative,
     one_of,
     place,
@@ -54,7 +56,7 @@ class OptimizerConfig:
 
     lr: float = rule(1e-4, positive)
     schedule: str = rule("constant", one_of("constant", "linear", "cosine"))
-    warmup: str = rule("0ba", time_or_zero)
+    warmup: str = rule("0ba", time_or_zero, no_clock)
     betas: list[float] = rule([0.9, 0.95], Rule(lambda b: len(b) == 2, "must be two"), each(below_one))
     eps: float = rule(1e-8, positive)
     weight_decay: float = rule(0.0, not_negative)
@@ -134,7 +136,7 @@ class LogConfig:
 
 @dataclass
 class TrainConfig:
-    """One training run. Times are Composer's: 2400ba, 3ep, 600sec.
+    """One training run. Times are Composer's: 2400ba, 3ep, 600sec (but for the duration).
 
     folder: local; holds weights/, samples/, train.jsonl and what is on its way to a bucket; save_folder:
     where checkpoints are, local or s3://, gs://, oci:// (then weights and log are copied there too);
@@ -147,7 +149,7 @@ class TrainConfig:
 
     run_name: str = rule(MISSING, file_name)
     folder: str = rule(MISSING, local)
-    duration: str = rule(MISSING, positive_time)
+    duration: str = rule(MISSING, positive_time, no_clock)
     save_folder: str = rule("${folder}/checkpoints", place)
     save_interval: str = rule("1000ba", positive_time)
     save_keep: int = rule(
@@ -180,8 +182,7 @@ class TrainConfig:
                 f"microbatch: {self.microbatch} is more than data.batch_size, {self.data.batch_size}; "
                 f"null takes a rank's whole batch at once"
             )
-        clocks = [re.sub(r"\d|ep|ba", "", text) for text in (self.optimizer.warmup, self.duration)]
-        if clocks[0] != clocks[1]:
+        if self.optimizer.warmup.endswith("sp") != self.duration.endswith("sp"):
             raise ValueError(
                 f"optimizer.warmup: {self.optimizer.warmup} must be in the unit of duration, {self.duration}"
             )
@@ -286,15 +287,9 @@ def load_config(schema: type[T], path: str | None, overrides: list[str]) -> T:
             typed.objective = OmegaConf.structured(check_objective(given))
         return OmegaConf.to_object(OmegaConf.merge(typed, given))
     except OmegaConfBaseException as error:
-        raise ConfigError(_describe(error)) from error
+        raise ConfigError(describe(error)) from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _describe(error: OmegaConfBaseException) -> str:
-    key = error.full_key or error.key
-    reason = str(error.msg or error).splitlines()[0]
-    return f"{key}: {reason}" if key else reason
 
 
 def as_dict(config: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -61,7 +61,7 @@ class DataConfig:
         check(self, "data")
         if self.cache_limit and not self.remote:
             raise ValueError(
-                f"data.cache_limit: {self.cache_limit} would delete shards that only data.local has"
+                f"data.cache_limit: {self.cache_limit} limits the copy of data.remote, which is not set"
             )
 
     @property

@@ -230,15 +230,16 @@ def disk_space(config: TrainConfig, manifest: Manifest) -> list[str]:
 def cache_limit(config: TrainConfig, ranks: int, manifest: Manifest) -> list[str]:
     """A smaller cache than what a node shuffles over at a time would fetch a shard for almost every sample.
 
-    Streaming shuffles each canonical node's samples in windows, which overlap: two of them are in use.
+    Streaming shuffles each canonical node's samples in windows, which overlap: two of them are in use. It
+    refuses less than four shards.
     """
     limit = config.data.cache_bytes
     if not limit or not config.data.remote or not config.data.shuffle:
         return []
-    total = sum(shard["bytes"] for shard in manifest.shards.values())
+    sizes = [shard["bytes"] for shard in manifest.shards.values()]
     in_use = min(1, 2 * config.data.canonical_nodes * SHUFFLE_WINDOW / manifest.num_samples)
     nodes = ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    need = total * in_use / nodes
+    need = max(sum(sizes) * in_use / nodes, 4 * max(sizes))
     if limit >= need:
         return []
     return [

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import field, fields
 from typing import Any, NamedTuple
 
+from omegaconf.errors import OmegaConfBaseException
+
 Number = int | float  # in a union of types OmegaConf takes no integer for a float
 
 
@@ -32,6 +34,7 @@ filled = Rule(lambda x: len(x) > 0, "must not be empty")
 positive_time = Rule(
     re.compile(r"0*[1-9]\d{0,14}(ba|ep|sp|sec)").fullmatch, "is not a time such as 2400ba, 3ep or 600sec"
 )
+no_clock = Rule(lambda x: not x.endswith("sec"), "must be in ba, ep or sp, since schedules need its end")
 time_or_zero = Rule(re.compile(r"\d{1,15}(ba|ep|sp|sec)").fullmatch, positive_time.says)
 
 
@@ -71,14 +74,25 @@ def rule(default: Any, *rules: Rule) -> Any:  # noqa: ANN401
     return field(**how, metadata={"rules": rules})
 
 
+def obeys(value: Any, one: Rule) -> bool:  # noqa: ANN401
+    """Whether the rule holds; a value of a type that it cannot compare breaks it."""
+    try:
+        return bool(one.holds(value))
+    except (ArithmeticError, AttributeError, TypeError, ValueError):
+        return False
+
+
 def check(settings: Any, section: str = "") -> None:  # noqa: ANN401
     """Raises ValueError with the key (below `section`), the value and the rule that it breaks."""
     for f in fields(settings):
         value = getattr(settings, f.name)
         for one in f.metadata.get("rules", ()) if value is not None else ():
-            try:
-                holds = one.holds(value)
-            except (ArithmeticError, AttributeError, TypeError, ValueError):
-                holds = False
-            if not holds:
+            if not obeys(value, one):
                 raise ValueError(f"{section and section + '.'}{f.name}: {value!r} {one.says}")
+
+
+def describe(error: OmegaConfBaseException) -> str:
+    """One line with the key."""
+    key = error.full_key or error.key
+    reason = str(error.msg or error).splitlines()[0]
+    return f"{key}: {reason}" if key else reason

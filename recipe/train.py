@@ -181,6 +181,11 @@ def start(config: TrainConfig, preemption: Preemption) -> Trainer:
     device = "gpu" if torch.cuda.is_available() else "cpu"
     dist.initialize_dist(device, timeout=3600)  # while a checkpoint is downloaded, the other ranks wait
     manifest = check(config)
+    batch = config.data.per_rank(dist.get_world_size())
+    if (config.microbatch or 0) > batch:
+        log.warning(
+            "microbatch: %d is more than a rank's %d samples here: one pass", config.microbatch, batch
+        )
     with newest(config) as found:
         load_path, source = found or (None, None)
         trainer = build_trainer(config, manifest, load_path, preemption)

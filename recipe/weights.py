@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,13 +18,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recipe.dit import DiT, DiTConfig
+from recipe.rules import Rule, describe, obeys, one_of
 
 FORMAT = 1
-KEYS = {"model", "method", "data", "step", "average", "commit", "sha256"}
+text = Rule(lambda x: isinstance(x, str), "is not a text")
+numbers = Rule(lambda x: len(x) > 0 and all(map(math.isfinite, x)), "must be a list of finite numbers")
+FACTS = {
+    "model": Rule(lambda x: isinstance(x, dict), "must be a mapping"),
+    "method.objective": text,
+    "method.scaled": Rule(lambda x: isinstance(x, bool), "must be true or false"),
+    "method.guidance": numbers,
+    "data.column": one_of("image", "latents"),
+    "data.mean": numbers,
+    "data.std": numbers,
+    "step": Rule(lambda x: x is None or x >= 0, "must be a number, or null"),
+    "average": text,
+    "commit": text,
+    "sha256": text,
+}
 
 
 def commit() -> str:
@@ -80,9 +99,40 @@ def parse_facts(text: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"weights: {where} is not a description of weights: {error}") from error
     if facts.get("format") != FORMAT:
         raise ValueError(f"weights: {where} has format {facts.get('format')}, expected {FORMAT}")
-    if not facts.keys() >= KEYS:
-        raise ValueError(f"weights: {where} lacks {', '.join(sorted(KEYS - facts.keys()))}")
+    for key, rule in FACTS.items():
+        section, _, name = key.partition(".")
+        value = facts.get(section)
+        if section not in facts or (name and not (isinstance(value, dict) and name in value)):
+            raise ValueError(f"weights: {where} lacks {key}")
+        value = value[name] if name else value
+        if not obeys(value, rule):
+            raise ValueError(f"weights: {where}: {key}: {value!r} {rule.says}")
     return facts
+
+
+def described(facts: dict[str, Any], path: Path) -> DiTConfig:
+    """The architecture that a weights' JSON names, if the tensors at `path` have it. Raises ValueError.
+
+    Nothing is believed before it has been compared with the file's header, so no JSON can fill the memory.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DiTConfig), facts["model"]))
+        with safe_open(path, "pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except OmegaConfBaseException as error:
+        raise ValueError(f"weights: {path}: model.{describe(error)}") from error
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"weights: {path}: {error}") from error
+    with torch.device("meta"):
+        state = DiT(config, initialize=False).state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in expected | found:
+        here, there = found.get(name, "nothing"), expected.get(name, "nothing")
+        if here != there:
+            raise ValueError(f"weights: {path}: {name} is {here}, the JSON's `model` makes it {there}")
+    if not len(facts["data"]["mean"]) == len(facts["data"]["std"]) == config.channels:
+        raise ValueError(f"weights: {path}: data.mean and data.std must have {config.channels} numbers")
+    return config
 
 
 def load_weights(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, dict[str, Any]]:
@@ -93,7 +143,7 @@ def load_weights(path: str | Path, device: str | torch.device = "cpu") -> tuple[
     facts = read_facts(path)
     if file_digest(_files(path)[0], hashlib.sha256()) != facts["sha256"]:
         raise ValueError(f"weights: {_files(path)[0]} is not the file that its JSON describes (sha256)")
-    net = DiT(DiTConfig(**facts["model"]), initialize=False).to(device)
+    net = DiT(described(facts, _files(path)[0]), initialize=False).to(device)
     net.load_state_dict(load_file(_files(path)[0], device=str(device)))
     return net.eval().requires_grad_(False), facts
 

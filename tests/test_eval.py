@@ -1,6 +1,7 @@
 """Weights, protocols and samples."""
 
 import json
+import re
 import shutil
 from collections import Counter
 
@@ -16,7 +17,8 @@ from recipe.dit import DiT, DiTConfig
 from recipe.sampler import grid
 from recipe.weights import load_weights, read_facts, save_weights
 
-FACTS = {"method": {"objective": "tvm", "scaled": True, "guidance": [1.0]}, "data": {}, "average": "ema"}
+FACTS = {"method": {"objective": "tvm", "scaled": True, "guidance": [1.0]}, "average": "ema"}
+FACTS["data"] = {"column": "image", "mean": [127.5] * 2, "std": [127.5] * 2}
 
 
 def test_weights_come_back_as_they_were_with_readable_facts(tmp_path):
@@ -132,6 +134,9 @@ def test_samples_at_the_command_line(tiny_run, tmp_path):
         (["--labels", "1", "--out", "nowhere/x.png"], "--out: folder nowhere does not exist"),
         (["--samples", "10", "--out", "recipe"], "--out: recipe is not empty"),
         (["--nfe", "0"], "--nfe: 0"),
+        (["--seed", "9" * 20], "--seed: 99999999999999999999 must be a whole number from 0"),
+        (["--interpolate", "9" * 20], "--interpolate: 99999999999999999999 must be a whole number from 0"),
+        (["--samples", "9" * 20, "--out", "x.npz"], "--samples: 99999999999999999999 must be a whole number"),
         (["--w", "0"], "--w: 0"),
         (["--interpolate", "0"], "--interpolate: 0 is the seed"),
         (["--samples", "9"], "--samples and --protocol need --out"),
@@ -143,6 +148,40 @@ def test_bad_sampling_options_are_named(tiny_run, options, message, capsys):
     with pytest.raises(SystemExit):
         sample_main([str(tiny_run / "weights/ba0000008-ema"), *options])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("model", "width", 10**7, "model.width: 10000000 must be a whole number from 1 to 65536"),
+        (
+            "model",
+            "width",
+            65536,
+            "proj.weight is (16, 2, 2, 2), the JSON's `model` makes it (65536",
+        ),
+        (
+            "model",
+            "depth",
+            2,
+            "blocks.1.attn.qkv.weight is nothing, the JSON's `model` makes it (48, 16)",
+        ),
+        ("model", "colour", 1, "model.colour: Key 'colour' not in 'DiTConfig'"),
+        ("model", "heads", "x", "model.heads: Value 'x' of type 'str' could not be converted to Integer"),
+        ("data", "mean", "x", "data.mean: 'x' must be a list of finite numbers"),
+        ("data", "mean", [1.0], "data.mean and data.std must have 2 numbers"),
+        ("method", "guidance", None, "method.guidance: None must be a list of finite numbers"),
+        ("method", None, None, "lacks method.objective"),
+    ],
+)
+def test_a_description_is_not_believed_before_it_fits_the_tensors(tmp_path, section, key, value, message):
+    net = DiT(DiTConfig(size=4, channels=2, classes=3, width=16, depth=1, heads=2))
+    file = save_weights(tmp_path / "w", net.state_dict(), net.config, {**FACTS, "step": 3})
+    facts = json.loads(file.read_text())
+    facts[section] = {**facts[section], key: value} if key else value
+    file.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=f"^weights: .*{re.escape(message)}"):
+        load_weights(file)
 
 
 def test_weights_that_are_not_finite_make_no_pictures(tiny_run, tmp_path, capsys):
@@ -160,7 +199,7 @@ def test_weights_that_are_not_finite_make_no_pictures(tiny_run, tmp_path, capsys
         ("w.safetensors", b"", "is not the file that its JSON describes"),
         ("w.json", b"[1]", "is not a description of weights"),
         ("w.json", b"{", "is not a description of weights"),
-        ("w.json", b'{"format": 1}', "lacks average, commit"),
+        ("w.json", b'{"format": 1}', "lacks model"),
     ],
 )
 def test_damaged_weights_are_named(tiny_run, tmp_path, name, content, message):

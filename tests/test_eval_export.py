@@ -176,7 +176,8 @@ def test_training_tracks_power_function_averages(digits):
 
 def test_weights_of_another_kind_hold_no_snapshots(tmp_path):
     net = DiT(DiTConfig(size=4, channels=1, classes=2, width=16, depth=1, heads=2))
-    facts = {"method": {}, "data": {}, "average": "ema", "step": 1}
+    facts = {"method": {"objective": "tvm", "scaled": True, "guidance": [1.0]}, "average": "ema", "step": 1}
+    facts["data"] = {"column": "image", "mean": [127.5], "std": [127.5]}
     save_weights(tmp_path / "w", net.state_dict(), net.config, facts)
     with pytest.raises(ValueError, match="holds no weights with average"):
         find_weights([str(tmp_path)], ["posthoc:0.1"], False, tmp_path)

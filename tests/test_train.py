@@ -203,6 +203,19 @@ def test_wandb_logs_offline_when_asked_to(digits, tmp_path):
     assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_a_network_without_classes_trains_on_labelled_data_and_its_labels_change_nothing(digits):
+    class Shifted(Recorder):
+        def after_dataloader(self, state, logger):
+            super().after_dataloader(state, logger)
+            state.batch["label"] = (state.batch["label"] + 1) % 10
+
+    _, recorder = fit(digits, 3, "model.classes=0")
+    model, other = fit(digits, 3, "model.classes=0", recorder=Shifted())
+    assert model.net.y_embedder.embedding_table.weight.shape[0] == 1
+    assert len(recorder.rows) == 3
+    assert recorder.rows == other.rows
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
