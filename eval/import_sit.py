@@ -36,7 +36,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         raise
     except (UnpicklingError, RuntimeError, OSError, EOFError, KeyError) as error:
         lines = str(error).splitlines() or [repr(error)]
-        reason = next((line for line in lines if "WeightsUnpickler" in line), lines[0])  # names what it met
+        named = (line for line in lines if "GLOBAL" in line or "WeightsUnpickler" in line)
+        reason = next(named, lines[0])
         raise ValueError(f"{path}: refused: {reason.strip()}") from error
     state = content.get("ema", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):

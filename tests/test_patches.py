@@ -1,0 +1,87 @@
+"""What recipe/patches.py knows of the libraries' insides: fails when an upgrade changes it."""
+
+import fcntl
+import importlib
+import inspect
+
+import pytest
+import xxhash
+from filelock import FileLock
+
+from recipe import patches
+from tests.conftest import run
+
+# Of the source of a module or function: more than one where versions differ and all have been read.
+READ = {
+    "composer.callbacks.checkpoint_saver": ["eed0f1956e6527f2"],
+    "composer.distributed.fsdp2": ["62b9a7627da0a1bc"],
+    "streaming.base.dataset": ["2d69d0a056421c9b"],
+    "streaming.base.stream": ["0ca6d322efe4b138"],
+    "streaming.base.shared.prefix": ["fd91d67a9e6486d9"],
+    "streaming.base.shared.memory": ["94beff959fa40164"],
+    "torch.distributed.fsdp._fully_shard._fsdp_collectives:_get_gradient_divide_factors": [
+        "9eef1d177dfc92cb",
+        "55e35e84df1de539",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_the_code_around_a_patch_is_the_one_that_it_was_written_against(name):
+    module, _, function = name.partition(":")
+    found = importlib.import_module(module)
+    source = inspect.getsource(getattr(found, function) if function else found)
+    digest = xxhash.xxh64(source.encode()).hexdigest()
+    assert digest in READ[name], f"{name} has changed: see recipe/patches.py, then add {digest} here"
+
+
+GRADIENT = """
+import torch
+from composer.utils import dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from recipe import patches
+
+def gradient():
+    net = torch.nn.Linear(2, 2, bias=False)
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    net(torch.full((1, 2), 1.0 + dist.get_global_rank())).sum().backward()
+    return net.weight.grad.full_tensor()
+
+dist.initialize_dist("cpu")
+unpatched = gradient()
+patches.divide_gradients_explicitly()
+print(*unpatched.unique().tolist(), *gradient().unique().tolist())
+"""
+
+
+def test_gloo_still_sums_where_it_should_average_and_the_patch_averages(tmp_path):
+    """Gradients 1 and 2 of two ranks. Where the first number is 1.5, the patch has become needless."""
+    script = tmp_path / "gradient.py"
+    script.write_text(GRADIENT)
+    process = run("-m", "composer.cli.launcher", "-n", 2, "--master_port", 29523, script)
+    assert process.stdout.split()[:2] == ["3.0", "1.5"]
+
+
+def test_who_locks_a_file_that_was_removed_after_he_opened_it_looks_again(tmp_path, monkeypatch):
+    """So `patches.remove_lock_files` does no harm to a job that is about to take the lock."""
+    path, flock = tmp_path / "000000_cache_filelock", fcntl.flock
+
+    def remove_first(*arguments):
+        monkeypatch.undo()
+        path.unlink()
+        return flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with FileLock(path):
+        assert path.exists()
+        assert patches.seize(path) is None
+
+
+def test_streaming_asks_the_patch_for_its_names():
+    from streaming.base import dataset
+
+    patches.choose_names_once()
+    assert dataset.get_shm_prefix is patches.claim_names
+    calls = inspect.getsource(dataset).count("get_shm_prefix(")
+    assert calls == 1
