@@ -19,7 +19,7 @@ from streaming.base.hashing import get_hash
 
 from recipe import patches
 from storage import attempt
-from storage.manifest import DatasetError
+from storage.manifest import DatasetError, check_inside
 
 log = logging.getLogger("recipe.dataset")
 HASH = "xxh64"  # the one that streaming_convert writes
@@ -51,6 +51,7 @@ class CheckedStream(Stream):
         shards = super().get_shards(*arguments)
         files = (info for shard in shards for pair in shard.file_pairs for info in pair if info)
         self._hashes = {info.basename: info.hashes.get(HASH) for info in files}
+        check_inside(self._hashes, f"{self.remote or self.local}/index.json")
         return shards
 
     def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:

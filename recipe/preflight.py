@@ -24,7 +24,7 @@ from recipe.dit import DiT
 from recipe.resume import PROBE, checkpoints, complete, fork
 from recipe.warm_start import check_weights
 from storage import Folder, StorageError, status, transient
-from storage.manifest import MANIFEST, DatasetError, Manifest, read_manifest
+from storage.manifest import DatasetError, Manifest, read_manifest
 
 OCI_LOGIN = "oci setup config"
 
@@ -92,17 +92,14 @@ def mend(uri: str, error: StorageError) -> str:
 
 
 def readable_data(config: TrainConfig) -> Manifest:
-    """The manifest, its schema checked, and its agreement with the model. Raises ConfigError.
-
-    Composer's client says what is wrong with a bucket; the dataset is then read through Streaming's.
-    """
-    if config.data.remote:
-        try:
-            Folder(config.data.remote).read(MANIFEST)
-        except StorageError as error:
-            problem = f"data.remote: {error}. To mend: {mend(config.data.remote, error)}"
-            raise ConfigError(problem) from error
-    return check_data(config)
+    """The manifest, its schema checked, and its agreement with the model. Raises ConfigError."""
+    try:
+        return check_data(config)
+    except ConfigError as error:
+        answer = error.__cause__ and error.__cause__.__cause__  # the service's, where that is the reason
+        if config.data.remote and isinstance(answer, StorageError):
+            raise ConfigError(f"{error}. To mend: {mend(config.data.remote, answer)}") from error
+        raise
 
 
 def writable(key: str, uri: str) -> list[str]:

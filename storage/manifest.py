@@ -6,7 +6,10 @@ this file. Training reads it for the class names and the per-channel statistics;
 
 import dataclasses
 import json
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 
 import xxhash
 
@@ -72,11 +75,20 @@ class Manifest:
             version = values.get("schema_version")
             if version != SCHEMA_VERSION:
                 raise DatasetError(f"{where}: schema_version is {version}, expected {SCHEMA_VERSION}")
-            return cls(**values)
+            manifest = cls(**values)
+            check_inside(manifest.shards, where)
+            return manifest
         except (ValueError, TypeError, AttributeError) as error:
             if isinstance(error, DatasetError):
                 raise
             raise DatasetError(f"{where} is not a dataset manifest: {error}") from error
+
+
+def check_inside(names: Iterable[str], where: str) -> None:
+    """Raises DatasetError if one of the file names that `where` lists leads out of the dataset's folder."""
+    for path in map(PurePosixPath, map(str, names)):
+        if path.is_absolute() or ".." in path.parts:
+            raise DatasetError(f"{where} names a file outside its folder: {path}")
 
 
 def read_manifest(uri: str) -> Manifest:
@@ -85,14 +97,15 @@ def read_manifest(uri: str) -> Manifest:
     Raises DatasetError when there is none: the folder is empty, or its conversion has not finished.
     """
     try:
-        text = Folder(uri).read(MANIFEST)
+        return Manifest.from_json(Folder(uri).read(MANIFEST), f"{uri}/{MANIFEST}")
     except MissingError as error:
-        raise DatasetError(
-            f"{uri} holds no {MANIFEST}: not a dataset, or its conversion did not finish"
-        ) from error
+        reason = "not a dataset, or its conversion did not finish"
+        with suppress(StorageError):
+            Folder(uri).read(f"train/{MANIFEST}")
+            reason = f"that is in its splits, so name one of them: {uri}/train"
+        raise DatasetError(f"{uri} holds no {MANIFEST}: {reason}") from error
     except StorageError as error:
         raise DatasetError(str(error)) from error
-    return Manifest.from_json(text, f"{uri}/{MANIFEST}")
 
 
 def _decisive(plan: Manifest) -> dict:

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from storage import Folder, normalize_uri
-from storage.manifest import DatasetError, Manifest
+from storage.manifest import MANIFEST, DatasetError, Manifest
 from streaming_convert import sources, writer
 from streaming_convert.encoders import DTYPES, VAE, Encoder, Stored
 from streaming_convert.sources import Source
@@ -75,7 +75,7 @@ def _add_sources(commands: argparse._SubParsersAction) -> None:
     add = source(
         "images",
         "JPEG, PNG, WebP: one folder per class (as ImageNet), or a label file",
-        lambda a: sources.image_folder(a.path, a.size, a.labels, a.classes, a.unlabelled),
+        lambda a: sources.image_folder(a.path, a.size, a.labels, a.classes, a.unlabelled, a.allow_empty),
     )
     add("path", metavar="FOLDER")
     add("--size", type=_at_least(1), required=True, help="side of the square that every image is brought to")
@@ -86,6 +86,7 @@ def _add_sources(commands: argparse._SubParsersAction) -> None:
     )
     add("--classes", metavar="FILE", help="class names in order, one a line, such as LOC_synset_mapping.txt")
     add("--unlabelled", action="store_true", help="all labels 0, no classes")
+    add("--allow-empty", action="store_true", help="a folder without images is a class without samples")
 
     add = source(
         "zip",
@@ -147,6 +148,11 @@ def run_convert(args: argparse.Namespace, argv: list[str]) -> int:
     path = getattr(args, "path", None)
     if path and "://" not in args.out and Path(args.out).resolve().is_relative_to(Path(path).resolve()):
         raise DatasetError(f"--out {args.out} lies inside the source {path}")
+    with writer.alone(args.out, args.shard):
+        return _convert(args, argv)
+
+
+def _convert(args: argparse.Namespace, argv: list[str]) -> int:
     source = sources.subset(args.source(args), args.only, args.limit, args.seed)
     _check_mirrors(source, args.flips, args.val)
     encoder = Stored(source)
@@ -243,9 +249,10 @@ def run_merge(args: argparse.Namespace, argv: list[str]) -> int:
     """Completes train/ and val/ from the parts that all machines converted."""
     folder = Folder(args.out)
     names = folder.names()
-    plans = [f"{split}/{writer.PLAN}" for split in ("train", "val") if f"{split}/{writer.PLAN}" in names]
+    known = [f"{split}/{file}" for split in ("train", "val") for file in (writer.PLAN, MANIFEST)]
+    plans = [name for name in known if name in names]
     if not plans:
-        raise DatasetError(f"{args.out} holds no unfinished conversion")
+        raise DatasetError(f"{args.out} holds no conversion, finished or not")
     plan = Manifest.from_json(folder.read(plans[0]), f"{args.out}/{plans[0]}")
     _finish([f"{args.out}/{split}" for split in plan.input["splits"]], args.max_rejected)
     return 0

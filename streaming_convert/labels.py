@@ -15,7 +15,17 @@ LABEL_FILES = ("labels.csv", "labels.json", "dataset.json")
 MAX_CLASSES = 2**20  # of labels that are numbers; a larger one is a slip
 
 
-def from_folders(folder: str, keys: list[str]) -> list[str]:
+def hidden(name: str) -> bool:
+    """Whether a file or folder of that name is passed over: .DS_Store, and what macOS adds to a ZIP."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def class_folders(folder: str) -> list[str]:
+    """Names of the folders in `folder`, in the order that numbers them."""
+    return sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not hidden(path.name))
+
+
+def from_folders(folder: str, keys: list[str], allow_empty: bool = False) -> list[str]:
     """The first folder of each file's name. DatasetError for a file outside, or a folder without files."""
     loose = [key for key in keys if "/" not in key]
     if loose:
@@ -23,11 +33,13 @@ def from_folders(folder: str, keys: list[str]) -> list[str]:
             f"{folder}: no class folder and no label file says what {loose[0]} is; "
             f"add one of {', '.join(LABEL_FILES)}, or pass --labels FILE or --unlabelled"
         )
-    folders = {path.name for path in Path(folder).iterdir() if path.is_dir() and path.name[0] != "."}
-    empty = sorted(folders - {key.split("/")[0] for key in keys})
-    if empty:
-        raise DatasetError(f"{folder}: the class folder {empty[0]!r} holds no images")
-    return [key.split("/")[0] for key in keys]
+    found = [key.split("/")[0] for key in keys]
+    empty = sorted(set(class_folders(folder)) - set(found))
+    if empty and not allow_empty:
+        raise DatasetError(
+            f"{folder}: the class folder {empty[0]!r} holds no images; --allow-empty keeps its number"
+        )
+    return found
 
 
 def from_file(path: str, keys: list[str]) -> list[str | int]:

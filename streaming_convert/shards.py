@@ -9,7 +9,7 @@ from streaming.base.compression import decompress
 from streaming.base.format.mds import MDSReader
 
 from storage import Folder, MissingError
-from storage.manifest import MANIFEST, DatasetError, read_manifest
+from storage.manifest import MANIFEST, DatasetError, check_inside, read_manifest
 
 
 class ShardWriter(MDSWriter):
@@ -84,6 +84,7 @@ def list_shards(entries: list[dict]) -> dict[str, dict]:
 def open_shard(folder: Folder, entry: dict) -> Shard:
     """Reads one shard of the dataset; DatasetError if its file is missing or damaged."""
     name = stored_file(entry)["basename"]
+    check_inside([name], f"{folder.uri}/index.json")
     try:
         return Shard(entry, folder.read(name))
     except MissingError as error:

@@ -102,12 +102,14 @@ def image_folder(
     label_file: str | None = None,
     classes: str | None = None,
     unlabelled: bool = False,
+    allow_empty: bool = False,
 ) -> Source:
     """JPEG, PNG and WebP files in one folder per class, or anywhere in `folder` with a label file.
 
     Without a label file the first folder level names the classes, in alphabetical order, which for ImageNet's
     synsets is ImageNet's own; a file `classes` (ImageNet's LOC_synset_mapping.txt) fixes another order.
-    labels.csv, labels.json and dataset.json in `folder` are found by themselves.
+    labels.csv, labels.json and dataset.json in `folder` are found by themselves. A class folder without
+    images is an error, or with `allow_empty` a class without samples, as for torchvision's ImageFolder.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -118,8 +120,11 @@ def image_folder(
     else:
         own = (str(root / name) for name in labels.LABEL_FILES if (root / name).is_file())
         label_file = label_file or next(own, None)
-        given = labels.from_file(label_file, keys) if label_file else labels.from_folders(folder, keys)
-        numbers, class_names = labels.number(given, labels.read_classes(classes) if classes else None)
+        if label_file:
+            given, names = labels.from_file(label_file, keys), None
+        else:
+            given, names = labels.from_folders(folder, keys, allow_empty), labels.class_folders(folder)
+        numbers, class_names = labels.number(given, labels.read_classes(classes) if classes else names)
     return Source(
         name="images",
         keys=keys,
@@ -156,10 +161,10 @@ def _walk(root: Path) -> Iterator[str]:
         subfolders[:] = [
             name
             for name in subfolders
-            if not name.startswith(".") and not here.is_relative_to((here / name).resolve())
+            if not labels.hidden(name) and not here.is_relative_to((here / name).resolve())
         ]
         for name in files:
-            if not name.startswith("."):
+            if not labels.hidden(name):
                 yield Path(folder, name).relative_to(root).as_posix()
 
 
@@ -217,7 +222,8 @@ class Archive:
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self._local = threading.local()  # an open ZIP has one file position, so: one per thread and process
-        self.names = set(_walk(self.path) if self.path.is_dir() else self._zip().namelist())
+        names = _walk(self.path) if self.path.is_dir() else self._zip().namelist()
+        self.names = {name for name in names if not any(map(labels.hidden, name.split("/")))}
 
     def _zip(self) -> zipfile.ZipFile:
         if getattr(self._local, "pid", None) != os.getpid():

@@ -6,18 +6,21 @@ the next run converts what has no record. The index and, last, the manifest come
 they have the same bytes, however often and with however many workers and machines the conversion ran.
 """
 
+import fcntl
 import json
 import math
 import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -72,6 +75,34 @@ def is_complete(job: Job) -> bool:
     if found == MANIFEST:
         _clean_up(folder)
     return found == MANIFEST
+
+
+@contextmanager
+def alone(out: str, shard: tuple[int, int]) -> Iterator[None]:
+    """Keeps other conversions of the same machine number away from the local folder `out`.
+
+    The lock goes with this process, however it ends, and not to its workers. In a bucket two conversions
+    write the same bytes twice. Raises DatasetError, saying who writes there.
+    """
+    if "://" in out:
+        yield
+        return
+    path = Path(out, f".writing-{shard[0]}-of-{shard[1]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DatasetError(f"{out} is being written by {path.read_text()}. Nothing was changed") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # files of the conversion stay, and the folder with them
+                path.parent.rmdir()
 
 
 def convert(job: Job, workers: int, shard: tuple[int, int] = (1, 1)) -> None:
@@ -252,7 +283,8 @@ def finish(uris: list[str], max_rejected: int = 0) -> list[Manifest]:
     the lists of those are then in rejected.jsonl, and no split gets a manifest.
     """
     collected = {uri: _collect(uri) for uri in uris}
-    if sum(manifest.rejected for manifest, _ in collected.values()) > max_rejected:
+    unfinished = any(records for _, records in collected.values())
+    if unfinished and sum(manifest.rejected for manifest, _ in collected.values()) > max_rejected:
         raise DatasetError(_rejection_message(collected, max_rejected))
     manifests = [_complete(*found) for found in collected.values()]
     for (uri, (_, records)), manifest in zip(collected.items(), manifests, strict=True):

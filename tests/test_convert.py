@@ -438,6 +438,7 @@ def _huge_label(folder: Path) -> list:
 
 def _empty_class(folder: Path) -> list:
     (folder / "n09999999").mkdir()
+    (folder / "__MACOSX").mkdir()
     return []
 
 
@@ -478,6 +479,16 @@ def test_bad_input_is_one_clear_error_and_writes_nothing(folder, tmp_path, capsy
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_class_folder_may_keep_its_number(folder, tmp_path):
+    (folder / "n01500000").mkdir()
+    words = ("images", folder, "--size", 16, "--out", tmp_path / "out")
+    assert convert(*words) == 1
+    assert convert(*words, "--allow-empty") == 0
+    manifest = read_manifest(str(tmp_path / "out/train"))
+    assert manifest.class_names == sorted([*SYNSETS, "n01500000"])
+    assert manifest.class_counts[1] == 0 and sum(manifest.class_counts) == 12
 
 
 @pytest.mark.parametrize(
@@ -537,6 +548,8 @@ def test_released_pixel_archive(tmp_path):
     names = [f"00000/img{i:08d}.png" for i in range(7)]
     members = {name: to_bytes(Image.fromarray(p)) for name, p in zip(names, pixels, strict=True)}
     write_archive(tmp_path / "a.zip", members, [[name, (3 * i) % 5] for i, name in enumerate(names)][::-1])
+    with zipfile.ZipFile(tmp_path / "a.zip", "a") as file:
+        file.writestr(f"__MACOSX/00000/._{Path(names[0]).name}", b"what macOS adds")
     assert convert("zip", tmp_path / "a.zip", "--out", tmp_path / "out") == 0
     samples = read_all(tmp_path / "out" / "train")
     np.testing.assert_array_equal(np.stack([s["image"] for s in samples]), pixels.transpose(0, 3, 1, 2))
@@ -756,6 +769,28 @@ def test_verify_names_the_damage(tmp_path, capsys, damage):
     message = damage(tmp_path / "train")
     assert main(["verify", str(tmp_path / "train")]) == 1
     assert message in capsys.readouterr().out
+
+
+def test_no_shard_may_lie_outside_the_folder(tmp_path, capsys):
+    convert("digits", "--out", tmp_path)
+    shutil.move(tmp_path / "train/shard.00000.mds", tmp_path / "outside.mds")
+    index = tmp_path / "train/index.json"
+    index.write_text(index.read_text().replace("shard.00000.mds", "../outside.mds"))
+    message = "index.json names a file outside its folder: ../outside.mds"
+    for words in (["verify", str(tmp_path)], ["mds", f"{tmp_path}/train", "--out", f"{tmp_path}/copy"]):
+        assert main(words) == 1
+        assert message in "".join(capsys.readouterr())
+    _change_manifest("shards", {"/outside.mds": {}}, "")(tmp_path / "train")
+    with pytest.raises(DatasetError, match="manifest.json names a file outside its folder: /outside.mds"):
+        read_manifest(str(tmp_path / "train"))
+
+
+def test_the_folder_above_a_dataset_is_told_from_none(tmp_path):
+    convert("digits", "--out", tmp_path / "out")
+    with pytest.raises(DatasetError, match="so name one of them: .*out/train$"):
+        read_manifest(str(tmp_path / "out"))
+    with pytest.raises(DatasetError, match="did not finish"):
+        read_manifest(str(tmp_path))
 
 
 def test_show_draws_the_stored_samples(tmp_path):

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -112,6 +113,20 @@ def test_killed_five_times_ends_byte_for_byte_the_same(pictures, uninterrupted, 
     assert 5 <= len(seen) < SHARDS
     assert main(command(pictures, tmp_path)) == 0
     assert files(train) == {name.removeprefix("train/"): data for name, data in uninterrupted.items()}
+
+
+def test_a_second_conversion_into_one_folder_is_told_who_writes(pictures, uninterrupted, tmp_path, capsys):
+    run = Run(command(pictures, tmp_path), tmp_path / "log")
+    wait_for(lambda: finished_parts(tmp_path / "train"))
+    assert main(command(pictures, tmp_path)) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    writer = f"process {run.pid} on {socket.gethostname()} since {time.strftime('%Y')}"
+    assert error.startswith(f"error: {tmp_path} is being written by {writer}")
+    assert run.wait() == 0
+    assert files(tmp_path) == uninterrupted
+    assert main(["merge", str(tmp_path)]) == 0
+    assert f"{tmp_path}/train: 800 samples in {SHARDS} shards" in capsys.readouterr().out
+    assert main(["merge", str(tmp_path / "none")]) == 1
 
 
 def test_kill_between_manifest_and_clean_up_leaves_a_complete_dataset(

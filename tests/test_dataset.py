@@ -49,6 +49,16 @@ def test_a_damaged_shard_never_reaches_training(remote, tmp_path, caplog):
     assert first_batch(remote, tmp_path / "cache") == expected
 
 
+def test_a_shard_outside_the_dataset_is_not_fetched(remote, tmp_path):
+    name, *_ = read_manifest(str(remote)).shards
+    shutil.move(remote / name, tmp_path / "outside.mds")
+    index = remote / "index.json"
+    index.write_text(index.read_text().replace(name, "../outside.mds"))
+    for local in (tmp_path / "cache", remote):
+        with pytest.raises(DatasetError, match="names a file outside its folder: ../outside.mds"):
+            first_batch(remote, local)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_missing_shard_is_named_and_does_not_end_the_epoch(remote, tmp_path, workers):
     for name in read_manifest(str(remote)).shards:
