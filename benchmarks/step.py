@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7, help="paired runs; the median is reported")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--no-compile", action="store_true", help="leave out what needs a C++ compiler")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.config:
         try:
             result = measure_variants(options.config, options.overrides, options.steps)
