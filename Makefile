@@ -7,7 +7,7 @@ VENV := .venv$(if $(filter next,$(STACK)),-next)
 BIN := $(VENV)/bin
 RANKS := $(shell [ "$$(nproc 2>/dev/null || echo 1)" -ge 2 ] && echo 2 || echo 1)
 
-.PHONY: install test lint demo compare heldout faults clean
+.PHONY: install test lint demo compare heldout gpu faults clean
 
 .venv/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +53,11 @@ heldout: install
 	$(BIN)/python -m streaming_convert digits --out data/digits_heldout --val 0.2
 	$(BIN)/composer -n $(RANKS) recipe/train.py yamls/digits_heldout.yaml
 	$(BIN)/composer -n 1 eval/sweep.py yamls/eval/digits_heldout.yaml
+
+# Measures on a GPU what can be measured there, ten minutes at most for each of seven stages, and writes one page to
+# benchmarks/results. The same command goes on where it stopped.
+gpu: install
+	$(BIN)/python -m benchmarks.gpu
 
 # Kills, preempts and damages real runs; about 30 minutes. Writes the table of docs/faults.md.
 faults: install

@@ -1,8 +1,8 @@
 """Times attention with a tangent against its peers on one GPU; a size whose check fails gets no times.
 
-    python -m benchmarks.attention --out benchmarks/results   # a table, and JSON named after the GPU
-    python -m benchmarks.attention --tune                     # times every candidate tile of each kernel
-    python -m benchmarks.attention --interpret                # debugs the script; its times mean nothing
+    python -m benchmarks.attention --out attention.json   # a table, and the same as JSON
+    python -m benchmarks.attention --tune                 # times every candidate tile of each kernel
+    python -m benchmarks.attention --interpret            # debugs the script; its times mean nothing
 
 Peers, where installed: torch's flash SDPA (the yardstick: plain attention, no tangent) and cuDNN's, plain
 attention under torch.func.jvp, eager and compiled, and jvp-flash-attention 0.14 (forward only). Times are
@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
+from benchmarks import environment
 
 SIZES = [(32, 18, 256, 64), (8, 18, 1024, 64), (1, 24, 1024, 128), (1, 24, 4096, 128), (1, 24, 8192, 128)]
 TINY = [(1, 2, 33, 16)]
@@ -202,21 +202,6 @@ def print_row(row: dict) -> None:
         print(f"  MISSED: {bar}")
 
 
-def environment(cuda: bool) -> dict[str, str]:
-    """What the results depend on beside this file."""
-    import triton
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return {
-        "device": torch.cuda.get_device_name() if cuda else "cpu interpreter",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit.stdout.strip(),
-    }
-
-
 def tune(size: tuple[int, ...], dtype: torch.dtype) -> None:
     """Time the candidates of each kernel at this size, with the other kernels as the table has them."""
     from kernels import configs
@@ -248,7 +233,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="folder for the JSON file")
+    parser.add_argument("--out", type=Path, help="the JSON file")
     parser.add_argument("--tune", action="store_true", help="time the candidate tiles instead")
     parser.add_argument("--interpret", action="store_true", help="dry run on the CPU at a tiny size")
     args = parser.parse_args()
@@ -272,12 +257,11 @@ def main() -> int:
     for size in sizes:
         rows.append(measure(size, device, dtype))
         print_row(rows[-1])
-    results = {**environment(cuda), "dtype": str(dtype), "rows": rows}
+    device = environment()["device"] if cuda else "cpu interpreter"
+    results = {**environment(), "device": device, "dtype": str(dtype), "rows": rows}
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"attention_{results['device'].replace(' ', '_').lower()}.json"
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"\nwrote {path}")
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"\nwrote {args.out}")
     return int(any(row.get("missed") for row in rows))
 
 

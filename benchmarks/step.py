@@ -2,35 +2,64 @@
 
 FLOPs are torch's own count on meta tensors. Times are medians of paired runs in one process: each pair runs
 both sides back to back, and the ratio is taken pair by pair, so a machine whose speed drifts does not matter.
+
+`python -m benchmarks.step CONFIG.yaml [key=value ...]` times whole steps of that configuration on the device
+at hand: seconds, memory, share of the peak and where the time goes.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import device
-from benchmarks.device import GUIDED, random_batch
+from benchmarks import environment
+from recipe import plan
 from recipe.algorithms import ema_update
+from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
-from recipe.objectives.base import Batch
-from recipe.objectives.flow_matching import flow_matching_loss
+from recipe.objectives import TVM, FlowMatching, Objective
+from recipe.objectives.base import Batch, draw
 from recipe.parallel import ParallelConfig, prepare_blocks
 
 Work = Callable[[], object]
+GUIDED, PLAIN = TVM(guidance=2.0), FlowMatching()
+VARIANTS = {
+    "tvm": [],
+    "tvm, checkpointed": ["parallel.checkpoint_every=1"],
+    "tvm, eager": ["parallel.compile=false"],
+    "flow matching": ["objective.name=flow_matching"],
+}
+KINDS = {
+    "attention": ("jvp_attention", "flash", "attention", "softmax"),
+    "matrix products": ("gemm", "cutlass", "nvjet", "::mm", "addmm", "bmm", "sm90_xmma", "ampere_"),
+    "optimizer and averages": ("adam", "foreach", "multi_tensor", "lerp"),
+    "copies": ("memcpy", "memset", "copy"),
+}
+
+
+def random_batch(config: DiTConfig, objective: Objective, size: int, device: str) -> Batch:
+    """Random images, and a step's draws for them."""
+    ids = torch.arange(size, device=device)
+    x0 = torch.randn(size, config.channels, config.size, config.size, device=device)
+    return draw(x0, ids % max(config.classes, 1), 0 * ids, ids, 0, objective, config.classes)
 
 
 def flops(work: Work) -> int:
@@ -47,8 +76,14 @@ def flop_ratio(size: int) -> float:
         net = DiT(config)
         target = copy.deepcopy(net).requires_grad_(False)
         batch = random_batch(config, GUIDED, 2, "meta")
-    tvm = flops(lambda: GUIDED.loss(net, target, batch, config.classes).total.mean().backward())
-    plain = flops(lambda: flow_matching_loss(GUIDED, net, batch).total.mean().backward())
+    tvm, plain = (
+        flops(
+            lambda objective=objective: (
+                objective.loss(net, target, batch, config.classes).total.mean().backward()
+            )
+        )
+        for objective in (GUIDED, PLAIN)
+    )
     return tvm / plain
 
 
@@ -96,24 +131,22 @@ def functional_jvp(net: DiT, batch: Batch) -> None:
         (value.square().mean() + tangent.square().mean()).backward()
 
 
-def training_step(net: DiT, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """One optimizer step."""
+def training_step(
+    objective: Objective, net: DiT, target: DiT, batch: Batch, optimizer: torch.optim.Optimizer
+) -> None:
+    """One optimizer step, in bf16 on a GPU."""
+    device = batch.x0.device.type
     optimizer.zero_grad()
-    loss().mean().backward()
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        total = objective.loss(net, target, batch, net.config.classes).total
+    total.mean().backward()
     optimizer.step()
 
 
 def step_times(net: DiT, target: DiT, batch: Batch, pairs: int) -> tuple[float, float, float]:
     """Whole TVM step against whole flow-matching step."""
     optimizer = torch.optim.AdamW(net.parameters(), 1e-6)
-    null = net.config.classes
-
-    def tvm() -> None:
-        training_step(net, lambda: GUIDED.loss(net, target, batch, null).total, optimizer)
-
-    def plain() -> None:
-        training_step(net, lambda: flow_matching_loss(GUIDED, net, batch).total, optimizer)
-
+    tvm, plain = (partial(training_step, which, net, target, batch, optimizer) for which in (GUIDED, PLAIN))
     return paired(tvm, plain, pairs)
 
 
@@ -146,8 +179,7 @@ def upkeep_share() -> float:
         ema_update(average, net, 0.9999)
 
     def step() -> None:
-        loss = GUIDED.loss(net, target, batch, config.classes).total
-        training_step(net, lambda: loss, optimizer)
+        training_step(GUIDED, net, target, batch, optimizer)
         ema_update(target, net, 0.99)
         ema_update(average, net, 0.9999)
 
@@ -183,22 +215,145 @@ def bars(pairs: int, batch_size: int, compiled: bool) -> list[tuple[str, float, 
     return rows
 
 
+def make_step(config: TrainConfig, device: str) -> Work:
+    """Loss, backward, AdamW and the averages of one microbatch, as training does them."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    net = DiT(config.model, initialize=False).to(device)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    averages = [copy.deepcopy(net).requires_grad_(False) for _ in range(plan.averages(config.objective))]
+    prepare_blocks(net, config.parallel, trained=True)
+    prepare_blocks(averages[-1], config.parallel, trained=False)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-4, (0.9, 0.95), fused=True)
+    batch = random_batch(config.model, config.objective, plan.layout(config, 1)[0], device)
+
+    def step() -> None:
+        training_step(config.objective, net, averages[-1], batch, optimizer)
+        for average in averages:
+            ema_update(average, net, 0.99)
+
+    return step
+
+
+def measure(step: Work, device: str, steps: int) -> dict[str, Any]:
+    """Median seconds of a step after three to warm up, and peak memory in GiB (None on a CPU)."""
+    cuda = device == "cuda"
+    for _ in range(3):
+        step()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+
+    def synchronized() -> None:
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = statistics.median(_seconds(synchronized) for _ in range(steps))
+    return {"seconds": seconds, "peak_gib": torch.cuda.max_memory_allocated() / plan.GIB if cuda else None}
+
+
+def time_by_kind(step: Work, device: str, top: int = 12) -> dict[str, Any]:
+    """Share of device time by kind of kernel, and the largest kernels, from one profiled step."""
+    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        step()
+    spent: dict[str, float] = defaultdict(float)
+    for event in profiler.key_averages():
+        microseconds = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        if microseconds:
+            spent[event.key] += microseconds
+    total, shares = sum(spent.values()), defaultdict(float)
+    for name, microseconds in spent.items():
+        kind = next((k for k, words in KINDS.items() if any(w in name.lower() for w in words)), "elementwise")
+        shares[kind] += microseconds / total
+    largest = sorted(spent.items(), key=lambda item: -item[1])[:top]
+    return {
+        "shares": dict(shares),
+        "largest": [{"kernel": name[:90], "share": spent_us / total} for name, spent_us in largest],
+    }
+
+
+def known_gpu(device: str) -> str | None:
+    """The planner's name of a device that calls itself `device` (NVIDIA H100 80GB HBM3), if it has one."""
+    return next((name for name in plan.GPUS if name in device.lower()), None)
+
+
+def predicted(config: TrainConfig, device: str) -> dict[str, float]:
+    """Seconds and peak GiB of a step on one such GPU, by `recipe.plan`; nothing for an unknown GPU."""
+    gpu = known_gpu(device)
+    if gpu is None:
+        return {}
+    seconds = plan.times(config, 1, plan.Cluster(gpus=[1], gpu=gpu)).step
+    return {"seconds": seconds, "peak_gib": sum(plan.memory(config, 1).values()) / plan.GIB}
+
+
+def measure_variants(yaml: str, overrides: list[str], steps: int) -> dict[str, Any]:
+    """All variants of a configuration; one that runs out of memory is reported so. Raises ConfigError."""
+    device, rows = "cuda" if torch.cuda.is_available() else "cpu", {}
+    overrides = ["parallel.fsdp2=false", *overrides]
+    for variant, options in VARIANTS.items():
+        config = load_config(TrainConfig, yaml, [*overrides, *options])
+        row = rows[variant] = {"predicted": predicted(config, environment()["device"])}
+        try:
+            step = make_step(config, device)
+            row |= measure(step, device, steps)
+            row["profile"] = time_by_kind(step, device)
+        except torch.cuda.OutOfMemoryError:
+            row["error"] = "out of memory"
+            continue
+        finally:
+            step = None
+        if gpu := known_gpu(environment()["device"]):
+            flops_per_step = plan.step_flops(config.model, config.objective) * config.data.batch_size
+            row["share_of_peak"] = flops_per_step / row["seconds"] / plan.GPUS[gpu].flops
+    what = {
+        "config": yaml,
+        "overrides": overrides,
+        "batch": config.data.batch_size,
+        "tokens": config.model.tokens,
+    }
+    return {**what, "precision": "bf16 autocast" if device == "cuda" else "fp32", "variants": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """One line a variant."""
+    lines = [f"{result['config']}, {result['tokens']} tokens, batch {result['batch']}, {result['precision']}"]
+    for name, row in result["variants"].items():
+        if "error" in row:
+            lines.append(f"{name:20} {row['error']}")
+            continue
+        cells = [f"{row['seconds']:7.3f} s"]
+        cells += [f"{row['peak_gib']:6.1f} GiB"] if row["peak_gib"] else []
+        cells += [f"{row['share_of_peak']:6.1%} of peak"] if "share_of_peak" in row else []
+        cells += [f"{kind} {share:.0%}" for kind, share in row["profile"]["shares"].items()]
+        lines.append(f"{name:20} " + ", ".join(cells))
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="?", help="time whole steps of this YAML on the device at hand")
+    parser.add_argument("overrides", nargs="*", help="key=value")
+    parser.add_argument("--steps", type=int, default=10, help="with a YAML: timed steps")
+    parser.add_argument("--out", type=Path, help="with a YAML: write JSON to this file")
     parser.add_argument("--pairs", type=int, default=7, help="paired runs; the median is reported")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--no-compile", action="store_true", help="leave out what needs a C++ compiler")
-    parser.add_argument("--preset", help="instead: a whole step of this preset on the device at hand")
-    parser.add_argument("--size", type=int, default=32, help="with --preset: latent side (64 for 512 px)")
-    parser.add_argument("--steps", type=int, default=10, help="with --preset: timed steps")
-    parser.add_argument("--out", help="with --preset: folder for the JSON")
-    options = parser.parse_args()
-    if options.preset:
-        result = device.report(options.preset, options.size, options.batch, options.steps)
-        sys.stdout.write(device.table(result))
+    options = parser.parse_intermixed_args()
+    if options.config:
+        try:
+            result = measure_variants(options.config, options.overrides, options.steps)
+        except ConfigError as error:
+            raise SystemExit(f"config error: {error}") from error
+        sys.stdout.write(table(result))
         if options.out:
-            device.save(result, options.out)
+            options.out.write_text(json.dumps({**result, **environment()}, indent=1) + "\n")
         return
     rows = bars(options.pairs, options.batch, not options.no_compile)
     for name, value, bar in rows:

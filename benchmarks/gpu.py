@@ -1,0 +1,378 @@
+"""All that a GPU can tell, on one page: `make gpu`, or `python -m benchmarks.gpu [STAGE ...] [--out FOLDER]`.
+
+    correctness           the compiled kernels against float64
+    attention, step       what they cost (benchmarks.attention, benchmarks.step), at the size of XL/2
+    emoji_data            the pictures, and the classifier in whose features samples are scored
+    emoji_tvm             one-step emoji in seven minutes, with a resume in the middle
+    emoji_flow_matching   the same time of plain flow matching
+    emoji_agree           compiled bf16 Triton and fp32 PyTorch train alike, from the same draws
+    emoji_detached        as emoji_tvm without gradient through the JVP; only where it is named
+
+A stage is stopped after ten minutes; what it found is FOLDER/STAGE.json, what it printed FOLDER/STAGE.log.
+The same command goes on with what is missing, or was found on another GPU or by another commit.
+FOLDER/report.md puts what `recipe.plan` predicts beside what was measured; FOLDER/work, data and runs, can go
+afterwards. `--tiny` debugs the stages on a CPU, on digits: its figures mean nothing.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+from eval.score import make_extractor, open_reference
+
+from benchmarks import environment
+from benchmarks.attention import BOTH_BAR, FORWARD_BAR
+from benchmarks.step import measure_variants, predicted
+from eval.report import read_log
+from recipe.config import TrainConfig, load_config
+from recipe.resume import PREEMPTED, newest
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 600
+AGREEMENT = (0.97, 1.03)
+TRAIN = ("-m", "composer.cli.launcher", "-n", "1", "recipe/train.py")
+REFERENCE = (
+    "-c",
+    "import kernels, recipe.train, sys; kernels.set_backend('reference'); recipe.train.main(sys.argv[1:])",
+)
+Result = dict[str, Any]
+Row = tuple[str, str, str, str]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much each stage does. A YAML is followed by its overrides."""
+
+    tests: tuple[str, ...]
+    attention: tuple[str, ...]
+    step: tuple[str, ...]
+    pictures: tuple[str, ...]
+    train: tuple[str, ...]
+    sweep: tuple[str, ...]
+    minutes: float
+    agree_steps: int
+
+
+FULL = Size(
+    tests=("-m", "gpu"),
+    attention=(),
+    step=("yamls/imagenet256_w2.yaml", "data.batch_size=32"),
+    pictures=("emoji", "--size", "32"),
+    train=("yamls/emoji32.yaml",),
+    sweep=("yamls/eval/emoji32.yaml",),
+    minutes=7,
+    agree_steps=500,
+)
+TINY_MODEL = ("model.size=8", "model.width=16", "model.depth=1", "model.heads=2", "data.batch_size=16")
+TINY = Size(
+    tests=("-k", "reference"),
+    attention=("--interpret",),
+    step=("yamls/imagenet256_w2.yaml", "model.preset=null", *TINY_MODEL, "parallel.compile=false"),
+    pictures=("digits",),
+    train=("yamls/digits.yaml", *TINY_MODEL),
+    sweep=("yamls/eval/digits.yaml", "nfe=[1,2]", "samples=100"),
+    minutes=0.1,
+    agree_steps=20,
+)
+
+
+def python(*arguments: object, expect: int = 0) -> None:
+    """Run a command of the project, and insist on its exit status."""
+    status = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT).returncode
+    if status != expect:
+        raise SystemExit(f"{' '.join(map(str, arguments))} ended with {status}, not {expect}")
+
+
+def correctness(size: Size, out: Path) -> Result:
+    """The kernels' tests; without one that ran, nothing is known to be right."""
+    file = out / "correctness.xml"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/test_kernels.py", *size.tests, f"--junitxml={file}"], cwd=ROOT
+    )
+    suite = ElementTree.parse(file).getroot().find("testsuite")
+    tests, failures, errors, skipped = (
+        int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")
+    )
+    ran, wrong = tests - skipped, failures + errors
+    return {
+        "ran": ran,
+        "wrong": wrong,
+        "missed": [f"{wrong} of {ran} tests failed"] if wrong or not ran else [],
+    }
+
+
+def attention(size: Size, out: Path) -> Result:
+    """Times of attention and its peers."""
+    file = out / "attention.json"
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.attention", *size.attention, "--out", str(file)], cwd=ROOT
+    )
+    result = json.loads(file.read_text())
+    missed = [f"{row['size']}: {what}" for row in result["rows"] for what in row.get("missed", [])]
+    return {**result, "missed": missed}
+
+
+def step(size: Size, out: Path) -> Result:
+    """Times of whole training steps."""
+    yaml, *overrides = size.step
+    result = measure_variants(yaml, overrides, steps=10)
+    missed = [f"{name}: {row['error']}" for name, row in result["variants"].items() if "error" in row]
+    return {**result, "missed": missed}
+
+
+def emoji_data(size: Size, out: Path) -> Result:
+    """Shards and classifier, kept in OUT/work/data."""
+    data = out / "work/data"
+    python("-m", "streaming_convert", *size.pictures, "--out", data)
+    images = open_reference(str(data / "train"))
+    make_extractor("classifier", None, images, str(data), "cpu")
+    return {"pictures": len(images), "missed": []}
+
+
+def new_run(size: Size, out: Path, name: str) -> tuple[Path, list[str]]:
+    """An empty folder for a run, and the overrides that put it there."""
+    run = out / "work" / name
+    shutil.rmtree(run, ignore_errors=True)
+    return run, [*size.train[1:], f"run_name={name}", f"folder={run}", f"data.local={out}/work/data/train"]
+
+
+def train_and_score(name: str, override: str, size: Size, out: Path) -> Result:
+    """`minutes` of training, process starts and compilation included, with a preemption at half of it."""
+    run, settings = new_run(size, out, name)
+    settings += ["duration=1000000ba", f"time_limit={int(30 * size.minutes)}sec", override]
+    yaml = size.train[0]
+    for _ in range(2):
+        python(*TRAIN, yaml, *settings, expect=PREEMPTED)
+    config = load_config(TrainConfig, yaml, settings)
+    with newest(config) as (checkpoint, _):
+        python("-m", "eval.export", checkpoint, "--out", run / "weights/last-ema")
+    data = out / "work/data"
+    sweep = [*size.sweep, f"folder={run}", f"weights=[{run}/weights/last-ema]", f"reference={data}/train"]
+    launcher = ("-m", "composer.cli.launcher", "-n", "1", "eval/sweep.py")
+    python(*launcher, *sweep, f"extractor_weights={data}/classifier")
+    for file in ("train.jsonl", "results.jsonl", "metrics.png", "samples.png"):
+        shutil.copy(run / file, out / f"{name}_{file}")
+    return {**summary(run, config), "missed": []}
+
+
+def summary(run: Path, config: TrainConfig) -> Result:
+    """What the log and the sweep say."""
+    log = read_log(run / "train.jsonl")
+    results = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    memory = log.get("memory/peak_allocated_mem")
+    return {
+        "predicted": predicted(config, environment()["device"]),
+        "batch": config.data.batch_size,
+        "steps": int(log["step"][-1]),
+        "train_seconds": round(3600 * log["time/train"][-1], 1),
+        "images_per_second_median": round(float(np.nanmedian(log["throughput/samples_per_sec"])), 1),
+        "peak_allocated_gib": None if memory is None else float(np.nanmax(memory)),
+        "skipped_steps": float(np.nanmax(log["train/skipped_steps"])),
+        "frechet_distance": {row["nfe"]: round(row["frechet_distance"], 3) for row in results},
+        "floor_H": round(results[0]["floor"], 3),
+    }
+
+
+def emoji_agree(size: Size, out: Path) -> Result:
+    """The mean loss over the last tenth of the steps, in the precision of the YAML and in fp32 PyTorch."""
+    means = {}
+    plain = ["precision=fp32", "parallel.compile=false"]
+    for name, program, options in (("as_configured", TRAIN, []), ("fp32_reference", REFERENCE, plain)):
+        run, settings = new_run(size, out, name)
+        steps = [f"duration={size.agree_steps}ba", "log.interval=1"]
+        python(*program, size.train[0], *settings, *steps, *options)
+        means[name] = float(
+            read_log(run / "train.jsonl")["loss/train/total"][-size.agree_steps // 10 :].mean()
+        )
+    ratio = means["as_configured"] / means["fp32_reference"]
+    missed = [] if AGREEMENT[0] <= ratio <= AGREEMENT[1] else [f"the ratio of the losses is {ratio:.3f}"]
+    return {**means, "ratio": ratio, "missed": missed}
+
+
+STAGES = {
+    "correctness": correctness,
+    "attention": attention,
+    "step": step,
+    "emoji_data": emoji_data,
+    "emoji_tvm": partial(train_and_score, "emoji_tvm", "objective.name=tvm"),
+    "emoji_flow_matching": partial(train_and_score, "emoji_flow_matching", "objective.name=flow_matching"),
+    "emoji_agree": emoji_agree,
+    "emoji_detached": partial(train_and_score, "emoji_detached", "objective.detach_jvp=true"),
+}
+OPTIONAL = ("emoji_detached",)
+
+
+def result_of(out: Path, stage: str) -> Result | None:
+    """What a finished stage found, on this device and with this commit's code."""
+    file, where = out / f"{stage}.json", environment()
+    result = json.loads(file.read_text()) if file.is_file() else {}
+    same = "minutes" in result and all(result[key] == where[key] for key in ("device", "commit"))
+    return result if same else None
+
+
+def run_here(stage: str, size: Size, out: Path) -> None:
+    """One stage in this process."""
+    began = time.monotonic()
+    for suffix in ("json", "xml"):
+        (out / f"{stage}.{suffix}").unlink(missing_ok=True)
+    result = STAGES[stage](size, out)
+    minutes = round((time.monotonic() - began) / 60, 1)
+    part = out / f"{stage}.part"
+    part.write_text(json.dumps({**result, **environment(), "minutes": minutes}, indent=1) + "\n")
+    part.replace(out / f"{stage}.json")
+
+
+def attempt(stage: str, out: Path, tiny: bool) -> str:
+    """One stage in a process of its own; why it did not finish, or nothing."""
+    options = ["--out", str(out), "--here", *(["--tiny"] if tiny else [])]
+    log = out / f"{stage}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.gpu", stage, *options],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            return f"still ran after {LIMIT} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if not status:
+        return ""
+    last = log.read_text().strip().rpartition("\n")[2]
+    return f"{last or status}; see {log.name}"
+
+
+def number(value: float | None, spec: str, absent: str = "not measured") -> str:
+    """Formatted, or `absent`."""
+    return absent if value is None else format(value, spec)
+
+
+def compare(what: str, prediction: float | None, value: float | None, spec: str) -> Row:
+    """A row whose two figures are alike."""
+    return what, number(prediction, spec, "not predicted"), number(value, spec), ""
+
+
+def rows(stage: str, result: Result) -> Iterator[Row]:
+    """What the page says of a stage: (what, predicted, measured, bar)."""
+    if stage == "correctness":
+        yield "kernels' tests that failed", "", f"{result['wrong']} of {result['ran']}", "0"
+    elif stage == "attention":
+        for row in result["rows"]:
+            yield from attention_rows(row)
+    elif stage == "step":
+        for name, row in result["variants"].items():
+            guess = row["predicted"]
+            yield compare(f"step, {name}, s", guess.get("seconds"), row.get("seconds"), ".3f")
+            yield compare(f"step, {name}, peak GiB", guess.get("peak_gib"), row.get("peak_gib"), ".1f")
+            yield f"step, {name}, share of the peak FLOP/s", "", number(row.get("share_of_peak"), ".1%"), ""
+    elif stage == "emoji_data":
+        yield "pictures", "", str(result["pictures"]), ""
+    elif stage == "emoji_agree":
+        low, high = AGREEMENT
+        yield "loss, as configured / fp32 PyTorch", "", f"{result['ratio']:.3f}", f"{low} to {high}"
+    else:
+        yield from emoji_rows(stage, result)
+
+
+def attention_rows(row: Result) -> Iterator[Row]:
+    """Error, and both times in units of flash SDPA."""
+    what = "attention, B, H, N, D = " + ", ".join(map(str, row["size"]))
+    yield f"{what}: error", "", f"{row['error']:.1e}", f"{row['tolerance']:.0e}"
+    times = row.get("times", {})
+    for part, bar in (("forward_ms", FORWARD_BAR), ("both_ms", BOTH_BAR)):
+        own, flash = (times.get(peer, {}).get(part) for peer in ("ours", "flash SDPA"))
+        title = f"{what}: {part.removesuffix('_ms')}, ms"
+        ratio = f" ({own / flash:.2f} of flash SDPA)" if own and flash else ""
+        yield title, "not predicted", number(own, ".3f") + ratio, f"{bar} of flash SDPA"
+
+
+def emoji_rows(stage: str, result: Result) -> Iterator[Row]:
+    """Speed, memory and distances of a run."""
+    guess, name = result["predicted"], stage.replace("_", ", ", 1)
+    speed = result["batch"] / guess["seconds"] if guess else None
+    yield compare(f"{name}: images/s", speed, result["images_per_second_median"], ".0f")
+    yield compare(f"{name}: peak GiB", guess.get("peak_gib"), result["peak_allocated_gib"], ".1f")
+    yield f"{name}: steps in {result['train_seconds']:.0f} s", "", str(result["steps"]), ""
+    for nfe, distance in result["frechet_distance"].items():
+        unit = f"{distance:.2f} = {distance / result['floor_H']:.1f} H"
+        yield f"{name}: Frechet distance, NFE {nfe}", "", unit, ""
+
+
+def report(out: Path, failed: dict[str, str]) -> list[str]:
+    """Writes OUT/report.md; returns what was missed, failed or not run."""
+    lines, problems = ["| | predicted | measured | bar |", "|---|---:|---:|---|"], []
+    for stage in STAGES:
+        result = result_of(out, stage)
+        if result is not None:
+            lines += [f"| {' | '.join(row)} |" for row in rows(stage, result)]
+            problems += [f"{stage}: {what}" for what in result["missed"]]
+        elif stage in failed or stage not in OPTIONAL:
+            problems.append(f"{stage}: {failed.get(stage, 'not run')}")
+    where = environment()
+    head = (
+        f"# {where['device']}, {where['date']}\n\nCommit {where['commit']}, torch {where['torch']}, Triton "
+    )
+    head += f"{where['triton']}. Predicted by `recipe.plan` under the assumptions of docs/scale.md.\n"
+    ending = [f"* {problem}" for problem in problems] or ["Every stage finished, every bar was met."]
+    (out / "report.md").write_text("\n".join([head, *lines, "", *ending, ""]))
+    return problems
+
+
+def main() -> int:
+    """Command line; 1 where the page lacks something or a bar was missed, 2 without a device."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all but emoji_detached")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/GPU-DATE")
+    parser.add_argument("--tiny", action="store_true", help="debug the stages on a CPU")
+    parser.add_argument("--here", action="store_true", help="in this process, without limit or page")
+    args = parser.parse_args()
+    if unknown := [stage for stage in args.stages if stage not in STAGES]:
+        parser.error(f"{unknown[0]!r} is not one of {', '.join(STAGES)}")
+    if not torch.cuda.is_available() and not args.tiny:
+        sys.stderr.write("No CUDA device: nothing measured. --tiny debugs the stages without one.\n")
+        return 2
+    where, size = environment(), TINY if args.tiny else FULL
+    name = "tiny" if args.tiny else where["device"].replace(" ", "-")
+    out = (args.out or ROOT / "benchmarks/results" / f"{name}-{where['date']}").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    stages = args.stages or [stage for stage in STAGES if stage not in OPTIONAL]
+    if args.here:
+        for stage in stages:
+            run_here(stage, size, out)
+        return 0
+    failed: dict[str, str] = {}
+    for stage in stages:
+        if result_of(out, stage) is None:
+            sys.stdout.write(f"{stage}: see {out / stage}.log\n")
+            sys.stdout.flush()
+            failed[stage] = attempt(stage, out, args.tiny)
+        problems = report(out, failed)
+        if any(problem.startswith("correctness:") for problem in problems) and "correctness" in stages:
+            break  # the speed of wrong kernels is of no interest
+    sys.stdout.write("\n".join([f"{out}/report.md", *problems, ""]))
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

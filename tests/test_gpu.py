@@ -1,0 +1,90 @@
+"""`make gpu` without one: every stage at tiny size, what is resumed, stopped and reported."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import environment, gpu
+from benchmarks.step import predicted
+from recipe import plan
+from recipe.config import TrainConfig, load_config
+
+XL = ["data.batch_size=32", "parallel.fsdp2=false"]
+
+
+def found(out, stage, **result):
+    """A stage's file as this checkout leaves it."""
+    (out / f"{stage}.json").write_text(json.dumps({"missed": [], **environment(), "minutes": 1, **result}))
+
+
+def test_stages_at_tiny_size(tmp_path):
+    for stage in ("step", "emoji_data", "emoji_tvm"):
+        gpu.run_here(stage, gpu.TINY, tmp_path)
+    page = gpu.report(tmp_path, {})
+    text = (tmp_path / "report.md").read_text()
+    assert page == [
+        f"{stage}: not run" for stage in ("correctness", "attention", "emoji_flow_matching", "emoji_agree")
+    ]
+    assert "| pictures |  | 1797 |  |" in text
+    assert "| step, tvm, s | not predicted | 0.0" in text
+    result = gpu.result_of(tmp_path, "emoji_tvm")
+    assert list(result["frechet_distance"]) == ["1", "2"]
+    assert 0.55 < result["floor_H"] < 0.7
+    assert result["skipped_steps"] == 0
+    log = (tmp_path / "emoji_tvm_train.jsonl").read_text().splitlines()
+    assert json.loads(log[-1])["step"] == result["steps"] >= 20
+
+
+def test_predicted_stands_beside_measured(tmp_path, monkeypatch):
+    where = {**environment(), "device": "NVIDIA H100 80GB HBM3"}
+    monkeypatch.setattr(gpu, "environment", lambda: where)
+    config = load_config(TrainConfig, "yamls/imagenet256_w2.yaml", XL)
+    guess = predicted(config, where["device"])
+    flops = 32 * plan.step_flops(config.model, config.objective)
+    assert guess["seconds"] == pytest.approx(flops / 989e12 / 0.45, rel=0.2)
+    assert predicted(config, "NVIDIA L4") == {}
+    variants = {"tvm": {"predicted": guess, "seconds": 0.31, "peak_gib": 50.0, "share_of_peak": 0.25}}
+    variants["tvm, eager"] = {"predicted": guess, "error": "out of memory"}
+    found(tmp_path, "step", **where, variants=variants, missed=["tvm, eager: out of memory"])
+    found(tmp_path, "correctness", **where, ran=119, wrong=0)
+    times = {"ours": {"forward_ms": 0.6, "both_ms": 2.0}, "flash SDPA": {"forward_ms": 0.2, "both_ms": 0.5}}
+    row = {"size": [32, 18, 256, 64], "error": 4e-3, "tolerance": 1e-2, "times": times}
+    found(tmp_path, "attention", **where, rows=[row])
+    assert "step: tvm, eager: out of memory" in gpu.report(tmp_path, {"emoji_data": "no fonts"})
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# NVIDIA H100 80GB HBM3, ")
+    assert "| kernels' tests that failed |  | 0 of 119 | 0 |" in text
+    assert f"| step, tvm, s | {guess['seconds']:.3f} | 0.310 |" in text
+    assert f"| step, tvm, eager, peak GiB | {guess['peak_gib']:.1f} | not measured |" in text
+    assert (
+        "N, D = 32, 18, 256, 64: forward, ms | not predicted | 0.600 (3.00 of flash SDPA) | 3.2 of flash"
+        in text
+    )
+    assert "* emoji_data: no fonts" in text
+
+
+def test_only_what_is_missing_or_of_another_commit_is_run(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(gpu, "attempt", lambda stage, *_: ran.append(stage) or "stopped")
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--out", str(tmp_path)])
+    found(tmp_path, "correctness", ran=3, wrong=0)
+    found(tmp_path, "attention", rows=[])
+    found(tmp_path, "step", variants={}, commit="another")
+    assert gpu.main() == 1
+    assert ran == ["step", "emoji_data", "emoji_tvm", "emoji_flow_matching", "emoji_agree"]
+    assert "step: stopped" in capsys.readouterr().out
+    ran.clear()
+    found(tmp_path, "correctness", ran=3, wrong=1, missed=["1 of 3 tests failed"])
+    assert gpu.main() == 1
+    assert not ran  # the speed of wrong kernels is of no interest
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    assert gpu.main() == 2
+
+
+def test_a_stage_that_fails_or_hangs_is_named(tmp_path, monkeypatch):
+    reason = gpu.attempt("nonsense", tmp_path, True)
+    assert "error: 'nonsense' is not one of correctness, attention" in reason
+    assert reason.endswith("; see nonsense.log")
+    monkeypatch.setattr(gpu, "LIMIT", 0.1)
+    assert gpu.attempt("correctness", tmp_path, True) == "still ran after 0.1 s"
