@@ -32,11 +32,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from eval.score import make_extractor, open_reference
 
 from benchmarks import environment
 from benchmarks.attention import BOTH_BAR, FORWARD_BAR
 from benchmarks.step import measure_variants, predicted
+from eval.reference import make_extractor, open_images
 from eval.report import read_log
 from recipe.config import TrainConfig, load_config
 from recipe.resume import PREEMPTED, newest
@@ -138,7 +138,7 @@ def emoji_data(size: Size, out: Path) -> Result:
     """Shards and classifier, kept in OUT/work/data."""
     data = out / "work/data"
     python("-m", "streaming_convert", *size.pictures, "--out", data)
-    images = open_reference(str(data / "train"))
+    images = open_images(str(data / "train"))
     make_extractor("classifier", None, images, str(data), "cpu")
     return {"pictures": len(images), "missed": []}
 
