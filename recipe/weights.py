@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recipe.dit import DiT, DiTConfig
+from recipe.objectives import from_facts
 from recipe.rules import Rule, describe, obeys, one_of
 
 FORMAT = 1
@@ -32,9 +33,7 @@ text = Rule(lambda x: isinstance(x, str), "is not a text")
 numbers = Rule(lambda x: len(x) > 0 and all(map(math.isfinite, x)), "must be a list of finite numbers")
 FACTS = {
     "model": Rule(lambda x: isinstance(x, dict), "must be a mapping"),
-    "method.objective": text,
-    "method.scaled": Rule(lambda x: isinstance(x, bool), "must be true or false"),
-    "method.guidance": numbers,
+    "method": Rule(lambda x: isinstance(x, dict), "must be a mapping"),
     "data.column": one_of("image", "latents"),
     "data.mean": numbers,
     "data.std": numbers,
@@ -107,6 +106,10 @@ def parse_facts(text: bytes, where: str) -> dict[str, Any]:
         value = value[name] if name else value
         if not obeys(value, rule):
             raise ValueError(f"weights: {where}: {key}: {value!r} {rule.says}")
+    try:
+        from_facts(facts["method"])
+    except ValueError as error:
+        raise ValueError(f"weights: {where}: {error}") from error
     return facts
 
 
