@@ -148,8 +148,10 @@ class SmallImageClassifier(FeatureExtractor):
         return classifier
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "SmallImageClassifier":
+    def load(cls, path: str | Path | None, device: str | torch.device = "cpu") -> "SmallImageClassifier":
         """Reads what `save` wrote to `path`. Raises FileNotFoundError or ValueError."""
+        if path is None:
+            raise FileNotFoundError("extractor classifier: no path to weights given")
         for file in _files(path):
             if not file.is_file():
                 raise FileNotFoundError(f"classifier weights {file} do not exist")
@@ -341,16 +343,10 @@ def _to_rgb(images: Tensor) -> Tensor:
     return images
 
 
-def _load_classifier(weights: str | None, device: str | torch.device) -> SmallImageClassifier:
-    if weights is None:
-        raise FileNotFoundError("extractor classifier: no path to weights given")
-    return SmallImageClassifier.load(weights, device)
-
-
 EXTRACTORS: dict[str, Callable[[str | None, str | torch.device], FeatureExtractor]] = {
     "inception-2015": Inception2015,
     "dinov2-vitl14": DinoV2,
-    "classifier": _load_classifier,
+    "classifier": SmallImageClassifier.load,
 }
 
 

@@ -189,13 +189,17 @@ class HeldOut:
     training images, and against held-out ones.
 
     Raises:
-        ValueError: more than half of the held-out images are in the reference.
+        ValueError: more than half of the held-out images are in the reference, or of another shape.
     """
 
     def __init__(
         self, source: str, reference: Reference, samples: int, batch_size: int, draws: int, seed: int
     ) -> None:
-        found = measure(open_images(source), reference.extractor, batch_size, ["features"])
+        images = open_images(source)
+        shapes = [tuple(pictures[0].shape) for pictures in (images, reference.images)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"held_out: {source} holds images {shapes[0]}, the reference {shapes[1]}")
+        found = measure(images, reference.extractor, batch_size, ["features"])
         self.features, self.train = found.rows("features"), reference.features
         self.near = nearest(self.features, self.train)[0]
         # The features of one image in two batches may differ in their last digits.
@@ -204,6 +208,8 @@ class HeldOut:
             raise ValueError(f"held_out: {known} of the {len(self.near)} images are in the reference as well")
         self.digest = content_digest(source, reference.extractor)
         self.count = min(samples, len(self.train) // 2, len(self.near))
+        if self.count < 2:
+            raise ValueError("held_out: needs 2 held-out images, 2 samples and 4 training images at least")
         self.resampling = (self.count, draws, seed)
         self.floors = {
             "real_to_training": resampled_distance(self.train, None, *self.resampling),

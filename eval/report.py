@@ -95,10 +95,11 @@ def copying_note(row: Row) -> str:
     chance = math.sqrt((ours + theirs + 1) / (12 * ours * theirs))  # of the Mann-Whitney statistic
     scatter = " and ".join(f"{row[f'real_to_{name}'][1]:.2f}" for name in ("training", "held_out"))
     return (
-        f"Is it copying? Distances of {row['equal_numbers']:,} samples to as many training and held-out "
-        "images, in brackets those of as many (other) training images; single draws of the latter scatter by "
-        f"{scatter}. Nearer than held-out: the probability that a sample lies nearer to its nearest training "
-        f"image than a held-out image does to its own; 0.500 +- {chance:.3f} where nothing is copied."
+        f"Is it copying? Distances of {row['equal_numbers']:,} samples to as many training images, and to "
+        f"held-out ones of {row['held_out']}, in brackets those of as many (other) training images; single "
+        f"draws of the latter scatter by {scatter}. Nearer than held-out: the probability that a sample lies "
+        "nearer to its nearest training image than a held-out image does to its own; "
+        f"0.500 +- {chance:.3f} where nothing is copied."
     )
 
 

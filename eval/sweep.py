@@ -166,6 +166,7 @@ def score(
         **compare(found, setup, config),
         "class_agreement": found.matches() / cell.samples if is_classifier else None,
         "floor": setup.reference.floor,
+        "held_out": config.held_out,
         "classifier_accuracy": getattr(extractor, "accuracy", None),
         "labels": PROTOCOLS[cell.protocol].labels,
         "rounding": PROTOCOLS[cell.protocol].rounding,

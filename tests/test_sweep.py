@@ -56,10 +56,13 @@ def sweep(tiny_run, digits, classifier, folder, *overrides, yaml="yamls/eval/dig
 def test_an_interrupted_sweep_continues_and_ends_with_the_same_table(
     tiny_run, digits, classifier, tmp_path, monkeypatch
 ):
-    folder, grid = tmp_path / "sweep", ["averages=[ema,net]", "nfe=[1,2]", "w=[1.25]"]
+    folder, grid = tmp_path / "sweep", ["averages=[ema,net]", "nfe=[1,2]", "w=[1.25]", f"labels={digits}"]
+    read, manifests = sweep_module.read_manifest, []
+    monkeypatch.setattr(sweep_module, "read_manifest", lambda uri: manifests.append(uri) or read(uri))
     rows = sweep(tiny_run, digits, classifier, folder, *grid)
     complete, table = (folder / "results.jsonl").read_text(), (folder / "results.md").read_text()
     assert len(rows) == 8
+    assert manifests == [str(digits)]  # once, whatever the number of weights and cells
     assert set(rows[0]) >= PUBLIC
     assert all(np.isfinite(r["frechet_distance"]) and r["classifier_accuracy"] > 0.98 for r in rows)
     (folder / "results.jsonl").write_text(complete[: len(complete) * 2 // 3])
@@ -170,7 +173,7 @@ def test_a_copying_sampler_is_found_out_and_new_images_are_not(split, classifier
     images = labelled(open_images(split / "train"))[0]
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
     seen, new = images[:400], images[400:]
-    reference = SimpleNamespace(extractor=extractor, features=extractor(seen))
+    reference = SimpleNamespace(extractor=extractor, features=extractor(seen), images=seen)
     held_out = HeldOut(str(split / "val"), reference, 1000, 256, draws=20, seed=0)
     assert (held_out.count, held_out.near.shape) == (200, (359,))
     noise = torch.randint(-2, 3, seen.shape, generator=torch.Generator().manual_seed(0))
@@ -279,6 +282,9 @@ def test_held_out_images_must_not_be_in_the_reference(tiny_run, digits, split, c
     arguments += [f"extractor_weights={classifier}", f"held_out={split}/val"]
     with pytest.raises(SystemExit, match="held_out: 359 of the 359 images are in the reference as well"):
         sweep_main(["yamls/eval/digits.yaml", *arguments])
+    Image.new("RGB", (8, 8)).save(tmp_path / "colour.png")
+    with pytest.raises(SystemExit, match=r"holds images \(3, 8, 8\), the reference \(1, 8, 8\)"):
+        sweep_main(["yamls/eval/digits.yaml", *arguments, f"held_out={tmp_path}"])
 
 
 def test_every_sweep_that_we_ship_is_valid():
