@@ -20,6 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from benchmarks.device import environment
 from eval.report import read_log
 from eval.score import make_extractor, open_reference

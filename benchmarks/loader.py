@@ -25,6 +25,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from recipe.data import DataConfig, train_loader
 from streaming_convert.__main__ import main as convert
 from streaming_convert.images import centre_crop

@@ -5,9 +5,13 @@ saving: what a checkpoint keeps training waiting, and its share of the time at t
 """
 
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipe.config import TrainConfig, load_config
 from recipe.storage import Folder

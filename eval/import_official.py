@@ -19,6 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from eval.restricted import Global, Node, RefusedPickle, read_file, read_stream
 from recipe.dit import DiT, DiTConfig, position_embedding
 from recipe.weights import save_weights

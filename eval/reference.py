@@ -22,6 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from eval.features import EXTRACTORS, FeatureExtractor, load_extractor
 from eval.metrics import FeatureMoments
 from eval.restricted import Global, Node, RefusedPickle, read_file

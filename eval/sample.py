@@ -22,6 +22,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from eval.decode import load_decoder
 from eval.protocols import PROTOCOLS, choose_labels, describe, quantize
 from recipe.data import Normalizer

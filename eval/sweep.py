@@ -23,6 +23,9 @@ from composer.utils import dist, get_device
 from torch import Tensor
 from tqdm import tqdm
 
+if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from eval.features import EXTRACTORS
 from eval.find import Export, find_weights
 from eval.protocols import PROTOCOLS, choose_labels, describe

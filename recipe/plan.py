@@ -12,10 +12,14 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from composer.core import Time, TimeUnit
+
+if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.dit import DiT, DiTConfig

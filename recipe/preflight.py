@@ -17,6 +17,9 @@ from pathlib import Path
 import torch
 from composer.utils import dist, parse_uri
 
+if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.data import SHUFFLE_WINDOW, normalizer
 from recipe.dit import DiT

@@ -20,6 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from recipe.dit import DiT, DiTConfig
 
 FORMAT = 1

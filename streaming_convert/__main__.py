@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from streaming_convert import sources, writer
 from streaming_convert.encoders import DTYPES, VAE, Encoder, Stored
 from streaming_convert.manifest import Manifest
