@@ -24,6 +24,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from eval.export import Export, find_weights
 from eval.features import EXTRACTORS, FeatureExtractor, FeatureSet
 from eval.metrics import frechet_distance, inception_score, kernel_distance, precision_recall

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from composer.core import Algorithm, Event, State, Time
 from composer.loggers import Logger
+from composer.utils import dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -93,6 +94,25 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
+class DivergedError(RuntimeError):
+    """Training has left the numbers, and further steps cannot mend it. `step`: steps before that began."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+def check_finite(net: nn.Module, step: int) -> None:
+    """Raises DivergedError, on all ranks, where one of them has a weight that is not finite.
+
+    Asked before weights are written: a finite gradient does not tell what the update made of it.
+    """
+    good = torch.stack([p.isfinite().all() for p in local(list(net.parameters()))]).all().int()
+    dist.all_reduce(good, "MIN")
+    if not good:
+        raise DivergedError(f"step {step}: the weights are not finite, so they are not saved", step)
+
+
 class StepGuard(Algorithm):
     """Warms a run up and guards every step.
 
@@ -100,7 +120,8 @@ class StepGuard(Algorithm):
     over that many steps the derivative grows from 0 to its full size (0: off). clip: largest global gradient
     norm (None: off, TVM's choice at 256 px). A step whose gradient is not finite is no step at all: weights,
     averages and optimizer state stay as they are, and the ids of the samples with a non-finite loss are
-    logged; after `max_skipped` in a row the run stops with an error.
+    logged; after `max_skipped` in a row, or where the weights themselves are not finite, the run stops with
+    DivergedError.
     """
 
     def __init__(
@@ -152,6 +173,7 @@ class StepGuard(Algorithm):
         else:
             for p in parameters:
                 p.grad = None
+            check_finite(unwrap(state.model).net, int(state.timestamp.batch))
             self.report(state)
         logger.log_metrics({"train/gradient_norm": norm.item(), "train/skipped_steps": self.skipped})
 
@@ -159,17 +181,17 @@ class StepGuard(Algorithm):
         """Count a skipped step, name its samples, stop the run after too many."""
         self.skipped += 1
         self.skipped_in_row += 1
-        self.bad_samples = [
-            int(i) for sample, loss in self.losses for i in sample[~torch.isfinite(loss)].tolist()
-        ]
+        mine = [i for sample, loss in self.losses for i in sample[~torch.isfinite(loss)].tolist()]
+        self.bad_samples = [i for part in dist.all_gather_object(mine) for i in part]
         message = (
             f"step {int(state.timestamp.batch)}: gradient not finite, step skipped "
             f"({self.skipped_in_row} in a row, {self.skipped} in all); "
-            f"samples with a non-finite loss: {self.bad_samples or 'none on this rank'}"
+            f"samples with a non-finite loss: {self.bad_samples or 'none'}"
         )
         log.warning(message)
         if self.skipped_in_row >= self.max_skipped:
-            raise RuntimeError(f"{message}. Stopping: algorithms.max_skipped is {self.max_skipped}")
+            begin = int(state.timestamp.batch) + 1 - self.skipped_in_row
+            raise DivergedError(f"{message}; step.max_skipped is {self.max_skipped}", begin)
 
 
 def residuals(loss: Loss) -> dict[str, Tensor]:

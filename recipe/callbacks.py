@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from recipe.algorithms import unwrap
+from recipe.algorithms import check_finite, unwrap
 from recipe.config import GridConfig
 from recipe.data import Normalizer, to_uint8
 from recipe.model import GenerativeModel
@@ -75,12 +75,13 @@ class ExportWeights(Callback):
             self.export(state)
 
     def export(self, state: State) -> None:
-        """Gathers the weights on rank 0 and writes them there."""
+        """Gathers the weights on rank 0 and writes them there. Raises DivergedError."""
         step = int(state.timestamp.batch)
         if step == self.last:
             return
         self.last = step
         model = unwrap(state.model)
+        check_finite(model.net, step)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         kept = [name for name, _ in model.named_children() if name.startswith("posthoc_")]
         for name in (*self.averages, *kept):

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import signal
+import socket
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -35,6 +38,7 @@ from composer.core import Callback, State, Time
 from composer.loggers import Logger
 from composer.utils import dist
 
+from recipe.algorithms import check_finite, stepped, unwrap
 from recipe.config import ConfigError, TrainConfig, as_dict
 from recipe.weights import file_digest
 from storage import Folder, StorageError
@@ -42,6 +46,10 @@ from storage import Folder, StorageError
 log = logging.getLogger(__name__)
 
 PREEMPTED = 75  # exit status: saved before the end, start the same command again (EX_TEMPFAIL)
+# Exit status: ended by SIGTERM, unsaved. Not 75, as the launcher signals all ranks when one has crashed, too,
+# and who starts a run again on 75 would do so for ever.
+UNSAVED = 128 + signal.SIGTERM
+PATIENCE = 20.0  # seconds; Composer's launcher kills after 30
 RUN = "run.json"
 LOG = "train.jsonl"
 PROBE = ".preflight"
@@ -353,12 +361,14 @@ class Checkpoints(CheckpointSaver):
         return {}
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
+        check_finite(unwrap(state.model).net, int(state.timestamp.batch))
         started = time.monotonic()
         self.wait()
         on_rank_zero(self.check_owner)
         super()._save_checkpoint(state, logger)
         name = f"ep{int(state.timestamp.epoch)}-ba{int(state.timestamp.batch)}"
-        self.pending = self.thread.submit(self.publish, name, int(state.timestamp.batch))
+        sound = stepped(unwrap(state.model).net)  # else training may be about to end with DivergedError
+        self.pending = self.thread.submit(self.publish, name, int(state.timestamp.batch) if sound else None)
         self.seconds += time.monotonic() - started
         logger.log_metrics({"time/checkpoint_seconds": self.seconds})
 
@@ -367,8 +377,8 @@ class Checkpoints(CheckpointSaver):
         if read_json(self.target, RUN, {"attempt"})["attempt"] != self.attempt:
             raise StorageError(f"save_folder: {self.target.uri} was taken over by a later start of this run")
 
-    def publish(self, name: str, step: int) -> None:
-        """Checksums, uploads and signs for what this rank saved; rank 0 also mirrors and prunes."""
+    def publish(self, name: str, step: int | None) -> None:
+        """Checksums, uploads and signs for what this rank saved; rank 0 mirrors, and prunes up to `step`."""
         rank, local = dist.get_global_rank(), Path(self.folder, name)
         mine = [*local.glob(f"__{rank}_*.distcp"), *local.glob(f"rank{rank}.pt")]
         mine += local.glob(".metadata") if rank == 0 else []
@@ -386,7 +396,7 @@ class Checkpoints(CheckpointSaver):
         if rank == 0:
             self.mirror()  # first: with the last receipt the run is finished, and is not started again
         self.target.write(f"{name}/rank{rank}.json", json.dumps(receipt).encode())
-        if rank == 0:
+        if rank == 0 and step is not None:
             prune(self.target, self.config.save_keep, self.config.run_name, step)
 
     def mirror(self) -> None:
@@ -407,10 +417,21 @@ class Checkpoints(CheckpointSaver):
             pending, self.pending = self.pending, None
             pending.result()
 
-    def fit_end(self, state: State, logger: Logger) -> None:
+    def newest(self, step: int) -> str | None:
+        """The newest complete checkpoint of at most `step` steps, after the uploads of all ranks."""
+        self.settle()
+        found = on_rank_zero(lambda: complete(self.target, checkpoints(self.target, self.target.names())))
+        sound = [s.name for s in found if s.problem is None and Checkpoint(s.name, set()).step <= step]
+        return f"{self.target.uri}/{sound[0]}" if sound else None
+
+    def settle(self) -> None:
         """No rank leaves before all uploads are done: the launcher ends the others when one is gone."""
         self.wait()
         dist.barrier()
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Uploads and prunes for the last time."""
+        self.settle()
         if dist.get_global_rank() == 0:
             self.mirror()
             prune(self.target, self.config.save_keep, self.config.run_name, int(state.timestamp.batch))
@@ -425,23 +446,57 @@ def ignore_sigterm(_worker: int) -> None:
 class Preemption(Callback):
     """Ends training after the current step on SIGTERM to any rank, or `limit` (e.g. 86000sec) after start.
 
-    Composer then saves a checkpoint; `stopped` tells the caller to exit with PREEMPTED.
+    Composer then saves a checkpoint; `stopped` tells the caller to exit with PREEMPTED. Where no step has
+    ended yet, so that nothing can be lost, or none ends (see `overdue`), SIGTERM exits with UNSAVED.
     """
 
     def __init__(self, limit: str | None) -> None:
         self.limit = Time.from_timestring(limit).value if limit else float("inf")
         self.started, self.signalled, self.stopped = time.monotonic(), False, False
+        self.step_began: float | None = self.started  # None between steps, where weights are written
+        self.longest: float | None = None
         signal.signal(signal.SIGTERM, self.on_signal)
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno())
+        threading.Thread(target=self.watch, args=(reader, writer), daemon=True).start()
 
     def on_signal(self, *_: object) -> None:
         """Only a flag: the state may be halfway through a step."""
         self.signalled = True
+
+    def watch(self, signals: socket.socket, _writer: socket.socket) -> None:
+        """On a thread of its own, since a rank that waits for another one does not get to its handlers."""
+        while signal.SIGTERM not in signals.recv(1):
+            pass
+        arrived = time.monotonic()
+        while not self.overdue(arrived):
+            time.sleep(0.1)
+        log.error("ended by SIGTERM without saving: no step has ended since; start the same command again")
+        os._exit(UNSAVED)
+
+    def overdue(self, arrived: float) -> bool:
+        """Whether the step has lasted PATIENCE, and twice the longest, since the signal and its own start."""
+        if self.step_began is None:
+            return False
+        patience = 0.0 if self.longest is None else max(PATIENCE, 2 * self.longest)
+        return time.monotonic() - max(arrived, self.step_began) > patience
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        """A step begins."""
+        self.step_began = time.monotonic()
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """There was no batch left."""
+        self.step_began = None
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Asks all ranks, stops if one was told to."""
         stop = self.signalled or time.monotonic() - self.started > self.limit
         flag = state.device.tensor_to_device(torch.tensor([int(stop)]))
         dist.all_reduce(flag, "MAX")
+        self.longest = max(self.longest or 0.0, time.monotonic() - self.step_began)
+        self.step_began = None
         if flag.item() and state.timestamp < state.max_duration:
             self.stopped = True
             state.stop_training()

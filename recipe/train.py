@@ -1,13 +1,14 @@
 """Train: `composer recipe/train.py CONFIG.yaml [key=value ...]`, or python for a single process.
 
 Started again, the same command resumes from the newest complete checkpoint, or says that the run is finished.
-With --dry-run it says what it would do, and stops. Exit status: 0 finished, 75 preempted (start again),
-anything else an error.
+With --dry-run it says what it would do, and stops. Exit status: 0 finished, 75 preempted (start again), 143
+ended by SIGTERM before it could save, anything else an error.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -26,7 +27,10 @@ from composer.optim import (
 from composer.utils import dist, reproducibility
 from omegaconf import OmegaConf
 
-from recipe.algorithms import EMA, StepGuard
+if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from recipe.algorithms import EMA, DivergedError, StepGuard
 from recipe.callbacks import ExportWeights, JSONLines, LossByTime, MetricsToWandB, SampleGrid, Throughput
 from recipe.config import (
     ConfigError,
@@ -203,6 +207,20 @@ def start(config: TrainConfig, preemption: Preemption) -> Trainer:
     return trainer
 
 
+def fit(trainer: Trainer, config: TrainConfig) -> None:
+    """Trains. Raises StorageError; SystemExit where training diverges: what to try and what to go back to."""
+    try:
+        trainer.fit()
+    except DivergedError as error:
+        saver = next(c for c in trainer.state.callbacks if isinstance(c, Checkpoints))
+        o, clip = config.optimizer, config.step.clip or "off"
+        raise SystemExit(
+            f"training error: {error}. Try a smaller optimizer.lr ({o.lr:g}), a longer optimizer.warmup "
+            f"({o.warmup}), a larger optimizer.eps ({o.eps:g}) or a smaller step.clip ({clip}); newest "
+            f"checkpoint from before: {saver.newest(error.step) or 'none'}"
+        ) from error
+
+
 def dry_run(config: TrainConfig) -> str:
     """The run in words, its network built of shapes alone: nothing is read, allocated or sent."""
     world, batch = dist.get_world_size(), config.data.batch_size
@@ -236,7 +254,7 @@ def main(arguments: list[str]) -> None:
         trainer = start(config, preemption)
         if trainer.state.timestamp < trainer.state.max_duration:
             trainer.logger.log_hyperparameters(as_dict(config))
-            trainer.fit()
+            fit(trainer, config)
     except ConfigError as error:
         raise SystemExit(f"config error: {error}") from error
     except StorageError as error:
@@ -252,4 +270,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    finally:  # all ranks leave with their own status: the launcher signals the others when the first has gone
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import torch
 
+if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from recipe.resume import checkpoints
 from recipe.weights import load_weights
 from storage import Folder

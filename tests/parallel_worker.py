@@ -6,12 +6,16 @@ Besides the configuration's keys: save_folder and load_path of Composer's own ch
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from composer import Trainer
 from composer.core import Callback
 from composer.utils import dist
 from torch.distributed.tensor import DTensor
+
+if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipe.algorithms import EMA, StepGuard
 from recipe.config import TrainConfig, load_config

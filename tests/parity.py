@@ -21,6 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from eval.import_sit import import_sit
 from recipe.algorithms import ema_update
 from recipe.dit import DiT, DiTConfig

@@ -1,21 +1,25 @@
 """Training through Composer and Streaming: real processes, real digits."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from composer import Trainer
 from composer.core import Callback
 
-from recipe.algorithms import EMA, StepGuard, ema_decay
+from recipe.algorithms import EMA, DivergedError, StepGuard, ema_decay
 from recipe.config import TrainConfig, load_config
 from recipe.data import train_loader
 from recipe.model import StepKey
 from recipe.preflight import check_data
 from recipe.train import build_model
 from recipe.weights import load_weights
-from tests.conftest import EACH, TINY, run
+from tests.conftest import EACH, ROOT, TINY, run
 
 
 class Recorder(Callback):
@@ -93,8 +97,76 @@ def test_several_bad_steps_in_a_row_stop_the_run(digits):
             self.poison_step = int(state.timestamp.batch)
             super().after_dataloader(state, logger)
 
-    with pytest.raises(RuntimeError, match=r"gradient not finite.*3 in a row.*max_skipped is 3"):
+    with pytest.raises(DivergedError, match=r"gradient not finite.*3 in a row.* step.max_skipped is 3"):
         fit(digits, 10, "step.max_skipped=3", recorder=AlwaysBad())
+
+
+def test_a_run_that_diverges_says_in_one_line_what_to_try_and_where_to_go_back_to(digits, tmp_path):
+    """Until the gradient is not finite; checkpoints of the steps that were skipped do not count."""
+    command = ["recipe/train.py", "yamls/digits.yaml", f"data.local={digits}", *TINY, f"folder={tmp_path}"]
+    much = ["optimizer.lr=1e6", "optimizer.warmup=0ba", "duration=40ba", "save_interval=1ba"]
+    process = run(*command, *much, check=False)
+    assert process.returncode == 1
+    *_, last = process.stderr.strip().splitlines()
+    found = re.search(r"training error: step (\d+): gradient not finite, .*\(5 in a row, 5 in all\)", last)
+    assert found, process.stderr
+    assert "; samples with a non-finite loss: " in last
+    assert "Try a smaller optimizer.lr (1e+06)" in last
+    assert last.endswith(f"newest checkpoint from before: {tmp_path}/checkpoints/ep0-ba{int(found[1]) - 4}")
+    assert "Traceback" not in process.stderr
+    assert len(list((tmp_path / "checkpoints").glob("ep*"))) >= 2 + 4  # of steps in doubt none prunes
+
+
+def test_weights_that_are_not_finite_are_neither_exported_nor_saved_nor_a_reason_to_prune(digits, tmp_path):
+    """An update that float32 cannot hold, after finite gradients."""
+    command = ["recipe/train.py", "yamls/digits.yaml", f"data.local={digits}", *TINY, f"folder={tmp_path}"]
+    command += ["optimizer.warmup=0ba", "save_interval=1ba", "save_keep=1", "export_interval=1ba"]
+    run(*command, "duration=1ba")
+    process = run(*command, "duration=2ba", "optimizer.lr=1e300", check=False)
+    assert process.returncode == 1
+    *_, last = process.stderr.strip().splitlines()
+    assert last.startswith("training error: step 2: the weights are not finite, so they are not saved. Try ")
+    assert last.endswith(f"newest checkpoint from before: {tmp_path}/checkpoints/ep0-ba1")
+    assert [path.name for path in (tmp_path / "checkpoints").glob("ep*")] == ["ep0-ba1"]
+    assert [path.name for path in (tmp_path / "weights").glob("*.json")] == ["ba0000001-ema.json"]
+
+
+STUCK = """
+import sys, time
+from recipe import data, resume, train
+
+good, seen, collate = int(sys.argv[1]), [], data.collate
+
+def stuck(samples):
+    seen.append(samples)
+    if len(seen) > good:
+        print("stuck", flush=True)
+        time.sleep(1000)
+    return collate(samples)
+
+data.collate, resume.PATIENCE = stuck, 1.0
+train.main(sys.argv[2:])
+"""
+
+
+def test_sigterm_ends_a_run_whose_loader_yields_nothing_more(digits, tmp_path):
+    command = ["yamls/digits.yaml", f"data.local={digits}", *TINY, f"folder={tmp_path}", "data.workers=0"]
+    command += ["duration=40ba", "save_interval=2ba", "log.interval=1"]
+    for good, steps in ((0, 0), (3, 3)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", STUCK, str(good), *command],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout.readline() == "stuck\n"
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 143
+        assert "ended by SIGTERM without saving: no step has ended" in errors
+        assert len(last_rows(tmp_path) if steps else []) == steps
+    assert "resumed at step 2" in run("recipe/train.py", *command, "duration=4ba").stderr
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for(digits):
@@ -250,3 +322,35 @@ def test_a_bad_setting_is_one_line_that_names_the_key(digits, overrides, message
     assert text.startswith("config error: ")
     assert message in text
     assert "\n" not in text
+
+
+OTHER = """
+import atexit, json, sys
+
+OURS = ("recipe", "eval", "kernels", "storage", "streaming_convert")
+def report():
+    files = {m.__file__ for n, m in sys.modules.items() if n.split(".")[0] in OURS and m.__file__}
+    print(json.dumps(sorted(files)), file=sys.stderr)
+
+atexit.register(report)
+"""
+
+
+@pytest.mark.parametrize("script", ["recipe/train.py", "eval/sweep.py"])
+def test_a_script_runs_the_code_of_its_own_checkout(tmp_path, script):
+    """From another folder, with another checkout's packages on the path like those that are installed."""
+    copy, site = tmp_path / "copy", tmp_path / "site"
+    for package in ("recipe", "eval", "kernels", "storage", "streaming_convert", "yamls"):
+        shutil.copytree(ROOT / package, copy / package)
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(OTHER)
+    process = subprocess.run(
+        [sys.executable, copy / script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{site}:{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    files = json.loads(process.stderr.splitlines()[-1])
+    assert len(files) > 10
+    assert [file for file in files if not file.startswith(str(copy))] == []
