@@ -115,35 +115,23 @@ def writable(key: str, uri: str) -> list[str]:
     return []
 
 
-def forkable(config: TrainConfig) -> list[str]:
-    """The checkpoint that `fork_from` names, needed until the run has one of its own."""
-    if not config.fork_from:
+def startable(config: TrainConfig, manifest: Manifest) -> list[str]:
+    """What `fork_from` or `init_from` names, needed until the run has a checkpoint of its own."""
+    key, uri = ("fork_from", config.fork_from) if config.fork_from else ("init_from", config.init_from)
+    if not uri:
         return []
     folder = Folder(config.save_folder)
     if complete(folder, checkpoints(folder, folder.names())):
         return []
     try:
-        fork(config)
+        if config.fork_from:
+            fork(config)
+        else:
+            check_weights(config, normalizer(config.data, manifest))
     except ConfigError as error:
         return [str(error)]
     except StorageError as error:
-        return [f"fork_from: {error}. To mend: {mend(config.fork_from, error)}"]
-    return []
-
-
-def weights_fit(config: TrainConfig, manifest: Manifest) -> list[str]:
-    """The weights that `init_from` names, needed until the run has a checkpoint."""
-    if not config.init_from:
-        return []
-    folder = Folder(config.save_folder)
-    if complete(folder, checkpoints(folder, folder.names())):
-        return []
-    try:
-        check_weights(config, normalizer(config.data, manifest))
-    except ConfigError as error:
-        return [str(error)]
-    except StorageError as error:
-        return [f"init_from: {error}. To mend: {mend(config.init_from, error)}"]
+        return [f"{key}: {error}. To mend: {mend(uri, error)}"]
     return []
 
 
@@ -287,7 +275,7 @@ def problems(config: TrainConfig, ranks: int) -> tuple[list[str], Manifest | Non
     found += [*writable("folder", config.folder), *writable("save_folder", config.save_folder)]
     if not found:
         found = [*cache_limit(config, ranks, manifest), *disk_space(config, manifest)]
-        found += [*forkable(config), *weights_fit(config, manifest)]
+        found += startable(config, manifest)
     return found, manifest
 
 
