@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from composer import Trainer
 from composer.callbacks import MemoryMonitor
-from composer.core import Callback
+from composer.core import Callback, TimeUnit
 from composer.optim import (
     ComposerScheduler,
     ConstantWithWarmupScheduler,
@@ -34,6 +34,7 @@ from recipe.algorithms import EMA, DivergedError, StepGuard
 from recipe.callbacks import ExportWeights, JSONLines, LossByTime, MetricsToWandB, SampleGrid, Throughput
 from recipe.config import (
     ConfigError,
+    EMAConfig,
     GridConfig,
     LogConfig,
     OptimizerConfig,
@@ -180,6 +181,16 @@ def build_trainer(
     return trainer
 
 
+def short_for_average(trainer: Trainer, ema: EMAConfig) -> str | None:
+    """What to say of a run at whose end the evaluation average still holds the noise of its beginning."""
+    duration = trainer.state.max_duration
+    batches = {TimeUnit.BATCH: 1, TimeUnit.EPOCH: len(trainer.state.train_dataloader)}.get(duration.unit)
+    if ema.ramp or batches is None or duration.value * batches * (1 - ema.decay) >= 3:
+        return None
+    left = ema.decay ** (duration.value * batches)
+    return f"ema.decay: {ema.decay} keeps {left:.0%} of the first weights to the end. To mend: ema.ramp=true"
+
+
 def start(config: TrainConfig, preemption: Preemption) -> Trainer:
     """Checks the surroundings, and builds the trainer at the step where the run stands."""
     device = "gpu" if torch.cuda.is_available() else "cpu"
@@ -203,6 +214,8 @@ def start(config: TrainConfig, preemption: Preemption) -> Trainer:
     elif source:
         log.info("%s: resumed at step %d from %s", config.run_name, step, source)
     else:
+        if not config.init_from and (advice := short_for_average(trainer, config.ema)):
+            log.info("%s: %s", config.run_name, advice)
         log.info("%s: starting at step 0, %s has no complete checkpoint", config.run_name, config.save_folder)
     return trainer
 

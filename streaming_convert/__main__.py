@@ -5,6 +5,7 @@ Sources: digits, images, zip, emoji, mds. Then: merge, verify, show. Each explai
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+import yaml
 
 from storage import Folder, normalize_uri
 from storage.manifest import MANIFEST, DatasetError, Manifest
@@ -20,6 +22,7 @@ from streaming_convert.encoders import DTYPES, VAE, Encoder, Stored
 from streaming_convert.sources import Source
 
 PASSING_OPTIONS = ("--workers", "--device", "--shard", "--max-rejected")  # do not decide what is written
+YAML = "train.yaml"
 SHARD_HEADER = 1024  # bytes that a shard's description of its columns stays below
 
 
@@ -171,7 +174,7 @@ def _convert(args: argparse.Namespace, argv: list[str]) -> int:
         else:
             writer.convert(job, args.workers, args.shard)
     if args.shard == (1, 1):
-        _finish([job.uri for job in jobs], args.max_rejected)
+        _finish(args.out, list(splits), args.max_rejected)
     elif not all(complete):
         print(f"{args.out}: this machine's part is done; run merge {args.out} when all are")
     return 0
@@ -254,14 +257,61 @@ def run_merge(args: argparse.Namespace, argv: list[str]) -> int:
     if not plans:
         raise DatasetError(f"{args.out} holds no conversion, finished or not")
     plan = Manifest.from_json(folder.read(plans[0]), f"{args.out}/{plans[0]}")
-    _finish([f"{args.out}/{split}" for split in plan.input["splits"]], args.max_rejected)
+    _finish(args.out, plan.input["splits"], args.max_rejected)
     return 0
 
 
-def _finish(uris: list[str], max_rejected: int) -> None:
-    for uri, manifest in zip(uris, writer.finish(uris, max_rejected), strict=True):
+def _finish(out: str, splits: list[str], max_rejected: int) -> None:
+    uris = [f"{out}/{split}" for split in splits]
+    manifests = writer.finish(uris, max_rejected)
+    for uri, manifest in zip(uris, manifests, strict=True):
         count = f"{manifest.num_samples} samples in {len(manifest.shards)} shards"
         print(f"{uri}: {count}, {manifest.rejected} rejected")
+    folder = Folder(out)
+    if YAML not in folder.names():  # or the user's changes would be lost
+        folder.write(YAML, training_yaml(out, manifests[0]).encode())
+    fetch = f"copy {out}/{YAML} here, then " if folder.remote else ""
+    print(f"next: {fetch}composer recipe/train.py {YAML if folder.remote else f'{out}/{YAML}'}")
+
+
+def training_yaml(out: str, manifest: Manifest) -> str:
+    """A first configuration that trains on the dataset `out`, to be changed.
+
+    Up to 32 pixels it is a network for a laptop, of at most 8x8 tokens; above, S on at most 16x16 for a GPU.
+    """
+    name = re.sub(r"[^\w.-]", "_", out.rpartition("/")[2]).lstrip(".-")[:80] or "mine"
+    latents, size = manifest.column == "latents", manifest.shape[1]
+    small, samples, classes = size <= 32 and not latents, manifest.num_samples, len(manifest.class_names)
+    side = 8 if small else 16
+    patch = next(p for p in range(min(size, 2), size + 1) if size % p == 0 and size // p <= side)
+    quarter, batch = (600, 32) if small else (2000, 128)
+    where = {"local": f"data/{name}", "remote": f"{out}/train"} if "://" in out else {"local": f"{out}/train"}
+    network = {"width": 128, "depth": 4, "heads": 4} if small else {"width": 384, "depth": 12, "heads": 6}
+    model = {"size": size, "channels": manifest.shape[0] // (2 if latents else 1), "classes": classes}
+    config = {
+        "run_name": name,
+        "folder": f"runs/{name}",
+        "duration": f"{4 * quarter}ba",
+        **dict.fromkeys(("save_interval", "export_interval"), f"{quarter}ba"),
+        "data": {
+            **where,
+            "batch_size": min(batch, samples),
+            "workers": 0 if small else 4,
+            "canonical_nodes": min(2, samples),
+            "normalize": "manifest" if latents else "pixels",
+        },
+        "model": {**model, "patch": patch, **network, "label_std": 0.5},
+        "objective": {"guidance": 1.25 if classes else 1.0, "gap_mean": 0.0},
+        "optimizer": {"lr": 1e-3} if small else {"lr": 3e-4, "warmup": "100ba"},
+        "step": {"clip": 1.0},
+        "ema": {"decay": 0.999, "ramp": True},
+        "grid": {"interval": f"{quarter}ba", "vae": manifest.encoder.get("model")},
+    }
+    return (
+        "# Written by the converter, to begin with; every key: recipe/config.py.\n"
+        "# On a GPU add: precision=amp_bf16 parallel.compile=true\n"
+        + yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
+    )
 
 
 def run_verify(args: argparse.Namespace, argv: list[str]) -> int:

@@ -26,13 +26,13 @@ EACH = {
 }  # overrides of the digits run
 
 
-def run(*command, check=True, env=None, timeout=300):
+def run(*command, check=True, env=None, timeout=300, cwd=ROOT):
     """Run a command of the project from its root; returns the completed process with its output as text."""
     command = [sys.executable, *map(str, command)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **(env or {})}
     process = subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=cwd,
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

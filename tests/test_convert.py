@@ -1,5 +1,6 @@
 """Conversion in one process: sources, bad input, labels, options, round trips, verify and show."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,10 +17,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from streaming import StreamingDataset
 
+from recipe.config import TrainConfig, load_config
 from storage import Folder
 from storage.manifest import DatasetError, Manifest, read_manifest
 from streaming_convert import images, sources
-from streaming_convert.__main__ import main, split_items
+from streaming_convert.__main__ import main, split_items, training_yaml
 from streaming_convert.images import Rejected, decode
 from streaming_convert.shards import open_shard, read_index
 
@@ -41,7 +43,9 @@ def read_all(folder: Path) -> list[dict]:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".yaml"  # which names the folder
     }
 
 
@@ -769,6 +773,36 @@ def test_verify_names_the_damage(tmp_path, capsys, damage):
     message = damage(tmp_path / "train")
     assert main(["verify", str(tmp_path / "train")]) == 1
     assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("column", "shape", "classes", "model"),
+    [
+        ("image", [1, 8, 8], 10, {"size": 8, "channels": 1, "classes": 10, "patch": 2, "width": 128}),
+        ("image", [3, 30, 30], 0, {"size": 30, "channels": 3, "classes": 0, "patch": 5, "width": 128}),
+        ("image", [3, 96, 96], 3, {"size": 96, "channels": 3, "classes": 3, "patch": 6, "width": 384}),
+        ("latents", [8, 32, 32], 3, {"size": 32, "channels": 4, "classes": 3, "patch": 2, "width": 384}),
+    ],
+)
+def test_the_yaml_fits_the_data(tmp_path, column, shape, classes, model):
+    plan = Manifest("x", {}, "", column, shape, ["a"] * classes, {"model": "vae"}, "", False, None, 1)
+    path = tmp_path / "train.yaml"
+    path.write_text(training_yaml("s3://bucket/my photos", dataclasses.replace(plan, num_samples=20)))
+    config = load_config(TrainConfig, str(path), [])
+    assert {key: getattr(config.model, key) for key in model} == model
+    assert (config.run_name, config.data.remote) == ("my_photos", "s3://bucket/my photos/train")
+    assert (config.data.batch_size, config.data.canonical_nodes) == (20, 2)
+    assert config.data.normalize == ("manifest" if column == "latents" else "pixels")
+    assert config.ema.ramp and config.objective.guidance == (1.25 if classes else 1.0)
+
+
+def test_a_yaml_that_the_user_changed_stays(tmp_path, capsys):
+    words = ("digits", "--limit", 20, "--out", tmp_path / "out")
+    convert(*words)
+    (tmp_path / "out/train.yaml").write_text("mine")
+    assert convert(*words) == 0
+    assert (tmp_path / "out/train.yaml").read_text() == "mine"
+    assert f"next: composer recipe/train.py {tmp_path}/out/train.yaml" in capsys.readouterr().out
 
 
 def test_no_shard_may_lie_outside_the_folder(tmp_path, capsys):

@@ -6,18 +6,19 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from composer import Trainer
-from composer.core import Callback
+from composer.core import Callback, Time
 
 from recipe.algorithms import EMA, DivergedError, StepGuard, ema_decay
-from recipe.config import TrainConfig, load_config
+from recipe.config import EMAConfig, TrainConfig, load_config
 from recipe.data import train_loader
 from recipe.model import StepKey
 from recipe.preflight import check_data
-from recipe.train import build_model
+from recipe.train import build_model, short_for_average
 from recipe.weights import load_weights
 from tests.conftest import EACH, ROOT, TINY, run
 
@@ -185,6 +186,23 @@ def test_the_average_ramps_up_to_its_decay():
     assert ema_decay(0.999, 0, ramp=True) == 0.1
     assert ema_decay(0.999, 10**6, ramp=True) == 0.999
     assert ema_decay(0.999, 0, ramp=False) == 0.999
+
+
+@pytest.mark.parametrize(
+    ("duration", "decay", "ramp", "left"),
+    [
+        ("2000ba", 0.9999, False, "keeps 82% of the first weights"),
+        ("2999ba", 0.999, False, "keeps 5% of"),
+        ("3001ba", 0.999, False, None),
+        ("2ep", 0.99, False, "keeps 82% of"),
+        ("2000ba", 0.9999, True, None),
+        ("60sec", 0.9999, False, None),
+    ],
+)
+def test_an_average_too_long_for_its_run_is_said(duration, decay, ramp, left):
+    state = SimpleNamespace(max_duration=Time.from_timestring(duration), train_dataloader=range(10))
+    advice = short_for_average(SimpleNamespace(state=state), EMAConfig(decay=decay, ramp=ramp))
+    assert advice is None if left is None else left in advice
 
 
 @pytest.mark.parametrize("interval", ["1ep", "7ba"])  # both are saved after the epoch's last batch

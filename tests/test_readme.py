@@ -1,0 +1,42 @@
+"""The README's way from a folder of pictures to a first sweep, run as it stands there but for its length."""
+
+import json
+import re
+import shlex
+
+import numpy as np
+from PIL import Image
+
+from tests.conftest import ROOT, TINY, run
+
+SHORT = [*TINY, "duration=8ba", "export_interval=4ba", "grid.interval=null"]
+PROGRAMS = {".venv/bin/python": [], ".venv/bin/composer": ["-m", "composer.cli.launcher", "-n", "1"]}
+
+
+def commands():
+    """Those of the section, with 8 steps of training for 2400."""
+    section = (ROOT / "README.md").read_text().partition("## Your own pictures")[2]
+    script = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", "")
+    for line in script.splitlines():
+        program, *words = shlex.split(line.replace("ba0002400", "ba0000008"))
+        more = SHORT if "recipe/train.py" in words else []
+        yield [*PROGRAMS[program], *words, *more, *(["floor_splits=1"] if "eval/sweep.py" in words else [])]
+
+
+def test_from_a_folder_of_pictures_to_a_first_sweep(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        path = tmp_path / "photos" / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path)
+    for name in ("recipe", "eval", "yamls"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    outputs = [run(*command, cwd=tmp_path).stdout for command in commands()]
+    assert "next: composer recipe/train.py data/photos/train.yaml" in outputs[0]
+    assert Image.open(tmp_path / "real.png").size == (320, 320)
+    assert Image.open(tmp_path / "grid.png").size == (8 * (32 * 4 + 2) + 2, 2 * (32 * 4 + 2) + 2)
+    rows = [json.loads(line) for line in (tmp_path / "runs/photos/results.jsonl").read_text().splitlines()]
+    assert sorted((row["step"], row["nfe"], row["samples"]) for row in rows) == [
+        (step, nfe, 36) for step in (4, 8) for nfe in (1, 2, 4)
+    ]
+    assert all(0 < row["frechet_distance"] < float("inf") for row in rows)
