@@ -256,8 +256,9 @@ def run_merge(args: argparse.Namespace, argv: list[str]) -> int:
     plans = [name for name in known if name in names]
     if not plans:
         raise DatasetError(f"{args.out} holds no conversion, finished or not")
-    plan = Manifest.from_json(folder.read(plans[0]), f"{args.out}/{plans[0]}")
-    _finish(args.out, plan.input["splits"], args.max_rejected)
+    splits = Manifest.from_json(folder.read(plans[0]), f"{args.out}/{plans[0]}").input["splits"]
+    finished = all(f"{split}/{MANIFEST}" in names for split in splits)
+    _finish(args.out, splits, sys.maxsize if finished else args.max_rejected)
     return 0
 
 

@@ -283,8 +283,7 @@ def finish(uris: list[str], max_rejected: int = 0) -> list[Manifest]:
     the lists of those are then in rejected.jsonl, and no split gets a manifest.
     """
     collected = {uri: _collect(uri) for uri in uris}
-    unfinished = any(records for _, records in collected.values())
-    if unfinished and sum(manifest.rejected for manifest, _ in collected.values()) > max_rejected:
+    if sum(manifest.rejected for manifest, _ in collected.values()) > max_rejected:
         raise DatasetError(_rejection_message(collected, max_rejected))
     manifests = [_complete(*found) for found in collected.values()]
     for (uri, (_, records)), manifest in zip(collected.items(), manifests, strict=True):
