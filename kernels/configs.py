@@ -6,7 +6,8 @@ keeps to the inspector's bars on spills. On sm_90, of the tiles that do, the wid
 (a narrower wgmma waits for its left operand in shared memory), then the larger resident side (queries by
 rows, keys by columns), which re-reads the other side less; at D = 64 by columns two blocks of 64 keys share
 a multiprocessor. On sm_80 the resident side comes first, and entries stay under the 99 KB of shared memory
-that a block has on consumer GPUs. Sequence length has no entry until a measurement asks for one.
+that a block has on consumer GPUs. On sm_100 accumulators lie in tensor memory, whose 512 columns limit tiles.
+Sequence length has no entry until a measurement asks for one.
 """
 
 from dataclasses import dataclass
@@ -36,18 +37,29 @@ class Config:
     columns: tuple[Tile, ...]
 
 
-# At D = 128 four accumulators of (keys, D) would fill the register file, hence two launches by columns, of 9
-# and 6 products where one would do with 12.
+# From D = 96 on four accumulators of (keys, D) would fill the register file, hence two launches by columns,
+# of 9 and 6 products where one would do with 12.
 TABLE = {
-    (90, 64): Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), (Tile(32, 64, 4, 2),)),
-    (90, 128): Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2))),
     (80, 64): Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(16, 64, 4, 2),)),
+    (80, 80): Config(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), (Tile(16, 64, 4, 2),)),
+    (80, 96): Config(Tile(128, 32, 8, 2), Tile(64, 16, 4, 2), (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2))),
     (80, 128): Config(Tile(128, 16, 8, 2), Tile(32, 32, 4, 2), (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))),
+    (90, 64): Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), (Tile(32, 64, 4, 2),)),
+    (90, 80): Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), (Tile(16, 64, 4, 2),)),
+    (90, 96): Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2))),
+    (90, 128): Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2))),
+    (100, 64): Config(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), (Tile(32, 64, 4, 2),)),
+    (100, 80): Config(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2))),
+    (100, 96): Config(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2))),
+    (100, 128): Config(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2))),
 }
 if OLD_TRITON:
+    TABLE[90, 80] = Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(16, 64, 4, 2),))
     TABLE[90, 128] = Config(
         Tile(128, 32, 8, 2), Tile(128, 16, 8, 2), (Tile(16, 128, 8, 2), Tile(32, 128, 8, 2))
     )
+# Consumer Blackwell (sm_120) has the instructions and the shared memory of consumer Ampere.
+TABLE |= {(120, width): config for (arch, width), config in TABLE.items() if arch == 80}
 
 # float32 operands pass through registers, as three tf32 parts each: tiny tiles on every architecture.
 FLOAT32 = Config(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)))
@@ -55,17 +67,17 @@ FLOAT32 = Config(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), (Tile(16, 16, 4, 1), Ti
 NORM_ROWS = 32  # rows of queries or keys per block of the norm's kernels, by four warps
 
 
-def padded_head_dim(head_dim: int) -> int:
-    """The power of two, 16 at least, that tiles of this head dimension are padded to."""
-    return max(16, triton.next_power_of_2(head_dim))
+def widths(head_dim: int) -> tuple[int, int]:
+    """What a head dimension is padded to: a power of two, 16 at least, or 64 and a tail of 16 or 32."""
+    if 64 < head_dim <= 96:
+        return 64, 16 if head_dim <= 80 else 32
+    return max(16, triton.next_power_of_2(head_dim)), 0
 
 
 def table_key(capability: tuple[int, int], head_dim: int) -> tuple[int, int]:
     """Where the table has a CUDA compute capability and a head dimension up to 128."""
-    arch = (
-        90 if capability[0] in (9, 10) else 80
-    )  # shared memory per block: 227 KB there, 99 KB or more elsewhere
-    return arch, max(64, padded_head_dim(head_dim))
+    arch = {9: 90, 10: 100, 12: 120}.get(capability[0], 80)
+    return arch, max(64, sum(widths(head_dim)))
 
 
 def choose(capability: tuple[int, int], head_dim: int, element_size: int) -> Config:

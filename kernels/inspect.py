@@ -1,10 +1,13 @@
-"""Compiles the kernels for sm_80 and sm_90, without a GPU, and prints what the assembler made of them.
+"""Compiles the kernels for GPUs that are not here, and prints what the assembler made of them.
 
     python -m kernels.inspect               # the table's own configurations; exits with 1 if a bar is missed
     python -m kernels.inspect --candidates  # tiles that were considered beside them, no bars
 
-Bars (bf16): at D = 64 no spills, at most 21 tile products backward, on sm_90 every product a wgmma and none
-followed by a wait of the assembler's own (C7510 to C7519); at D = 128 at most 64 bytes of spills per thread.
+Architectures: sm_80, sm_90 and, from Triton 3.6 on, Blackwell's sm_100 and sm_120. Bars (bf16): no more
+shared and tensor memory than a block can have; every product by the architecture's best instruction, on sm_90
+none followed by a wait of the assembler's own (C7510 to C7519); at D = 64 no spills and at most 21 tile
+products backward, 7 where no gradient comes through the tangent; at other D at most 64 bytes of spills per
+thread; at D = 72, on sm_80 and sm_90, shared memory and products at most 1.3 times those of D = 64.
 """
 
 import argparse
@@ -23,17 +26,24 @@ from triton.compiler import ASTSource
 from kernels import configs, triton_attention
 from kernels.configs import Tile
 
-ARCHITECTURES = (80, 90)
-HEAD_DIMS = (64, 128)
-SPILL_LIMIT = {64: 0, 128: 64}
-BACKWARD_PRODUCTS = 21
-SHARED_PER_SM = {80: 164 << 10, 90: 228 << 10}
+BLACKWELL = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+ARCHITECTURES = (80, 90, 100, 120) if BLACKWELL else (80, 90)
+HEAD_DIMS = (64, 72, 96, 128)
+SPILL_LIMIT = 64  # bytes; none at D = 64
+SHARED_PER_BLOCK = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED_PER_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
+TENSOR_COLUMNS = 512  # of sm_100's tensor memory, for all blocks of a multiprocessor
+INSTRUCTIONS = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
+BACKWARD_PRODUCTS = {"dual": 21, "plain": 7}
 RELEASED = "304, 112, 8, 0, 0, 0 bytes over six kernels with 30 products, and a primal backward with 5"
 
 MATRICES = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
 TANGENTS = ("tq", "tk", "tv", "to", "dto", "dtq", "dtk", "dtv")
-STATISTICS = ("lse", "mu", "delta", "a")
-SCALARS = {"scale": "fp32", "heads": "i32", "n_q": "i32", "n_k": "i32"}
+POINTERS = {
+    **dict.fromkeys((*TANGENTS, "qkv", "tqkv", "qk", "tqk", "dqkv", "dtqkv"), "*bf16"),
+    **dict.fromkeys(("lse", "mu", "delta", "a", "gains", "dgains"), "*fp32"),
+}
+SCALARS = {"scale": "fp32", "heads": "i32", "n_q": "i32", "n_k": "i32", "rows": "i32"}
 
 SIZES = {
     "forward": (
@@ -62,7 +72,10 @@ COLUMNS = ({"KEYS": True, "VALUES": True}, {"KEYS": True, "VALUES": False}, {"KE
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled kernel; registers and spills (bytes) are per thread, shared memory (bytes) per block."""
+    """One compiled kernel; registers and spills (bytes) are per thread, shared memory (bytes) per block.
+
+    Products are in units of queries x keys x head dimension, padding included.
+    """
 
     arch: int
     head_dim: int
@@ -71,104 +84,160 @@ class Compiled:
     registers: int
     spills: int
     shared: int
-    products: int
-    wgmma: int
-    mma: int
+    tensor_columns: int
+    products: float
+    instructions: dict[str, int]
     serialised: bool
 
     @property
     def blocks_per_sm(self) -> int:
-        """Blocks that registers and shared memory (with 1 KB per block for the system) let run at once."""
+        """Blocks that registers, tensor and shared memory (1 KB of it for the system) let run at once."""
         by_registers = 65536 // (-(-self.registers // 8) * 8 * 32 * self.tile.warps)
-        return min(by_registers, SHARED_PER_SM[self.arch] // (self.shared + 1024))
+        by_tensors = TENSOR_COLUMNS // self.tensor_columns if self.tensor_columns else by_registers
+        return min(by_registers, by_tensors, SHARED_PER_SM[self.arch] // (self.shared + 1024))
 
 
-def compile_kernel(name: str, tile: Tile, head_dim: int, arch: int, **flags: bool) -> Compiled:
-    """Compile one kernel in bf16 with all tangents for whole tiles of 16-byte aligned matrices."""
+def compile_kernel(
+    name: str, tile: Tile, head_dim: int, arch: int, tangents: bool = True, **flags: bool
+) -> Compiled:
+    """Compile one kernel in bf16, with all tangents or none, for whole tiles of 16-byte aligned matrices."""
     kernel = getattr(triton_attention, name)
+    block_d, tail = configs.widths(head_dim) if tile.keys else (triton.next_power_of_2(head_dim), 0)
     constants = {
-        "D": head_dim, "BLOCK_D": head_dim, "BLOCK_Q": tile.queries, "BLOCK_K": tile.keys,
-        "MASKED": False, "PRECISION": "tf32x3", **flags,
+        "D": head_dim, "BLOCK_D": block_d, "TAIL": tail, "BLOCK_Q": tile.queries, "BLOCK_K": tile.keys,
+        "ROWS": tile.queries, "MASKED": False, "ALIGNED": True, "PRECISION": "tf32x3", **flags,
     }  # fmt: skip
+    if not tangents:
+        constants |= dict.fromkeys((*TANGENTS, "mu", "a"))
+    constants = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
     signature, aligned = {}, []
     for position, argument in enumerate(kernel.arg_names):
-        if argument in MATRICES:
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in MATRICES:
             signature[argument] = ("*bf16", "i32", "i32", "i32")
-            aligned += [(position, part) for part in range(4)]
-        elif argument in TANGENTS + STATISTICS:
-            signature[argument] = "*bf16" if argument in TANGENTS else "*fp32"
-            aligned.append((position,))
+            aligned += [(position, part) for part in range(4) if part != 2 or head_dim % 16 == 0]
         else:
-            signature[argument] = SCALARS.get(argument, "constexpr")
+            signature[argument] = (POINTERS | SCALARS)[argument]
+            aligned += [(position,)] if argument in POINTERS else []
     source = ASTSource(kernel, signature, constants, {path: [["tt.divisibility", 16]] for path in aligned})
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    report = assemble(compiled.asm["ptx"], arch)
+    ptx, metadata = compiled.asm["ptx"], compiled.metadata
+    report = assemble(ptx, arch)
+    words = [name, *(flag.lower() for flag, on in flags.items() if on), *([] if tangents else ["plain"])]
     return Compiled(
-        arch, head_dim, name + "".join(f" {flag.lower()}" for flag, on in flags.items() if on), tile,
+        arch, head_dim, " ".join(words), tile,
         registers=int(re.search(r"Used (\d+) registers", report)[1]),
         spills=max(map(int, re.findall(r"(\d+) bytes spill", report))),
-        shared=compiled.metadata.shared,
-        products=len(re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) ", compiled.asm["ttgir"])),
-        wgmma=compiled.asm["ptx"].count("wgmma.mma_async"),
-        mma=len(re.findall(r"\bmma\.sync", compiled.asm["ptx"])),
+        shared=metadata.shared,
+        tensor_columns=getattr(metadata, "tmem_size", None) or 0,
+        products=multiplications(compiled.asm["ttir"]) / max(1, tile.queries * tile.keys * head_dim),
+        instructions={
+            "mma": len(re.findall(r"\bmma\.sync", ptx)),
+            "wgmma": ptx.count("wgmma.mma_async"),
+            "tcgen05": ptx.count("tcgen05.mma"),
+        },
         serialised="(C751" in report,
     )  # fmt: skip
 
 
+def multiplications(ttir: str) -> int:
+    """Multiplications of the matrix products in a kernel's intermediate code, each loop passed once."""
+    shapes = re.findall(r"tt\.dot .*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x", ttir)
+    return sum(int(m) * int(k) * int(n) for m, k, n in shapes)
+
+
 def assemble(ptx: str, arch: int) -> str:
     """What ptxas says about the registers and spills of a kernel."""
-    ptxas = os.environ.get("TRITON_PTXAS_PATH") or Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    name = "ptxas-blackwell" if arch >= 100 else "ptxas"
+    ptxas = os.environ.get("TRITON_PTXAS_PATH") or Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
-        target = f"--gpu-name=sm_{arch}{'a' if arch == 90 else ''}"
+        target = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
         command = [ptxas, "-v", target, path, "-o", Path(folder, "kernel.cubin")]
         return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
 def table_kernels(arch: int, head_dim: int) -> list[Compiled]:
-    """Every launch of the configuration table for one architecture and head dimension."""
-    config = configs.TABLE[arch, head_dim]
+    """Every launch of one architecture and head dimension; at D = 64 without tangents too."""
+    config = configs.TABLE[arch, max(64, sum(configs.widths(head_dim)))]
     parts = COLUMNS[:1] if len(config.columns) == 1 else COLUMNS[1:]
+    norm = Tile(configs.NORM_ROWS, 0, warps=4, stages=3)
+    kernels = [compile_kernel(name, norm, head_dim, arch) for name in ("norm", "norm_backward")]
+    for tangents in (True, False) if head_dim == 64 else (True,):
+        kernels += [
+            compile_kernel("forward", config.forward, head_dim, arch, tangents),
+            compile_kernel("backward_rows", config.rows, head_dim, arch, tangents),
+            *(
+                compile_kernel("backward_columns", tile, head_dim, arch, tangents, **part)
+                for tile, part in zip(config.columns, parts, strict=True)
+            ),
+        ]
+    return kernels
+
+
+def missed_bars(groups: list[list[Compiled]]) -> list[str]:
+    """The bars that the kernels miss, by architecture and head dimension."""
+    missed, at_64 = [], {group[0].arch: group for group in groups if group[0].head_dim == 64}
+    for group in groups:
+        arch, head_dim = group[0].arch, group[0].head_dim
+        bars = [f"{x.name} {bar}" for x in group for bar in _kernel_bars(x)]
+        if head_dim == 64:
+            bars += _product_bars(group)
+        if head_dim == 72 and arch < 100:
+            bars += _ratio_bars(group, at_64[arch])
+        missed += [f"sm_{arch} D {head_dim}: {bar}" for bar in bars]
+    return missed
+
+
+def _product_bars(group: list[Compiled]) -> list[str]:
+    counts = {
+        kind: sum(
+            x.products for x in group if "backward" in x.name and ("plain" in x.name) == (kind == "plain")
+        )
+        for kind in BACKWARD_PRODUCTS
+    }
     return [
-        compile_kernel("forward", config.forward, head_dim, arch),
-        compile_kernel("backward_rows", config.rows, head_dim, arch),
-        *(
-            compile_kernel("backward_columns", tile, head_dim, arch, **part)
-            for tile, part in zip(config.columns, parts, strict=True)
-        ),
+        f"{kind} backward has {count:g} products, bar {BACKWARD_PRODUCTS[kind]}"
+        for kind, count in counts.items()
+        if count > BACKWARD_PRODUCTS[kind]
     ]
 
 
-def missed_bars(kernels: list[Compiled]) -> list[str]:
-    """The bars that the kernels of one architecture and head dimension miss."""
-    arch, head_dim = kernels[0].arch, kernels[0].head_dim
-    missed = [
-        f"{kernel.name} spills {kernel.spills} bytes, bar {SPILL_LIMIT[head_dim]}"
-        for kernel in kernels
-        if kernel.spills > SPILL_LIMIT[head_dim]
-    ]
-    backward = sum(kernel.products for kernel in kernels[1:])
-    if head_dim == 64 and backward > BACKWARD_PRODUCTS:
-        missed.append(f"backward has {backward} products, bar {BACKWARD_PRODUCTS}")
-    if arch == 90:
-        others = [kernel for kernel in kernels if kernel.mma or not kernel.wgmma]
-        missed += [f"{kernel.name} has products other than wgmma" for kernel in others]
-        missed += [f"{kernel.name} has its wgmma serialised" for kernel in kernels if kernel.serialised]
-    return [f"sm_{arch} D {head_dim}: {bar}" for bar in missed]
+def _kernel_bars(x: Compiled) -> list[str]:
+    limit = 0 if x.head_dim == 64 else SPILL_LIMIT
+    others = [kind for kind, count in x.instructions.items() if count and kind != INSTRUCTIONS[x.arch]]
+    bars = {
+        f"spills {x.spills} bytes, bar {limit}": x.spills > limit,
+        f"takes {x.shared} bytes of shared memory": x.shared > SHARED_PER_BLOCK[x.arch],
+        f"takes {x.tensor_columns} columns of tensor memory": x.tensor_columns > TENSOR_COLUMNS,
+        f"has products other than {INSTRUCTIONS[x.arch]}": bool(others),
+        f"has no {INSTRUCTIONS[x.arch]}": x.products > 0 and not x.instructions[INSTRUCTIONS[x.arch]],
+        "has its wgmma serialised": x.serialised and x.arch == 90,
+    }
+    return [bar for bar, is_missed in bars.items() if is_missed]
+
+
+def _ratio_bars(group: list[Compiled], like: list[Compiled]) -> list[str]:
+    """Shared memory of each kernel and the sum of all products against D = 64."""
+    ours, theirs = ([x for x in kernels if x.products and "plain" not in x.name] for kernels in (group, like))
+    ratios = {f"shared memory of {x.name}": x.shared / y.shared for x, y in zip(ours, theirs, strict=False)}
+    ratios["products"] = sum(x.products * 72 for x in ours) / sum(x.products * 64 for x in theirs)
+    return [f"{what} {x:.2f} times that of D 64, bar 1.3" for what, x in ratios.items() if x > 1.3]
 
 
 def print_table(kernels: list[Compiled]) -> None:
     """One line of Markdown per kernel; `tile` is queries x keys, warps, stages."""
-    print("|arch|D|kernel|tile|registers|spills|shared|blocks/SM|products|wgmma|mma|serialised|")
-    print("|-" * 12 + "|")
+    print("|arch|D|kernel|tile|registers|spills|shared|blocks/SM|products|matrix instructions|serialised|")
+    print("|-" * 11 + "|")
     for x in kernels:
         tile = f"{x.tile.queries} x {x.tile.keys}, {x.tile.warps}, {x.tile.stages}"
         cells = (f"sm_{x.arch}", x.head_dim, x.name, tile, x.registers, x.spills, x.shared, x.blocks_per_sm)
-        print(
-            "|".join(map(str, ("", *cells, x.products, x.wgmma, x.mma, "yes" if x.serialised else "no", "")))
-        )
+        matrix = ", ".join(f"{count} {kind}" for kind, count in x.instructions.items() if count)
+        cells = (*cells, f"{x.products:.3g}", matrix, "yes" if x.serialised else "no")
+        print("|".join(map(str, ("", *cells, ""))))
 
 
 def main() -> int:
@@ -177,15 +246,19 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--candidates", action="store_true", help="compile tiles beside the table's own")
-    pairs = [(arch, head_dim) for arch in ARCHITECTURES for head_dim in HEAD_DIMS]
-    print(f"triton {triton.__version__}, bf16, all tangents, whole tiles")
-    if parser.parse_args().candidates:
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    options = parser.parse_args()
+    pairs = [(arch, head_dim) for arch in options.arch for head_dim in HEAD_DIMS]
+    print(f"triton {triton.__version__}, bf16, whole tiles")
+    if not BLACKWELL:
+        print("sm_100 and sm_120 are left out: they need Triton 3.6 or later.")
+    if options.candidates:
         print_table([kernel for pair in pairs for kernel in candidate_kernels(*pair)])
         return 0
     groups = [table_kernels(*pair) for pair in pairs]
     print_table([kernel for kernels in groups for kernel in kernels])
     print(f"For comparison, the released kernels' spills at D = 64 on sm_90: {RELEASED}.")
-    missed = [bar for kernels in groups for bar in missed_bars(kernels)]
+    missed = missed_bars(groups)
     print("\n".join(missed) or "Every bar is met.")
     return int(bool(missed))
 

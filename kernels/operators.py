@@ -67,11 +67,13 @@ def _launch_attention(
     PRECISION concerns float32 alone: tf32x3 is float32's own accuracy from three tf32 products.
     """
     batch, heads, n_q, n_k, head_dim = sizes
-    padded = configs.padded_head_dim(head_dim)
+    block_d, tail = configs.widths(head_dim)
+    strides = [stride for x in matrices if isinstance(x, tuple) for stride in x[1:3]]
     _launch(
         kernel, (batch * heads * blocks,), *matrices, scale, heads, n_q, n_k,
-        D=head_dim, BLOCK_D=padded, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
-        MASKED=n_q % tile.queries != 0 or n_k % tile.keys != 0 or head_dim != padded,
+        D=head_dim, BLOCK_D=block_d, TAIL=tail, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
+        MASKED=n_q % tile.queries != 0 or n_k % tile.keys != 0,
+        ALIGNED=all(stride % 8 == 0 for stride in strides),
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
         num_warps=tile.warps, num_stages=tile.stages, **flags,
     )  # fmt: skip
@@ -265,7 +267,7 @@ def _launch_norm(kernel: triton.JITFunction, qkv: Tensor, *tensors: MaybeTensor)
     batch, n, _, heads, head_dim = qkv.shape
     _launch(
         kernel, (_norm_blocks(qkv), 2), qkv, *tensors, batch * n * heads, heads,
-        D=head_dim, BLOCK_D=configs.padded_head_dim(head_dim), ROWS=configs.NORM_ROWS,
+        D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), ROWS=configs.NORM_ROWS,
     )  # fmt: skip
 
 

@@ -8,9 +8,11 @@ tO = tP V + P tV, and dO, dtO the gradients of the outputs, the backward is
     dtS = P * (G - a)          dS = P * (dO V' + dtO tV' - delta + (G - a) * (tS - mu))
 
 A matrix argument is a tuple (tensor, stride of batch, of head, of token); its tangent, or the gradient of
-that, follows as a bare tensor of the same strides, or None where it is zero. BLOCK_D is D padded to
-a power of two. Everything is accumulated in float32; P, tP, dS and dtS are rounded to the inputs' type where
-they become left operands of a product. lse is in base 2, which spares a multiplication per exponential.
+that, follows as a bare tensor of the same strides, or None where it is zero; without dto all of them are,
+which leaves plain attention. A tile is a tuple: its first BLOCK_D columns and, unless TAIL is 0, TAIL more,
+so that D = 72 costs what 80 does. Everything is accumulated in float32; P, tP, dS and dtS are rounded to the
+inputs' type where they become left operands of a product. lse is in base 2, which spares a multiplication
+per exponential.
 """
 
 import os
@@ -32,29 +34,46 @@ EPS = tl.constexpr(NORM_EPS)
 
 
 @triton.jit
-def _head(matrix, index, heads):
-    """Where head `index` of batch * heads begins, in elements, and the stride of its tokens."""
+def _block(n, BLOCK: tl.constexpr):
+    """Which head of batch * heads this program works on, and its first token of n."""
+    blocks = tl.cdiv(n, BLOCK)
+    return tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BLOCK
+
+
+@triton.jit
+def _head(matrix, tangent, index, heads, ALIGNED: tl.constexpr):
+    """(pointer, stride of tokens) of one head, and of its tangent (where that is None, the value's again).
+
+    ALIGNED: strides of heads are multiples of 8 elements, which a head dimension of 72 would else hide.
+    """
     start = (index // heads).to(tl.int64) * matrix[1] + (index % heads).to(tl.int64) * matrix[2]
-    return start, matrix[3]
+    if ALIGNED:
+        start = tl.multiple_of(start, 8)
+    if tangent is None:
+        tangent = matrix[0]
+    return (matrix[0] + start, matrix[3]), (tangent + start, matrix[3])
 
 
 @triton.jit
-def _tile(pointer, head, start, n, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers (BLOCK_N, BLOCK_D) to the tokens from `start` and their mask; only scalars need 64 bits."""
-    offset, stride = head
+def _part(head, start, n, FIRST: tl.constexpr,
+          D: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Pointers (BLOCK_N, WIDTH) to columns from FIRST of the tokens from `start`, and their mask."""
     rows = tl.arange(0, BLOCK_N)
-    columns = tl.arange(0, BLOCK_D)
-    pointer += offset + tl.cast(start, tl.int64) * stride
-    return pointer + (rows[:, None] * stride + columns[None, :]), (start + rows < n)[:, None] & (columns < D)[
-        None, :
-    ]
+    columns = FIRST + tl.arange(0, WIDTH)
+    pointers = head[0] + tl.cast(start, tl.int64) * head[1] + (rows[:, None] * head[1] + columns[None, :])
+    inside = (columns < D)[None, :]
+    if MASKED and FIRST + WIDTH > D:
+        inside = inside & (start + rows < n)[:, None]
+    elif MASKED:
+        inside = (start + rows < n)[:, None]
+    return pointers, inside
 
 
 @triton.jit
-def _load(pointer, head, start, n,
-          D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    pointers, inside = _tile(pointer, head, start, n, D, BLOCK_N, BLOCK_D)
-    if MASKED:
+def _load_part(head, start, n, FIRST: tl.constexpr, D: tl.constexpr,
+               BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    pointers, inside = _part(head, start, n, FIRST, D, BLOCK_N, WIDTH, MASKED)
+    if MASKED or FIRST + WIDTH > D:
         x = tl.load(pointers, mask=inside, other=0.0)
     else:
         x = tl.load(pointers)
@@ -62,14 +81,87 @@ def _load(pointer, head, start, n,
 
 
 @triton.jit
-def _store(pointer, head, x, start, n,
-           D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    pointers, inside = _tile(pointer, head, start, n, D, BLOCK_N, BLOCK_D)
-    x = _round(x, pointer.dtype.element_ty)
-    if MASKED:
+def _store_part(head, x, start, n, FIRST: tl.constexpr, D: tl.constexpr,
+                BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    pointers, inside = _part(head, start, n, FIRST, D, BLOCK_N, WIDTH, MASKED)
+    x = _round(x, head[0].dtype.element_ty)
+    if MASKED or FIRST + WIDTH > D:
         tl.store(pointers, x, mask=inside)
     else:
         tl.store(pointers, x)
+
+
+@triton.jit
+def _load(head, start, n, D: tl.constexpr, BLOCK_N: tl.constexpr,
+          BLOCK_D: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """BLOCK_N tokens from `start` as a tuple: columns up to BLOCK_D and, if TAIL is not 0, that many more."""
+    x = (_load_part(head, start, n, 0, D, BLOCK_N, BLOCK_D, MASKED),)
+    if TAIL > 0:
+        x = (x[0], _load_part(head, start, n, BLOCK_D, D, BLOCK_N, TAIL, MASKED))
+    return x
+
+
+@triton.jit
+def _store(head, x, factor, start, n, D: tl.constexpr, BLOCK_N: tl.constexpr,
+           BLOCK_D: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Write x times a factor per token or for all."""
+    _store_part(head, x[0] * factor, start, n, 0, D, BLOCK_N, BLOCK_D, MASKED)
+    if TAIL > 0:
+        _store_part(head, x[1] * factor, start, n, BLOCK_D, D, BLOCK_N, TAIL, MASKED)
+
+
+@triton.jit
+def _zeros(BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
+    x = (tl.zeros([BLOCK_N, BLOCK_D], tl.float32),)
+    if TAIL > 0:
+        x = (x[0], tl.zeros([BLOCK_N, TAIL], tl.float32))
+    return x
+
+
+@triton.jit
+def _scale(x, factor):
+    """x with each row times its factor."""
+    y = (x[0] * factor[:, None],)
+    if len(x) == 2:
+        y = (y[0], x[1] * factor[:, None])
+    return y
+
+
+@triton.jit
+def _subtract(x, factor, y):
+    """x - factor * y, a factor per row."""
+    z = (x[0] - factor[:, None] * y[0],)
+    if len(x) == 2:
+        z = (z[0], x[1] - factor[:, None] * y[1])
+    return z
+
+
+@triton.jit
+def _row_products(x, y):
+    """rowsum(x * y) in float32."""
+    total = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)
+    if len(x) == 2:
+        total += tl.sum(x[1].to(tl.float32) * y[1].to(tl.float32), 1)
+    return total
+
+
+@triton.jit
+def _scores(x, y, accumulator, PRECISION: tl.constexpr):
+    """accumulator + x y'."""
+    accumulator = _dot(x[0], tl.trans(y[0]), accumulator, PRECISION)
+    if len(x) == 2:
+        accumulator = _dot(x[1], tl.trans(y[1]), accumulator, PRECISION)
+    return accumulator
+
+
+@triton.jit
+def _mix(p, y, accumulator, PRECISION: tl.constexpr):
+    """accumulator + p y, p rounded to the type of y."""
+    p = _round(p, y[0].dtype)
+    z = (_dot(p, y[0], accumulator[0], PRECISION),)
+    if len(y) == 2:
+        z = (z[0], _dot(p, y[1], accumulator[1], PRECISION))
+    return z
 
 
 @triton.jit
@@ -108,33 +200,32 @@ def _dot(x, y, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def forward(q, tq, k, tk, v, tv, o, to, lse, mu, scale, heads, n_q, n_k,
-            D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-            MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+            D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr,
+            BLOCK_K: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
     """o, to and the row statistics lse, mu (float32, (B * H, Nq)) of BLOCK_Q queries of one head; 6 products.
 
     Online softmax over blocks of keys. tP is formed around the running mean mu, not as P * tS - mu * P: the
     sum for to follows mu as it moves, and nothing cancels where mu is large, as in rows that one key rules.
     """
-    blocks = tl.cdiv(n_q, BLOCK_Q)
-    index = tl.program_id(0) // blocks
-    start_q = (tl.program_id(0) % blocks) * BLOCK_Q
-    head_q = _head(q, index, heads)
-    head_k = _head(k, index, heads)
-    head_v = _head(v, index, heads)
-    q_tile = _load(q[0], head_q, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
+    index, start_q = _block(n_q, BLOCK_Q)
+    q_head, tq_head = _head(q, tq, index, heads, ALIGNED)
+    k_head, tk_head = _head(k, tk, index, heads, ALIGNED)
+    v_head, tv_head = _head(v, tv, index, heads, ALIGNED)
+    q_tile = _load(q_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
     if tq is not None:
-        tq_tile = _load(tq, head_q, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
-    o_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        tq_tile = _load(tq_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
+    o_sum = _zeros(BLOCK_Q, BLOCK_D, TAIL)
     if to is not None:
-        to_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        to_sum = _zeros(BLOCK_Q, BLOCK_D, TAIL)
         row_mu = tl.zeros([BLOCK_Q], tl.float32)
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     zero = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for start in range(0, n_k, BLOCK_K):
-        k_tile = _load(k[0], head_k, start, n_k, D, BLOCK_K, BLOCK_D, MASKED)
-        v_tile = _load(v[0], head_v, start, n_k, D, BLOCK_K, BLOCK_D, MASKED)
-        s = _dot(q_tile, tl.trans(k_tile), zero, PRECISION) * (scale * LOG2E)
+        k_tile = _load(k_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+        v_tile = _load(v_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+        s = _scores(q_tile, k_tile, zero, PRECISION) * (scale * LOG2E)
         if MASKED:
             s = tl.where((start + tl.arange(0, BLOCK_K) < n_k)[None, :], s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))
@@ -142,73 +233,70 @@ def forward(q, tq, k, tk, v, tv, o, to, lse, mu, scale, heads, n_q, n_k,
         p = tl.exp2(s - new_max[:, None])
         row_max = new_max
         row_sum = row_sum * shrink + tl.sum(p, 1)
-        o_sum *= shrink[:, None]
+        o_sum = _scale(o_sum, shrink)
         if to is not None:
-            to_sum *= shrink[:, None]
+            to_sum = _scale(to_sum, shrink)
         if tq is not None or tk is not None:
             ts = zero
             if tq is not None:
-                ts = _dot(tq_tile, tl.trans(k_tile), ts, PRECISION)
+                ts = _scores(tq_tile, k_tile, ts, PRECISION)
             if tk is not None:
-                tk_tile = _load(tk, head_k, start, n_k, D, BLOCK_K, BLOCK_D, MASKED)
-                ts = _dot(q_tile, tl.trans(tk_tile), ts, PRECISION)
+                tk_tile = _load(tk_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+                ts = _scores(q_tile, tk_tile, ts, PRECISION)
             ts = ts * scale - row_mu[:, None]
             step = tl.sum(p * ts, 1) / row_sum
             row_mu += step
-            tp = _round(p * (ts - step[:, None]), v_tile.dtype)
-            to_sum = _dot(tp, v_tile, to_sum - step[:, None] * o_sum, PRECISION)
-        p = _round(p, v_tile.dtype)
-        o_sum = _dot(p, v_tile, o_sum, PRECISION)
+            tp = p * (ts - step[:, None])
+            to_sum = _mix(tp, v_tile, _subtract(to_sum, step, o_sum), PRECISION)
+        o_sum = _mix(p, v_tile, o_sum, PRECISION)
         if tv is not None:
-            tv_tile = _load(tv, head_v, start, n_k, D, BLOCK_K, BLOCK_D, MASKED)
-            to_sum = _dot(p, tv_tile, to_sum, PRECISION)
-    head_o = _head(o, index, heads)
-    _store(o[0], head_o, o_sum / row_sum[:, None], start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
+            tv_tile = _load(tv_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+            to_sum = _mix(p, tv_tile, to_sum, PRECISION)
+    o_head, to_head = _head(o, to, index, heads, ALIGNED)
+    _store(o_head, o_sum, 1 / row_sum[:, None], start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
     _store_statistic(lse, row_max + tl.log2(row_sum), index, start_q, n_q, BLOCK_Q)
     if to is not None:
-        _store(to, head_o, to_sum / row_sum[:, None], start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
+        _store(to_head, to_sum, 1 / row_sum[:, None], start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
         _store_statistic(mu, row_mu, index, start_q, n_q, BLOCK_Q)
 
 
 @triton.jit
 def backward_rows(q, tq, k, tk, v, tv, o, to, do, dto, lse, mu, delta, a, dq, dtq, scale, heads, n_q, n_k,
-                  D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-                  MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                  D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr,
+                  BLOCK_K: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
     """dq, dtq of BLOCK_Q queries of one head, and the statistics delta, a for backward_columns; 9 products.
 
     dQ = c (dS K + dtS tK), dtQ = c dtS K.
     """
-    blocks = tl.cdiv(n_q, BLOCK_Q)
-    index = tl.program_id(0) // blocks
-    start_q = (tl.program_id(0) % blocks) * BLOCK_Q
-    head_o = _head(o, index, heads)
-    head_do = _head(do, index, heads)
-    do_tile = _load(do[0], head_do, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
-    o_tile = _load(o[0], head_o, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED).to(tl.float32)
-    delta_terms = do_tile.to(tl.float32) * o_tile
+    index, start_q = _block(n_q, BLOCK_Q)
+    o_head, to_head = _head(o, to, index, heads, ALIGNED)
+    do_head, dto_head = _head(do, dto, index, heads, ALIGNED)
+    do_tile = _load(do_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
+    o_tile = _load(o_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
+    row_delta = _row_products(do_tile, o_tile)
     if dto is not None:
-        dto_tile = _load(dto, head_do, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
-        to_tile = _load(to, head_o, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED).to(tl.float32)
-        row_a = tl.sum(dto_tile.to(tl.float32) * o_tile, 1)
-        delta_terms += dto_tile.to(tl.float32) * to_tile
+        dto_tile = _load(dto_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
+        to_tile = _load(to_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
+        row_a = _row_products(dto_tile, o_tile)
+        row_delta += _row_products(dto_tile, to_tile)
         _store_statistic(a, row_a, index, start_q, n_q, BLOCK_Q)
         row_mu = _load_statistic(mu, index, start_q, n_q, 0.0, BLOCK_Q, MASKED)
-    row_delta = tl.sum(delta_terms, 1)
     _store_statistic(delta, row_delta, index, start_q, n_q, BLOCK_Q)
     row_lse = _load_statistic(lse, index, start_q, n_q, float("inf"), BLOCK_Q, MASKED)
-    head_q = _head(q, index, heads)
-    head_k = _head(k, index, heads)
-    head_v = _head(v, index, heads)
-    q_tile = _load(q[0], head_q, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
+    q_head, tq_head = _head(q, tq, index, heads, ALIGNED)
+    k_head, tk_head = _head(k, tk, index, heads, ALIGNED)
+    v_head, tv_head = _head(v, tv, index, heads, ALIGNED)
+    q_tile = _load(q_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
     if tq is not None:
-        tq_tile = _load(tq, head_q, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
-    dq_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    dtq_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        tq_tile = _load(tq_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
+    dq_sum = _zeros(BLOCK_Q, BLOCK_D, TAIL)
+    dtq_sum = _zeros(BLOCK_Q, BLOCK_D, TAIL)
     zero = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for start in range(0, n_k, BLOCK_K):
-        k_tile = _load(k[0], head_k, start, n_k, D, BLOCK_K, BLOCK_D, MASKED)
-        v_tile = _load(v[0], head_v, start, n_k, D, BLOCK_K, BLOCK_D, MASKED)
-        s = _dot(q_tile, tl.trans(k_tile), zero, PRECISION)
+        k_tile = _load(k_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+        v_tile = _load(v_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+        s = _scores(q_tile, k_tile, zero, PRECISION)
         p = tl.exp2(s * (scale * LOG2E) - row_lse[:, None])
         if MASKED:
             p = tl.where((start + tl.arange(0, BLOCK_K) < n_k)[None, :], p, 0.0)
@@ -216,108 +304,106 @@ def backward_rows(q, tq, k, tk, v, tv, o, to, do, dto, lse, mu, delta, a, dq, dt
         if tq is not None or tk is not None:
             ts = zero
             if tq is not None:
-                ts = _dot(tq_tile, tl.trans(k_tile), ts, PRECISION)
+                ts = _scores(tq_tile, k_tile, ts, PRECISION)
             if tk is not None:
-                tk_tile = _load(tk, head_k, start, n_k, D, BLOCK_K, BLOCK_D, MASKED)
-                ts = _dot(q_tile, tl.trans(tk_tile), ts, PRECISION)
-            g = _dot(dto_tile, tl.trans(v_tile), zero, PRECISION) - row_a[:, None]
+                tk_tile = _load(tk_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+                ts = _scores(q_tile, tk_tile, ts, PRECISION)
+            g = _scores(dto_tile, v_tile, zero, PRECISION) - row_a[:, None]
             ds = g * (ts * scale - row_mu[:, None])
-            dts = _round(p * g, k_tile.dtype)
+            dts = p * g
             if tq is not None:
-                dtq_sum = _dot(dts, k_tile, dtq_sum, PRECISION)
+                dtq_sum = _mix(dts, k_tile, dtq_sum, PRECISION)
             if tk is not None:
-                dq_sum = _dot(dts, tk_tile, dq_sum, PRECISION)
-        ds = _dot(do_tile, tl.trans(v_tile), ds, PRECISION)
+                dq_sum = _mix(dts, tk_tile, dq_sum, PRECISION)
+        ds = _scores(do_tile, v_tile, ds, PRECISION)
         if tv is not None:
-            tv_tile = _load(tv, head_v, start, n_k, D, BLOCK_K, BLOCK_D, MASKED)
-            ds = _dot(dto_tile, tl.trans(tv_tile), ds, PRECISION)
+            tv_tile = _load(tv_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+            ds = _scores(dto_tile, tv_tile, ds, PRECISION)
         ds = p * (ds - row_delta[:, None])
-        dq_sum = _dot(_round(ds, k_tile.dtype), k_tile, dq_sum, PRECISION)
-    head_dq = _head(dq, index, heads)
-    _store(dq[0], head_dq, dq_sum * scale, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
+        dq_sum = _mix(ds, k_tile, dq_sum, PRECISION)
+    dq_head, dtq_head = _head(dq, dtq, index, heads, ALIGNED)
+    _store(dq_head, dq_sum, scale, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
     if tq is not None:
-        _store(dtq, head_dq, dtq_sum * scale, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
+        _store(dtq_head, dtq_sum, scale, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
 
 
 @triton.jit
 def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, dv, dtv,
                      scale, heads, n_q, n_k,
-                     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-                     MASKED: tl.constexpr, PRECISION: tl.constexpr,
+                     D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr,
+                     BLOCK_K: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
+            PRECISION: tl.constexpr,
                      KEYS: tl.constexpr, VALUES: tl.constexpr):  # fmt: skip
     """dk, dtk (if KEYS) and dv, dtv (if VALUES) of BLOCK_K keys of one head; 12 products, or 9 and 6 apart.
 
     dK = c (dS'Q + dtS'tQ), dtK = c dtS'Q, dV = P'dO + tP'dtO, dtV = P'dtO. Scores are formed transposed, so
     that P' and its like are left operands without a detour through shared memory.
     """
-    blocks = tl.cdiv(n_k, BLOCK_K)
-    index = tl.program_id(0) // blocks
-    start_k = (tl.program_id(0) % blocks) * BLOCK_K
-    head_q = _head(q, index, heads)
-    head_k = _head(k, index, heads)
-    head_v = _head(v, index, heads)
-    head_do = _head(do, index, heads)
-    k_tile = _load(k[0], head_k, start_k, n_k, D, BLOCK_K, BLOCK_D, MASKED)
+    index, start_k = _block(n_k, BLOCK_K)
+    q_head, tq_head = _head(q, tq, index, heads, ALIGNED)
+    k_head, tk_head = _head(k, tk, index, heads, ALIGNED)
+    v_head, tv_head = _head(v, tv, index, heads, ALIGNED)
+    do_head, dto_head = _head(do, dto, index, heads, ALIGNED)
+    k_tile = _load(k_head, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
     if tk is not None:
-        tk_tile = _load(tk, head_k, start_k, n_k, D, BLOCK_K, BLOCK_D, MASKED)
+        tk_tile = _load(tk_head, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
     if KEYS:
-        v_tile = _load(v[0], head_v, start_k, n_k, D, BLOCK_K, BLOCK_D, MASKED)
+        v_tile = _load(v_head, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
         if tv is not None:
-            tv_tile = _load(tv, head_v, start_k, n_k, D, BLOCK_K, BLOCK_D, MASKED)
-    dk_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    dtk_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    dv_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    dtv_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+            tv_tile = _load(tv_head, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+    dk_sum = _zeros(BLOCK_K, BLOCK_D, TAIL)
+    dtk_sum = _zeros(BLOCK_K, BLOCK_D, TAIL)
+    dv_sum = _zeros(BLOCK_K, BLOCK_D, TAIL)
+    dtv_sum = _zeros(BLOCK_K, BLOCK_D, TAIL)
     zero = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
     for start in range(0, n_q, BLOCK_Q):
-        q_tile = _load(q[0], head_q, start, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
-        do_tile = _load(do[0], head_do, start, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
+        q_tile = _load(q_head, start, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
+        do_tile = _load(do_head, start, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
         if dto is not None:
-            dto_tile = _load(dto, head_do, start, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
+            dto_tile = _load(dto_head, start, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
         row_lse = _load_statistic(lse, index, start, n_q, float("inf"), BLOCK_Q, MASKED)
-        p = tl.exp2(_dot(k_tile, tl.trans(q_tile), zero, PRECISION) * (scale * LOG2E) - row_lse[None, :])
+        p = tl.exp2(_scores(k_tile, q_tile, zero, PRECISION) * (scale * LOG2E) - row_lse[None, :])
         if VALUES:
-            p_rounded = _round(p, do_tile.dtype)
-            dv_sum = _dot(p_rounded, do_tile, dv_sum, PRECISION)
+            dv_sum = _mix(p, do_tile, dv_sum, PRECISION)
             if tv is not None:
-                dtv_sum = _dot(p_rounded, dto_tile, dtv_sum, PRECISION)
+                dtv_sum = _mix(p, dto_tile, dtv_sum, PRECISION)
         if tq is not None or tk is not None:
             ts = zero
             if tq is not None:
-                tq_tile = _load(tq, head_q, start, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
-                ts = _dot(k_tile, tl.trans(tq_tile), ts, PRECISION)
+                tq_tile = _load(tq_head, start, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
+                ts = _scores(k_tile, tq_tile, ts, PRECISION)
             if tk is not None:
-                ts = _dot(tk_tile, tl.trans(q_tile), ts, PRECISION)
+                ts = _scores(tk_tile, q_tile, ts, PRECISION)
             ts = ts * scale - _load_statistic(mu, index, start, n_q, 0.0, BLOCK_Q, MASKED)[None, :]
             if VALUES:
-                dv_sum = _dot(_round(p * ts, dto_tile.dtype), dto_tile, dv_sum, PRECISION)
+                dv_sum = _mix(p * ts, dto_tile, dv_sum, PRECISION)
         if KEYS:
             ds = zero
             if tq is not None or tk is not None:
                 row_a = _load_statistic(a, index, start, n_q, 0.0, BLOCK_Q, MASKED)
-                g = _dot(v_tile, tl.trans(dto_tile), zero, PRECISION) - row_a[None, :]
+                g = _scores(v_tile, dto_tile, zero, PRECISION) - row_a[None, :]
                 ds = g * ts
-                dts = _round(p * g, q_tile.dtype)
+                dts = p * g
                 if tk is not None:
-                    dtk_sum = _dot(dts, q_tile, dtk_sum, PRECISION)
+                    dtk_sum = _mix(dts, q_tile, dtk_sum, PRECISION)
                 if tq is not None:
-                    dk_sum = _dot(dts, tq_tile, dk_sum, PRECISION)
-            ds = _dot(v_tile, tl.trans(do_tile), ds, PRECISION)
+                    dk_sum = _mix(dts, tq_tile, dk_sum, PRECISION)
+            ds = _scores(v_tile, do_tile, ds, PRECISION)
             if tv is not None:
-                ds = _dot(tv_tile, tl.trans(dto_tile), ds, PRECISION)
+                ds = _scores(tv_tile, dto_tile, ds, PRECISION)
             row_delta = _load_statistic(delta, index, start, n_q, 0.0, BLOCK_Q, MASKED)
             ds = p * (ds - row_delta[None, :])
-            dk_sum = _dot(_round(ds, q_tile.dtype), q_tile, dk_sum, PRECISION)
+            dk_sum = _mix(ds, q_tile, dk_sum, PRECISION)
     if KEYS:
-        head_dk = _head(dk, index, heads)
-        _store(dk[0], head_dk, dk_sum * scale, start_k, n_k, D, BLOCK_K, BLOCK_D, MASKED)
+        dk_head, dtk_head = _head(dk, dtk, index, heads, ALIGNED)
+        _store(dk_head, dk_sum, scale, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
         if tk is not None:
-            _store(dtk, head_dk, dtk_sum * scale, start_k, n_k, D, BLOCK_K, BLOCK_D, MASKED)
+            _store(dtk_head, dtk_sum, scale, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
     if VALUES:
-        head_dv = _head(dv, index, heads)
-        _store(dv[0], head_dv, dv_sum, start_k, n_k, D, BLOCK_K, BLOCK_D, MASKED)
+        dv_head, dtv_head = _head(dv, dtv, index, heads, ALIGNED)
+        _store(dv_head, dv_sum, 1.0, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
         if tv is not None:
-            _store(dtv, head_dv, dtv_sum, start_k, n_k, D, BLOCK_K, BLOCK_D, MASKED)
+            _store(dtv_head, dtv_sum, 1.0, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
 
 
 @triton.jit
