@@ -1,8 +1,9 @@
 """What a run will need: `python -m recipe.plan CONFIG.yaml gpus=8,64,512 gpu=h100 [key=value ...]`.
 
 FLOPs, memory and traffic follow from the network's shape by formulas that the tests hold against torch's FLOP
-counter, against the tensors that autograd saves and against the collectives that FSDP2 issues. Times follow
-from those and from a data sheet, an efficiency and a latency, which are assumptions and are printed as such.
+counter, against the tensors that autograd saves and against the collectives that FSDP2 issues. Times are
+predicted: from those, from the bytes that compiled kernels move (benchmarks.compiled), from a data sheet, and
+from efficiencies and a latency, which are assumptions and are printed as such.
 
 Letters: P parameters, N tokens, D width, r = mlp_ratio, G ranks that hold one sharded copy.
 """
@@ -61,6 +62,16 @@ known = Rule(
     f"is not one of {', '.join(GPUS)}; add it to GPUS in recipe/plan.py, or give its data sheet: "
     f"gpu={{{', '.join(f'{f.name}: ...' for f in fields(GPU))}}}",
 )
+
+# Bytes that the kernels between products and attention of one block move, for each token and unit of width,
+# by (dual, gradient) of a pass: (forward, backward). What benchmarks.compiled has for XL/2-18, compiled,
+# at 32 images, bf16 weights and the default activation_budget; tests/test_compiled.py holds them against it.
+BLOCK_BYTES = {
+    (True, "both"): (103.0, 254.6),
+    (True, "value"): (103.0, 116.8),
+    (False, "value"): (50.6, 116.8),
+    (False, "none"): (52.2, 0.0),
+}
 
 
 @dataclass
@@ -152,14 +163,6 @@ def step_flops(model: DiTConfig, objective: Objective) -> int:
     return total
 
 
-def recomputed_flops(model: DiTConfig, objective: Objective, checkpoint_every: int) -> float:
-    """FLOPs of one sample that checkpointed blocks spend a second time (the network's ends neglected)."""
-    linear, attention = forward_flops(model)
-    work = [FORWARD[one.dual] for one in trained_passes(objective)]
-    again = sum(a * linear + b * attention for a, b in work)
-    return checkpointed_blocks(model, checkpoint_every) / model.depth * again
-
-
 def trained_passes(objective: Objective) -> list[Pass]:
     """Those that are differentiated."""
     return [one for one in objective.passes() if one.gradient != "none"]
@@ -175,27 +178,34 @@ def checkpointed_blocks(model: DiTConfig, every: int) -> int:
     return math.ceil(model.depth / every) if every else 0
 
 
-def block_bytes(model: DiTConfig, dual: bool, compiled: bool, low: int) -> float:
+def block_bytes(model: DiTConfig, dual: bool, compiled: bool, low: int, budget: float = 1) -> float:
     """What autograd keeps of one sample in one block, with attention that keeps no N x N matrix.
 
     A value (and as much again for a tangent) keeps 8 + 2r tensors of N x D in the autocast type (`low`
     bytes): inputs of qkv, proj and fc1 (3), of fc2 and GELU (2r), qkv's output (3), the outputs of both
     branches (2). Norms, modulation and gates keep float32 tensors: 4, or 10 with tangents; the compiler
-    recomputes them from the block's input (1 or 2).
+    recomputes them from the block's input (1 or 2). With a budget below 1 it also recomputes the inputs of
+    qkv, fc1 and fc2 (2 + r); what a budget below 0.7 would recompute is not known here.
     """
     pair = 2 if dual else 1
     wide = pair if compiled else (10 if dual else 4)
-    return model.tokens * model.width * (FP32 * wide + low * pair * (8 + 2 * model.mlp_ratio))
+    narrow = 6 + model.mlp_ratio if compiled and budget < 1 else 8 + 2 * model.mlp_ratio
+    return model.tokens * model.width * (FP32 * wide + low * pair * narrow)
 
 
 def activation_bytes(
-    model: DiTConfig, dual: bool, compiled: bool = False, checkpoint_every: int = 0, low: int = BF16
+    model: DiTConfig,
+    dual: bool,
+    compiled: bool = False,
+    checkpoint_every: int = 0,
+    low: int = BF16,
+    budget: float = 1,
 ) -> float:
     """What autograd keeps of one sample in one student pass; a checkpointed block keeps its input alone."""
     pair = 2 if dual else 1
     unit = model.tokens * model.width * pair
     checkpointed = checkpointed_blocks(model, checkpoint_every)
-    kept = (model.depth - checkpointed) * block_bytes(model, dual, compiled, low)
+    kept = (model.depth - checkpointed) * block_bytes(model, dual, compiled, low, budget)
     ends = unit * (2 * FP32 + low)
     return kept + checkpointed * FP32 * unit + ends
 
@@ -204,7 +214,7 @@ def step_activations(config: TrainConfig, parallel: ParallelConfig) -> float:
     """Bytes of one sample at the peak: all student passes, and the block that is in its backward pass."""
     low = BF16 if config.precision == "amp_bf16" else FP32
     duals = [one.dual and one.gradient == "both" for one in trained_passes(config.objective)]
-    how = parallel.compile, parallel.checkpoint_every, low
+    how = parallel.compile, parallel.checkpoint_every, low, parallel.activation_budget
     kept = sum(activation_bytes(config.model, dual, *how) for dual in duals)
     return kept + working_bytes(config)
 
@@ -345,14 +355,33 @@ def updated_bytes(config: TrainConfig, gpus: int) -> float:
     return FP32 * (7 + 3 * averages(config.objective)) * sum(parameter_counts(config.model)) / shards
 
 
+def compute_time(config: TrainConfig, roofline: Roofline) -> float:
+    """Seconds of one sample's passes: products, attention, and what lies between them as BLOCK_BYTES has it.
+
+    Checkpointed blocks run forward twice.
+    """
+    model, total = config.model, 0.0
+    linear, attention = forward_flops(model)
+    again = checkpointed_blocks(model, config.parallel.checkpoint_every) / model.depth
+    for one in config.objective.passes():
+        runs = 1 if one.gradient == "none" else 1 + again
+        products, scores = (
+            runs * ahead + back for ahead, back in zip(FORWARD[one.dual], BACKWARD[one.gradient], strict=True)
+        )
+        forward, backward = BLOCK_BYTES[one.dual, one.gradient]
+        size = model.depth * model.tokens * model.width * (runs * forward + backward)
+        total += one.batches * (
+            roofline.seconds(0, products * linear, roofline.gemm)
+            + roofline.seconds(0, scores * attention, roofline.attention)
+            + roofline.seconds(size)
+        )
+    return total
+
+
 def times(config: TrainConfig, gpus: int, cluster: Cluster) -> Times:
-    """Compute at the assumed efficiency, traffic, and the optimizer and averages at the memory's speed."""
-    gpu, model, objective = cluster.sheet, config.model, config.objective
-    flops = step_flops(model, objective) + recomputed_flops(
-        model, objective, config.parallel.checkpoint_every
-    )
+    """Compute, traffic, and the optimizer and averages at the memory's speed."""
     return Times(
-        flops * config.data.batch_size / gpus / (gpu.flops * cluster.gemm),
+        config.data.batch_size / gpus * compute_time(config, cluster),
         *communication_time(traffic(config, gpus), cluster),
         cluster.seconds(updated_bytes(config, gpus)),
     )
@@ -376,17 +405,17 @@ def column(config: TrainConfig, gpus: int, cluster: Cluster) -> dict[str, str]:
         f"  activations {name}, GiB": f"{step_activations(config, other) * microbatch / GIB:.2f}"
         for name, other in others.items()
     }
-    rows |= {"PFLOP per step": f"{flops / 1e15:.2f}", "compute, ms": f"{1e3 * t.compute:.1f}"}
+    rows |= {"PFLOP per step": f"{flops / 1e15:.2f}", "compute, ms, predicted": f"{1e3 * t.compute:.1f}"}
     rows |= {f"{c.name}, GB": f"{c.received / 1e9:.2f}" for c in traffic(config, gpus)}
     seconds = t.step * steps(config)
     return rows | {
-        "communication, ms": f"{1e3 * t.bandwidth:.1f} + {1e3 * t.latency:.1f}",
-        "optimizer and averages, ms": f"{1e3 * t.update:.1f}",
-        "step, s": f"{t.step:.3f}" + (f" to {t.exposed:.3f}" if gpus > 1 else ""),
-        "images/s": f"{config.data.batch_size / t.step:.0f}",
-        "MFU": f"{flops / gpus / t.step / gpu.flops:.0%}",
-        "days": f"{seconds / 86400:.2f}",
-        "GPU-hours": f"{seconds / 3600 * gpus:.0f}",
+        "communication, ms, predicted": f"{1e3 * t.bandwidth:.1f} + {1e3 * t.latency:.1f}",
+        "optimizer and averages, ms, predicted": f"{1e3 * t.update:.1f}",
+        "step, s, predicted": f"{t.step:.3f}" + (f" to {t.exposed:.3f}" if gpus > 1 else ""),
+        "images/s, predicted": f"{config.data.batch_size / t.step:.0f}",
+        "MFU, predicted": f"{flops / gpus / t.step / gpu.flops:.0%}",
+        "days, predicted": f"{seconds / 86400:.2f}",
+        "GPU-hours, predicted": f"{seconds / 3600 * gpus:.0f}",
     }
 
 
@@ -405,7 +434,7 @@ def report(config: TrainConfig, cluster: Cluster) -> str:
     lines = [
         f"{config.run_name}: {(blocks + rest) / 1e6:.0f}M parameters, {config.model.tokens} tokens, "
         f"batch {config.data.batch_size}, {config.duration}, {config.precision}.",
-        f"{cluster.assumptions()} {cluster.hop * 1e6:g} us a hop.",
+        f"{cluster.assumptions()} {cluster.hop * 1e6:g} us a hop; compiled blocks.",
         "Communication is bandwidth + latency. A step takes from the first time (all of it hidden behind",
         "compute) to the second (none of it); the rows below go by the first.",
         "",
