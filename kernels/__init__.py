@@ -1,6 +1,6 @@
 """Attention with an explicit tangent: fused Triton kernels on CUDA, plain PyTorch elsewhere.
 
-    from kernels import attention, jvp_attention
+    from kernels import attention, jvp_attention, qkv_norm_attention
 
 B batch, H heads, N tokens, D head dimension. Tensors are (B, H, N, D) unless a docstring says otherwise.
 """
@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
+from kernels.reference import rms_norm
 
-__all__ = ["attention", "jvp_attention", "jvp_attention_qkv", "set_backend"]
+__all__ = ["attention", "jvp_attention", "qkv_norm_attention", "rms_norm", "set_backend"]
 
 BACKENDS = ("auto", "reference", "triton")
 
 
 def set_backend(name: str) -> None:
-    """Choose what computes `jvp_attention` from here on.
+    """Choose what computes `jvp_attention` and `qkv_norm_attention` from here on.
 
     "auto" (the default) is Triton for CUDA tensors of 16 or 32 bits and the PyTorch reference for all others;
     "reference" and "triton" force one. Triton takes CPU tensors in its interpreter alone, that is with
@@ -70,25 +71,31 @@ def jvp_attention(
         return reference.jvp_attention(*tensors.values(), scale)
 
 
-def jvp_attention_qkv(qkv: Tensor, tqkv: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """`jvp_attention` of one projection's output, (B, N, 3, H, D), and its tangent: (o, to), (B, H, N, D).
+def qkv_norm_attention(
+    qkv: Tensor,
+    tqkv: Tensor | None,
+    q_gain: Tensor | None,
+    k_gain: Tensor | None,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Self-attention of one projection's output, (B, N, 3, H, D), queries and keys RMS-normed: (o, to).
 
-    The kernels read the parts where they lie and write the gradients in place of them, into one buffer per
-    input; with q, k and v given apart, autograd would gather their gradients by a copy.
+    o and its tangent to are (B, N, H, D); to is None where tqkv is. The gains (D,), shared by the heads, are
+    differentiable as qkv and tqkv are, once; both None: no norm. Under torch.autocast qkv and tqkv are cast.
+    For the backward the projection is kept, not the normed queries and keys. Raises ValueError naming the
+    argument that is wrong.
     """
-    tensors = _autocast({"qkv": qkv, "tqkv": tqkv})
-    qkv, tqkv = tensors.values()
-    if qkv.dim() != 5 or qkv.shape[2] != 3 or not qkv.is_floating_point():
-        raise ValueError(
-            f"qkv is {qkv.dtype} of shape {tuple(qkv.shape)}; it must be floating-point (B, N, 3, H, D)"
-        )
-    _check_like("tqkv", tqkv, "qkv", qkv)
+    qkv, tqkv = _autocast({"qkv": qkv, "tqkv": tqkv}).values()
+    _check_qkv(qkv, tqkv, q_gain, k_gain)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    gains = None if q_gain is None else (q_gain, k_gain)
     with _without_autocast(qkv.device.type):
-        if _use_triton("qkv", qkv):
-            return _operators.jvp_attention_qkv(qkv, tqkv, scale)[:2]
-        parts = (*qkv.permute(2, 0, 3, 1, 4).unbind(), *tqkv.permute(2, 0, 3, 1, 4).unbind())
-        return reference.jvp_attention(*parts, scale)
+        if not _use_triton("qkv", qkv):
+            return reference.qkv_norm_attention(qkv, tqkv, gains, scale)
+        gains = None if gains is None else torch.stack(gains)
+        o, to, *_ = _operators.qkv_norm_attention(qkv, tqkv, gains, scale)
+        return o, None if tqkv is None else to
 
 
 def _without_autocast(device: str) -> AbstractContextManager:
@@ -119,6 +126,20 @@ def _check(tensors: dict[str, Tensor | None]) -> None:
     for name, like in (("v", "k"), ("tq", "q"), ("tk", "k"), ("tv", "k")):
         if tensors[name] is not None:
             _check_like(name, tensors[name], like, tensors[like])
+
+
+def _check_qkv(qkv: Tensor, tqkv: Tensor | None, q_gain: Tensor | None, k_gain: Tensor | None) -> None:
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or not qkv.is_floating_point():
+        raise ValueError(
+            f"qkv is {qkv.dtype} of shape {tuple(qkv.shape)}; it must be floating-point (B, N, 3, H, D)"
+        )
+    if tqkv is not None:
+        _check_like("tqkv", tqkv, "qkv", qkv)
+    if (q_gain is None) != (k_gain is None):
+        raise ValueError("q_gain and k_gain: give both, or None for both")
+    for name, gain in (("q_gain", q_gain), ("k_gain", k_gain)):
+        if gain is not None and gain.shape != qkv.shape[-1:]:
+            raise ValueError(f"{name} has shape {tuple(gain.shape)}; it must be ({qkv.shape[-1]},)")
 
 
 def _check_like(name: str, x: Tensor, like: str, y: Tensor, shapes: bool = True) -> None:

@@ -52,6 +52,8 @@ if OLD_TRITON:
 # float32 operands pass through registers, as three tf32 parts each: tiny tiles on every architecture.
 FLOAT32 = Config(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)))
 
+NORM_ROWS = 32  # rows of queries or keys per block of the norm's kernels, by four warps
+
 
 def padded_head_dim(head_dim: int) -> int:
     """The power of two, 16 at least, that tiles of this head dimension are padded to."""

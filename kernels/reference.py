@@ -1,13 +1,54 @@
-"""Attention and its tangent in plain PyTorch: the CPU path and the yardstick of the Triton kernels.
+"""Attention, RMS norm and their tangents in plain PyTorch: the CPU path and the yardstick of the kernels.
 
-B batch, H heads, Nq queries, Nk keys, D head dimension. Every tensor is (B, H, N, D).
+B batch, H heads, Nq queries, Nk keys, D head dimension. Tensors are (B, H, N, D) if nothing else is said.
 """
 
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+EPS = 1e-6
+
+
+def qkv_norm_attention(
+    qkv: Tensor, tqkv: Tensor | None, gains: tuple[Tensor, Tensor] | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of a projection (B, N, 3, H, D) whose queries and keys are normed; o, to are (B, N, H, D).
+
+    gains (of queries, of keys; each (D,)) None: no norm at all. tqkv None: to is None too.
+    """
+    q, k, v = _heads(qkv)
+    tq, tk, tv = (None, None, None) if tqkv is None else _heads(tqkv)
+    if gains is not None:
+        (q, tq), (k, tk) = (
+            tuple(None if y is None else (y * gain).to(qkv.dtype) for y in rms_norm(x, tx))
+            for x, tx, gain in ((q, tq, gains[0]), (k, tk, gains[1]))
+        )
+    if tqkv is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2), None
+    o, to = jvp_attention(q, k, v, tq, tk, tv, scale)
+    return o.transpose(1, 2), to.transpose(1, 2)
+
+
+def _heads(qkv: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in qkv.unbind(2)]
+
+
+def rms_norm(x: Tensor, tx: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """y = x / sqrt(mean(x^2) + 1e-6) over the last axis, any shape, and its tangent; at least in float32.
+
+    With r = 1 / sqrt(mean(x^2) + 1e-6): y' = r (x' - y mean(y x')).
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    r = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+    y = x * r
+    if tx is None:
+        return y, None
+    tx = tx.to(x.dtype)
+    return y, (tx - y * (y * tx).mean(-1, keepdim=True)) * r
 
 
 def jvp_attention(

@@ -19,6 +19,8 @@ from pathlib import Path
 import triton
 import triton.language as tl
 
+from kernels.reference import EPS as NORM_EPS
+
 # Triton 3.3 ships two assemblers and takes for Hopper the older, which puts a wait after each wgmma (C7515).
 NEWER_PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
 if triton.__version__.startswith("3.3.") and NEWER_PTXAS.exists():
@@ -26,6 +28,7 @@ if triton.__version__.startswith("3.3.") and NEWER_PTXAS.exists():
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
+EPS = tl.constexpr(NORM_EPS)
 
 
 @triton.jit
@@ -122,10 +125,11 @@ def forward(q, tq, k, tk, v, tv, o, to, lse, mu, scale, heads, n_q, n_k,
     if tq is not None:
         tq_tile = _load(tq, head_q, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
     o_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    to_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    if to is not None:
+        to_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        row_mu = tl.zeros([BLOCK_Q], tl.float32)
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
-    row_mu = tl.zeros([BLOCK_Q], tl.float32)
     zero = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for start in range(0, n_k, BLOCK_K):
         k_tile = _load(k[0], head_k, start, n_k, D, BLOCK_K, BLOCK_D, MASKED)
@@ -139,7 +143,8 @@ def forward(q, tq, k, tk, v, tv, o, to, lse, mu, scale, heads, n_q, n_k,
         row_max = new_max
         row_sum = row_sum * shrink + tl.sum(p, 1)
         o_sum *= shrink[:, None]
-        to_sum *= shrink[:, None]
+        if to is not None:
+            to_sum *= shrink[:, None]
         if tq is not None or tk is not None:
             ts = zero
             if tq is not None:
@@ -159,9 +164,10 @@ def forward(q, tq, k, tk, v, tv, o, to, lse, mu, scale, heads, n_q, n_k,
             to_sum = _dot(p, tv_tile, to_sum, PRECISION)
     head_o = _head(o, index, heads)
     _store(o[0], head_o, o_sum / row_sum[:, None], start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
-    _store(to, head_o, to_sum / row_sum[:, None], start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
     _store_statistic(lse, row_max + tl.log2(row_sum), index, start_q, n_q, BLOCK_Q)
-    _store_statistic(mu, row_mu, index, start_q, n_q, BLOCK_Q)
+    if to is not None:
+        _store(to, head_o, to_sum / row_sum[:, None], start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
+        _store_statistic(mu, row_mu, index, start_q, n_q, BLOCK_Q)
 
 
 @triton.jit
@@ -178,15 +184,18 @@ def backward_rows(q, tq, k, tk, v, tv, o, to, do, dto, lse, mu, delta, a, dq, dt
     head_o = _head(o, index, heads)
     head_do = _head(do, index, heads)
     do_tile = _load(do[0], head_do, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
-    dto_tile = _load(dto, head_do, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
     o_tile = _load(o[0], head_o, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED).to(tl.float32)
-    to_tile = _load(to, head_o, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED).to(tl.float32)
-    row_a = tl.sum(dto_tile.to(tl.float32) * o_tile, 1)
-    row_delta = tl.sum(do_tile.to(tl.float32) * o_tile + dto_tile.to(tl.float32) * to_tile, 1)
-    _store_statistic(a, row_a, index, start_q, n_q, BLOCK_Q)
+    delta_terms = do_tile.to(tl.float32) * o_tile
+    if dto is not None:
+        dto_tile = _load(dto, head_do, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
+        to_tile = _load(to, head_o, start_q, n_q, D, BLOCK_Q, BLOCK_D, MASKED).to(tl.float32)
+        row_a = tl.sum(dto_tile.to(tl.float32) * o_tile, 1)
+        delta_terms += dto_tile.to(tl.float32) * to_tile
+        _store_statistic(a, row_a, index, start_q, n_q, BLOCK_Q)
+        row_mu = _load_statistic(mu, index, start_q, n_q, 0.0, BLOCK_Q, MASKED)
+    row_delta = tl.sum(delta_terms, 1)
     _store_statistic(delta, row_delta, index, start_q, n_q, BLOCK_Q)
     row_lse = _load_statistic(lse, index, start_q, n_q, float("inf"), BLOCK_Q, MASKED)
-    row_mu = _load_statistic(mu, index, start_q, n_q, 0.0, BLOCK_Q, MASKED)
     head_q = _head(q, index, heads)
     head_k = _head(k, index, heads)
     head_v = _head(v, index, heads)
@@ -263,7 +272,8 @@ def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, d
     for start in range(0, n_q, BLOCK_Q):
         q_tile = _load(q[0], head_q, start, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
         do_tile = _load(do[0], head_do, start, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
-        dto_tile = _load(dto, head_do, start, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
+        if dto is not None:
+            dto_tile = _load(dto, head_do, start, n_q, D, BLOCK_Q, BLOCK_D, MASKED)
         row_lse = _load_statistic(lse, index, start, n_q, float("inf"), BLOCK_Q, MASKED)
         p = tl.exp2(_dot(k_tile, tl.trans(q_tile), zero, PRECISION) * (scale * LOG2E) - row_lse[None, :])
         if VALUES:
@@ -308,3 +318,82 @@ def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, d
         _store(dv[0], head_dv, dv_sum, start_k, n_k, D, BLOCK_K, BLOCK_D, MASKED)
         if tv is not None:
             _store(dtv, head_dv, dtv_sum, start_k, n_k, D, BLOCK_K, BLOCK_D, MASKED)
+
+
+@triton.jit
+def _norm_tile(parts, rows, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
+    """Offsets (ROWS, BLOCK_D) into a contiguous (B * N, parts, H, D), axis 1 of the grid being the part."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    start = (((row // heads).to(tl.int64) * parts + tl.program_id(1)) * heads + row % heads) * D
+    return start[:, None] + columns[None, :], (row < rows)[:, None] & (columns < D)[None, :]
+
+
+@triton.jit
+def _mean(x, D: tl.constexpr):
+    return tl.sum(x, 1)[:, None] * (1 / D)
+
+
+@triton.jit
+def _load_gain(gains, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    columns = tl.arange(0, BLOCK_D)
+    gain = tl.load(gains + tl.program_id(1) * D + columns, mask=columns < D, other=0.0)
+    return gain.to(tl.float32)[None, :]
+
+
+@triton.jit
+def norm(qkv, tqkv, gains, qk, tqk, rows, heads,
+         D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """RMS norm of ROWS rows (token and head) of queries or keys, and its tangent.
+
+    With r = 1 / sqrt(mean(x^2) + eps): y = r x, ty = r (tx - y mean(y tx)), both times a gain.
+    """
+    source, inside = _norm_tile(3, rows, heads, D, BLOCK_D, ROWS)
+    target, inside = _norm_tile(2, rows, heads, D, BLOCK_D, ROWS)
+    gain = _load_gain(gains, D, BLOCK_D)
+    x = tl.load(qkv + source, mask=inside, other=0.0).to(tl.float32)
+    r = tl.rsqrt(_mean(x * x, D) + EPS)
+    y = x * r
+    tl.store(qk + target, _round(y * gain, qk.dtype.element_ty), mask=inside)
+    if tqkv is not None:
+        tx = tl.load(tqkv + source, mask=inside, other=0.0).to(tl.float32)
+        ty = (tx - y * _mean(y * tx, D)) * r
+        tl.store(tqk + target, _round(ty * gain, tqk.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_backward(qkv, tqkv, gains, dqkv, dtqkv, dgains, rows, heads,
+                  D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Turn the gradients of `norm`'s outputs into those of its inputs where they lie; sums for the gains.
+
+    With dy, dty the gradients times the gain, m = mean(y tx), u = dy - r (m dty + mean(y dty) tx):
+
+        dx = r (u - y (mean(y u) + mean(ty dty)))    dtx = r (dty - y mean(y dty))
+
+    dgains is (2, blocks, D) in float32: what each block of rows adds to the gradient of the gain.
+    """
+    offsets, inside = _norm_tile(3, rows, heads, D, BLOCK_D, ROWS)
+    gain = _load_gain(gains, D, BLOCK_D)
+    x = tl.load(qkv + offsets, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(dqkv + offsets, mask=inside, other=0.0).to(tl.float32)
+    r = tl.rsqrt(_mean(x * x, D) + EPS)
+    y = x * r
+    dgain = tl.sum(dy * y, 0)
+    u = dy * gain
+    bend = tl.zeros([ROWS, 1], tl.float32)
+    if tqkv is not None:
+        tx = tl.load(tqkv + offsets, mask=inside, other=0.0).to(tl.float32)
+        dty = tl.load(dtqkv + offsets, mask=inside, other=0.0).to(tl.float32)
+        m = _mean(y * tx, D)
+        ty = (tx - y * m) * r
+        dgain += tl.sum(dty * ty, 0)
+        dty *= gain
+        slope = _mean(y * dty, D)
+        bend = _mean(ty * dty, D)
+        u -= r * (m * dty + slope * tx)
+        tl.store(dtqkv + offsets, _round(r * (dty - y * slope), dtqkv.dtype.element_ty), mask=inside)
+    dx = r * (u - y * (_mean(y * u, D) + bend))
+    tl.store(dqkv + offsets, _round(dx, dqkv.dtype.element_ty), mask=inside)
+    columns = tl.arange(0, BLOCK_D)
+    block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(dgains + block * D + columns, dgain, mask=columns < D)

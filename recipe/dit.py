@@ -159,9 +159,8 @@ class Attention(nn.Module):
 
     def forward(self, z: Dual) -> Dual:
         qkv = dual.map_linear(lambda y: y.unflatten(-1, (3, self.heads, -1)), dual.linear(self.qkv, z))
-        q, k, v = (dual.map_linear(lambda y: y.transpose(1, 2), part) for part in dual.unbind(qkv, 2))
-        q, k = dual.rms_norm(q, self.q_norm.weight), dual.rms_norm(k, self.k_norm.weight)
-        out = dual.map_linear(lambda y: y.transpose(1, 2).flatten(2), dual.attention(q, k, v))
+        gains = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
+        out = dual.map_linear(lambda y: y.flatten(2), dual.attention(qkv, *gains))
         return dual.linear(self.proj, out)
 
 

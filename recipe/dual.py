@@ -18,8 +18,6 @@ from torch.autograd.function import once_differentiable
 
 import kernels
 
-EPS = 1e-6
-
 
 class Dual(NamedTuple):
     """A value and its directional derivative (same shape); `tangent=None` means exactly zero."""
@@ -130,18 +128,9 @@ def _gelu_second_derivative(x: Tensor) -> Tensor:
     return square.add_(i).sub_(i.square_().mul_(h).mul_(x)).mul_(h.square_().neg_().add_(1))
 
 
-def rms_norm(x: Dual, gain: Tensor | None = None) -> Dual:
-    """y = x / sqrt(mean(x^2) + 1e-6) over the last axis, times an optional gain; at least in float32.
-
-    With r = 1 / sqrt(mean(x^2) + 1e-6): y' = r (x' - y mean(y x')).
-    """
-    value = x.value.to(torch.promote_types(x.value.dtype, torch.float32))
-    r = torch.rsqrt(value.square().mean(-1, keepdim=True) + EPS)
-    y, tangent = value * r, None
-    if x.tangent is not None:
-        tangent = x.tangent.to(value.dtype)
-        tangent = (tangent - y * (y * tangent).mean(-1, keepdim=True)) * r
-    return Dual(y, tangent) if gain is None else map_linear(lambda z: z * gain, Dual(y, tangent))
+def rms_norm(x: Dual) -> Dual:
+    """x / sqrt(mean(x^2) + 1e-6) over the last axis; at least in float32."""
+    return Dual(*kernels.rms_norm(*x))
 
 
 def modulate(x: Dual, shift: Dual, scale: Dual) -> Dual:
@@ -149,11 +138,12 @@ def modulate(x: Dual, shift: Dual, scale: Dual) -> Dual:
     return add(mul(x, Dual(1 + scale.value, scale.tangent)), shift)
 
 
-def attention(q: Dual, k: Dual, v: Dual) -> Dual:
-    """softmax(q k' / sqrt(head_dim)) v over (B, H, N, head_dim); fused SDPA where no tangent is asked for."""
-    if q.tangent is None and k.tangent is None and v.tangent is None:
-        return Dual(kernels.attention(q.value, k.value, v.value))
-    return Dual(*kernels.jvp_attention(q.value, k.value, v.value, q.tangent, k.tangent, v.tangent))
+def attention(qkv: Dual, q_gain: Tensor | None, k_gain: Tensor | None) -> Dual:
+    """Self-attention of a projection (B, N, 3, H, D) => (B, N, H, D), scores over sqrt(D).
+
+    Queries and keys are RMS-normed with these gains (D,); not at all where both are None.
+    """
+    return Dual(*kernels.qkv_norm_attention(*qkv, q_gain, k_gain))
 
 
 def sinusoid(u: Dual, width: int = 256, max_period: float = 10000.0) -> Dual:

@@ -158,14 +158,14 @@ def checkpointed_blocks(model: DiTConfig, every: int) -> int:
 def block_bytes(model: DiTConfig, dual: bool, compiled: bool, low: int) -> float:
     """What autograd keeps of one sample in one block, with attention that keeps no N x N matrix.
 
-    A value (and as much again for a tangent) keeps 10 + 2r tensors of N x D in the autocast type (`low`
-    bytes): inputs of qkv, proj and fc1 (3), of fc2 and GELU (2r), qkv's output (3), normed queries and keys
-    (2), the outputs of both branches (2). Norms, modulation and gates keep float32 tensors: 8, or 20 with
-    tangents; the compiler recomputes them from the block's input (1 or 2).
+    A value (and as much again for a tangent) keeps 8 + 2r tensors of N x D in the autocast type (`low`
+    bytes): inputs of qkv, proj and fc1 (3), of fc2 and GELU (2r), qkv's output (3), the outputs of both
+    branches (2). Norms, modulation and gates keep float32 tensors: 4, or 10 with tangents; the compiler
+    recomputes them from the block's input (1 or 2).
     """
     pair = 2 if dual else 1
-    wide = pair if compiled else (20 if dual else 8)
-    return model.tokens * model.width * (FP32 * wide + low * pair * (10 + 2 * model.mlp_ratio))
+    wide = pair if compiled else (10 if dual else 4)
+    return model.tokens * model.width * (FP32 * wide + low * pair * (8 + 2 * model.mlp_ratio))
 
 
 def activation_bytes(

@@ -252,6 +252,8 @@ def test_every_element_is_written(device, monkeypatch):
     for head_dim in (64, 72):
         tensors = inputs(33, 70, head_dim, device)
         assert all(x.isfinite().all() for x in measured(tensors, output_gradients(tensors[0])))
+        tensors, gradients = projections(17, head_dim, device)
+        assert all(x.isfinite().all() for x in measured_projection(tensors, gradients))
 
 
 @every_fused
@@ -275,25 +277,137 @@ def test_second_gpu():
     assert_close(inputs(33, 33, 64, "cuda:1"), TOLERANCE)
 
 
+def projections(n, head_dim, device, dtype=torch.float32, batch=1, heads=2):
+    """qkv, tqkv (B, N, 3, H, D), both gains, and gradients of o and to (B, N, H, D)."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(batch, n, 3, heads, head_dim)] * 2 + [(head_dim,)] * 2 + [(batch, n, heads, head_dim)] * 2
+    tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    return [x.requires_grad_() for x in tensors[:4]], tensors[4:]
+
+
+def plain_norm_attention(qkv, *gains):
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    if gains:
+        norm = torch.nn.functional.rms_norm
+        q, k = (norm(x, x.shape[-1:], gain, 1e-6) for x, gain in zip((q, k), gains, strict=True))
+    return plain_attention(q, k, v, q.shape[-1] ** -0.5).transpose(1, 2)
+
+
+def exact_projection(inputs, gradients):
+    """o, to and the gradients of those inputs that are not None; gradients None for what is not used."""
+    qkv, tqkv, *gains = (None if x is None else x.detach().double().requires_grad_() for x in inputs)
+    given = [x for x in gains if x is not None]
+    outputs = [plain_norm_attention(qkv, *given)]
+    if tqkv is not None:
+        outputs = torch.func.jvp(lambda x: plain_norm_attention(x, *given), (qkv,), (tqkv,))
+    wide = [None if g is None else g.double() for g in gradients]
+    return [*outputs, *differentiate(outputs, [qkv, tqkv, *gains], wide)]
+
+
+def differentiate(outputs, inputs, gradients):
+    used = [(y, g) for y, g in zip(outputs, gradients, strict=False) if g is not None]
+    outputs, gradients = zip(*used, strict=True)
+    given = [x for x in inputs if x is not None]
+    found = torch.autograd.grad(outputs, given, gradients, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(given, found, strict=True)]
+
+
+def measured_projection(inputs, gradients):
+    outputs = [x for x in kernels.qkv_norm_attention(*inputs) if x is not None]
+    return [*outputs, *differentiate(outputs, inputs, gradients)]
+
+
 @every_backend
-def test_packed_projection(device):
-    """Same numbers as with q, k, v apart."""
-    qkv, tqkv = (torch.randn(2, 17, 3, 2, 32, device=device).requires_grad_() for _ in range(2))
-    parts = [x for packed in (qkv, tqkv) for x in packed.permute(2, 0, 3, 1, 4).unbind()]
-    outputs, expected = kernels.jvp_attention_qkv(qkv, tqkv), kernels.jvp_attention(*parts)
-    gradients = output_gradients(expected[0])
-    torch.testing.assert_close(outputs, expected)
-    actual = torch.autograd.grad(outputs, (qkv, tqkv), gradients)
-    torch.testing.assert_close(actual, torch.autograd.grad(expected, (qkv, tqkv), gradients))
+@pytest.mark.parametrize(
+    ("n", "head_dim", "missing"),
+    [
+        *((17, 72, missing) for missing in ((), (1,), (2, 3), (1, 2, 3))),
+        *((n, head_dim, ()) for n, head_dim in ((1, 16), (63, 64), (65, 32), (20, 80), (9, 96), (5, 128))),
+    ],
+)
+def test_projection(device, n, head_dim, missing):
+    """Queries and keys normed, or not; with a tangent, or without: all gradients, those of the gains too."""
+    inputs, gradients = projections(n, head_dim, device)
+    inputs = [None if i in missing else x for i, x in enumerate(inputs)]
+    actual = measured_projection(inputs, gradients)
+    found = errors(actual, exact_projection(inputs, gradients))
+    assert max(found) < TOLERANCE, found
+
+
+@every_backend
+@pytest.mark.parametrize("unused", [0, 1], ids=["value", "tangent"])
+def test_an_output_that_is_not_used(device, unused):
+    inputs, gradients = projections(17, 72, device)
+    gradients[unused] = None
+    found = errors(measured_projection(inputs, gradients), exact_projection(inputs, gradients))
+    assert max(found) < TOLERANCE, found
+
+
+@every_backend
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_detached_tangent_costs_no_backward(device, packed, compiled):
+    """4 products, and the gradients of plain attention, whether it is dropped eagerly or compiled."""
+    if packed:
+        tensors, gradients = projections(16, 32, device)
+        function, plain = kernels.qkv_norm_attention, plain_norm_attention
+    else:
+        tensors = inputs(16, 16, 32, device, heads=2)
+        gradients = output_gradients(tensors[0])
+        function, plain = kernels.jvp_attention, lambda *x: plain_attention(*x, 32**-0.5)
+
+    def detached(*tensors):
+        o, to = function(*tensors)
+        return o, to.detach()
+
+    if compiled:
+        backend = "inductor" if device == "cuda" else "aot_eager_decomp_partition"
+        detached = torch.compile(detached, fullgraph=True, backend=backend)
+    values = [tensors[i] for i in ((0, 2, 3) if packed else (0, 1, 2))]
+    o, to = detached(*tensors)
+    with FlopCounterMode(display=False) as flops:
+        actual = torch.autograd.grad(o, values, gradients[0])
+    assert flops.get_total_flops() == 4 * 2 * 2 * 16 * 16 * 32
+    wide = [x.detach().double().requires_grad_() for x in values]
+    expected = torch.autograd.grad(plain(*wide), wide, gradients[0].double())
+    assert max(errors(actual, expected)) < TOLERANCE
+    assert not to.requires_grad
 
 
 @every_fused
-def test_packed_gradients_are_one_buffer(device):
-    """Autograd gets the gradient of the packed buffer whole, laid out as the buffer is."""
-    qkv, tqkv = (torch.randn(1, 9, 3, 2, 16, device=device).requires_grad_() for _ in range(2))
-    o, to = kernels.jvp_attention_qkv(qkv, tqkv)
-    actual = torch.autograd.grad(o.sum() + to.sum(), (qkv, tqkv))
-    assert [x.stride() for x in actual] == [qkv.stride()] * 2
+def test_projection_in_half_precision(device):
+    """At most 1.5 times the error of PyTorch's own operations in bf16, which round the same places."""
+    inputs, gradients = projections(40, 72, device, torch.bfloat16)
+    expected = exact_projection(inputs, gradients)
+    actual = errors(measured_projection(inputs, gradients), expected)
+    kernels.set_backend("reference")
+    allowed = errors(measured_projection(inputs, gradients), expected)
+    assert all(x < 1.5 * y for x, y in zip(actual, allowed, strict=True)), (actual, allowed)
+
+
+@every_fused
+def test_projection_is_kept_and_its_gradient_is_one_buffer(device):
+    """Kept: projections, gains, outputs and two numbers per row, nothing normed. Gradients lie as inputs."""
+    inputs, gradients = projections(9, 16, device)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x
+    ):
+        outputs = kernels.qkv_norm_attention(*inputs)
+    size = outputs[0].numel()
+    assert sum(x.numel() for x in kept.values()) == 8 * size + 2 * size // 16 + 2 * 16
+    actual = torch.autograd.grad(outputs, inputs[:2], gradients)
+    assert [x.stride() for x in actual] == [inputs[0].stride()] * 2
+
+
+@every_backend
+def test_projection_of_any_strides(device):
+    """Values and tangents that lie in memory in another order than their axes say."""
+    inputs, gradients = projections(17, 32, device, batch=2)
+    for i in (0, 1):
+        inputs[i] = inputs[i].detach().transpose(i, 3).contiguous().transpose(i, 3).requires_grad_()
+    found = errors(measured_projection(inputs, gradients), exact_projection(inputs, gradients))
+    assert max(found) < TOLERANCE, found
 
 
 @every_fused
@@ -306,10 +420,25 @@ def test_operators_pass_opcheck(device):
     torch.library.opcheck(operators.jvp_attention, (*tensors, 0.3))
     torch.library.opcheck(operators.jvp_attention, (*tensors[:4], None, None, 0.3))
     torch.library.opcheck(operators.jvp_attention_backward, (*outputs[:2], *plain, *outputs, 0.3))
-    qkv, tqkv = (torch.randn(1, 4, 3, 1, 16, device=device) for _ in range(2))
-    outputs = operators.jvp_attention_qkv(qkv, tqkv, 0.3)
-    torch.library.opcheck(operators.jvp_attention_qkv, (qkv.clone().requires_grad_(), tqkv, 0.3))
-    torch.library.opcheck(operators.jvp_attention_qkv_backward, (*outputs[:2], qkv, tqkv, *outputs, 0.3))
+    none = (outputs[0], None, *plain[:3], None, None, None, outputs[0], None, outputs[2], None, 0.3)
+    torch.library.opcheck(operators.jvp_attention_backward, none)
+
+
+@every_fused
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("tangent", [True, False])
+def test_projection_passes_opcheck(device, tangent, norm):
+    from kernels import operators
+
+    (qkv, tqkv, *gains), gradients = projections(4, 16, device, heads=1)
+    given = (qkv, tqkv if tangent else None, torch.stack(gains).detach() if norm else None)
+    given = [None if x is None else x.detach().requires_grad_() for x in given]
+    torch.library.opcheck(operators.qkv_norm_attention, (*given, 0.3))
+    given = [None if x is None else x.detach() for x in given]
+    o, to, lse, mu = operators.qkv_norm_attention(*given, 0.3)
+    if not tangent:
+        gradients[1] = to = mu = None
+    torch.library.opcheck(operators.qkv_norm_attention_backward, (*gradients, *given, o, to, lse, mu, 0.3))
 
 
 @every_backend
@@ -405,11 +534,19 @@ def test_wrong_arguments_are_named(changes, message):
         kernels.jvp_attention(**{"q": q, "k": k, "v": k, "tq": q, "tk": k, "tv": k, **changes})
 
 
-def test_wrong_packed_arguments_are_named():
-    with pytest.raises(ValueError, match=r"qkv is .* \(1, 4, 2, 2, 8\)"):
-        kernels.jvp_attention_qkv(torch.zeros(1, 4, 2, 2, 8), torch.zeros(1, 4, 2, 2, 8))
-    with pytest.raises(ValueError, match=r"tqkv has shape \(1, 5, 3, 2, 8\)"):
-        kernels.jvp_attention_qkv(torch.zeros(1, 4, 3, 2, 8), torch.zeros(1, 5, 3, 2, 8))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qkv": torch.zeros(1, 4, 2, 2, 8)}, r"qkv is .* \(1, 4, 2, 2, 8\)"),
+        ({"tqkv": torch.zeros(1, 5, 3, 2, 8)}, r"tqkv has shape \(1, 5, 3, 2, 8\)"),
+        ({"q_gain": None}, "q_gain and k_gain: give both, or None for both"),
+        ({"k_gain": torch.zeros(16)}, r"k_gain has shape \(16,\); it must be \(8,\)"),
+    ],
+)
+def test_wrong_projections_are_named(changes, message):
+    qkv, gain = torch.zeros(1, 4, 3, 2, 8), torch.ones(8)
+    with pytest.raises(ValueError, match=message):
+        kernels.qkv_norm_attention(**{"qkv": qkv, "tqkv": qkv, "q_gain": gain, "k_gain": gain, **changes})
 
 
 @every_fused
