@@ -35,7 +35,7 @@ from recipe import plan
 from recipe.config import ConfigError, TrainConfig
 from recipe.dit import Block, DiTConfig
 from recipe.dual import Dual
-from recipe.tvm import TVMConfig
+from recipe.parallel import configure_compiler
 
 GROUPS = ("GEMM", "attention", "norm + modulation", "query-key norm", "GELU", "casts", "rest")
 CASTS = ("convert_element_type", "clone", "view", "permute", "expand")
@@ -54,26 +54,6 @@ BARS = {
     "step": 0.200,
 }
 Graphs = dict[str, tuple[fx.GraphModule, list[Tensor]]]
-
-
-class Pass(NamedTuple):
-    """One evaluation of the network in a step: with tangents or without, with gradients or without, over
-    `batches` times the samples of a microbatch.
-    """
-
-    name: str
-    dual: bool
-    grad: bool
-    batches: int = 1
-
-
-def passes(objective: TVMConfig) -> list[Pass]:
-    """The evaluations of one step, in their order."""
-    student = Pass("student", dual=False, grad=True)
-    if objective.name == "flow_matching":
-        return [student]
-    teacher = Pass("teacher", dual=False, grad=False, batches=1 if objective.guidance == [1.0] else 2)
-    return [Pass("student, dual", dual=True, grad=True), teacher, student]
 
 
 class Kernel(NamedTuple):
@@ -230,7 +210,7 @@ def lower(
         with V.set_graph_handler(graph):
             graph.run(*inputs)
             code = graph.codegen()[0].value
-            launches = [kernel for node in graph.scheduler.nodes if (kernel := read(node))]
+            launches = [kernel for node in graph.scheduler.nodes for kernel in read(node)]
     return launches, dict(re.findall(SOURCE, code, re.DOTALL))
 
 
@@ -244,20 +224,36 @@ def move(graph: fx.Graph, device: torch.device) -> None:
             node.meta.pop(key, None)
 
 
-def read(node: Any) -> Kernel | None:  # noqa: ANN401
-    """What a node of Inductor's schedule costs; None where nothing is launched for it."""
+def read(node: Any) -> list[Kernel]:  # noqa: ANN401
+    """What is launched for a node of Inductor's schedule."""
     from torch._inductor.ir import MultiOutput
     from torch._inductor.scheduler import NopKernelSchedulerNode
 
     if isinstance(node, NopKernelSchedulerNode) or isinstance(node.node, MultiOutput):
-        return None
+        return []
     origins = [origin for inner in node.get_nodes() for origin in inner.node.origins]
     if not node.is_extern():
-        return Kernel(generated_group(origins), node.get_read_write_buffers_sizes(), 0, generated=True)
+        return [Kernel(generated_group(origins), node.get_read_write_buffers_sizes(), 0, generated=True)]
     call = max(origins, key=flops)
     tensors = [x.meta["val"] for x in call.all_input_nodes] + tree_leaves(call.meta["val"])
     size = sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
-    return Kernel(library_group(call), size, flops(call), generated=False)
+    return [Kernel(library_group(call), size, flops(call), generated=False), *norms_inside(call)]
+
+
+def norms_inside(call: fx.Node) -> list[Kernel]:
+    """The kernels by which `qkv_norm_attention` norms queries and keys, two thirds of the projection: it
+    reads and writes them; backward it does so again, and then reads them and their gradient and writes that.
+    """
+    if "qkv_norm_attention" not in str(call.target):
+        return []
+    names = [argument.name for argument in call.target._schema.arguments]
+    given = dict(zip(names, call.args, strict=False))
+    if given["gains"] is None:
+        return []
+    tensors = [given[name].meta["val"] for name in ("qkv", "tqkv") if given[name] is not None]
+    part = sum(x.numel() * x.element_size() for x in tensors) * 2 / 3
+    times = (2, 3) if "backward" in str(call.target) else (2,)
+    return [Kernel("query-key norm", n * part, 0, generated=False) for n in times]
 
 
 def flops(call: fx.Node) -> int:
@@ -294,7 +290,7 @@ def generated_group(origins: list[fx.Node]) -> str:
     return "norm + modulation" if called & NORMS else "rest"
 
 
-def trace_pass(config: TrainConfig, one: Pass, images: int) -> Graphs:
+def trace_pass(config: TrainConfig, one: plan.Pass, images: int) -> Graphs:
     """Graphs of one block, with the operators that a GPU gets."""
     model = config.model
     gathered = config.parallel.fsdp2 and plan.gathered_size(config) == plan.BF16
@@ -314,8 +310,9 @@ def trace_pass(config: TrainConfig, one: Pass, images: int) -> Graphs:
         return trace(make, one.grad, config.precision == "amp_bf16")
 
 
-def compile_pass(config: TrainConfig, one: Pass, images: int, gpu: plan.GPU) -> dict[str, Compiled]:
+def compile_pass(config: TrainConfig, one: plan.Pass, images: int, gpu: plan.GPU) -> dict[str, Compiled]:
     """One block in one pass over `images` samples, by direction."""
+    configure_compiler(config.parallel)
     found = {}
     graphs = trace_pass(config, one, images)
     with pretended(gpu):
@@ -342,7 +339,7 @@ def compile_step(config: TrainConfig, images: int, gpu: plan.GPU) -> list[Direct
     """Every direction of every pass of the objective over `images` samples."""
     depth, step = config.model.depth, []
     again = plan.checkpointed_blocks(config.model, config.parallel.checkpoint_every)
-    for one in passes(config.objective):
+    for one in plan.passes(config.objective):
         for direction, compiled in compile_pass(config, one, images * one.batches, gpu).items():
             runs = depth + (again if direction == "forward" else 0)
             step.append(Direction(f"{one.name}, {direction}", runs, compiled))

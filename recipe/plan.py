@@ -1,8 +1,9 @@
 """What a run will need: `python -m recipe.plan CONFIG.yaml gpus=8,64,512 gpu=h100 [key=value ...]`.
 
 FLOPs, memory and traffic follow from the network's shape by formulas that the tests hold against torch's FLOP
-counter, against the tensors that autograd saves and against the collectives that FSDP2 issues. Times follow
-from those and from a data sheet, an efficiency and a latency, which are assumptions and are printed as such.
+counter, against the tensors that autograd saves and against the collectives that FSDP2 issues. Times are
+predicted: from those, from the bytes that compiled kernels move (benchmarks.compiled), from a data sheet, and
+from efficiencies and a latency, which are assumptions and are printed as such.
 
 Letters: P parameters, N tokens, D width, r = mlp_ratio, G ranks that hold one sharded copy.
 """
@@ -48,6 +49,16 @@ GPUS = {
     "h100": GPU(989e12, 79.6 * GIB, 3.35e12, 450e9, 400e9, 90, 132),
     "h200": GPU(989e12, 140.4 * GIB, 4.8e12, 450e9, 400e9, 90, 132),
     "b200": GPU(2250e12, 180 * GIB, 7.7e12, 900e9, 400e9, 100, 148),
+}
+
+
+# Bytes that the kernels between products and attention of one block move, for each token and unit of width,
+# by (with tangents, with gradients): (forward, backward). What benchmarks.compiled has for XL/2-18, compiled,
+# at 32 images, bf16 weights and the default activation_budget; tests/test_compiled.py holds them against it.
+BLOCK_BYTES = {
+    (True, True): (103.0, 254.6),
+    (False, True): (50.6, 116.8),
+    (False, False): (52.2, 0.0),
 }
 
 
@@ -145,6 +156,26 @@ def student_passes(objective: TVMConfig) -> tuple[bool, ...]:
     return (False, True) if objective.name == "tvm" else (False,)
 
 
+class Pass(NamedTuple):
+    """One evaluation of the network in a step: with tangents or without, with gradients or without, over
+    `batches` times the samples of a microbatch.
+    """
+
+    name: str
+    dual: bool
+    grad: bool
+    batches: int = 1
+
+
+def passes(objective: TVMConfig) -> list[Pass]:
+    """The evaluations of one step, in their order."""
+    student = Pass("student", dual=False, grad=True)
+    if objective.name == "flow_matching":
+        return [student]
+    teacher = Pass("teacher", dual=False, grad=False, batches=1 if objective.guidance == [1.0] else 2)
+    return [Pass("student, dual", dual=True, grad=True), teacher, student]
+
+
 def averages(objective: TVMConfig) -> int:
     """Copies of the weights beside the student: evaluation average and, for TVM, target."""
     return 2 if objective.name == "tvm" else 1
@@ -155,27 +186,34 @@ def checkpointed_blocks(model: DiTConfig, every: int) -> int:
     return math.ceil(model.depth / every) if every else 0
 
 
-def block_bytes(model: DiTConfig, dual: bool, compiled: bool, low: int) -> float:
+def block_bytes(model: DiTConfig, dual: bool, compiled: bool, low: int, budget: float = 1) -> float:
     """What autograd keeps of one sample in one block, with attention that keeps no N x N matrix.
 
     A value (and as much again for a tangent) keeps 8 + 2r tensors of N x D in the autocast type (`low`
     bytes): inputs of qkv, proj and fc1 (3), of fc2 and GELU (2r), qkv's output (3), the outputs of both
     branches (2). Norms, modulation and gates keep float32 tensors: 4, or 10 with tangents; the compiler
-    recomputes them from the block's input (1 or 2).
+    recomputes them from the block's input (1 or 2). With a budget below 1 it also recomputes the inputs of
+    qkv, fc1 and fc2 (2 + r); what a budget below 0.7 would recompute is not known here.
     """
     pair = 2 if dual else 1
     wide = pair if compiled else (10 if dual else 4)
-    return model.tokens * model.width * (FP32 * wide + low * pair * (8 + 2 * model.mlp_ratio))
+    narrow = 6 + model.mlp_ratio if compiled and budget < 1 else 8 + 2 * model.mlp_ratio
+    return model.tokens * model.width * (FP32 * wide + low * pair * narrow)
 
 
 def activation_bytes(
-    model: DiTConfig, dual: bool, compiled: bool = False, checkpoint_every: int = 0, low: int = BF16
+    model: DiTConfig,
+    dual: bool,
+    compiled: bool = False,
+    checkpoint_every: int = 0,
+    low: int = BF16,
+    budget: float = 1,
 ) -> float:
     """What autograd keeps of one sample in one student pass; a checkpointed block keeps its input alone."""
     pair = 2 if dual else 1
     unit = model.tokens * model.width * pair
     checkpointed = checkpointed_blocks(model, checkpoint_every)
-    kept = (model.depth - checkpointed) * block_bytes(model, dual, compiled, low)
+    kept = (model.depth - checkpointed) * block_bytes(model, dual, compiled, low, budget)
     ends = unit * (2 * FP32 + low)
     return kept + checkpointed * FP32 * unit + ends
 
@@ -184,7 +222,7 @@ def step_activations(config: TrainConfig, parallel: ParallelConfig) -> float:
     """Bytes of one sample at the peak: all student passes, and the block that is in its backward pass."""
     low = BF16 if config.precision == "amp_bf16" else FP32
     passes = student_passes(config.objective)
-    how = parallel.compile, parallel.checkpoint_every, low
+    how = parallel.compile, parallel.checkpoint_every, low, parallel.activation_budget
     kept = sum(activation_bytes(config.model, dual, *how) for dual in passes)
     return kept + working_bytes(config)
 
@@ -321,14 +359,35 @@ def updated_bytes(config: TrainConfig, gpus: int) -> float:
     return FP32 * (7 + 3 * averages(config.objective)) * sum(parameter_counts(config.model)) / shards
 
 
+def compute_time(config: TrainConfig, roofline: Roofline) -> float:
+    """Seconds of one sample's passes: products, attention, and what lies between them as BLOCK_BYTES has it.
+
+    A dual pass has 2 times the products and 3 times the attention of a plain one, a backward pass 2 times
+    those of its forward pass; with `detach_jvp` it is as plain. Checkpointed blocks run forward twice.
+    """
+    model, objective, total = config.model, config.objective, 0.0
+    linear, attention = forward_flops(model)
+    again = 1 + checkpointed_blocks(model, config.parallel.checkpoint_every) / model.depth
+    for one in passes(objective):
+        forward, backward = BLOCK_BYTES[one.dual, one.grad]
+        runs, back = (again, 2) if one.grad else (1, 0)
+        products, scores = (2, 3) if one.dual else (1, 1)
+        plainly = one.dual and objective.detach_jvp
+        linears = linear * (runs * products + back * (1 if plainly else products))
+        scored = attention * (runs * scores + back * (1 if plainly else scores))
+        size = model.depth * model.tokens * model.width * (runs * forward + backward)
+        total += one.batches * (
+            roofline.seconds(0, linears, roofline.gemm)
+            + roofline.seconds(0, scored, roofline.attention)
+            + roofline.seconds(size)
+        )
+    return total
+
+
 def times(config: TrainConfig, gpus: int, cluster: Cluster) -> Times:
-    """Compute at the assumed efficiency, traffic, and the optimizer and averages at the memory's speed."""
-    gpu, model, objective = GPUS[cluster.gpu], config.model, config.objective
-    flops = step_flops(model, objective) + recomputed_flops(
-        model, objective, config.parallel.checkpoint_every
-    )
+    """Compute, traffic, and the optimizer and averages at the memory's speed."""
     return Times(
-        flops * config.data.batch_size / gpus / (gpu.flops * cluster.gemm),
+        config.data.batch_size / gpus * compute_time(config, cluster),
         *communication_time(traffic(config, gpus), cluster),
         cluster.seconds(updated_bytes(config, gpus)),
     )
@@ -352,17 +411,17 @@ def column(config: TrainConfig, gpus: int, cluster: Cluster) -> dict[str, str]:
         f"  activations {name}, GiB": f"{step_activations(config, other) * microbatch / GIB:.2f}"
         for name, other in others.items()
     }
-    rows |= {"PFLOP per step": f"{flops / 1e15:.2f}", "compute, ms": f"{1e3 * t.compute:.1f}"}
+    rows |= {"PFLOP per step": f"{flops / 1e15:.2f}", "compute, ms, predicted": f"{1e3 * t.compute:.1f}"}
     rows |= {f"{c.name}, GB": f"{c.received / 1e9:.2f}" for c in traffic(config, gpus)}
     seconds = t.step * steps(config)
     return rows | {
-        "communication, ms": f"{1e3 * t.bandwidth:.1f} + {1e3 * t.latency:.1f}",
-        "optimizer and averages, ms": f"{1e3 * t.update:.1f}",
-        "step, s": f"{t.step:.3f}" + (f" to {t.exposed:.3f}" if gpus > 1 else ""),
-        "images/s": f"{config.data.batch_size / t.step:.0f}",
-        "MFU": f"{flops / gpus / t.step / gpu.flops:.0%}",
-        "days": f"{seconds / 86400:.2f}",
-        "GPU-hours": f"{seconds / 3600 * gpus:.0f}",
+        "communication, ms, predicted": f"{1e3 * t.bandwidth:.1f} + {1e3 * t.latency:.1f}",
+        "optimizer and averages, ms, predicted": f"{1e3 * t.update:.1f}",
+        "step, s, predicted": f"{t.step:.3f}" + (f" to {t.exposed:.3f}" if gpus > 1 else ""),
+        "images/s, predicted": f"{config.data.batch_size / t.step:.0f}",
+        "MFU, predicted": f"{flops / gpus / t.step / gpu.flops:.0%}",
+        "days, predicted": f"{seconds / 86400:.2f}",
+        "GPU-hours, predicted": f"{seconds / 3600 * gpus:.0f}",
     }
 
 
@@ -381,7 +440,7 @@ def report(config: TrainConfig, cluster: Cluster) -> str:
     lines = [
         f"{config.run_name}: {(blocks + rest) / 1e6:.0f}M parameters, {config.model.tokens} tokens, "
         f"batch {config.data.batch_size}, {config.duration}, {config.precision}.",
-        f"{cluster.assumptions()} {cluster.hop * 1e6:g} us a hop.",
+        f"{cluster.assumptions()} {cluster.hop * 1e6:g} us a hop; compiled blocks.",
         "Communication is bandwidth + latency. A step takes from the first time (all of it hidden behind",
         "compute) to the second (none of it); the rows below go by the first.",
         "",
