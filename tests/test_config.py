@@ -9,6 +9,7 @@ import pytest
 from eval.sweep import SweepConfig
 from recipe import plan, preflight
 from recipe.config import ConfigError, TrainConfig, load_config
+from recipe.objectives import OBJECTIVES
 from recipe.plan import Cluster
 from recipe.train import dry_run
 
@@ -17,6 +18,8 @@ TEXTS = ["''", "nan", "x", "../x", "a/b", '"\\0"', "x" * 5000, "0ba", "-3ba", "1
 NUMBERS = [".nan", ".inf", "-.inf", "-1", "0", "0.5", "1e-300", "1e300", HUGE, "x", "true", *NONE]
 LISTS = ["[.nan]", "[-1]", "[0]", "[x]", "[[]]", "[null]", f"[{HUGE}]", "[1, 1]", "[0.5, 2]", "['']", *NONE]
 SECTIONS = {n: hint for n, hint in get_type_hints(TrainConfig).items() if is_dataclass(hint)}
+EACH = {name: hint for name, hint in SECTIONS.items() if name != "objective"}
+EACH |= {f"objective {name}": objective for name, objective in OBJECTIVES.items()}
 REQUIRED = ["run_name=x", "folder=x", "duration=9ba", "weights=[x]", "reference=x"]
 
 
@@ -63,16 +66,18 @@ def small(digits, tmp_path, monkeypatch):
     return str(path)
 
 
-@pytest.mark.parametrize("section", [None, *SECTIONS])
+@pytest.mark.parametrize("section", [None, *EACH])
 def test_an_odd_setting_is_one_line_or_a_run_that_can_start(section, small):
     found: dict[str, list[str]] = {}
-    for name, value in accepted(SECTIONS[section] if section else TrainConfig):
+    for name, value in accepted(EACH[section] if section else TrainConfig):
         found.setdefault(name, []).append(value)
     assert found
     for name, value in [(name, value) for name, values in found.items() for value in {values[0], values[-1]}]:
-        key = f"{section}.{name}" if section else name
+        group, _, objective = (section or "").partition(" ")
+        key = f"{group}.{name}" if section else name
+        chosen = [f"objective.name={objective}"] if objective else []
         try:
-            config = load_config(TrainConfig, small, [f"{key}={value}"])
+            config = load_config(TrainConfig, small, [*chosen, f"{key}={value}"])
             assert "parameters: " in dry_run(config)
         except ConfigError as error:
             assert key in str(error), (key, value)
@@ -151,10 +156,13 @@ def test_a_number_is_a_number_everywhere(small):
     given = ["objective.guidance=2", "optimizer.betas=[0,0.5]", "step.clip=1", "log.peak_tflops=989"]
     given += ["data.normalize={mean: [127], std: [64.5]}"]
     config = load_config(TrainConfig, small, given)
-    assert (config.objective.guidance, config.optimizer.betas) == ([2.0], [0.0, 0.5])
+    assert (config.objective.guidance_range, config.optimizer.betas) == ((2.0, 2.0), [0.0, 0.5])
     assert (config.step.clip, config.log.peak_tflops) == (1.0, 989.0)
     assert config.data.normalize == {"mean": [127], "std": [64.5]}
-    assert load_config(TrainConfig, small, ["objective.guidance=[1,2.5]"]).objective.guidance == [1.0, 2.5]
+    assert load_config(TrainConfig, small, ["objective.guidance=[1,2.5]"]).objective.guidance_range == (
+        1.0,
+        2.5,
+    )
 
 
 def test_keys_may_refer_to_keys(small):
@@ -191,6 +199,6 @@ def test_a_yaml_that_cannot_be_read_is_one_line(tmp_path, files, message):
 def test_a_plan_needs_no_data_and_takes_any_gpu(small, capsys):
     sheet = "gpu={flops: 5e14, memory: 1e11, memory_rate: 4e12, node_rate: 4e11, network_rate: 1e11}"
     plan.main([small, "data.local=nowhere", "gpus=1", sheet])
-    assert "of a GPU's 500 bf16 TFLOP/s" in capsys.readouterr().out
+    assert "65% of 500 bf16 TFLOP/s" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"add it to GPUS in recipe/plan.py, or give its data sheet"):
         plan.main([small, "gpu=b300"])

@@ -97,6 +97,8 @@ class Objective(ABC):
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the setting."""
+        if self.name != type(self).name:
+            raise ValueError(f"objective.name: {self.name!r} is not {type(self).name}")
         check(self, "objective")
 
     @abstractmethod
