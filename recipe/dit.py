@@ -175,8 +175,9 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, z: Dual) -> Dual:
-        return dual.linear(self.fc2, dual.gelu(dual.linear(self.fc1, z)))
+    def forward(self, z: Dual, detach_tangent: bool = False) -> Dual:
+        h = dual.linear(self.fc1, z)
+        return dual.linear(self.fc2, dual.gelu(dual.detach(h) if detach_tangent else h))
 
 
 class Block(nn.Module):
@@ -197,7 +198,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)
         h = self.attn(dual.modulate(self.norm(z), shift1, scale1))
         z = dual.add(z, dual.mul(gate1, h))
-        h = self.mlp(dual.modulate(self.norm(z), shift2, scale2))
+        h = self.mlp(dual.modulate(self.norm(z), shift2, scale2), detach_tangent)
         z = dual.add(z, dual.mul(gate2, h))
         return dual.detach(z) if detach_tangent else z
 

@@ -87,6 +87,9 @@ def gelu(x: Dual) -> Dual:
     """GELU, tanh form."""
     if x.tangent is None:
         return Dual(F.gelu(x.value, approximate="tanh"))
+    if not x.tangent.requires_grad:  # dynamo would give the function below zeros to differentiate
+        slope = _gelu_slope_times(x.tangent, x.value.detach())
+        return Dual(F.gelu(x.value, approximate="tanh"), slope)
     return Dual(*_DualGELU.apply(x.value, x.tangent))
 
 
