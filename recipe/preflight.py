@@ -14,6 +14,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import gettempdir
 
 import torch
 from composer.utils import dist, parse_uri
@@ -252,6 +253,17 @@ def precision(config: TrainConfig) -> list[str]:
     return [f"precision: {config.precision} needs a GPU, and there is none here. To mend: precision=fp32"]
 
 
+def temporary_folder(config: TrainConfig) -> list[str]:
+    """The loader's workers send batches through sockets there; a name too long for one would hang the run."""
+    longest, folder = 107 - len("/pymp-12345678/listener-12345678"), gettempdir()
+    if not config.data.workers or len(folder) <= longest:
+        return []
+    return [
+        f"data.workers: {config.data.workers} need a temporary folder of at most {longest} characters, "
+        f"{folder} has {len(folder)}. To mend: TMPDIR=/tmp, or data.workers=0"
+    ]
+
+
 def wandb_key(config: TrainConfig) -> list[str]:
     """A key for Weights & Biases where log.wandb is online."""
     if config.log.wandb != "online" or os.environ.get("WANDB_API_KEY"):
@@ -267,7 +279,7 @@ def wandb_key(config: TrainConfig) -> list[str]:
 def problems(config: TrainConfig, ranks: int) -> tuple[list[str], Manifest | None]:
     """All that would make a run of `config` on that many ranks fail, and the dataset's manifest."""
     found, manifest = [*divisible(config, ranks), *precision(config), *wandb_key(config)], None
-    found += oci_agreement(config)
+    found += [*temporary_folder(config), *oci_agreement(config)]
     try:
         manifest = readable_data(config)
     except ConfigError as error:

@@ -202,3 +202,10 @@ def test_a_plan_needs_no_data_and_takes_any_gpu(small, capsys):
     assert "65% of 500 bf16 TFLOP/s" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"add it to GPUS in recipe/plan.py, or give its data sheet"):
         plan.main([small, "gpu=b300"])
+
+
+def test_a_temporary_folder_too_long_for_sockets_is_one_line_instead_of_a_run_that_hangs(small, monkeypatch):
+    monkeypatch.setattr(preflight, "gettempdir", lambda: "/tmp/" + 71 * "x")
+    problems, _ = preflight.problems(load_config(TrainConfig, small, ["data.workers=1"]), 1)
+    assert [line for line in problems if line.startswith("data.workers: 1 need a temporary folder")]
+    assert preflight.problems(load_config(TrainConfig, small, ["data.workers=0"]), 1)[0] == []

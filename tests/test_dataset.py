@@ -68,11 +68,12 @@ def test_a_missing_shard_is_named_and_does_not_end_the_epoch(remote, tmp_path, w
 
 
 @pytest.fixture
-def temporary(tmp_path, monkeypatch):
-    """A temporary folder of the test's own, for its child processes too."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
+def temporary(monkeypatch):
+    """A temporary folder of the test's own, for its child processes too; short, for the workers' sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
 def test_what_killed_jobs_left_is_removed_and_what_may_be_in_use_is_not(remote, temporary):
