@@ -81,7 +81,13 @@ TINY_MODEL = ("model.size=8", "model.width=16", "model.depth=1", "model.heads=2"
 TINY = Size(
     tests=("-k", "reference"),
     attention=("--interpret",),
-    step=("yamls/imagenet256_w2.yaml", "model.preset=null", *TINY_MODEL, "parallel.compile=false"),
+    step=(
+        "yamls/imagenet256_w2.yaml",
+        "model.preset=null",
+        *TINY_MODEL,
+        "parallel.compile=false",
+        "microbatch=null",
+    ),
     pictures=("digits",),
     train=("yamls/digits.yaml", *TINY_MODEL),
     sweep=("yamls/eval/digits.yaml", "nfe=[1,2]", "samples=100"),

@@ -158,7 +158,7 @@ class TrainConfig:
     fork_from: str | None = rule(None, place)
     init_from: str | None = rule(None, place)
     time_limit: str | None = rule(
-        None, positive_time, Rule(lambda x: x.endswith("sec"), "must be in seconds, e.g. 86000sec")
+        None, time_or_zero, Rule(lambda x: x.endswith("sec"), "must be in seconds, e.g. 86000sec")
     )
     export_interval: str = rule("10000ba", positive_time)
     export: list[str] = rule(["ema"], Rule(lambda x: set(x) <= {"ema", "net"}, "may hold ema and net only"))
