@@ -127,6 +127,7 @@ def remove_dead_names() -> None:
     for path in SHARED.glob(f"{ANY}_{LOCALS}"):
         with seize(path) or nullcontext() as file:
             if file and file.read().endswith(CLAIMED):
+                remove_lock_files(path.name[:6])  # now: without its names the number is anybody's
                 for left in sorted(names(path.name[:6]), key=lambda left: left == path):  # the lock last
                     left.unlink(missing_ok=True)
     alive = {path.name[:6] for path in names(ANY)}

@@ -11,6 +11,8 @@ from filelock import FileLock
 from recipe import patches
 from tests.conftest import run
 
+FACTORS = "torch.distributed.fsdp._fully_shard._fsdp_collectives:_get_gradient_divide_factors"
+
 # Of the source of a module or function: more than one where versions differ and all have been read.
 READ = {
     "composer.callbacks.checkpoint_saver": ["eed0f1956e6527f2"],
@@ -19,14 +21,9 @@ READ = {
     "streaming.base.stream": ["0ca6d322efe4b138"],
     "streaming.base.shared.prefix": ["fd91d67a9e6486d9"],
     "streaming.base.shared.memory": ["94beff959fa40164"],
-    "torch.distributed.fsdp._fully_shard._fsdp_collectives:_get_gradient_divide_factors": [
-        "9eef1d177dfc92cb",
-        "55e35e84df1de539",
-    ],
+    FACTORS: ["9eef1d177dfc92cb", "55e35e84df1de539"],
 }
-ORIGINAL = {  # which other tests of the same process may have replaced
-    "torch.distributed.fsdp._fully_shard._fsdp_collectives:_get_gradient_divide_factors": patches._divide_factors
-}
+ORIGINAL = {FACTORS: patches._divide_factors}  # which other tests of this process may have replaced
 
 
 @pytest.mark.parametrize("name", READ)
