@@ -63,8 +63,14 @@ def check_weights(config: TrainConfig, normalizer: Normalizer) -> None:
 
 
 def output_ratio(source: Objective, target: Objective) -> float:
-    """Factor r of the output, k_target r F = k_source F. Raises ValueError where it varies with w."""
+    """Factor r of the output, k_target r F = k_source F. Raises ValueError where it varies with w.
+
+    Weights that know one w have it there, or at the nearest w of the target.
+    """
     low, high = target.guidance_range if target.guidance_input else (source.default_w, source.default_w)
+    first, last = source.guidance_range
+    if source.guidance_input and first == last:
+        low = high = min(max(first, low), high)
     ratios = {source.scale(w) / target.scale(w) for w in (low, high)}
     if len(ratios) > 1:
         raise ValueError(

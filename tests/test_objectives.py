@@ -200,6 +200,8 @@ PAIRS = [
     (TVM(guidance=2.0), MeanFlow(omega=2.0)),
     (TVM(guidance=[1.0, 2.0]), TVM(guidance=[1.0, 2.0])),
     (TVM(guidance=2.0), IMF(guidance=2.0)),
+    (TVM(guidance=1.25), IMF(guidance=[1, 2])),
+    (TVM(guidance=1.25), TVM(guidance=[1.0, 2.0])),
     (MeanFlow(), TVM(guidance=1.5)),
     (IMF(guidance=[1, 8]), FlowMatching()),
     (IMF(guidance=[1, 8]), TVM(guidance=[1.0, 8.0], scaled=False)),
@@ -225,7 +227,9 @@ def test_init_from_keeps_the_velocities_of_the_weights(tmp_path, source, target)
     assert ("guidance_embedder" in said) == (target.guidance_input and not source.guidance_input)
     x, label = torch.randn(5, 2, 4, 4).double(), torch.arange(5) % 3
     trained, model = trained.double(), model.double()
-    for w in target.guidance_range if target.guidance_input else (1.0,):  # the ends of what training sees
+    ends = target.guidance_range if target.guidance_input else (1.0,)  # of what training sees
+    known = source.guidance_range
+    for w in known[:1] if source.guidance_input and target.guidance_input and known[0] == known[1] else ends:
         theirs = w if source.guidance_input and target.guidance_input else source.default_w
         want = source.average_velocity(trained.net, x, 0.7, 0.7, label, theirs, 3)
         for net in (model.net, model.ema, *([model.target] if target.teacher else [])):
