@@ -171,9 +171,12 @@ def pretended(gpu: plan.GPU) -> Iterator[None]:
                 stack.enter_context(patch.object(owner, name, partial(_answer, answers[name])))
         stack.enter_context(patch.object(fake_tensor, "init_gpu_context", lambda _: None))
         stack.enter_context(patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))
-        stack.callback(triton.runtime.driver.reset_active)
-        triton.runtime.driver.set_active(Driver(gpu.arch))
-        stack.enter_context(inductor.patch(compile_threads=1, force_disable_caches=True))
+        drivers = triton.runtime.driver  # whose reset_active would ask for a GPU from Triton 3.5 on
+        active = "_active" if hasattr(drivers, "_active") else "active"
+        stack.enter_context(patch.object(drivers, active, Driver(gpu.arch)))
+        settings = {"compile_threads": 1, "force_disable_caches": True, "use_static_cuda_launcher": False}
+        settings = {name: value for name, value in settings.items() if hasattr(inductor, name)}
+        stack.enter_context(inductor.patch(**settings))
         stack.callback(_forget_devices)
         _forget_devices()
         yield
