@@ -10,7 +10,7 @@
 
 A stage is stopped after ten minutes; what it found is FOLDER/STAGE.json, what it printed FOLDER/STAGE.log.
 The same command goes on with what is missing, or was found on another GPU or by another commit.
-FOLDER/report.md puts what `recipe.plan` predicts beside what was measured; FOLDER/work, data and runs, can go
+FOLDER/report.md puts what `recipe.plan` predicts beside what was measured; FOLDER/files, data and runs, can go
 afterwards. `--tiny` debugs the stages on a CPU, on digits: its figures mean nothing.
 """
 
@@ -141,8 +141,8 @@ def step(size: Size, out: Path) -> Result:
 
 
 def emoji_data(size: Size, out: Path) -> Result:
-    """Shards and classifier, kept in OUT/work/data."""
-    data = out / "work/data"
+    """Shards and classifier, kept in OUT/files/data."""
+    data = out / "files/data"
     python("-m", "streaming_convert", *size.pictures, "--out", data)
     images = open_images(str(data / "train"))
     make_extractor("classifier", None, images, str(data), "cpu")
@@ -151,9 +151,9 @@ def emoji_data(size: Size, out: Path) -> Result:
 
 def new_run(size: Size, out: Path, name: str) -> tuple[Path, list[str]]:
     """An empty folder for a run, and the overrides that put it there."""
-    run = out / "work" / name
+    run = out / "files" / name
     shutil.rmtree(run, ignore_errors=True)
-    return run, [*size.train[1:], f"run_name={name}", f"folder={run}", f"data.local={out}/work/data/train"]
+    return run, [*size.train[1:], f"run_name={name}", f"folder={run}", f"data.local={out}/files/data/train"]
 
 
 def train_and_score(name: str, override: str, size: Size, out: Path) -> Result:
@@ -166,7 +166,7 @@ def train_and_score(name: str, override: str, size: Size, out: Path) -> Result:
     config = load_config(TrainConfig, yaml, settings)
     with newest(config) as (checkpoint, _):
         python("-m", "eval.export", checkpoint, "--out", run / "weights/last-ema")
-    data = out / "work/data"
+    data = out / "files/data"
     sweep = [*size.sweep, f"folder={run}", f"weights=[{run}/weights/last-ema]", f"reference={data}/train"]
     launcher = ("-m", "composer.cli.launcher", "-n", "1", "eval/sweep.py")
     python(*launcher, *sweep, f"extractor_weights={data}/classifier")
