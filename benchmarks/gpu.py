@@ -10,8 +10,8 @@
 
 A stage is stopped after ten minutes; what it found is FOLDER/STAGE.json, what it printed FOLDER/STAGE.log.
 The same command goes on with what is missing, or was found on another GPU or by another commit.
-FOLDER/report.md puts what `recipe.plan` predicts beside what was measured; FOLDER/files, data and runs, can go
-afterwards. `--tiny` debugs the stages on a CPU, on digits: its figures mean nothing.
+FOLDER/report.md puts what `recipe.plan` predicts beside what was measured; FOLDER/files, data and runs, can
+go afterwards. `--tiny` debugs the stages on a CPU, on digits: its figures mean nothing.
 """
 
 import argparse
