@@ -42,7 +42,7 @@ class MeanFlow(Objective):
     def guided_velocity(self, student: Network, x_t: Tensor, batch: Batch, null: int) -> Tensor:
         """v_g = omega v + (1 - omega - kappa) u(x_t, t | none) + kappa u(x_t, t | label) inside the interval.
 
-        Both u without gradient; v_g = v outside, and where the label is dropped (paper, appendix B.1).
+        Both u without gradient; v_g = v outside, and where the label is dropped.
         """
         (t, _), label, v, zero = batch.times, batch.label, batch.velocity, torch.zeros_like(batch.times[0])
         if (self.omega, self.kappa) == (1, 0):
@@ -58,7 +58,7 @@ class MeanFlow(Objective):
         return torch.where(image(inside), guided, v)
 
     def loss(self, student: Network, teacher: None, batch: Batch, null: int, tangent: float = 1.0) -> Loss:
-        """Adaptively weighted sum |u - sg(v_g - (t - r) du/dt)|^2 for each sample (paper, eq. 10 and 22)."""
+        """Adaptively weighted sum |u - sg(v_g - (t - r) du/dt)|^2 for each sample."""
         t, r = batch.times
         x_t = batch.at(t)
         with torch.no_grad():
