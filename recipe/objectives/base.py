@@ -86,6 +86,8 @@ class Objective(ABC):
 
     label_dropout: share of samples trained without label; flow_matching_first: how long a run matches plain
     velocities, in the objective's own parameterisation, before it goes on with the objective: 1500ba.
+    Of the class: teacher: whether the loss needs the target average of the weights; guidance_input: whether
+    the network is told beta.
     """
 
     name: str
