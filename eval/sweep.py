@@ -250,8 +250,9 @@ def prepare(config: SweepConfig, device: torch.device) -> Setup:
         check_metrics(config, images, extractor, samples)
         labels = choose(config, exports, samples)
         for _, facts in exports:
+            objective = from_facts(facts["method"])
             for w in config.w:
-                check_guidance(from_facts(facts["method"]), w)
+                check_guidance(objective, w)
         settings = (config.batch_size, config.floor_splits, config.seed)
         reference = Reference(config.reference, images, extractor, config.keep, *settings)
         held_out = HeldOut(config.held_out, reference, samples, *settings) if config.held_out else None

@@ -40,8 +40,11 @@ def find(uri: str) -> tuple[Folder, str]:
     return Folder(folder or "."), name
 
 
-def check_weights(config: TrainConfig, normalizer: Normalizer) -> None:
-    """One ConfigError of all differences between the weights and the run. Raises StorageError."""
+def check_weights(config: TrainConfig, normalizer: Normalizer) -> tuple[Folder, str]:
+    """Finds the weights of `init_from`; all their differences from the run are one ConfigError.
+
+    Raises StorageError.
+    """
     folder, name = find(config.init_from)
     try:
         facts = parse_facts(folder.read(f"{name}.json"), f"{folder.uri}/{name}.json")
@@ -60,6 +63,7 @@ def check_weights(config: TrainConfig, normalizer: Normalizer) -> None:
         found.append(str(error))
     if found:
         raise ConfigError(f"init_from: {config.init_from} does not fit: {'; '.join(found)}")
+    return folder, name
 
 
 def output_ratio(source: Objective, target: Objective) -> float:
@@ -104,8 +108,7 @@ def warm_start(model: GenerativeModel, config: TrainConfig) -> str:
 
     Raises ConfigError, StorageError.
     """
-    check_weights(config, model.normalizer)
-    folder, name = find(config.init_from)
+    folder, name = check_weights(config, model.normalizer)
     with TemporaryDirectory() as scratch:
         for suffix in (".safetensors", ".json"):
             folder.get(name + suffix, Path(scratch, name + suffix))

@@ -22,8 +22,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 def from_facts(method: dict[str, Any]) -> Objective:
     """The objective of weights, from the `method` of their description. Raises ValueError."""
-    if not isinstance(method, dict):
-        raise ValueError(f"method: {method!r} must be a mapping")
     name = method.get("objective")
     if name not in OBJECTIVES:
         raise ValueError(f"method.objective: {name!r} is not one of {', '.join(OBJECTIVES)}")
