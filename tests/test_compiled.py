@@ -6,7 +6,8 @@ from torch._inductor.graph import GraphLowering
 
 from benchmarks import compiled
 from recipe import plan
-from recipe.config import TrainConfig, load_config
+from recipe.config import ParallelConfig, TrainConfig, load_config
+from recipe.parallel import configure_compiler
 
 H100 = plan.GPUS["h100"]
 SMALL = [
@@ -29,6 +30,7 @@ def test_bytes_and_flops_of_three_operations_are_the_arithmetic():
         sizes = (rows, inner), (inner, columns)
         return three, [torch.empty(size, requires_grad=True) for size in sizes]
 
+    configure_compiler(ParallelConfig(activation_budget=1.0))  # nothing is recomputed, whatever ran before
     found = {}
     graphs = compiled.trace(make, autocast=False)
     with compiled.pretended(H100):
