@@ -41,9 +41,15 @@ def set_backend(name: str) -> None:
     _backend = name
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-    """softmax(scale * q k') v by torch's fused attention; scale defaults to D ** -0.5."""
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """softmax(scale * q k') v by torch's fused attention; scale defaults to D ** -0.5.
+
+    lengths: int (B,), how many of a sample's keys count; the others may hold any finite number.
+    """
+    seen = None if lengths is None else reference.valid_keys(lengths, k)
+    return F.scaled_dot_product_attention(q, k, v, seen, scale=scale)
 
 
 def jvp_attention(
@@ -54,21 +60,29 @@ def jvp_attention(
     tk: Tensor | None,
     tv: Tensor | None,
     *,
+    lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its tangent: (o, to), both shaped like q, differentiable once in all six inputs.
 
     q, tq are (B, H, Nq, D); k, v, tk, tv are (B, H, Nk, D); scale defaults to D ** -0.5. A tangent that is
-    None is zero everywhere and costs nothing; at least one must be given. Under torch.autocast the inputs are
-    cast as those of scaled_dot_product_attention are. Raises ValueError naming the argument that is wrong.
+    None is zero everywhere and costs nothing; at least one must be given. lengths: int (B,), from 1 to Nk, how
+    many of a sample's keys count; the others are never seen. Under torch.autocast the inputs are cast as those
+    of scaled_dot_product_attention are. Raises ValueError naming the argument that is wrong.
     """
     tensors = _autocast({"q": q, "k": k, "v": v, "tq": tq, "tk": tk, "tv": tv})
     _check(tensors)
+    if lengths is not None:
+        if lengths.shape != q.shape[:1] or lengths.is_floating_point():
+            raise ValueError(
+                f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; it must be int ({q.shape[0]},)"
+            )
+        lengths = lengths.to(torch.int32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with _without_autocast(q.device.type):
         if _use_triton("q", tensors["q"]):
-            return _operators.jvp_attention(*tensors.values(), scale)[:2]
-        return reference.jvp_attention(*tensors.values(), scale)
+            return _operators.jvp_attention(*tensors.values(), lengths, scale)[:2]
+        return reference.jvp_attention(*tensors.values(), lengths, scale)
 
 
 def qkv_norm_attention(

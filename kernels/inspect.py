@@ -34,7 +34,7 @@ SHARED_PER_BLOCK = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 SHARED_PER_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
 TENSOR_COLUMNS = 512  # of sm_100's tensor memory, for all blocks of a multiprocessor
 INSTRUCTIONS = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
-BACKWARD_PRODUCTS = {"dual": 21, "plain": 7}
+BACKWARD_PRODUCTS = {"dual": 21, "plain": 7, "cross": 14}
 RELEASED = "304, 112, 8, 0, 0, 0 bytes over six kernels with 30 products, and a primal backward with 5"
 
 MATRICES = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
@@ -42,6 +42,13 @@ TANGENTS = ("tq", "tk", "tv", "to", "dto", "dtq", "dtk", "dtv")
 POINTERS = {
     **dict.fromkeys((*TANGENTS, "qkv", "tqkv", "qk", "tqk", "dqkv", "dtqkv"), "*bf16"),
     **dict.fromkeys(("lse", "mu", "delta", "a", "gains", "dgains"), "*fp32"),
+    "lengths": "*i32",
+}
+# What a launch does without: "dual" nothing, "plain" all tangents, "cross" those of keys and values
+ABSENT = {
+    "dual": ("lengths",),
+    "plain": ("lengths", *TANGENTS, "mu", "a"),
+    "cross": ("tk", "tv", "dtk", "dtv"),
 }
 SCALARS = {"scale": "fp32", "heads": "i32", "n_q": "i32", "n_k": "i32", "rows": "i32"}
 
@@ -80,6 +87,7 @@ class Compiled:
     arch: int
     head_dim: int
     name: str
+    use: str
     tile: Tile
     registers: int
     spills: int
@@ -98,17 +106,17 @@ class Compiled:
 
 
 def compile_kernel(
-    name: str, tile: Tile, head_dim: int, arch: int, tangents: bool = True, **flags: bool
+    name: str, tile: Tile, head_dim: int, arch: int, use: str = "dual", **flags: bool
 ) -> Compiled:
-    """Compile one kernel in bf16, with all tangents or none, for whole tiles of 16-byte aligned matrices."""
+    """Compile one kernel in bf16 for 16-byte aligned matrices; but for "cross", for whole tiles."""
     kernel = getattr(triton_attention, name)
     block_d, tail = configs.widths(head_dim) if tile.keys else (triton.next_power_of_2(head_dim), 0)
     constants = {
         "D": head_dim, "BLOCK_D": block_d, "TAIL": tail, "BLOCK_Q": tile.queries, "BLOCK_K": tile.keys,
-        "ROWS": tile.queries, "MASKED": False, "ALIGNED": True, "PRECISION": "tf32x3", **flags,
+        "ROWS": tile.queries, "ALIGNED": True, "PRECISION": "tf32x3", **flags,
     }  # fmt: skip
-    if not tangents:
-        constants |= dict.fromkeys((*TANGENTS, "mu", "a"))
+    constants |= dict.fromkeys(ABSENT[use])
+    constants["MASKED"] = use == "cross"
     constants = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
     signature, aligned = {}, []
     for position, argument in enumerate(kernel.arg_names):
@@ -125,9 +133,9 @@ def compile_kernel(
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
     report = assemble(ptx, arch)
-    words = [name, *(flag.lower() for flag, on in flags.items() if on), *([] if tangents else ["plain"])]
+    words = [name, *(flag.lower() for flag, on in flags.items() if on), *([] if use == "dual" else [use])]
     return Compiled(
-        arch, head_dim, " ".join(words), tile,
+        arch, head_dim, " ".join(words), use, tile,
         registers=int(re.search(r"Used (\d+) registers", report)[1]),
         spills=max(map(int, re.findall(r"(\d+) bytes spill", report))),
         shared=metadata.shared,
@@ -161,17 +169,17 @@ def assemble(ptx: str, arch: int) -> str:
 
 
 def table_kernels(arch: int, head_dim: int) -> list[Compiled]:
-    """Every launch of one architecture and head dimension; at D = 64 without tangents too."""
+    """Every launch of one architecture and head dimension; at D = 64 for every use."""
     config = configs.TABLE[arch, max(64, sum(configs.widths(head_dim)))]
     parts = COLUMNS[:1] if len(config.columns) == 1 else COLUMNS[1:]
     norm = Tile(configs.NORM_ROWS, 0, warps=4, stages=3)
     kernels = [compile_kernel(name, norm, head_dim, arch) for name in ("norm", "norm_backward")]
-    for tangents in (True, False) if head_dim == 64 else (True,):
+    for use in ABSENT if head_dim == 64 else ("dual",):
         kernels += [
-            compile_kernel("forward", config.forward, head_dim, arch, tangents),
-            compile_kernel("backward_rows", config.rows, head_dim, arch, tangents),
+            compile_kernel("forward", config.forward, head_dim, arch, use),
+            compile_kernel("backward_rows", config.rows, head_dim, arch, use),
             *(
-                compile_kernel("backward_columns", tile, head_dim, arch, tangents, **part)
+                compile_kernel("backward_columns", tile, head_dim, arch, use, **part)
                 for tile, part in zip(config.columns, parts, strict=True)
             ),
         ]
@@ -194,9 +202,7 @@ def missed_bars(groups: list[list[Compiled]]) -> list[str]:
 
 def _product_bars(group: list[Compiled]) -> list[str]:
     counts = {
-        kind: sum(
-            x.products for x in group if "backward" in x.name and ("plain" in x.name) == (kind == "plain")
-        )
+        kind: sum(x.products for x in group if "backward" in x.name and x.use == kind)
         for kind in BACKWARD_PRODUCTS
     }
     return [
@@ -222,7 +228,7 @@ def _kernel_bars(x: Compiled) -> list[str]:
 
 def _ratio_bars(group: list[Compiled], like: list[Compiled]) -> list[str]:
     """Shared memory of each kernel and the sum of all products against D = 64."""
-    ours, theirs = ([x for x in kernels if x.products and "plain" not in x.name] for kernels in (group, like))
+    ours, theirs = ([x for x in kernels if x.products and x.use == "dual"] for kernels in (group, like))
     ratios = {f"shared memory of {x.name}": x.shared / y.shared for x, y in zip(ours, theirs, strict=False)}
     ratios["products"] = sum(x.products * 72 for x in ours) / sum(x.products * 64 for x in theirs)
     return [f"{what} {x:.2f} times that of D 64, bar 1.3" for what, x in ratios.items() if x > 1.3]

@@ -59,6 +59,7 @@ def _launch_attention(
     blocks: int,
     matrices: tuple,
     sizes: tuple,
+    lengths: MaybeTensor,
     scale: float,
     **flags: bool,
 ) -> None:
@@ -70,9 +71,9 @@ def _launch_attention(
     block_d, tail = configs.widths(head_dim)
     strides = [stride for x in matrices if isinstance(x, tuple) for stride in x[1:3]]
     _launch(
-        kernel, (batch * heads * blocks,), *matrices, scale, heads, n_q, n_k,
+        kernel, (batch * heads * blocks,), *matrices, lengths, scale, heads, n_q, n_k,
         D=head_dim, BLOCK_D=block_d, TAIL=tail, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
-        MASKED=n_q % tile.queries != 0 or n_k % tile.keys != 0,
+        MASKED=lengths is not None or n_q % tile.queries != 0 or n_k % tile.keys != 0,
         ALIGNED=all(stride % 8 == 0 for stride in strides),
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
         num_warps=tile.warps, num_stages=tile.stages, **flags,
@@ -81,7 +82,7 @@ def _launch_attention(
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor,
-    o: Tensor, to: MaybeTensor, lse: Tensor, mu: MaybeTensor, scale: float,
+    lengths: MaybeTensor, o: Tensor, to: MaybeTensor, lse: Tensor, mu: MaybeTensor, scale: float,
 ) -> None:  # fmt: skip
     """Write o, lse and, where there is a tangent, to and mu."""
     (q, tq), (k, tk), (v, tv) = _aligned(q, tq), _aligned(k, tk), _aligned(v, tv)
@@ -89,13 +90,13 @@ def _forward(
     matrices = (_matrix(q), tq, _matrix(k), tk, _matrix(v), tv, _matrix(o), to, lse, mu)
     sizes = (*q.shape[:3], k.shape[2], q.shape[3])
     blocks = triton.cdiv(q.shape[2], tile.queries)
-    _launch_attention(triton_attention.forward, tile, blocks, matrices, sizes, scale)
+    _launch_attention(triton_attention.forward, tile, blocks, matrices, sizes, lengths, scale)
 
 
 def _backward(
     do: Tensor, dto: MaybeTensor,
     q: Tensor, k: Tensor, v: Tensor, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor,
-    o: Tensor, to: MaybeTensor, lse: Tensor, mu: MaybeTensor, scale: float,
+    lengths: MaybeTensor, o: Tensor, to: MaybeTensor, lse: Tensor, mu: MaybeTensor, scale: float,
     gradients: tuple[MaybeTensor, ...],
 ) -> None:  # fmt: skip
     """Write the gradients of q, k, v, tq, tk, tv into `gradients`, tangents' with values' strides.
@@ -112,27 +113,28 @@ def _backward(
     sizes = (*q.shape[:3], k.shape[2], q.shape[3])
     matrices = (*inputs, _matrix(o), to, _matrix(do), dto, *statistics, _matrix(dq), dtq)
     blocks = triton.cdiv(q.shape[2], config.rows.queries)
-    _launch_attention(triton_attention.backward_rows, config.rows, blocks, matrices, sizes, scale)
+    _launch_attention(triton_attention.backward_rows, config.rows, blocks, matrices, sizes, lengths, scale)
     matrices = (*inputs, _matrix(do), dto, *statistics, _matrix(dk), dtk, _matrix(dv), dtv)
     together = len(config.columns) == 1
     for part, tile in enumerate(config.columns):
         flags = {"KEYS": together or part == 0, "VALUES": together or part == 1}
         blocks = triton.cdiv(k.shape[2], tile.keys)
-        _launch_attention(triton_attention.backward_columns, tile, blocks, matrices, sizes, scale, **flags)
+        _launch_attention(triton_attention.backward_columns, tile, blocks, matrices, sizes, lengths, scale, **flags)
 
 
 @torch.library.custom_op("terminal_velocity::jvp_attention", mutates_args=())
 def jvp_attention(
-    q: Tensor, k: Tensor, v: Tensor, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor,
+    lengths: MaybeTensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(o, to, lse, mu) of heads (B, H, N, D), tangents None where zero; lse is in base 2."""
     outputs = _outputs(q)
-    _forward(q, k, v, tq, tk, tv, *outputs, scale)
+    _forward(q, k, v, tq, tk, tv, lengths, *outputs, scale)
     return outputs
 
 
 @jvp_attention.register_fake
-def _(q, k, v, tq, tk, tv, scale):  # noqa: ANN001, ANN202
+def _(q, k, v, tq, tk, tv, lengths, scale):  # noqa: ANN001, ANN202
     return _outputs(q)
 
 
@@ -145,16 +147,16 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def jvp_attention_backward(
     do: Tensor, dto: MaybeTensor,
     q: Tensor, k: Tensor, v: Tensor, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor,
-    o: Tensor, to: MaybeTensor, lse: Tensor, mu: MaybeTensor, scale: float,
+    lengths: MaybeTensor, o: Tensor, to: MaybeTensor, lse: Tensor, mu: MaybeTensor, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k, v and of those tangents that are not None, in this order."""
     gradients = _gradients(q, k, v, tq, tk, tv)
-    _backward(do, dto, q, k, v, tq, tk, tv, o, to, lse, mu, scale, gradients)
+    _backward(do, dto, q, k, v, tq, tk, tv, lengths, o, to, lse, mu, scale, gradients)
     return [x for x in gradients if x is not None]
 
 
 @jvp_attention_backward.register_fake
-def _(do, dto, q, k, v, tq, tk, tv, o, to, lse, mu, scale):  # noqa: ANN001, ANN202
+def _(do, dto, q, k, v, tq, tk, tv, lengths, o, to, lse, mu, scale):  # noqa: ANN001, ANN202
     return [x for x in _gradients(q, k, v, tq, tk, tv) if x is not None]
 
 
@@ -176,7 +178,7 @@ def qkv_norm_attention(
     outputs = _packed_outputs(qkv, tqkv)
     o, to, lse, mu = outputs
     to, mu = (None, None) if tqkv is None else (to.transpose(1, 2), mu)
-    _forward(*_normed_heads(qkv, tqkv, gains), o.transpose(1, 2), to, lse, mu, scale)
+    _forward(*_normed_heads(qkv, tqkv, gains), None, o.transpose(1, 2), to, lse, mu, scale)
     return outputs
 
 
@@ -210,7 +212,7 @@ def qkv_norm_attention_backward(
     dqkv, dtqkv, dgains = _packed_gradients(qkv, tqkv, gains)
     do, dto, o, to = (None if x is None else x.transpose(1, 2) for x in (do, dto, o, to))
     gradients = (*split_heads(dqkv), *split_heads(dtqkv))
-    _backward(do, dto, *heads, o, to, lse, mu, scale, gradients)
+    _backward(do, dto, *heads, None, o, to, lse, mu, scale, gradients)
     if gains is not None:
         blocks = _norm_blocks(qkv)
         partial = qkv.new_empty((2, blocks, qkv.shape[-1]), dtype=torch.float32)
@@ -279,12 +281,12 @@ def _save(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
 
 
 def _differentiate(ctx, do: MaybeTensor, dto: MaybeTensor, *rows: None) -> tuple[MaybeTensor, ...]:  # noqa: ANN001
-    q, k, v, *tangents, o, to, lse, mu = ctx.saved_tensors  # once: checkpointing computes them at each access
+    q, k, v, *tangents, lengths, o, to, lse, mu = ctx.saved_tensors  # once: checkpointing computes them at each access
     if dto is None:
         *tangents, to, mu = (None,) * 5
     do = torch.zeros_like(dto) if do is None else do
-    gradients = iter(jvp_attention_backward(do, dto, q, k, v, *tangents, o, to, lse, mu, ctx.scale))
-    return *(None if x is None else next(gradients) for x in (q, k, v, *tangents)), None
+    gradients = iter(jvp_attention_backward(do, dto, q, k, v, *tangents, lengths, o, to, lse, mu, ctx.scale))
+    return *(None if x is None else next(gradients) for x in (q, k, v, *tangents)), None, None
 
 
 def _differentiate_packed(ctx, do: MaybeTensor, dto: MaybeTensor, *rows: None) -> tuple[MaybeTensor, ...]:  # noqa: ANN001

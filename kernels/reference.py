@@ -29,7 +29,7 @@ def qkv_norm_attention(
         )
     if tqkv is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2), None
-    o, to = jvp_attention(q, k, v, tq, tk, tv, scale)
+    o, to = jvp_attention(q, k, v, tq, tk, tv, None, scale)
     return o.transpose(1, 2), to.transpose(1, 2)
 
 
@@ -52,16 +52,28 @@ def rms_norm(x: Tensor, tx: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 def jvp_attention(
-    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor | None,
+    tk: Tensor | None,
+    tv: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention o and its tangent to along (tq, tk, tv); None is a tangent that is zero everywhere.
 
     S = c QK', tS = c (tQ K' + Q tK'), P = softmax(S), tP = P * (tS - rowsum(P * tS)),
     O = PV, tO = tP V + P tV: two matrix products for the value and up to four for the tangent, all
     differentiable. Scores are kept in float32 at least, as in the fused kernels; P and tP are rounded to the
-    inputs' type for the products with V, tV.
+    inputs' type for the products with V, tV. lengths (B,): how many of a sample's keys count.
     """
-    p = _scores(q, k, scale).softmax(-1)
+    s = _scores(q, k, scale)
+    if lengths is not None:
+        seen = valid_keys(lengths, k)
+        s = s.masked_fill(~seen, -torch.inf)
+        k, v, tk, tv = (None if x is None else x.masked_fill(~seen.mT, 0) for x in (k, v, tk, tv))
+    p = s.softmax(-1)
     p_rounded = p.to(v.dtype)
     to = None if tv is None else p_rounded @ tv
     ts = _sum(_scores(tq, k, scale), _scores(q, tk, scale))
@@ -69,6 +81,11 @@ def jvp_attention(
         tp = p * (ts - (p * ts).sum(-1, keepdim=True))
         to = _sum(tp.to(v.dtype) @ v, to)
     return p_rounded @ v, to
+
+
+def valid_keys(lengths: Tensor, k: Tensor) -> Tensor:
+    """(B,) => bool (B, 1, 1, Nk): which keys count."""
+    return (torch.arange(k.shape[2], device=k.device) < lengths[:, None])[:, None, None]
 
 
 def _scores(rows: Tensor | None, columns: Tensor | None, scale: float) -> Tensor | None:

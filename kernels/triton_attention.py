@@ -12,7 +12,7 @@ that, follows as a bare tensor of the same strides, or None where it is zero; wi
 which leaves plain attention. A tile is a tuple: its first BLOCK_D columns and, unless TAIL is 0, TAIL more,
 so that D = 72 costs what 80 does. Everything is accumulated in float32; P, tP, dS and dtS are rounded to the
 inputs' type where they become left operands of a product. lse is in base 2, which spares a multiplication
-per exponential.
+per exponential. With `lengths` (int32, one per batch element) the keys from there on are not seen.
 """
 
 import os
@@ -52,6 +52,14 @@ def _head(matrix, tangent, index, heads, ALIGNED: tl.constexpr):
     if tangent is None:
         tangent = matrix[0]
     return (matrix[0] + start, matrix[3]), (tangent + start, matrix[3])
+
+
+@triton.jit
+def _count(lengths, index, heads, n):
+    """How many of n keys count: all, or as many as `lengths` says."""
+    if lengths is not None:
+        n = tl.load(lengths + index // heads)
+    return n
 
 
 @triton.jit
@@ -199,7 +207,7 @@ def _dot(x, y, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def forward(q, tq, k, tk, v, tv, o, to, lse, mu, scale, heads, n_q, n_k,
+def forward(q, tq, k, tk, v, tv, o, to, lse, mu, lengths, scale, heads, n_q, n_k,
             D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr,
             BLOCK_K: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
@@ -209,6 +217,7 @@ def forward(q, tq, k, tk, v, tv, o, to, lse, mu, scale, heads, n_q, n_k,
     sum for to follows mu as it moves, and nothing cancels where mu is large, as in rows that one key rules.
     """
     index, start_q = _block(n_q, BLOCK_Q)
+    n_k = _count(lengths, index, heads, n_k)
     q_head, tq_head = _head(q, tq, index, heads, ALIGNED)
     k_head, tk_head = _head(k, tk, index, heads, ALIGNED)
     v_head, tv_head = _head(v, tv, index, heads, ALIGNED)
@@ -261,7 +270,8 @@ def forward(q, tq, k, tk, v, tv, o, to, lse, mu, scale, heads, n_q, n_k,
 
 
 @triton.jit
-def backward_rows(q, tq, k, tk, v, tv, o, to, do, dto, lse, mu, delta, a, dq, dtq, scale, heads, n_q, n_k,
+def backward_rows(q, tq, k, tk, v, tv, o, to, do, dto, lse, mu, delta, a, dq, dtq,
+                  lengths, scale, heads, n_q, n_k,
                   D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr,
                   BLOCK_K: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
@@ -270,6 +280,7 @@ def backward_rows(q, tq, k, tk, v, tv, o, to, do, dto, lse, mu, delta, a, dq, dt
     dQ = c (dS K + dtS tK), dtQ = c dtS K.
     """
     index, start_q = _block(n_q, BLOCK_Q)
+    n_k = _count(lengths, index, heads, n_k)
     o_head, to_head = _head(o, to, index, heads, ALIGNED)
     do_head, dto_head = _head(do, dto, index, heads, ALIGNED)
     do_tile = _load(do_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
@@ -329,7 +340,7 @@ def backward_rows(q, tq, k, tk, v, tv, o, to, do, dto, lse, mu, delta, a, dq, dt
 
 @triton.jit
 def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, dv, dtv,
-                     scale, heads, n_q, n_k,
+                     lengths, scale, heads, n_q, n_k,
                      D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr,
                      BLOCK_K: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
             PRECISION: tl.constexpr,
@@ -340,17 +351,18 @@ def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, d
     that P' and its like are left operands without a detour through shared memory.
     """
     index, start_k = _block(n_k, BLOCK_K)
+    n_seen = _count(lengths, index, heads, n_k)
     q_head, tq_head = _head(q, tq, index, heads, ALIGNED)
     k_head, tk_head = _head(k, tk, index, heads, ALIGNED)
     v_head, tv_head = _head(v, tv, index, heads, ALIGNED)
     do_head, dto_head = _head(do, dto, index, heads, ALIGNED)
-    k_tile = _load(k_head, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+    k_tile = _load(k_head, start_k, n_seen, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
     if tk is not None:
-        tk_tile = _load(tk_head, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+        tk_tile = _load(tk_head, start_k, n_seen, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
     if KEYS:
-        v_tile = _load(v_head, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+        v_tile = _load(v_head, start_k, n_seen, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
         if tv is not None:
-            tv_tile = _load(tv_head, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+            tv_tile = _load(tv_head, start_k, n_seen, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
     dk_sum = _zeros(BLOCK_K, BLOCK_D, TAIL)
     dtk_sum = _zeros(BLOCK_K, BLOCK_D, TAIL)
     dv_sum = _zeros(BLOCK_K, BLOCK_D, TAIL)
@@ -363,6 +375,8 @@ def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, d
             dto_tile = _load(dto_head, start, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
         row_lse = _load_statistic(lse, index, start, n_q, float("inf"), BLOCK_Q, MASKED)
         p = tl.exp2(_scores(k_tile, q_tile, zero, PRECISION) * (scale * LOG2E) - row_lse[None, :])
+        if lengths is not None:
+            p = tl.where((start_k + tl.arange(0, BLOCK_K) < n_seen)[:, None], p, 0.0)
         if VALUES:
             dv_sum = _mix(p, do_tile, dv_sum, PRECISION)
             if tv is not None:

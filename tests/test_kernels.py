@@ -175,6 +175,46 @@ def test_missing_tangents(device, missing):
     assert_close(tensors, TOLERANCE)
 
 
+def with_lengths(device, garbage, extra=0):
+    """Attention with 1, some and all of its keys, no tangent on them; what they hold beyond is `garbage`."""
+    n_k, lengths = 40, torch.tensor([1, 17, 40])
+    q, k, v, tq, *_ = (x.detach() for x in inputs(33, n_k, 32, device, batch=3, heads=2))
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, extra)) for x in (k, v))
+    unseen = (torch.arange(n_k + extra) >= lengths[:, None])[:, None, :, None].to(device)
+    k, v = k.masked_fill(unseen, garbage), v.masked_fill(unseen, garbage)
+    tensors = [x.requires_grad_() for x in (q, k, v, tq)]
+    gradients = output_gradients(q)
+    outputs = kernels.jvp_attention(*tensors, None, None, lengths=lengths.to(device))
+    return tensors, gradients, lengths, [*outputs, *torch.autograd.grad(outputs, tensors, gradients)]
+
+
+@every_backend
+def test_keys_beyond_the_length_are_never_seen(device):
+    tensors, gradients, lengths, found = with_lengths(device, 0.0)
+    for i, length in enumerate(lengths.tolist()):
+        q, k, v, tq = (x[i : i + 1] for x in tensors)
+        one = [q, k[:, :, :length], v[:, :, :length], tq, None, None]
+        expected = exact(one, [g[i : i + 1] for g in gradients], 32**-0.5)
+        parts = [x[i : i + 1] for x in found]
+        beyond = [x[:, :, length:] for x in parts[3:5]]
+        assert not any(x.any() for x in beyond)
+        parts[3:5] = (x[:, :, :length] for x in parts[3:5])
+        assert max(errors(parts, expected)) < TOLERANCE
+    for garbage, extra in ((1e4, 0), (-3.0, 0), (7.0, 23)):
+        again = with_lengths(device, garbage, extra)[-1]
+        again[3:5] = (x[:, :, :40] for x in again[3:5])
+        assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True)), (garbage, extra)
+
+
+def test_lengths_of_plain_attention():
+    q, k, v, *_ = inputs(5, 9, 16, "cpu", torch.float64, batch=2)
+    lengths = torch.tensor([3, 9])
+    o = kernels.attention(q, k, v, lengths=lengths)
+    for i, length in enumerate(lengths):
+        expected = plain_attention(q[i], k[i, :, :length], v[i, :, :length], 16**-0.5)
+        torch.testing.assert_close(o[i], expected, rtol=1e-12, atol=1e-12)
+
+
 @every_backend
 def test_zero_tangents_equal_missing_ones(device):
     tensors = inputs(17, 33, 32, device)
@@ -416,11 +456,12 @@ def test_operators_pass_opcheck(device):
 
     tensors = inputs(4, 5, 16, device)
     plain = [x.detach() for x in tensors]
-    outputs = operators.jvp_attention(*plain, 0.3)
-    torch.library.opcheck(operators.jvp_attention, (*tensors, 0.3))
-    torch.library.opcheck(operators.jvp_attention, (*tensors[:4], None, None, 0.3))
-    torch.library.opcheck(operators.jvp_attention_backward, (*outputs[:2], *plain, *outputs, 0.3))
-    none = (outputs[0], None, *plain[:3], None, None, None, outputs[0], None, outputs[2], None, 0.3)
+    outputs = operators.jvp_attention(*plain, None, 0.3)
+    lengths = torch.tensor([3], dtype=torch.int32, device=device)
+    torch.library.opcheck(operators.jvp_attention, (*tensors, None, 0.3))
+    torch.library.opcheck(operators.jvp_attention, (*tensors[:4], None, None, lengths, 0.3))
+    torch.library.opcheck(operators.jvp_attention_backward, (*outputs[:2], *plain, None, *outputs, 0.3))
+    none = (outputs[0], None, *plain[:3], None, None, None, None, outputs[0], None, outputs[2], None, 0.3)
     torch.library.opcheck(operators.jvp_attention_backward, none)
 
 
@@ -526,6 +567,8 @@ def test_plain_attention():
         ({"tq": torch.zeros(1, 2, 5, 8)}, r"tq has shape \(1, 2, 5, 8\)"),
         ({"tk": torch.zeros(1, 2, 5, 8).half()}, "tk is torch.float16"),
         ({"tv": torch.zeros(1, 2, 5, 8, device="meta")}, "tv is on meta"),
+        ({"lengths": torch.ones(1)}, r"lengths is torch.float32 of shape \(1,\); it must be int \(1,\)"),
+        ({"lengths": torch.ones(2).long()}, r"lengths is torch.int64 of shape \(2,\)"),
     ],
 )
 def test_wrong_arguments_are_named(changes, message):
