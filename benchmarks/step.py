@@ -59,7 +59,7 @@ def random_batch(config: DiTConfig, objective: Objective, size: int, device: str
     """Random images, and a step's draws for them."""
     ids = torch.arange(size, device=device)
     x0 = torch.randn(size, config.channels, config.size, config.size, device=device)
-    return draw(x0, ids % max(config.classes, 1), 0 * ids, ids, 0, objective, config.classes)
+    return draw(x0, ids % max(config.classes, 1), 0 * ids, ids, 0, objective, config.null)
 
 
 def flops(work: Work) -> int:
@@ -79,7 +79,7 @@ def flop_ratio(size: int) -> float:
     tvm, plain = (
         flops(
             lambda objective=objective: (
-                objective.loss(net, target, batch, config.classes).total.mean().backward()
+                objective.loss(net, target, batch, config.null).total.mean().backward()
             )
         )
         for objective in (GUIDED, PLAIN)
@@ -138,7 +138,7 @@ def training_step(
     device = batch.x0.device.type
     optimizer.zero_grad()
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        total = objective.loss(net, target, batch, net.config.classes).total
+        total = objective.loss(net, target, batch, net.config.null).total
     total.mean().backward()
     optimizer.step()
 

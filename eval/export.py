@@ -240,7 +240,7 @@ class Sampler(nn.Module):
         check_guidance(self.objective, self.w)
 
     def forward(self, noise: Tensor, label: Tensor) -> Tensor:
-        null = self.net.config.classes
+        null = self.net.config.null
         x0 = sample(self.net, noise, label, self.nfe, self.w, self.objective, null)
         values = self.normalizer.invert(x0)
         return quantize(values, "nearest") if self.facts["data"]["column"] == "image" else values.float()

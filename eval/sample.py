@@ -75,7 +75,7 @@ class Generator:
     def from_noise(self, noise: Tensor, label: Tensor, nfe: int, w: float) -> Tensor:
         """noise: (B, C, H, W), label: int64 (B,)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            null = self.net.config.classes
+            null = self.net.config.null
             x0 = sample(self.net, noise, label.to(self.device), nfe, w, self.objective, null)
         values = self.normalizer.invert(x0)
         if not values.isfinite().all():

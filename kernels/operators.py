@@ -119,7 +119,9 @@ def _backward(
     for part, tile in enumerate(config.columns):
         flags = {"KEYS": together or part == 0, "VALUES": together or part == 1}
         blocks = triton.cdiv(k.shape[2], tile.keys)
-        _launch_attention(triton_attention.backward_columns, tile, blocks, matrices, sizes, lengths, scale, **flags)
+        _launch_attention(
+            triton_attention.backward_columns, tile, blocks, matrices, sizes, lengths, scale, **flags
+        )
 
 
 @torch.library.custom_op("terminal_velocity::jvp_attention", mutates_args=())
@@ -281,7 +283,9 @@ def _save(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
 
 
 def _differentiate(ctx, do: MaybeTensor, dto: MaybeTensor, *rows: None) -> tuple[MaybeTensor, ...]:  # noqa: ANN001
-    q, k, v, *tangents, lengths, o, to, lse, mu = ctx.saved_tensors  # once: checkpointing computes them at each access
+    q, k, v, *tangents, lengths, o, to, lse, mu = (
+        ctx.saved_tensors
+    )  # once: checkpointing computes them at each access
     if dto is None:
         *tangents, to, mu = (None,) * 5
     do = torch.zeros_like(dto) if do is None else do

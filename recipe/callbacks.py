@@ -16,6 +16,7 @@ from composer.utils import create_interval_scheduler, dist
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.utils.data import DataLoader
 
 from recipe.algorithms import check_finite, unwrap
 from recipe.config import GridConfig
@@ -100,7 +101,7 @@ class ExportWeights(Callback):
 class SampleGrid(Callback):
     """Draws FOLDER/ba{step}-nfe{n}.png from the evaluation average, one row for each label, and logs it.
 
-    Noise and labels are always the same, so that pictures of one run, or of two, can be compared. Every rank
+    With prompts there is a row for each of the dataset's first samples instead. Noise and labels are always the same, so that pictures of one run, or of two, can be compared. Every rank
     takes part, as the average may be sharded; rank 0 writes.
     """
 
@@ -116,7 +117,7 @@ class SampleGrid(Callback):
             return
         for nfe in self.config.nfe:
             with get_precision_context(state.precision):
-                x0 = self.sample(unwrap(state.model), nfe)
+                x0 = self.sample(unwrap(state.model), nfe, state.train_dataloader)
             if dist.get_global_rank() == 0:
                 images = pictures(x0, unwrap(state.model).normalizer, self.column, self.vae)
                 picture = grid(images, self.config.columns)
@@ -125,16 +126,23 @@ class SampleGrid(Callback):
                 Image.fromarray(picture).save(path)
                 logger.log_images(picture, name=f"samples/nfe{nfe}", channels_last=True, use_table=False)
 
-    def sample(self, model: GenerativeModel, nfe: int) -> Tensor:
+    def sample(self, model: GenerativeModel, nfe: int, loader: DataLoader) -> Tensor:
         """Normalised images (labels x columns, C, H, W), row by row."""
         net = model.net.config
-        labels = self.config.labels or list(range(min(net.classes, 10))) or [net.classes]
-        device = model.normalizer.mean.device
-        label = torch.tensor(labels, device=device).repeat_interleave(self.config.columns)
+        device, columns = model.normalizer.mean.device, self.config.columns
+        if net.text is None:
+            labels = self.config.labels or list(range(min(net.classes, 10))) or [net.null]
+            label, ema = torch.tensor(labels, device=device).repeat_interleave(columns), model.ema
+        else:
+            first = [loader.dataset[i] for i in range(min(10, loader.dataset.size))]
+            rows = {
+                k: x.repeat_interleave(columns, 0).to(device) for k, x in loader.collate_fn(first).items()
+            }
+            label, ema = rows["label"].clamp(max=net.classes), model.prompted(model.ema, rows)
         seeds, dtype = torch.arange(len(label), device=device), model.normalizer.mean.dtype
         noise = initial_noise(seeds, (net.channels, net.size, net.size), dtype)
         objective = model.objective
-        return sample(model.ema, noise, label, nfe, objective.default_w, objective, model.null)
+        return sample(ema, noise, label, nfe, objective.default_w, objective, model.null)
 
 
 def pictures(x0: Tensor, normalizer: Normalizer, column: str, vae: nn.Module | None) -> Tensor:

@@ -1,13 +1,15 @@
 """Training data: MDS shards => dict batches of {image | latents, label, sample} => normalised network input.
 
 Columns are those that `streaming_convert` writes: `image` uint8 (C, H, W), or `latents` float16 (2C, H, W)
-holding a VAE posterior's mean and standard deviation; and `label` int64.
+holding a VAE posterior's mean and standard deviation; `label` int64; and, of captioned pictures, `caption` (str)
+and perhaps its embedding `text` float16 (L, width), of which the first `text_length` count.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from recipe.dataset import TrainingDataset
 from recipe.draws import Stream, keys, normal
 from recipe.rules import Number, Rule, check, each, local, place, positive, rule, whole
+from recipe.text import TextConfig, byte_tokens
 from storage.manifest import Manifest, read_manifest
 
 SHUFFLE_WINDOW = 1 << 18  # samples of each canonical node among which the order is drawn; Streaming's default
@@ -81,12 +84,21 @@ class DataConfig:
         return self.remote or self.local
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Dicts of arrays and integers to a dict of tensors; np.stack copies Streaming's read-only arrays."""
-    return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
+def collate(samples: list[dict[str, Any]], text: TextConfig | None = None) -> dict[str, Tensor]:
+    """Dicts of arrays and integers to a dict of tensors, captions to what `text` makes of them (nothing: None).
+
+    np.stack copies Streaming's read-only arrays.
+    """
+    left_out = {"caption"} if text and text.encoder == "dataset" else {"caption", "text", "text_length"}
+    names = samples[0].keys() - left_out
+    batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in names}
+    if text and text.encoder == "bytes":
+        prompts, _ = byte_tokens([s["caption"] for s in samples], text.tokens)
+        batch |= {"text": prompts.tokens, "text_length": prompts.length}
+    return batch
 
 
-def train_loader(config: DataConfig, seed: int) -> StreamingDataLoader:
+def train_loader(config: DataConfig, seed: int, text: TextConfig | None = None) -> StreamingDataLoader:
     """This rank's share of the global batch, in an order that depends on the seed and the epoch alone."""
     per_rank = config.per_rank(dist.get_world_size())
     dataset = TrainingDataset(
@@ -103,7 +115,7 @@ def train_loader(config: DataConfig, seed: int) -> StreamingDataLoader:
     return StreamingDataLoader(
         dataset,
         batch_size=per_rank,
-        collate_fn=collate,
+        collate_fn=partial(collate, text=text),
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
         pin_memory=torch.cuda.is_available(),

@@ -3,9 +3,11 @@
 It differs from DiT (arXiv 2212.09748) as the TVM paper asks (arXiv 2511.19797, section 4): RMSNorm without
 gain instead of LayerNorm, RMS-normed modulation, RMS-normed queries and keys, a second time input d = t - s,
 a guidance input beta = 1/w, and a spectral initialisation. Options take the first three back, for pretrained
-weights (SiT, arXiv 2401.08740). It is written once, on (value, tangent) pairs.
+weights (SiT, arXiv 2401.08740), and another adds prompts, which the image tokens attend to. It is written
+once, on (value, tangent) pairs; text has no tangent.
 
-Shapes: B batch, C channels, H x W image, N = (H / patch) * (W / patch) tokens, D width, K classes.
+Shapes: B batch, C channels, H x W image, N = (H / patch) * (W / patch) tokens, D width, K classes, L tokens
+of text.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from recipe import dual
 from recipe.dual import Dual
 from recipe.rules import Rule, check, one_of, rule, whole
+from recipe.text import BEGIN, Text, TextConfig
 
 PRESETS = {
     "S/2": {"width": 384, "depth": 12, "heads": 6},
@@ -29,6 +32,7 @@ PRESETS = {
 
 
 NORMS = {"rms": dual.rms_norm, "layer": dual.layer_norm}
+HEAD = 32  # head dimension of the encoder of bytes
 
 
 @dataclass
@@ -38,7 +42,8 @@ class DiTConfig:
     size: image or latent side in pixels; classes: 0 for unconditional; label_std: standard deviation of the
     initial class embeddings; time_init: `normal` (N(0, 0.02^2)) or `spectral`; patch_init: `spectral` (the
     paper) or `xavier` (the released code); norm: `rms` or `layer`; modulation_norm, qk_norm: whether
-    modulation, and queries and keys, are RMS-normed; reverse_time: the network is told 1 - t, as SiT is.
+    modulation, and queries and keys, are RMS-normed; reverse_time: the network is told 1 - t, as SiT is; text:
+    what prompts are made of, null for none.
     """
 
     preset: str | None = rule(None, one_of(*PRESETS))
@@ -57,6 +62,7 @@ class DiTConfig:
     modulation_norm: bool = True
     qk_norm: bool = True
     reverse_time: bool = False
+    text: TextConfig | None = None
 
     def __post_init__(self) -> None:
         check(self, "model")
@@ -77,6 +83,11 @@ class DiTConfig:
     def tokens(self) -> int:
         """Length of the token sequence."""
         return (self.size // self.patch) ** 2
+
+    @property
+    def null(self) -> int:
+        """The label that means none, and the empty prompt; below it are those that mean something."""
+        return max(self.classes, int(self.text is not None))
 
 
 def position_embedding(width: int, side: int) -> Tensor:
@@ -102,14 +113,15 @@ class ScalarEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """(B,) class indices -> (B, D); index K, the last row, stands for "no label"."""
+    """(B,) class indices -> (B, D); index K, the last row, stands for "no label", and is all there is if K = 0."""
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
+        self.classes = classes
         self.embedding_table = nn.Embedding(classes + 1, width)
 
     def forward(self, label: Tensor) -> Dual:
-        return Dual(self.embedding_table(label))
+        return Dual(self.embedding_table(label if self.classes else torch.zeros_like(label)))
 
 
 class PatchEmbed(nn.Module):
@@ -167,6 +179,31 @@ class Attention(nn.Module):
         return dual.linear(self.proj, out)
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention to the first `length` (B,) of other tokens (B, L, D); norms as in `Attention`."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.q_norm = nn.RMSNorm(width // heads) if qk_norm else None
+        self.k_norm = nn.RMSNorm(width // heads) if qk_norm else None
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, z: Dual, context: Tensor, length: Tensor) -> Dual:
+        q = dual.map_linear(self._split, dual.linear(self.q, z))
+        k, v = map(self._split, self.kv(context).chunk(2, -1))
+        if self.q_norm is not None:
+            q = dual.mul(dual.rms_norm(q), Dual(self.q_norm.weight))
+            k = dual.rms_norm(Dual(k)).value * self.k_norm.weight
+        out = dual.cross_attention(q, k.to(v.dtype), v, length)
+        return dual.linear(self.proj, dual.map_linear(lambda y: y.transpose(1, 2).flatten(2), out))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
 class MLP(nn.Module):
     """Linear, GELU (tanh form), linear."""
 
@@ -183,6 +220,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """z += gate1 Attn(modulate(norm(z))); z += gate2 MLP(modulate(norm(z))). z (B, N, D), c (B, D).
 
+    With text, between them z += gate3 CrossAttn(norm(z), context), whose gate begins at zero as the others do.
     detach_tangent: here, where a compiler sees it, so that nothing is kept or differentiated for the tangent.
     """
 
@@ -193,14 +231,58 @@ class Block(nn.Module):
         self.attn = Attention(width, config.heads, config.qk_norm)
         self.mlp = MLP(width, int(width * config.mlp_ratio))
         self.adaLN_modulation = Modulation(width, 6, config.modulation_norm)
+        if config.text is not None:
+            self.text_attn = CrossAttention(width, config.heads, config.qk_norm)
+            self.text_adaLN_modulation = Modulation(width, 1, config.modulation_norm)
 
-    def forward(self, z: Dual, c: Dual, detach_tangent: bool = False) -> Dual:
+    def forward(
+        self, z: Dual, c: Dual, detach_tangent: bool = False, context: tuple[Tensor, Tensor] | None = None
+    ) -> Dual:
+        """context: (B, L, D) and lengths (B,)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)
         h = self.attn(dual.modulate(self.norm(z), shift1, scale1))
         z = dual.add(z, dual.mul(gate1, h))
+        if context is not None:
+            (gate3,) = self.text_adaLN_modulation(c)
+            z = dual.add(z, dual.mul(gate3, self.text_attn(self.norm(z), *context)))
         h = self.mlp(dual.modulate(self.norm(z), shift2, scale2), detach_tangent)
         z = dual.add(z, dual.mul(gate2, h))
         return dual.detach(z) if detach_tangent else z
+
+
+class TextLayer(nn.Module):
+    """x += Attn(norm(x)); x += MLP(norm(x)), among the first `length` (B,) tokens of x (B, L, D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = CrossAttention(width, width // HEAD, qk_norm=True)
+        self.mlp = MLP(width, 4 * width)
+
+    def forward(self, x: Tensor, length: Tensor) -> Tensor:
+        y = dual.rms_norm(Dual(x))
+        x = x + self.attn(y, y.value, length).value
+        return x + self.mlp(dual.rms_norm(Dual(x))).value
+
+
+class TextEmbedder(nn.Module):
+    """Text => (B, L, D): a linear map of stored embeddings, or of what two layers make of bytes."""
+
+    def __init__(self, config: TextConfig, width: int) -> None:
+        super().__init__()
+        self.layers = None
+        if config.encoder == "bytes":
+            self.byte_table = nn.Embedding(BEGIN + 1, config.width)
+            self.position_table = nn.Embedding(config.tokens, config.width)
+            self.layers = nn.ModuleList(TextLayer(config.width) for _ in range(2))
+        self.proj = nn.Linear(config.width, width)
+
+    def forward(self, text: Text) -> Tensor:
+        if self.layers is None:
+            return self.proj(text.tokens.to(self.proj.weight.dtype))
+        x = self.byte_table(text.tokens) + self.position_table.weight
+        for layer in self.layers:
+            x = layer(x, text.length)
+        return self.proj(dual.rms_norm(Dual(x)).value)
 
 
 class FinalLayer(nn.Module):
@@ -230,6 +312,7 @@ class DiT(nn.Module):
         self.s_embedder = ScalarEmbedder(width)
         self.guidance_embedder = ScalarEmbedder(width)
         self.y_embedder = LabelEmbedder(config.classes, width)
+        self.text_embedder = TextEmbedder(config.text, width) if config.text is not None else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.register_buffer("pos_embed", position_embedding(width, side), persistent=False)
@@ -244,12 +327,14 @@ class DiT(nn.Module):
         label: Tensor,
         beta: Tensor | None = None,
         detach_tangent: bool = False,
+        text: Text | None = None,
     ) -> Dual:
         """F and, where x, t or d carries a tangent, its directional derivative.
 
         x: (B, C, H, W); t, d: (B,) times in [0, 1] with d = t - s; label: (B,) int64 in 0..K, K meaning none;
         beta: (B,) = 1/w, or None to leave the guidance term out; detach_tangent: no gradient through the
-        derivative, which then costs a forward pass and no backward. Returns a pair of (B, C, H, W).
+        derivative, which then costs a forward pass and no backward; text: for a network with `text`, and for no
+        other. Returns a pair of (B, C, H, W).
         """
         t = dual.dual(t)
         if self.config.reverse_time:
@@ -265,8 +350,9 @@ class DiT(nn.Module):
         z = dual.add(self.x_embedder(dual.dual(x)), Dual(self.pos_embed))
         if detach_tangent:
             z, c = dual.detach(z), dual.detach(c)
+        context = None if text is None else (self.text_embedder(text), text.length)
         for block in self.blocks:
-            z = block(z, c, detach_tangent)
+            z = block(z, c, detach_tangent, context)
         config = self.config
         F = dual.map_linear(lambda y: unpatchify(y, config.patch, config.channels), self.final_layer(z, c))
         return dual.detach(F) if detach_tangent else F

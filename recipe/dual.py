@@ -159,6 +159,13 @@ def attention(qkv: Dual, q_gain: Tensor | None, k_gain: Tensor | None) -> Dual:
     return Dual(*kernels.qkv_norm_attention(*qkv, q_gain, k_gain))
 
 
+def cross_attention(q: Dual, k: Tensor, v: Tensor, length: Tensor) -> Dual:
+    """Attention (B, H, N, D) to the first `length` (B,) of other tokens (B, H, L, D), which have no tangent."""
+    if q.tangent is None:
+        return Dual(kernels.attention(q.value, k, v, lengths=length))
+    return Dual(*kernels.jvp_attention(q.value, k, v, q.tangent, None, None, lengths=length))
+
+
 def sinusoid(u: Dual, width: int = 256, max_period: float = 10000.0) -> Dual:
     """[cos(u f_i), sin(u f_i)] with f_i = max_period^(-2i/width): (B,) -> (B, width).
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from recipe.data import Normalizer
 from recipe.dit import DiT
-from recipe.objectives.base import Loss, Objective, draw
+from recipe.objectives.base import Loss, Network, Objective, draw
 from recipe.objectives.flow_matching import flow_matching_loss
+from recipe.text import Prompts, Text
 
 
 def frozen_copy(net: nn.Module) -> nn.Module:
@@ -26,12 +27,19 @@ class GenerativeModel(ComposerModel):
     average, the weights that are evaluated. All are sharded and checkpointed alike.
 
     A batch holds `image` or `latents`, `label`, `sample` (dataset ids) and `step` (see `StepKey`), all of
-    length B. Every random draw is keyed by (seed, step, sample), so ranks, microbatches and resumes change
+    length B, and `text` and `text_length` for a network with prompts. Every random draw is keyed by (seed, step, sample), so ranks, microbatches and resumes change
     nothing. A network without classes takes every label for its only one, "no label". tangent, flow_matching:
     the state of the warm-ups, set before each step (`StepGuard`).
     """
 
-    def __init__(self, net: DiT, objective: Objective, normalizer: Normalizer, seed: int) -> None:
+    def __init__(
+        self,
+        net: DiT,
+        objective: Objective,
+        normalizer: Normalizer,
+        seed: int,
+        prompts: Prompts | None = None,
+    ) -> None:
         super().__init__()
         if not objective.guidance_input:
             net.guidance_embedder.requires_grad_(False)  # never evaluated, and DDP wants a gradient of all
@@ -39,18 +47,29 @@ class GenerativeModel(ComposerModel):
         self.ema = frozen_copy(net)
         self.target = frozen_copy(net) if objective.teacher else None
         self.objective, self.normalizer, self.seed = objective, normalizer, seed
-        self.null = net.config.classes
+        self.prompts, self.null = prompts, net.config.null
         self.tangent, self.flow_matching = 1.0, False
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
         """Per-sample losses (B,)."""
-        step, sample, label = batch["step"], batch["sample"], batch["label"].clamp(max=self.null)
+        step, sample, label = (
+            batch["step"],
+            batch["sample"],
+            batch["label"].clamp(max=self.net.config.classes),
+        )
         with torch.no_grad():
             x0 = self.normalizer(batch, step, self.seed)
             drawn = draw(x0, label, step, sample, self.seed, self.objective, self.null)
+        student, teacher = (self.prompted(net, batch) for net in (self.net, self.target))
         if self.flow_matching:
-            return flow_matching_loss(self.objective, self.net, drawn)
-        return self.objective.loss(self.net, self.target, drawn, self.null, self.tangent)
+            return flow_matching_loss(self.objective, student, drawn)
+        return self.objective.loss(student, teacher, drawn, self.null, self.tangent)
+
+    def prompted(self, net: DiT | None, batch: dict[str, Tensor]) -> Network | None:
+        """The network, told the batch's prompts where it takes any."""
+        if net is None or self.prompts is None:
+            return net
+        return self.prompts(net, Text(batch["text"], batch["text_length"]), self.null)
 
     def loss(self, outputs: Loss, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Means over the microbatch; Composer differentiates `total` and logs all."""

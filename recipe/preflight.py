@@ -5,6 +5,7 @@ Every run does the same first. Each failure names the setting, and the command t
 
 from __future__ import annotations
 
+import logging
 import math
 import netrc
 import os
@@ -23,11 +24,13 @@ from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.data import SHUFFLE_WINDOW, normalizer
 from recipe.dit import DiT
 from recipe.resume import PROBE, checkpoints, complete, fork
+from recipe.text import TextConfig
 from recipe.warm_start import check_weights
 from storage import Folder, StorageError, status, transient
 from storage.manifest import DatasetError, Manifest, read_manifest
 
 OCI_LOGIN = "oci setup config"
+log = logging.getLogger("recipe.preflight")
 
 
 def check_data(config: TrainConfig) -> Manifest:
@@ -55,7 +58,36 @@ def check_data(config: TrainConfig) -> Manifest:
         normalizer(config.data, manifest)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.model.text is not None:
+        check_text(config.model.text, manifest, config.data.source)
     return manifest
+
+
+def check_text(text: TextConfig, manifest: Manifest, source: str) -> None:
+    """Whether the dataset has the prompts that the network takes; warns of those that are cut.
+
+    Raises ConfigError.
+    """
+    if manifest.caption_bytes is None:
+        raise ConfigError(f"model.text: {source} has no captions (streaming_convert --captions)")
+    if text.encoder == "bytes":
+        cut = sum(count for size, count in manifest.caption_bytes.items() if int(size) >= text.tokens)
+        if cut:
+            log.warning(
+                "model.text.tokens: %d cuts %d of the %d captions of %s",
+                text.tokens, cut, sum(manifest.caption_bytes.values()), source,
+            )  # fmt: skip
+        return
+    if manifest.text is None:
+        raise ConfigError(
+            f"model.text.encoder: {text.encoder} needs embeddings, and {source} has none "
+            f"(streaming_convert --text-encoder); bytes does without"
+        )
+    for key in ("tokens", "width"):
+        if getattr(text, key) != manifest.text[key]:
+            raise ConfigError(
+                f"model.text.{key}: {getattr(text, key)} differs from the {manifest.text[key]} of {source}"
+            )
 
 
 def login(scheme: str) -> str:

@@ -48,6 +48,7 @@ from recipe.model import GenerativeModel, StepKey
 from recipe.parallel import parallelism, prepare_blocks
 from recipe.preflight import check, divisible
 from recipe.resume import PREEMPTED, Checkpoints, Preemption, ignore_sigterm, newest
+from recipe.text import Prompts
 from recipe.warm_start import warm_start
 from storage import StorageError
 from storage.manifest import DatasetError, Manifest
@@ -58,9 +59,9 @@ log = logging.getLogger("recipe.train")
 def build_model(config: TrainConfig, manifest: Manifest) -> GenerativeModel:
     """Student and averages from the seed alone: the same on every rank."""
     reproducibility.seed_all(config.seed)
-    model = GenerativeModel(
-        DiT(config.model), config.objective, normalizer(config.data, manifest), config.seed
-    )
+    text, normalize = config.model.text, normalizer(config.data, manifest)
+    prompts = None if text is None else Prompts(text, manifest.text)
+    model = GenerativeModel(DiT(config.model), config.objective, normalize, config.seed, prompts)
     for net, trained in ((model.net, True), (model.target, False), (model.ema, False)):
         if net is not None:
             prepare_blocks(net, config.parallel, trained)
@@ -154,7 +155,9 @@ def build_trainer(
         "encoder": manifest.encoder,
         "source": config.data.source,
     }
-    loader = train_loader(config.data, config.seed)
+    if config.model.text is not None:
+        data["text"] = manifest.text
+    loader = train_loader(config.data, config.seed, config.model.text)
     loader.worker_init_fn = ignore_sigterm
     trainer = Trainer(
         model=model,

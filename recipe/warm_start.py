@@ -52,6 +52,8 @@ def check_weights(config: TrainConfig, normalizer: Normalizer) -> tuple[Folder, 
     except (ValueError, TypeError) as error:
         raise ConfigError(f"init_from: {error}") from error
     mine = {k: v for k, v in asdict(config.model).items() if k not in INIT_ONLY}
+    if theirs["text"] is None:
+        mine.pop("text")  # begins as nothing
     found = [f"model.{k}: {v} here, {theirs[k]} there" for k, v in mine.items() if theirs[k] != v]
     for key in ("mean", "std"):
         here, there = getattr(normalizer, key).flatten(), torch.tensor(facts["data"][key])
@@ -121,10 +123,11 @@ def warm_start(model: GenerativeModel, config: TrainConfig) -> str:
     state: dict[str, Tensor] = net.state_dict()
     for mine in (model.net, model.target, model.ema):
         if mine is not None:
-            mine.load_state_dict(state)
+            mine.load_state_dict({**mine.state_dict(), **state})
     new = [e for e in EMBEDDERS if not state[f"{e}.mlp.2.weight"].any()]
     if not model.objective.guidance_input:
         new = [e for e in new if e != "guidance_embedder"]
+    new += ["text"] if net.config.text != model.net.config.text else []
     taken = sum(x.numel() for key, x in state.items() if key.split(".")[0] not in new)
     return (
         f"{folder.uri}/{name} ({source.name}, step {facts['step']}): {taken:,} parameters taken, "

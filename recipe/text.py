@@ -1,0 +1,89 @@
+"""Prompts: what a network with `model.text` sees of them, and guidance by the empty prompt.
+
+A prompt is up to L tokens, of which the first `length` (1 at least) count: UTF-8 bytes after a mark of the
+beginning, or embeddings that `streaming_convert --text-encoder` has stored. It has no tangent. Objectives know
+nothing of it: the label that means none stands for the empty prompt too (`prompted`).
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from recipe.dual import Dual
+from recipe.rules import check, one_of, rule, whole
+
+BEGIN = 256  # the token before the bytes; alone it is the empty prompt
+
+
+@dataclass
+class TextConfig:
+    """encoder: `bytes` (UTF-8, an embedding and two transformer layers of this width, trained with the
+    network) or `dataset` (stored embeddings of this width); tokens: of a prompt at most, the rest is cut.
+    """
+
+    encoder: str = rule("bytes", one_of("bytes", "dataset"))
+    tokens: int = rule(64, whole(1, 4096))
+    width: int = rule(128, whole(1, 65536))
+
+    def __post_init__(self) -> None:
+        check(self, "model.text")
+        if self.encoder == "bytes" and self.width % 32:
+            raise ValueError(f"model.text.width: {self.width} must be a multiple of 32, the width of a head")
+
+
+class Text(NamedTuple):
+    """tokens: int64 (B, L) bytes or float (B, L, width) embeddings; length: int64 (B,)."""
+
+    tokens: Tensor
+    length: Tensor
+
+
+def byte_tokens(prompts: list[str], tokens: int) -> tuple[Text, int]:
+    """UTF-8 of prompts, and how many of them were cut."""
+    coded = [prompt.encode() for prompt in prompts]
+    table = np.full((len(prompts), tokens), BEGIN)
+    for row, code in zip(table, coded, strict=True):
+        kept = np.frombuffer(code[: tokens - 1], np.uint8)
+        row[1 : 1 + len(kept)] = kept
+    length = torch.tensor([min(1 + len(code), tokens) for code in coded])
+    return Text(torch.from_numpy(table), length), sum(len(code) >= tokens for code in coded)
+
+
+def empty_prompt(config: TextConfig, stored: dict[str, Any] | None) -> Text:
+    """Of one row; `stored` is what the manifest says of the encoder of a dataset's embeddings."""
+    if config.encoder == "bytes":
+        return byte_tokens([""], config.tokens)[0]
+    values = np.frombuffer(base64.b64decode(stored["empty"]), "<f2").reshape(-1, config.width)
+    tokens = torch.zeros(1, config.tokens, config.width)
+    tokens[0, : len(values)] = torch.from_numpy(values.astype(np.float32))
+    return Text(tokens, torch.tensor([len(values)]))
+
+
+class Prompts(nn.Module):
+    """The prompts of a batch for a network, and the empty one in their place where the label means none."""
+
+    def __init__(self, config: TextConfig, stored: dict[str, Any] | None) -> None:
+        super().__init__()
+        tokens, length = empty_prompt(config, stored)
+        self.register_buffer("tokens", tokens, persistent=False)
+        self.register_buffer("length", length, persistent=False)
+
+    def forward(self, net: nn.Module, text: Text, null: int) -> Any:  # noqa: ANN401
+        """`net` as objectives call it, (x, t, d, label, ...); they may evaluate it at n batches in one call."""
+
+        def evaluate(
+            x: Tensor | Dual, t: Tensor, d: Tensor, label: Tensor, *rest: Any, **options: Any
+        ) -> Dual:  # noqa: ANN401
+            n, free = len(label) // len(text.length), label == null
+            length = torch.where(free, self.length, text.length.repeat(n))
+            shape = (-1, *[1] * (text.tokens.dim() - 1))
+            tokens = torch.where(free.view(shape), self.tokens, text.tokens.repeat(n, *shape[1:]))
+            return net(x, t, d, label, *rest, text=Text(tokens, length), **options)
+
+        return evaluate
