@@ -66,9 +66,9 @@ def jvp_attention(
     """Attention and its tangent: (o, to), both shaped like q, differentiable once in all six inputs.
 
     q, tq are (B, H, Nq, D); k, v, tk, tv are (B, H, Nk, D); scale defaults to D ** -0.5. A tangent that is
-    None is zero everywhere and costs nothing; at least one must be given. lengths: int (B,), from 1 to Nk, how
-    many of a sample's keys count; the others are never seen. Under torch.autocast the inputs are cast as those
-    of scaled_dot_product_attention are. Raises ValueError naming the argument that is wrong.
+    None is zero everywhere and costs nothing; at least one must be given. lengths: int (B,), from 1 to Nk,
+    how many of a sample's keys count; the others are never seen. Under torch.autocast the inputs are cast as
+    those of scaled_dot_product_attention are. Raises ValueError naming the argument that is wrong.
     """
     tensors = _autocast({"q": q, "k": k, "v": v, "tq": tq, "tk": tk, "tv": tv})
     _check(tensors)

@@ -101,8 +101,9 @@ class ExportWeights(Callback):
 class SampleGrid(Callback):
     """Draws FOLDER/ba{step}-nfe{n}.png from the evaluation average, one row for each label, and logs it.
 
-    With prompts there is a row for each of the dataset's first samples instead. Noise and labels are always the same, so that pictures of one run, or of two, can be compared. Every rank
-    takes part, as the average may be sharded; rank 0 writes.
+    With prompts there is a row for each of the dataset's first samples instead. Noise and labels are always
+    the same, so that pictures of one run, or of two, can be compared. Every rank takes part, as the average
+    may be sharded; rank 0 writes.
     """
 
     def __init__(self, folder: str, config: GridConfig, column: str) -> None:

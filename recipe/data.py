@@ -1,8 +1,8 @@
 """Training data: MDS shards => dict batches of {image | latents, label, sample} => normalised network input.
 
 Columns are those that `streaming_convert` writes: `image` uint8 (C, H, W), or `latents` float16 (2C, H, W)
-holding a VAE posterior's mean and standard deviation; `label` int64; and, of captioned pictures, `caption` (str)
-and perhaps its embedding `text` float16 (L, width), of which the first `text_length` count.
+holding a VAE posterior's mean and standard deviation; `label` int64; and, of captioned pictures, `caption`
+(str) and perhaps its embedding `text` float16 (L, width), of which the first `text_length` count.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class DataConfig:
 
 
 def collate(samples: list[dict[str, Any]], text: TextConfig | None = None) -> dict[str, Tensor]:
-    """Dicts of arrays and integers to a dict of tensors, captions to what `text` makes of them (nothing: None).
+    """Dicts of arrays and integers to a dict of tensors, captions to what `text` asks for (None: nothing).
 
     np.stack copies Streaming's read-only arrays.
     """

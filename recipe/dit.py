@@ -42,8 +42,8 @@ class DiTConfig:
     size: image or latent side in pixels; classes: 0 for unconditional; label_std: standard deviation of the
     initial class embeddings; time_init: `normal` (N(0, 0.02^2)) or `spectral`; patch_init: `spectral` (the
     paper) or `xavier` (the released code); norm: `rms` or `layer`; modulation_norm, qk_norm: whether
-    modulation, and queries and keys, are RMS-normed; reverse_time: the network is told 1 - t, as SiT is; text:
-    what prompts are made of, null for none.
+    modulation, and queries and keys, are RMS-normed; reverse_time: the network is told 1 - t, as SiT is;
+    text: what prompts are made of, null for none.
     """
 
     preset: str | None = rule(None, one_of(*PRESETS))
@@ -113,7 +113,7 @@ class ScalarEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """(B,) class indices -> (B, D); index K, the last row, stands for "no label", and is all there is if K = 0."""
+    """(B,) class indices -> (B, D); index K, the last row, stands for "no label". K = 0: for any index."""
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """z += gate1 Attn(modulate(norm(z))); z += gate2 MLP(modulate(norm(z))). z (B, N, D), c (B, D).
 
-    With text, between them z += gate3 CrossAttn(norm(z), context), whose gate begins at zero as the others do.
+    With text, between them z += gate3 CrossAttn(norm(z), context); its gate begins at zero as the others do.
     detach_tangent: here, where a compiler sees it, so that nothing is kept or differentiated for the tangent.
     """
 
@@ -333,8 +333,8 @@ class DiT(nn.Module):
 
         x: (B, C, H, W); t, d: (B,) times in [0, 1] with d = t - s; label: (B,) int64 in 0..K, K meaning none;
         beta: (B,) = 1/w, or None to leave the guidance term out; detach_tangent: no gradient through the
-        derivative, which then costs a forward pass and no backward; text: for a network with `text`, and for no
-        other. Returns a pair of (B, C, H, W).
+        derivative, which then costs a forward pass and no backward; text: for a network with `text`, and for
+        no other. Returns a pair of (B, C, H, W).
         """
         t = dual.dual(t)
         if self.config.reverse_time:

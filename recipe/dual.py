@@ -160,7 +160,7 @@ def attention(qkv: Dual, q_gain: Tensor | None, k_gain: Tensor | None) -> Dual:
 
 
 def cross_attention(q: Dual, k: Tensor, v: Tensor, length: Tensor) -> Dual:
-    """Attention (B, H, N, D) to the first `length` (B,) of other tokens (B, H, L, D), which have no tangent."""
+    """Attention (B, H, N, D) to the first `length` (B,) of tokens (B, H, L, D) that have no tangent."""
     if q.tangent is None:
         return Dual(kernels.attention(q.value, k, v, lengths=length))
     return Dual(*kernels.jvp_attention(q.value, k, v, q.tangent, None, None, lengths=length))

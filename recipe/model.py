@@ -27,9 +27,10 @@ class GenerativeModel(ComposerModel):
     average, the weights that are evaluated. All are sharded and checkpointed alike.
 
     A batch holds `image` or `latents`, `label`, `sample` (dataset ids) and `step` (see `StepKey`), all of
-    length B, and `text` and `text_length` for a network with prompts. Every random draw is keyed by (seed, step, sample), so ranks, microbatches and resumes change
-    nothing. A network without classes takes every label for its only one, "no label". tangent, flow_matching:
-    the state of the warm-ups, set before each step (`StepGuard`).
+    length B, and `text` and `text_length` for a network with prompts. Every random draw is keyed by (seed,
+    step, sample), so ranks, microbatches and resumes change nothing. A network without classes takes every
+    label for its only one. tangent, flow_matching: the state of the warm-ups, set before each step
+    (`StepGuard`).
     """
 
     def __init__(

@@ -1,13 +1,14 @@
 """Prompts: what a network with `model.text` sees of them, and guidance by the empty prompt.
 
-A prompt is up to L tokens, of which the first `length` (1 at least) count: UTF-8 bytes after a mark of the
-beginning, or embeddings that `streaming_convert --text-encoder` has stored. It has no tangent. Objectives know
-nothing of it: the label that means none stands for the empty prompt too (`prompted`).
+A prompt is up to L tokens, of which the first `length` (1 at least) count: UTF-8 bytes after a mark of where
+it begins, or embeddings that `streaming_convert --text-encoder` has stored. It has no tangent. Objectives know
+nothing of it: the label that means none stands for the empty prompt too.
 """
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,16 +75,14 @@ class Prompts(nn.Module):
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("length", length, persistent=False)
 
-    def forward(self, net: nn.Module, text: Text, null: int) -> Any:  # noqa: ANN401
+    def forward(self, net: Callable[..., Dual], text: Text, null: int) -> Callable[..., Dual]:
         """`net` as objectives call it, (x, t, d, label, ...); they may evaluate it at n batches in one call."""
 
-        def evaluate(
-            x: Tensor | Dual, t: Tensor, d: Tensor, label: Tensor, *rest: Any, **options: Any
-        ) -> Dual:  # noqa: ANN401
+        def evaluate(x: Dual, t: Dual, d: Dual, label: Tensor, *rest: Any, **options: Any) -> Dual:  # noqa: ANN401
             n, free = len(label) // len(text.length), label == null
             length = torch.where(free, self.length, text.length.repeat(n))
-            shape = (-1, *[1] * (text.tokens.dim() - 1))
-            tokens = torch.where(free.view(shape), self.tokens, text.tokens.repeat(n, *shape[1:]))
+            ones = [1] * (text.tokens.dim() - 1)
+            tokens = torch.where(free.view(-1, *ones), self.tokens, text.tokens.repeat(n, *ones))
             return net(x, t, d, label, *rest, text=Text(tokens, length), **options)
 
         return evaluate

@@ -15,6 +15,7 @@ from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow
 from recipe.objectives.base import draw
 from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
 from recipe.sampler import sample
+from recipe.text import Prompts, TextConfig, byte_tokens
 from tests.conftest import EACH, run
 
 ONE = {
@@ -120,13 +121,13 @@ def test_impossible_settings_name_the_key(options, message):
         ParallelConfig(**options)
 
 
-def compiled_and_plain(monkeypatch, checkpoint_every):
+def compiled_and_plain(monkeypatch, checkpoint_every, text):
     # aot_eager traces forward and backward like inductor, without a C++ compiler
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
-    net = DiT(DiTConfig(size=4, channels=1, classes=3, width=16, depth=3, heads=2)).double()
+    net = DiT(DiTConfig(size=4, channels=1, classes=3, width=16, depth=3, heads=2, text=text)).double()
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -148,8 +149,22 @@ def compiled_and_plain(monkeypatch, checkpoint_every):
     ids=OBJECTIVES,
 )
 def test_blocks_compile_whole_once_and_change_nothing(monkeypatch, config, expected, checkpoint_every):
-    pairs = compiled_and_plain(monkeypatch, checkpoint_every)
+    compiles_whole_once(monkeypatch, config, expected, checkpoint_every)
+
+
+def test_blocks_with_prompts_compile_whole_once_and_change_nothing(monkeypatch):
+    text = TextConfig(tokens=9, width=32)
+    compiles_whole_once(monkeypatch, TVM(guidance=1.5), expected=4, checkpoint_every=1, text=text)
+
+
+def compiles_whole_once(monkeypatch, config, expected, checkpoint_every, text=None):
+    pairs = compiled_and_plain(monkeypatch, checkpoint_every, text)
     ids, graphs = torch.arange(4), []
+
+    def prompted(net):
+        prompts = byte_tokens(["red heart", "", "flag: Japan", "a"], 9)[0]
+        return net if text is None else Prompts(text, None)(net, prompts, null=3)
+
     for step in range(10):
         when = torch.full_like(ids, step)
         x0 = normal(keys(1, when, ids, Stream.POSTERIOR), 1, 4, 4)
@@ -157,7 +172,7 @@ def test_blocks_compile_whole_once_and_change_nothing(monkeypatch, config, expec
         results = []
         for student, teacher in pairs:
             student.zero_grad()
-            loss = config.loss(student, teacher, batch, null=3).total
+            loss = config.loss(prompted(student), prompted(teacher), batch, null=3).total
             loss.mean().backward()
             gradients = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
             results.append((loss.detach(), torch.cat(gradients)))
@@ -165,8 +180,8 @@ def test_blocks_compile_whole_once_and_change_nothing(monkeypatch, config, expec
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == expected
     assert graphs[-1] == graphs[0]
-    teacher = pairs[1][1]
+    teacher = prompted(pairs[1][1])
     for nfe in (1, 2, 1):
-        sample(teacher, torch.randn(6, 1, 4, 4).double(), torch.arange(6) % 3, nfe, 1.5, config, 3)
+        sample(teacher, torch.randn(12, 1, 4, 4).double(), torch.arange(12) % 3, nfe, 1.5, config, 3)
     assert counters["stats"]["unique_graphs"] == graphs[0] + 1  # of 8 that dynamo allows
     assert not counters["graph_break"]

@@ -1,4 +1,4 @@
-"""Prompts in the network and in training: no tangent, no trace of padding, nothing at all before the first step."""
+"""Prompts in the network and in training: no tangent, no trace of padding, nothing before the first step."""
 
 import pytest
 import torch
