@@ -1,8 +1,8 @@
 """Prompts: what a network with `model.text` sees of them, and guidance by the empty prompt.
 
 A prompt is up to L tokens, of which the first `length` (1 at least) count: UTF-8 bytes after a mark of where
-it begins, or embeddings that `streaming_convert --text-encoder` has stored. It has no tangent. Objectives know
-nothing of it: the label that means none stands for the empty prompt too.
+it begins, or embeddings that `streaming_convert --text-encoder` has stored. It has no tangent. Objectives
+know nothing of it: the label that means none stands for the empty prompt too.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Prompts(nn.Module):
         self.register_buffer("length", length, persistent=False)
 
     def forward(self, net: Callable[..., Dual], text: Text, null: int) -> Callable[..., Dual]:
-        """`net` as objectives call it, (x, t, d, label, ...); they may evaluate it at n batches in one call."""
+        """`net` as objectives call it, (x, t, d, label, ...); they may call it for n batches at once."""
 
         def evaluate(x: Dual, t: Dual, d: Dual, label: Tensor, *rest: Any, **options: Any) -> Dual:  # noqa: ANN401
             n, free = len(label) // len(text.length), label == null
