@@ -26,7 +26,7 @@ class TextEncoder:
     """
 
     def __init__(self, path: str, tokens: int, device: str | torch.device | None = None) -> None:
-        """`path`: a folder, then nothing is downloaded, or a hub name; `device`: None is a GPU if there is one.
+        """`path`: a folder (nothing is downloaded) or a hub name; `device`: None is a GPU if there is one.
 
         Raises ValueError if the model cannot be loaded whole or does not take `tokens` tokens.
         """
