@@ -31,7 +31,9 @@ setup(
     ],
     extras_require={
         "vae": ["diffusers>=0.30,<0.40", "accelerate>=1,<2"],
+        "text": ["transformers>=4.56,<5"],
         "dev": [
+            "transformers>=4.56,<5",
             "diffusers>=0.30,<0.40",
             "accelerate>=1,<2",
             "pytest>=8",

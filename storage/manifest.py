@@ -20,6 +20,8 @@ SCHEMA_VERSION = 1
 STORED_DTYPE = {"image": "uint8", "latents": "float16"}
 WORK = ".parts"  # bookkeeping of an unfinished conversion, inside the dataset folder
 RESULTS = ("num_samples", "class_counts", "channel_mean", "channel_std", "rejected", "shards")
+RESULTS += ("caption_bytes",)
+OPTIONAL = ("caption_bytes", "text")  # only where there are captions
 
 
 class DatasetError(ValueError):
@@ -37,6 +39,10 @@ class Manifest:
     channel_mean, channel_std: of what training sees before it normalises, one value per channel: pixels in
         0..255 units; for latents the c channels of mean + std * noise.
     shards: {file name: {bytes, xxh64, samples}}, of the file as stored.
+    caption_bytes: {"17": 3}: three captions have 17 bytes of UTF-8; None without captions, {} in a plan.
+    text: {encoder, sha256, tokens, width, empty, cut}: the text encoder's name and hash, the shape of an
+        embedding, the empty prompt's own (base64 of little-endian float16, its valid tokens x width), and how
+        many captions were longer than `tokens`; None without a text encoder.
     """
 
     source: str
@@ -57,6 +63,20 @@ class Manifest:
     channel_std: list[float] = field(default_factory=list)
     rejected: int = 0
     shards: dict[str, dict] = field(default_factory=dict)
+    caption_bytes: dict[str, int] | None = None
+    text: dict | None = None
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Names and MDS types of a sample's values."""
+        shape = ",".join(map(str, self.shape))
+        columns = {self.column: f"ndarray:{STORED_DTYPE[self.column]}:{shape}", "label": "int64"}
+        if self.caption_bytes is not None:
+            columns["caption"] = "str"
+        if self.text:
+            shape = f"{self.text['tokens']},{self.text['width']}"
+            columns |= {"text": f"ndarray:float16:{shape}", "text_length": "int64"}
+        return columns
 
     @property
     def copies(self) -> int:
@@ -65,7 +85,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The file's bytes; equal manifests give equal bytes."""
-        return (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode()
+        return (json.dumps(_values(self), indent=2) + "\n").encode()
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> "Manifest":
@@ -108,10 +128,18 @@ def read_manifest(uri: str) -> Manifest:
         raise DatasetError(str(error)) from error
 
 
+def _values(manifest: Manifest) -> dict:
+    """Its keys, without those of captions where there are none."""
+    values = dataclasses.asdict(manifest)
+    return {key: value for key, value in values.items() if key not in OPTIONAL or value is not None}
+
+
 def _decisive(plan: Manifest) -> dict:
-    """What decides the bytes of a dataset: not its results, the words of the command or the VAE's folder."""
-    values = dataclasses.asdict(plan)
+    """What decides the bytes of a dataset: not its results, the command's words or the models' folders."""
+    values = _values(plan)
     values["encoder"].pop("model", None)
+    if plan.text:
+        values["text"] = {key: plan.text[key] for key in ("sha256", "tokens", "width")}
     return {key: value for key, value in values.items() if key not in (*RESULTS, "command")}
 
 
@@ -123,9 +151,9 @@ def fingerprint(plan: Manifest) -> str:
 def difference(plan: Manifest, other: Manifest) -> str | None:
     """Says where two plans describe different datasets, or None."""
     here, there = _decisive(plan), _decisive(other)
-    for key, value in here.items():
-        if value != there[key]:
-            return f"`{key}` is {_short(there[key])} there and {_short(value)} here"
+    for key in {**here, **there}:
+        if here.get(key) != there.get(key):
+            return f"`{key}` is {_short(there.get(key))} there and {_short(here.get(key))} here"
     return None
 
 

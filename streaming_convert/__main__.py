@@ -17,12 +17,14 @@ import yaml
 
 from storage import Folder, normalize_uri
 from storage.manifest import MANIFEST, DatasetError, Manifest
-from streaming_convert import sources, writer
-from streaming_convert.encoders import DTYPES, VAE, Encoder, Stored
+from streaming_convert import captions, sources, writer
+from streaming_convert.encoders import DTYPES, VAE, Encoder, Stored, load_text_encoder
 from streaming_convert.sources import Source
 
 PASSING_OPTIONS = ("--workers", "--device", "--shard", "--max-rejected")  # do not decide what is written
 YAML = "train.yaml"
+CAPTIONS_HELP = f"CSV or JSON lines with file and caption; `{captions.BESIDE}`: 1.txt for 1.jpg"
+BYTES = 256  # most of a caption that a network reads by itself, in the configuration to begin with
 SHARD_HEADER = 1024  # bytes that a shard's description of its columns stays below
 
 
@@ -78,7 +80,9 @@ def _add_sources(commands: argparse._SubParsersAction) -> None:
     add = source(
         "images",
         "JPEG, PNG, WebP: one folder per class (as ImageNet), or a label file",
-        lambda a: sources.image_folder(a.path, a.size, a.labels, a.classes, a.unlabelled, a.allow_empty),
+        lambda a: sources.image_folder(
+            a.path, a.size, a.labels, a.classes, a.unlabelled, a.allow_empty, a.captions
+        ),
     )
     add("path", metavar="FOLDER")
     add("--size", type=_at_least(1), required=True, help="side of the square that every image is brought to")
@@ -90,17 +94,19 @@ def _add_sources(commands: argparse._SubParsersAction) -> None:
     add("--classes", metavar="FILE", help="class names in order, one a line, such as LOC_synset_mapping.txt")
     add("--unlabelled", action="store_true", help="all labels 0, no classes")
     add("--allow-empty", action="store_true", help="a folder without images is a class without samples")
+    add("--captions", metavar="FILE", help=CAPTIONS_HELP)
 
     add = source(
         "zip",
         "ZIP or folder of PNG or NPY (pixels or latents) with dataset.json",
-        lambda a: sources.archive(a.path, a.size, a.unlabelled),
+        lambda a: sources.archive(a.path, a.size, a.unlabelled, a.captions),
     )
     add("path", metavar="FILE")
     add("--size", type=_at_least(1), help="side to bring pixels to (default: as they are)")
     add("--unlabelled", action="store_true", help="all labels 0, no classes")
+    add("--captions", metavar="FILE", help=CAPTIONS_HELP)
 
-    add = source("emoji", "Noto Color Emoji, by Unicode's groups", lambda a: sources.emoji(a.size))
+    add = source("emoji", "Noto Color Emoji, by Unicode's groups and names", lambda a: sources.emoji(a.size))
     add("--size", type=_at_least(1), default=64, help="side in pixels (default: %(default)s)")
 
     add = source("mds", "a dataset made by this program", lambda a: sources.mds(a.path, a.size))
@@ -127,7 +133,9 @@ def _target_options() -> argparse.ArgumentParser:
     add("--vae", default="stabilityai/sd-vae-ft-ema", metavar="NAME", help="diffusers folder or hub name")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="precision of the encoder (default: fp32)")
     add("--batch-size", type=_at_least(1), default=32, help="of the encoder (default: %(default)s)")
-    add("--device", help="of the encoder, such as cuda:1 (default: a GPU if there is one)")
+    add("--text-encoder", metavar="NAME", help="of captions: T5, CLIP, Qwen; transformers folder or hub name")
+    add("--text-tokens", type=_at_least(1), default=64, help="of a caption, at most (default: %(default)s)")
+    add("--device", help="of the encoders, such as cuda:1 (default: a GPU if there is one)")
     add(
         "--shard-samples",
         type=_at_least(1),
@@ -161,10 +169,13 @@ def _convert(args: argparse.Namespace, argv: list[str]) -> int:
     encoder = Stored(source)
     if args.encoder == "vae":
         encoder = VAE(source, args.vae, args.dtype, args.batch_size, args.device)
-    splits = split_items(len(source.keys), args.val, args.seed)
-    plans = [make_plan(args, argv, source, encoder, splits, split) for split in splits]
+    text, about = None, None
+    if args.text_encoder:
+        text, about = load_text_encoder(source, args.text_encoder, args.text_tokens, args.device)
+    splits = split_source(source, args.val, args.seed)
+    plans = [make_plan(args, argv, source, encoder, about, splits, split) for split in splits]
     jobs = [
-        writer.Job(f"{args.out}/{split}", source, encoder, items, plan)
+        writer.Job(f"{args.out}/{split}", source, encoder, items, plan, text)
         for (split, items), plan in zip(splits.items(), plans, strict=True)
     ]
     complete = [writer.is_complete(job) for job in jobs]
@@ -200,11 +211,20 @@ def split_items(samples: int, share: float, seed: int) -> dict[str, np.ndarray]:
     return {name: items for name, items in parts.items() if len(items)}
 
 
+def split_source(source: Source, share: float, seed: int) -> dict[str, np.ndarray]:
+    """Positions of its training and validation samples; those of one picture are not parted."""
+    pictures = {key: number for number, key in enumerate(dict.fromkeys(source.keys))}
+    numbers = np.array([pictures[key] for key in source.keys])
+    splits = split_items(len(pictures), share, seed)
+    return {name: np.flatnonzero(np.isin(numbers, items)) for name, items in splits.items()}
+
+
 def make_plan(
     args: argparse.Namespace,
     argv: list[str],
     source: Source,
     encoder: Encoder,
+    text: dict | None,
     splits: dict[str, np.ndarray],
     split: str,
 ) -> Manifest:
@@ -212,9 +232,15 @@ def make_plan(
     listing = xxhash.xxh64()
     for i in splits[split]:
         version = source.versions[i] if source.versions else ""
-        listing.update(f"{source.keys[i]}\t{source.labels[i]}\t{version}\n".encode(errors="surrogateescape"))
+        caption = f"\t{ascii(source.captions[i])}" if source.captions else ""
+        line = f"{source.keys[i]}\t{source.labels[i]}\t{version}{caption}\n"
+        listing.update(line.encode(errors="surrogateescape"))
     value_bytes = int(np.prod(encoder.shape)) * (2 if encoder.column == "latents" else 1)
     sample_bytes = value_bytes + 12  # 8 of the label, 4 of the offset
+    if source.captions:
+        sample_bytes += 4 + max(len(str(caption).encode()) for caption in source.captions)
+    if text:
+        sample_bytes += 2 * text["tokens"] * text["width"] + 8
     return Manifest(
         source=source.name,
         input={
@@ -233,6 +259,8 @@ def make_plan(
         flips=args.flips or source.flips,
         compression=args.compression,
         shard_samples=max(1, min(args.shard_samples, (args.shard_size - SHARD_HEADER) // sample_bytes)),
+        caption_bytes={} if source.captions else None,
+        text=text,
     )
 
 
@@ -268,6 +296,9 @@ def _finish(out: str, splits: list[str], max_rejected: int) -> None:
     for uri, manifest in zip(uris, manifests, strict=True):
         count = f"{manifest.num_samples} samples in {len(manifest.shards)} shards"
         print(f"{uri}: {count}, {manifest.rejected} rejected")
+        if manifest.text and manifest.text["cut"]:
+            many, tokens = manifest.text["cut"], manifest.text["tokens"]
+            print(f"warning: {uri}: {many} captions are longer than {tokens} tokens and were cut")
     folder = Folder(out)
     if YAML not in folder.names():  # or the user's changes would be lost
         folder.write(YAML, training_yaml(out, manifests[0]).encode())
@@ -301,7 +332,7 @@ def training_yaml(out: str, manifest: Manifest) -> str:
             "canonical_nodes": min(2, samples),
             "normalize": "manifest" if latents else "pixels",
         },
-        "model": {**model, "patch": patch, **network, "label_std": 0.5},
+        "model": {**model, "patch": patch, **network, "label_std": 0.5, **_text_model(manifest)},
         "objective": {"guidance": 1.25 if classes else 1.0, "gap_mean": 0.0},
         "optimizer": {"lr": 1e-3} if small else {"lr": 3e-4, "warmup": "100ba"},
         "step": {"clip": 1.0},
@@ -313,6 +344,17 @@ def training_yaml(out: str, manifest: Manifest) -> str:
         "# On a GPU add: precision=amp_bf16 parallel.compile=true\n"
         + yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
     )
+
+
+def _text_model(manifest: Manifest) -> dict:
+    """What a network says of the captions that it takes: their bytes, or the dataset's embeddings of them."""
+    if manifest.text:
+        sizes = {key: manifest.text[key] for key in ("tokens", "width")}
+        return {"text": {"encoder": "dataset", **sizes}}
+    if not manifest.caption_bytes:
+        return {}
+    longest = max(map(int, manifest.caption_bytes))
+    return {"text": {"encoder": "bytes", "tokens": min(BYTES, -(-(1 + longest) // 8) * 8)}}
 
 
 def run_verify(args: argparse.Namespace, argv: list[str]) -> int:

@@ -1,5 +1,6 @@
 """From pixels to what is stored: uint8 pixels as they are, or the latents of a variational autoencoder."""
 
+import base64
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -10,6 +11,8 @@ from streaming_convert.sources import Source
 
 if TYPE_CHECKING:
     import torch
+
+    from recipe.text_encoder import TextEncoder
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -98,6 +101,24 @@ def load_vae(model: str, dtype: str = "fp32", device: str | None = None):  # noq
     except Exception as error:  # torch, safetensors and the hub have their own
         reason = " ".join(str(error).split())
         raise DatasetError(f"--vae: cannot load {model} on {device}: {reason}") from error
+
+
+def load_text_encoder(
+    source: Source, model: str, tokens: int, device: str | None
+) -> tuple["TextEncoder", dict]:
+    """The text encoder of the folder or hub name `model`, and what the manifest says of it."""
+    from recipe.text_encoder import TextEncoder
+
+    if not source.captions:
+        raise DatasetError(f"--text-encoder: the source {source.name} has no captions; --captions names them")
+    try:
+        encoder = TextEncoder(model, tokens, device)
+        text, (length,) = encoder.encode([""])
+    except ValueError as error:
+        raise DatasetError(f"--text-encoder: {error}") from error
+    empty = base64.b64encode(text[0, :length].astype("<f2").tobytes()).decode()
+    size = {"tokens": tokens, "width": encoder.width}
+    return encoder, {"encoder": model, "sha256": encoder.sha256, **size, "empty": empty}
 
 
 def hash_weights(model: "torch.nn.Module") -> str:

@@ -4,6 +4,7 @@ import atexit
 import functools
 import io
 import os
+import re
 import tempfile
 import threading
 import zipfile
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from storage import Folder
 from storage.manifest import DatasetError, read_manifest
-from streaming_convert import labels
+from streaming_convert import captions, labels
 from streaming_convert.images import ADM_CROP, Rejected, centre_crop, decode, to_array, to_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -39,6 +40,7 @@ class Source:
     crop: how an image was brought to `shape`, in words; "none" where it already had it.
     encoder: who made the latents, for a source that holds them.
     flips: whether mirror images are among the samples.
+    captions: of each sample, or why it has none; a key with several captions occurs as often.
     """
 
     name: str
@@ -52,13 +54,13 @@ class Source:
     crop: str = "none"
     encoder: dict | None = None
     flips: bool = False
+    captions: list[str | Rejected] | None = None
 
     def take(self, positions: np.ndarray) -> "Source":
         """The same source with the samples at these positions only."""
-        versions = [self.versions[i] for i in positions] if self.versions else None
-        return replace(
-            self, keys=[self.keys[i] for i in positions], labels=self.labels[positions], versions=versions
-        )
+        lists = {name: getattr(self, name) for name in ("keys", "versions", "captions")}
+        taken = {name: values and [values[i] for i in positions] for name, values in lists.items()}
+        return replace(self, labels=self.labels[positions], **taken)
 
 
 def subset(source: Source, only: list[str] | None, limit: int | None, seed: int) -> Source:
@@ -103,29 +105,31 @@ def image_folder(
     classes: str | None = None,
     unlabelled: bool = False,
     allow_empty: bool = False,
+    caption_file: str | None = None,
 ) -> Source:
-    """JPEG, PNG and WebP files in one folder per class, or anywhere in `folder` with a label file.
+    """JPEG, PNG and WebP files in one folder per class, or anywhere in `folder` with a label or caption file.
 
     Without a label file the first folder level names the classes, in alphabetical order, which for ImageNet's
     synsets is ImageNet's own; a file `classes` (ImageNet's LOC_synset_mapping.txt) fixes another order.
     labels.csv, labels.json and dataset.json in `folder` are found by themselves. A class folder without
     images is an error, or with `allow_empty` a class without samples, as for torchvision's ImageFolder.
+    With captions (`caption_file`, or "beside") files need no label if none lies in a folder.
     """
     root = Path(folder)
     if not root.is_dir():
         raise DatasetError(f"{folder} is not a folder")
     keys, versions = _list_images(root)
-    if unlabelled:
+    own = (str(root / name) for name in labels.LABEL_FILES if (root / name).is_file())
+    label_file = label_file or next(own, None)
+    if unlabelled or (caption_file and not label_file and not any("/" in key for key in keys)):
         numbers, class_names = np.zeros(len(keys), np.int64), []
     else:
-        own = (str(root / name) for name in labels.LABEL_FILES if (root / name).is_file())
-        label_file = label_file or next(own, None)
         if label_file:
             given, names = labels.from_file(label_file, keys), None
         else:
             given, names = labels.from_folders(folder, keys, allow_empty), labels.class_folders(folder)
         numbers, class_names = labels.number(given, labels.read_classes(classes) if classes else names)
-    return Source(
+    source = Source(
         name="images",
         keys=keys,
         labels=numbers,
@@ -135,6 +139,19 @@ def image_folder(
         versions=versions,
         crop=ADM_CROP,
     )
+    return _captioned(source, folder, caption_file)
+
+
+def _captioned(source: Source, path: str, caption_file: str | None) -> Source:
+    """The source `path` with a sample for each caption of each file, in `caption_file` or beside it."""
+    if not caption_file:
+        return source
+    if caption_file == captions.BESIDE:
+        found = captions.beside(source.keys, Archive(path))
+    else:
+        found = captions.from_file(caption_file, source.keys)
+    positions, texts = zip(*found, strict=True)
+    return replace(source.take(np.array(positions)), captions=list(texts))
 
 
 def _list_images(root: Path) -> tuple[list[str], list[str]]:
@@ -144,7 +161,7 @@ def _list_images(root: Path) -> tuple[list[str], list[str]]:
         path = root / key
         if key.lower().endswith(SUFFIXES):
             found[key] = str(path.stat().st_size) if path.exists() else "missing"  # a dangling link
-        elif path.suffix.lower() not in (".csv", ".json", ".txt"):
+        elif path.suffix.lower() not in (".csv", ".tsv", ".json", ".jsonl", ".txt"):
             others[path.suffix] += 1
     if others:
         print(f"{root}: passing over files that are not {', '.join(SUFFIXES)}: {dict(others)}")
@@ -175,7 +192,9 @@ def _read_file(path: Path) -> bytes:
         raise Rejected(f"cannot be read: {error.strerror}") from error
 
 
-def archive(path: str, size: int | None = None, unlabelled: bool = False) -> Source:
+def archive(
+    path: str, size: int | None = None, unlabelled: bool = False, caption_file: str | None = None
+) -> Source:
     """The released code's datasets: a ZIP or folder of PNG or NPY files, with their labels in dataset.json.
 
     NPY files hold uint8 pixels (C,H,W), or float latents (2c,h,w): the posterior's mean, then its deviation.
@@ -193,7 +212,7 @@ def archive(path: str, size: int | None = None, unlabelled: bool = False) -> Sou
     latents = first.dtype == np.float16
     if latents and size:
         raise DatasetError(f"--size: {path} holds latents, which cannot be scaled")
-    return Source(
+    source = Source(
         name="zip",
         keys=keys,
         labels=numbers,
@@ -205,6 +224,7 @@ def archive(path: str, size: int | None = None, unlabelled: bool = False) -> Sou
         crop=ADM_CROP if size else "none",
         encoder={"name": "precomputed", "hash": None, "scaling": 1.0} if latents else None,
     )
+    return _captioned(source, path, caption_file)
 
 
 def _first_good(files: "Archive", keys: list[str], size: int | None) -> np.ndarray:
@@ -295,24 +315,26 @@ def _scaled(pixels: np.ndarray, size: int | None) -> np.ndarray:
 
 
 def emoji(size: int, font: str = EMOJI_FONT, listing: str = EMOJI_LIST) -> Source:
-    """Noto Color Emoji on white, labelled by the groups of Unicode's emoji-test.txt; fully qualified ones."""
+    """Noto Color Emoji on white, with groups and names of Unicode's emoji-test.txt; fully qualified ones."""
     missing = [path for path in (font, listing) if not Path(path).is_file()]
     if missing:
         raise DatasetError(f"{missing[0]} is missing: apt-get install fonts-noto-color-emoji unicode-data")
     typeface = _emoji_typeface(font)
-    groups = {key: group for key, group in _emoji_groups(listing) if _is_one_glyph(typeface, key)}
-    skipped = sum(1 for _ in _emoji_groups(listing)) - len(groups)
+    listed = list(_listed_emoji(listing))
+    drawn = [emoji for emoji in listed if _is_one_glyph(typeface, emoji[0])]
+    skipped = len(listed) - len(drawn)
     if skipped:
         why = "" if features.check("raqm") else "; Pillow lacks libraqm, which sequences of code points need"
         print(f"passing over {skipped} emoji that cannot be drawn as one picture{why}")
-    numbers, class_names = labels.number(list(groups.values()))
+    keys, names = [key for key, _, _ in drawn], [name for _, _, name in drawn]
+    numbers, class_names = labels.number([group for _, group, _ in drawn])
     lock = threading.Lock()  # FreeType faces are not thread-safe
 
     def load(key: str) -> np.ndarray:
         with lock:
             return to_array(centre_crop(_draw_emoji(typeface, key), size))
 
-    return Source("emoji", list(groups), numbers, class_names, (3, size, size), load, crop=ADM_CROP)
+    return Source("emoji", keys, numbers, class_names, (3, size, size), load, crop=ADM_CROP, captions=names)
 
 
 def _emoji_typeface(font: str) -> ImageFont.FreeTypeFont:
@@ -320,14 +342,14 @@ def _emoji_typeface(font: str) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(font, EMOJI_STRIKE, layout_engine=layout)
 
 
-def _emoji_groups(listing: str) -> Iterator[tuple[str, str]]:
-    """The code points ("1F44D 1F3FB") and the group of each fully qualified emoji."""
+def _listed_emoji(listing: str) -> Iterator[tuple[str, str, str]]:
+    """Code points ("1F1EF 1F1F5"), group ("Flags") and name ("flag: Japan") of each fully qualified emoji."""
     group = ""
     for line in labels.read_text(listing).splitlines():
         if line.startswith("# group: "):
             group = line.removeprefix("# group: ")
-        elif "; fully-qualified" in line:
-            yield line.partition(";")[0].strip(), group
+        elif found := re.match(r"([\w ]+?) *; fully-qualified *# \S+ E\S+ (.+)", line):
+            yield found[1], group, found[2].strip()
 
 
 def _emoji_text(key: str) -> str:
@@ -364,13 +386,17 @@ def mds(uri: str, size: int | None = None) -> Source:
     manifest = read_manifest(folder)
     if manifest.column == "latents" and size:
         raise DatasetError(f"--size: {folder} holds latents, which cannot be scaled")
+    if manifest.text:
+        print(f"{folder}: its embeddings of captions are not copied; --text-encoder makes them again")
     store = Folder(_local_copy(folder))
     entries = read_index(store)
     shard = functools.lru_cache(maxsize=2)(lambda number: open_shard(store, entries[number]))
-    keys, numbers, versions = [], [], []
+    keys, numbers, versions, texts = [], [], [], []
     for i, entry in enumerate(tqdm(entries, desc="reading labels", unit="shard", disable=len(entries) < 100)):
         keys += [f"{i}/{j}" for j in range(entry["samples"])]
-        numbers += [shard(i)[j]["label"] for j in range(entry["samples"])]
+        samples = [shard(i)[j] for j in range(entry["samples"])]
+        numbers += [sample["label"] for sample in samples]
+        texts += [sample["caption"] for sample in samples if manifest.caption_bytes is not None]
         versions += [stored_file(entry)["hashes"]["xxh64"]] * entry["samples"]
 
     def load(key: str) -> np.ndarray:
@@ -389,6 +415,7 @@ def mds(uri: str, size: int | None = None) -> Source:
         crop=ADM_CROP if size else manifest.crop,
         encoder=manifest.encoder if manifest.column == "latents" else None,
         flips=manifest.flips,
+        captions=texts or None,
     )
 
 

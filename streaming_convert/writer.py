@@ -33,10 +33,10 @@ from storage import Folder
 from storage.manifest import MANIFEST, STORED_DTYPE, WORK, DatasetError, Manifest, difference, fingerprint
 from streaming_convert.encoders import Encoder
 from streaming_convert.images import Rejected
-from streaming_convert.moments import Moments
 from streaming_convert.sources import Source
 
 if TYPE_CHECKING:
+    from recipe.text_encoder import TextEncoder
     from streaming_convert.shards import ShardWriter
 
 INDEX, REJECTED, PLAN = "index.json", "rejected.jsonl", f"{WORK}/plan.json"
@@ -44,13 +44,14 @@ INDEX, REJECTED, PLAN = "index.json", "rejected.jsonl", f"{WORK}/plan.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One split to convert: `items` are the positions of its samples in the source."""
+    """A split to convert: `items` are the positions of its samples in the source; `text` encodes captions."""
 
     uri: str
     source: Source
     encoder: Encoder
     items: np.ndarray
     plan: Manifest
+    text: "TextEncoder | None" = None
 
     def part(self, number: int) -> np.ndarray:
         """Positions in the source of the samples of part `number`."""
@@ -118,7 +119,7 @@ def convert(job: Job, workers: int, shard: tuple[int, int] = (1, 1)) -> None:
     todo = [number for number in mine if _record_name(number) not in names]
     total, left = (sum(len(job.part(number)) for number in numbers) for numbers in (mine, todo))
     with tqdm(total=total, initial=total - left, unit="img", desc=job.uri, dynamic_ncols=True) as bar:
-        if job.encoder.in_process:
+        if job.encoder.in_process or job.text:
             with ThreadPoolExecutor(workers) as loaders:
                 for number in todo:
                     _convert_part(job, number, folder, loaders, bar.update)
@@ -169,29 +170,25 @@ def _work(number: int) -> int:
 def _convert_part(
     job: Job, number: int, folder: Folder, loaders: Executor | None, progress: Callable[[int], object]
 ) -> None:
-    """Writes the shard of one part, then its record: index entry, label counts, moments, rejected samples."""
-    counts, moments, rejected = Counter(), Moments(job.plan.column), []
+    """Writes the shard of one part, then its record: index entry, counts, moments, rejected samples."""
+    counts, lengths, moments, rejected = Counter(), Counter(), Moments(job.plan.column), []
+    cut = job.text.cut if job.text else 0
     work = None if folder.remote else Path(job.uri, WORK)
     try:
         with TemporaryDirectory(prefix="tmp-", dir=work) as scratch:
             writer = _shard_writer(job.plan, scratch)
             for positions, samples in _batches(job, number, loaders, rejected, progress):
-                stored = job.encoder(samples)
-                if stored.dtype != np.uint8:
-                    finite = np.isfinite(stored).all(axis=(1, 2, 3))
-                    bad = [job.source.keys[position] for position in positions[~finite]]
-                    rejected += [
-                        {"key": key, "reason": "the encoder gives values that are not finite"} for key in bad
-                    ]
-                    positions, stored = positions[finite], stored[finite]
-                moments.add(stored)
-                labels = job.source.labels[positions]
-                counts.update(labels.tolist())
-                for value, label in zip(stored, labels, strict=True):
-                    writer.write({job.plan.column: value, "label": label})
+                columns = _columns(job, positions, samples, rejected)
+                moments.add(columns[job.plan.column])
+                counts.update(columns["label"].tolist())
+                lengths.update(len(caption.encode()) for caption in columns.get("caption", ()))
+                for row in zip(*columns.values(), strict=True):
+                    writer.write(dict(zip(columns, row, strict=True)))
             writer.finish()
             entry = _publish_shard(folder, number, writer)
             results = {"shard": entry, "counts": counts, "moments": moments.sums, "rejected": rejected}
+            if job.source.captions:
+                results |= {"caption_bytes": lengths, "cut": job.text.cut - cut if job.text else 0}
             record = {"plan": fingerprint(job.plan), **results}
             folder.write(_record_name(number), json.dumps(record).encode())
     except OSError as error:
@@ -201,16 +198,31 @@ def _convert_part(
         ) from error
 
 
+def _columns(job: Job, positions: np.ndarray, samples: np.ndarray, rejected: list[dict]) -> dict:
+    """What is stored of the samples at these positions in the source, less those added to `rejected`."""
+    stored = job.encoder(samples)
+    if stored.dtype != np.uint8:
+        finite = np.isfinite(stored).all(axis=(1, 2, 3))
+        bad = [job.source.keys[position] for position in positions[~finite]]
+        rejected += [{"key": key, "reason": "the encoder gives values that are not finite"} for key in bad]
+        positions, stored = positions[finite], stored[finite]
+    columns = {job.plan.column: stored, "label": job.source.labels[positions]}
+    if job.source.captions:
+        columns["caption"] = [job.source.captions[position] for position in positions]
+    if job.text:
+        try:
+            columns["text"], columns["text_length"] = job.text.encode(columns["caption"])
+        except ValueError as error:
+            raise DatasetError(f"--text-encoder: {error}. Finished parts are kept") from error
+    return columns
+
+
 def _shard_writer(plan: Manifest, folder: str) -> "ShardWriter":
     """The writer of one shard, into an empty `folder`."""
     from streaming_convert.shards import ShardWriter
 
-    columns = {
-        plan.column: f"ndarray:{STORED_DTYPE[plan.column]}:{','.join(map(str, plan.shape))}",
-        "label": "int64",
-    }
     return ShardWriter(
-        columns=columns, out=folder, compression=plan.compression, hashes=["xxh64"], size_limit=None
+        columns=plan.columns, out=folder, compression=plan.compression, hashes=["xxh64"], size_limit=None
     )
 
 
@@ -243,6 +255,8 @@ def _load(
     dtype = STORED_DTYPE[source.column]
 
     def load(position: int) -> np.ndarray | Rejected:
+        if source.captions and isinstance(reason := source.captions[position], Rejected):
+            return reason
         try:
             sample = source.load(source.keys[position])
         except Rejected as error:
@@ -345,10 +359,11 @@ def _complete(plan: Manifest, records: list[dict]) -> Manifest:
 
     if not records:
         return plan
-    moments, counts = Moments(plan.column), Counter()
+    moments, counts, lengths = Moments(plan.column), Counter(), Counter()
     for record in records:
         moments.merge(record["moments"])
         counts.update({int(label): count for label, count in record["counts"].items()})
+        lengths.update({int(size): count for size, count in record.get("caption_bytes", {}).items()})
     if not counts:
         raise DatasetError(f"no sample could be converted, {plan.rejected} were rejected")
     mean, std = moments.mean_std()
@@ -359,6 +374,8 @@ def _complete(plan: Manifest, records: list[dict]) -> Manifest:
         channel_mean=mean,
         channel_std=std,
         shards=list_shards([record["shard"] for record in records if record["shard"]]),
+        caption_bytes={str(size): lengths[size] for size in sorted(lengths)} or None,
+        text=plan.text and {**plan.text, "cut": sum(record["cut"] for record in records)},
     )
 
 
@@ -384,3 +401,42 @@ def _num_parts(plan: Manifest) -> int:
 
 def _record_name(number: int) -> str:
     return f"{WORK}/{number:05}.json"
+
+
+class Moments:
+    """Per-channel mean and deviation of what training sees before it normalises.
+
+    They come from sums that can be added up, over pixels, or over mean + std * noise for latents.
+
+    Everything is float64. Sums over pixels are exact integers up to 2^53, which is more than ImageNet at 256.
+    """
+
+    def __init__(self, column: str) -> None:
+        self.latents = column == "latents"
+        self.sums: dict = {"n": 0, "x": 0.0, "xx": 0.0, "var": 0.0}
+
+    def add(self, samples: np.ndarray) -> None:
+        """Adds stored samples (N, C, H, W); the first half of latents' C are means, the second deviations."""
+        values = np.empty(samples.shape[1:])  # once: new memory costs more than the sums
+        for sample in samples:
+            values[:] = sample
+            means, stds = np.split(values, 2) if self.latents else (values, values[:, :0])
+            self.merge(
+                {
+                    "n": means[0].size,
+                    "x": means.sum((1, 2)).tolist(),
+                    # row by row: for long ones BLAS would wake its threads, which takes 0.4 ms
+                    "xx": np.vecdot(means, means).sum(1).tolist(),
+                    "var": np.vecdot(stds, stds).sum(1).tolist(),
+                }
+            )
+
+    def merge(self, sums: dict) -> None:
+        """Adds the sums of other samples."""
+        self.sums = {key: (np.array(value) + sums[key]).tolist() for key, value in self.sums.items()}
+
+    def mean_std(self) -> tuple[list[float], list[float]]:
+        """Per-channel mean, and sqrt(var(mean) + E[std^2])."""
+        n, x, xx, var = (np.array(self.sums[key], np.float64) for key in ("n", "x", "xx", "var"))
+        mean = x / n
+        return mean.tolist(), np.sqrt(np.maximum(xx / n - mean**2, 0) + var / n).tolist()

@@ -1,0 +1,90 @@
+"""Captions of pictures: from a CSV or JSON-lines file, or from a .txt beside each of them.
+
+Both readers give [(position of the file, caption)], in the order of the files and then of their captions. A
+file without a caption has a Rejected instead, which says why; an empty caption is a caption.
+"""
+
+import csv
+import io
+import json
+import posixpath
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from storage.manifest import DatasetError
+from streaming_convert.images import Rejected
+from streaming_convert.labels import read_text
+
+if TYPE_CHECKING:
+    from streaming_convert.sources import Archive
+
+Captions = list[tuple[int, str | Rejected]]
+BESIDE = "beside"  # in place of a caption file's name
+
+
+def beside(keys: list[str], files: "Archive") -> Captions:
+    """The whole text of cat/1.txt for cat/1.jpg, both among `files`."""
+
+    def caption(key: str) -> str | Rejected:
+        name = posixpath.splitext(key)[0] + ".txt"
+        if name not in files.names:
+            return Rejected("no caption")
+        try:
+            return files.read(name).decode("utf-8-sig").strip()
+        except (Rejected, UnicodeDecodeError) as error:
+            return Rejected(f"{name}: {error}")
+
+    return [(position, caption(key)) for position, key in enumerate(keys)]
+
+
+def from_file(path: str, keys: list[str]) -> Captions:
+    """The columns `file` and `caption` of a CSV file (commas or tabs), or these keys of JSON lines.
+
+    Raises DatasetError for a row that does not have both, and for files that are not among `keys`.
+    """
+    text = read_text(path)
+    found, strange = {key: [] for key in keys}, []
+    for line, row in _json_lines(text, path) if text.lstrip().startswith("{") else _csv(text, path):
+        file, caption = row.get("file"), row.get("caption")
+        if not (_is_text(file) and _is_text(caption)) or None in row:  # None: cells beyond the header's
+            raise DatasetError(f"{path}, line {line}: not one file and one caption: {ascii(row)[:100]}")
+        name = posixpath.normpath(file.strip().replace("\\", "/"))
+        if name in found:
+            found[name].append(caption.strip())
+        else:
+            strange.append(name)
+    if strange:
+        raise DatasetError(f"{path}: {len(strange)} rows name images that are not there, first {strange[0]}")
+    rows = enumerate(captions or [Rejected("no caption")] for captions in found.values())
+    return [(position, caption) for position, captions in rows for caption in captions]
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a string that UTF-8 can hold; JSON may escape halves of characters."""
+    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
+
+
+def _json_lines(text: str, path: str) -> Iterator[tuple[int, dict]]:
+    """Number and object of each line that is not blank."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, dict(json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise DatasetError(f"{path}, line {number}: not a JSON object: {error}") from error
+
+
+def _csv(text: str, path: str) -> Iterator[tuple[int, dict]]:
+    """Line number and cells, by the header's names, of each row."""
+    header = text.partition("\n")[0]
+    rows = csv.DictReader(io.StringIO(text), delimiter="\t" if "\t" in header else ",", strict=True)
+    try:
+        rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
+        if not {"file", "caption"} <= set(rows.fieldnames):
+            raise DatasetError(f"{path} is neither JSON lines nor CSV whose header names file and caption")
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise DatasetError(f"{path} is not a CSV file: {error}") from error
