@@ -1,4 +1,4 @@
-"""What attention, a step, the loader and a resume cost; `benchmarks.gpu` is all that a GPU can tell."""
+"""What attention, a step and the loader cost; `benchmarks.gpu` is all that a GPU can tell."""
 
 from datetime import date
 from importlib.metadata import version

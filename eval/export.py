@@ -28,12 +28,11 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from eval.protocols import quantize
-from eval.sample import check_guidance
+from eval.sample import check_guidance, quantize
+from recipe.algorithms import combination, exponent, length_of
 from recipe.data import Normalizer
 from recipe.dit import DiTConfig
 from recipe.objectives import from_facts
-from recipe.posthoc import combination, exponent, length_of
 from recipe.sampler import sample
 from recipe.weights import load_weights, parse_facts, read_facts, save_weights
 from storage import Folder, StorageError

@@ -14,6 +14,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.protocols import PROTOCOLS, choose_labels, describe, quantize
-from recipe.data import Normalizer
+from recipe.data import Normalizer, to_uint8
 from recipe.dit import DiT
+from recipe.draws import Stream, keys, uniform
 from recipe.objectives import Objective, from_facts
 from recipe.rules import obeys, positive, whole
 from recipe.sampler import grid, initial_noise, sample
@@ -34,6 +35,99 @@ from streaming_convert.encoders import hash_weights, load_vae
 
 DTYPES = ("fp32", "fp64", "amp_bf16")
 SEED = whole(0, 2**62)  # sample i has the seed + i, an int64
+
+
+# ---------------------------------------------------------------- what must be said beside a distance
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """samples: how many, 0 for as many as there are real images; labels: a key of `LABELS`; rounding: of
+    pixels to uint8, `nearest` or `down`; reference: what the distance is measured to, for the reader.
+    """
+
+    samples: int
+    labels: str
+    rounding: str
+    reference: str
+
+
+PROTOCOLS = {
+    "matched": Protocol(0, "matched", "nearest", "all real images"),
+    "tvm": Protocol(50_000, "drawn", "down", "the full training set"),
+    "balanced": Protocol(50_000, "balanced", "nearest", "the full training set"),
+    "adm": Protocol(50_000, "uniform", "down", "ADM's published statistics"),
+}
+
+
+def spread_labels(class_counts: list[int], seeds: Tensor) -> Tensor:
+    """Labels in the proportions of class_counts, in order; exactly the counts where n is their sum."""
+    positions = torch.arange(len(seeds), dtype=torch.float64) + 0.5
+    return _at_quantiles(class_counts, positions / len(seeds))
+
+
+def draw_labels(class_counts: list[int], seeds: Tensor) -> Tensor:
+    """Independent labels with probabilities proportional to class_counts, each from its sample's seed."""
+    key = keys(0, torch.zeros_like(seeds), seeds, Stream.LABEL_DROP)
+    return _at_quantiles(class_counts, uniform(key, 1)[:, 0])
+
+
+def _at_quantiles(class_counts: list[int], quantiles: Tensor) -> Tensor:
+    shares = torch.tensor(class_counts, dtype=torch.float64).cumsum(0)
+    return torch.searchsorted(shares, quantiles * shares[-1], right=True)
+
+
+def balance_labels(class_counts: list[int], seeds: Tensor) -> Tensor:
+    """0, 1, ..., K-1, 0, 1, ...: equally many of each. Raises ValueError where K does not divide n."""
+    if len(seeds) % len(class_counts):
+        raise ValueError(
+            f"samples: {len(seeds)} is not a multiple of the {len(class_counts)} classes, as `balanced` needs"
+        )
+    return torch.arange(len(seeds)) % len(class_counts)
+
+
+# Labels of samples with these seeds from the training samples of each class, and what to call them.
+LABELS: dict[str, tuple[Callable[[list[int], Tensor], Tensor], str]] = {
+    "matched": (spread_labels, "labels in the proportions of the training data"),
+    "drawn": (draw_labels, "labels drawn from the training distribution"),
+    "balanced": (balance_labels, "equally many samples of every class"),
+    "uniform": (lambda counts, seeds: draw_labels([1] * len(counts), seeds), "labels drawn uniformly"),
+}
+
+
+def describe(name: str, samples: int) -> str:
+    """One line for people, printed with every number."""
+    protocol = PROTOCOLS[name]
+    usual = f" (the protocol's number is {protocol.samples:,})" if samples != protocol.samples > 0 else ""
+    return (
+        f"Protocol `{name}`: {samples:,} samples{usual}, {LABELS[protocol.labels][1]}, "
+        f"pixels rounded {protocol.rounding}, against {protocol.reference}."
+    )
+
+
+def choose_labels(name: str, classes: int, class_counts: list[int], seeds: Tensor) -> Tensor:
+    """int64 labels (n,) of the protocol for samples with these seeds; 0 for a network without classes.
+
+    class_counts: training samples of each class. Raises ValueError where the protocol needs them and they are
+    not known (an empty list).
+    """
+    kind = PROTOCOLS[name].labels
+    if classes == 0:
+        return torch.zeros_like(seeds)
+    if kind in ("matched", "drawn") and len(class_counts) != classes:
+        raise ValueError(
+            f"protocol {name} needs the number of training samples of each of the {classes} classes, "
+            f"{len(class_counts)} are known"
+        )
+    return LABELS[kind][0](class_counts or [1] * classes, seeds)
+
+
+def quantize(values: Tensor, rounding: str) -> Tensor:
+    """Pixel values in 0..255 units => uint8, to the `nearest` integer or `down`."""
+    return to_uint8(values if rounding == "nearest" else values.floor())
+
+
+# ---------------------------------------------------------------- weights that make images
 
 
 class Generator:

@@ -30,13 +30,12 @@ if __name__ == "__main__":  # run by path, too, this checkout's code goes before
 from eval.export import Export, find_weights
 from eval.features import EXTRACTORS, FeatureExtractor, FeatureSet
 from eval.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
-from eval.protocols import PROTOCOLS, choose_labels, describe
 from eval.reference import HeldOut, Reference, make_extractor, open_images
 from eval.report import read_lines, write_report
-from eval.sample import DTYPES, Generator, check_guidance
+from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, choose_labels, describe
+from recipe.algorithms import MAX_LENGTH, length_of
 from recipe.config import ConfigError, load_config
 from recipe.objectives import from_facts
-from recipe.posthoc import MAX_LENGTH, length_of
 from recipe.rules import Rule, check, each, file_name, filled, local, one_of, place, positive, rule, whole
 from recipe.weights import commit
 from storage.manifest import DatasetError, read_manifest
@@ -58,9 +57,9 @@ average = Rule(
 @dataclass
 class SweepConfig:
     """weights: files, or folders or buckets of exports; latest: only the newest of each; averages: `ema`,
-    `net` and/or `posthoc:LENGTH` (recipe/posthoc.py); w: empty for the guidance weight of training.
+    `net` and/or `posthoc:LENGTH` (recipe/algorithms.py); w: empty for the guidance weight of training.
 
-    protocol: a key of eval/protocols.py; samples: 0 for the protocol's number; reference: dataset folder or
+    protocol: one of eval/sample.py's; samples: 0 for the protocol's number; reference: dataset folder or
     folder of the real images, or a file of statistics; labels: dataset folder whose class counts the protocol
     means (null: as the weights say, or the reference); metrics: of `fd`, `kid`, `is`, `precision_recall`;
     extractor: see eval/features.py, `classifier` is trained on the reference; dtype: of the sampling network;

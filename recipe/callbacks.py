@@ -17,12 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from recipe.algorithms import check_finite, unwrap
+from recipe.algorithms import average_of_child, check_finite, unwrap
 from recipe.config import GridConfig
 from recipe.data import Normalizer, to_uint8
 from recipe.model import GenerativeModel
 from recipe.plan import step_flops
-from recipe.posthoc import average_of_child
 from recipe.resume import Preemption
 from recipe.sampler import grid, initial_noise, sample
 from recipe.weights import save_weights

@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from recipe.algorithms import MAX_LENGTH
 from recipe.data import DataConfig
 from recipe.dit import DiTConfig
 from recipe.objectives import OBJECTIVES, TVM, Objective
 from recipe.parallel import ParallelConfig
-from recipe.posthoc import MAX_LENGTH
 from recipe.rules import (
     Rule,
     below_one,
@@ -76,7 +76,7 @@ class EMAConfig:
     """Decays of the teacher (target) and of the evaluated weights; ramp: see `algorithms.ema_decay`.
 
     posthoc: lengths of power-function averages to keep and export besides, e.g. [0.05, 0.1]; from these two
-    any length can be had after training (recipe/posthoc.py). Each costs one more copy of the weights.
+    any length can be had after training (recipe/algorithms.py). Each costs one more copy of the weights.
     """
 
     target_decay: float = rule(0.99, below_one)
