@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from eval.restricted import Global, Node, RefusedPickle, read_file, read_stream
-from recipe.dit import DiT, DiTConfig, position_embedding
-from recipe.weights import save_weights
+from recipe.dit import DiTConfig, position_embedding
+from recipe.weights import save_weights, shapes
 
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
@@ -229,26 +229,30 @@ def _storage(data: bytes, where: str) -> np.ndarray:
     return np.frombuffer(data, "<f4", numel, start)
 
 
+def architecture(state: dict[str, Tensor]) -> dict:
+    """The arguments of `DiTConfig` that the shapes of a DiT tell. Raises KeyError, ValueError."""
+    _, tokens, width = state["pos_embed"].shape
+    _, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    return {
+        "size": patch * math.isqrt(tokens),
+        "channels": channels,
+        "classes": len(state["y_embedder.embedding_table.weight"]) - 1,
+        "patch": patch,
+        "width": width,
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
+    }
+
+
 def _facts(wrapper: dict, dit: Node, state: dict[str, Tensor]) -> dict:
     """Architecture and method, from shapes where they tell, from plain attributes where they do not."""
     attributes = _attributes(dit, "model")
     _require_modulation_norm(attributes)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     try:
-        _, tokens, width = shapes["pos_embed"]
-        _, channels, patch, _ = shapes["x_embedder.proj.weight"]
-        model = {
-            "size": patch * math.isqrt(tokens),
-            "channels": channels,
-            "classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
-            "patch": patch,
-            "width": width,
-            "depth": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
-            "heads": width // shapes["blocks.0.attn.q_norm.weight"][0],
-            "mlp_ratio": shapes["blocks.0.mlp.fc1.bias"][0] / width,
-            "time_init": "spectral" if _get(attributes, "time_specinit", bool, "model") else "normal",
-            "patch_init": "xavier",
-        }
+        model = architecture(state)
+        model["heads"] = model["width"] // len(state["blocks.0.attn.q_norm.weight"])
+        model["time_init"] = "spectral" if _get(attributes, "time_specinit", bool, "model") else "normal"
+        model["patch_init"] = "xavier"
         DiTConfig(**model)
     except KeyError as error:
         raise RefusedPickle(f"not a DiT: there is no parameter {error}") from error
@@ -269,15 +273,12 @@ def _require_modulation_norm(dit: dict) -> None:
 
 def _check_against_network(state: dict[str, Tensor], config: DiTConfig) -> None:
     """Refuses parameters whose names and shapes are not exactly those of `recipe.dit.DiT`."""
-    with torch.device("meta"):
-        network = DiT(config)
-    expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    expected["pos_embed"] = network.pos_embed.shape
+    embedding = position_embedding(config.width, config.size // config.patch)
+    expected = {**shapes(config), "pos_embed": embedding.shape}
     found = {name: tensor.shape for name, tensor in state.items()}
     wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
     if wrong:
         raise RefusedPickle(f"parameters missing, unknown or of another shape: {', '.join(wrong[:5])}")
-    embedding = position_embedding(config.width, config.size // config.patch)
     if not torch.allclose(state["pos_embed"], embedding, rtol=0, atol=1e-6):
         raise RefusedPickle("pos_embed: not the two-dimensional sine-cosine embedding")
 
