@@ -17,6 +17,8 @@ import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -38,7 +40,9 @@ from recipe.weights import load_weights, parse_facts, read_facts, save_weights
 from storage import Folder, StorageError
 
 Facts = dict[str, Any]
+# Where a checkpoint holds what describes its weights.
 DESCRIPTION = ("state", "callbacks", "ExportWeights", "description")
+STEP = ("state", "timestamp", "Timestamp", "batch")
 
 
 @contextmanager
@@ -59,9 +63,7 @@ def local_copy(source: str) -> Iterator[Path]:
 def read_checkpoint(path: str | Path, average: str) -> tuple[dict[str, Tensor], Facts]:
     """Weights of one average (`ema` or `net`) and their description. The checkpoint is trusted: see above.
 
-    Raises:
-        FileNotFoundError: no such checkpoint.
-        ValueError: it holds no such average, or is not of this project.
+    Raises FileNotFoundError, or ValueError where it holds no such average or is not of this project.
     """
     path = Path(path)
     if not path.exists():
@@ -76,18 +78,12 @@ def read_checkpoint(path: str | Path, average: str) -> tuple[dict[str, Tensor], 
 def _read_full(path: Path, prefix: str) -> tuple[dict[str, Tensor], str, int]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-        description, model = _leaf(content, DESCRIPTION), content["state"]["model"]
-        step = _leaf(content, ("state", "timestamp", "Timestamp", "batch"))
+        description, step = (reduce(getitem, keys, content) for keys in (DESCRIPTION, STEP))
+        model = content["state"]["model"]
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is not a checkpoint of recipe/train.py: {error!r}") from error
     state = {name.removeprefix(prefix): t.clone() for name, t in model.items() if name.startswith(prefix)}
     return state, description, int(step)
-
-
-def _leaf(content: dict, keys: tuple[str, ...]) -> Any:  # noqa: ANN401
-    for key in keys:
-        content = content[key]
-    return content
 
 
 def _read_sharded(path: Path, prefix: str) -> tuple[dict[str, Tensor], str, int]:
@@ -103,7 +99,7 @@ def _read_sharded(path: Path, prefix: str) -> tuple[dict[str, Tensor], str, int]
         for name, entry in metadata.items()
         if name.startswith(prefix)
     }
-    others = {".".join(DESCRIPTION): "", "state.timestamp.Timestamp.batch": 0}
+    others = {".".join(DESCRIPTION): "", ".".join(STEP): 0}
     if not others.keys() <= metadata.keys():
         raise ValueError(f"{path} is not a checkpoint of recipe/train.py: no {' or '.join(others)}")
     state |= others
@@ -161,12 +157,8 @@ def find_weights(names: list[str], averages: list[str], latest: bool, folder: Pa
 
     Buckets are copied to FOLDER/downloads, synthesised averages written to FOLDER/posthoc, on each node.
 
-    Raises:
-        OSError, ValueError: there are none, or they cannot be read.
+    Raises OSError, ValueError where there are none, or they cannot be read.
     """
-    for average in averages:
-        if average not in ("ema", "net"):
-            length_of(average)
     found = []
     with dist.run_local_rank_zero_first():
         for name in names:

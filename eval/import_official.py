@@ -90,15 +90,13 @@ LATENTS = {
 def read_snapshot(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Reads a released snapshot, executing nothing.
 
-    Returns:
-        The float32 parameters by the names of `recipe.dit.DiT` (the fixed position embedding is checked and
-        left out), and a dict of plain values: `model`, the arguments of `recipe.dit.DiTConfig`, and `method`
-        with `objective`, `scaled` and `detach_jvp`. The guidance weight and the normalisation of the latents
-        are not in the file.
+    Returns the float32 parameters by the names of `recipe.dit.DiT` (the fixed position embedding is checked
+    and left out), and a dict of plain values: `model`, the arguments of `recipe.dit.DiTConfig`, and `method`
+    with `objective`, `scaled` and `detach_jvp`. The guidance weight and the normalisation of the latents are
+    not in the file.
 
-    Raises:
-        RefusedPickle: the file is damaged, names a global that snapshots do not, or holds another network.
-        OSError: the file cannot be opened.
+    Raises OSError where the file cannot be opened, RefusedPickle where it is damaged, names a global that
+    snapshots do not, or holds another network.
     """
     snapshot = read_file(path, ALLOWED)
     try:
@@ -291,8 +289,7 @@ def weights_facts(
     mean, std: one number, or one per channel, of what the network was trained on: latents without scaling,
     or, with 1 or 3 channels, pixels in 0..255 units. None: the authors' published ones.
 
-    Raises:
-        RefusedPickle: they do not fit the channels, or none were published for latents of this size.
+    Raises RefusedPickle where they do not fit the channels, or none were published for latents of this size.
     """
     size, channels = facts["model"]["size"], facts["model"]["channels"]
     if mean is None or std is None:

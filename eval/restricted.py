@@ -54,12 +54,7 @@ class Node:
 
 
 def read_file(path: str | Path, allowed: Collection[str]) -> object:
-    """Reads the pickle in the file `path`; see `read_stream`.
-
-    Raises:
-        RefusedPickle: as `read_stream`, naming the file.
-        OSError: the file cannot be opened.
-    """
+    """Reads the pickle in a file as `read_stream` does. Raises OSError, and RefusedPickle with its path."""
     with open(path, "rb") as file:
         size = Path(path).stat().st_size
         if not 0 < size <= MAX_BYTES:
@@ -77,15 +72,9 @@ def read_stream(
 ) -> object:
     """Reads one pickle and leaves `stream` behind it.
 
-    Args:
-        stream: its `read(n)` must not allocate more than is left.
-        allowed: dotted names of the globals that may occur.
-
-    Returns:
-        Containers, constants, `Global` and `Node`. `collections.OrderedDict()` becomes a dict.
-
-    Raises:
-        RefusedPickle: an unlisted global, an opcode that plain data does not need, or a damaged stream.
+    stream: its `read(n)` must not allocate more than is left; allowed: dotted names of the globals that may
+    occur. What comes back are containers, constants, `Global` and `Node`; `collections.OrderedDict()` is a
+    dict. Raises RefusedPickle for an unlisted global, an opcode that plain data does not need, and damage.
     """
     machine = _Machine(frozenset(allowed))
     try:

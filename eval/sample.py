@@ -191,13 +191,11 @@ def load_decoder(
 
     It works in fp16 on a GPU, as the published evaluations do, and in fp32 on a CPU, `batch_size` at a time.
 
-    Args:
-        encoder: what the weights say about the autoencoder (`encoder` of the dataset's manifest).
-        vae: folder of a diffusers AutoencoderKL; None for the one that `encoder` names.
+    encoder: what the weights say about the autoencoder (`encoder` of the dataset's manifest); vae: folder of
+    a diffusers AutoencoderKL, None for the one that `encoder` names.
 
-    Raises:
-        ValueError: diffusers is missing, there is no such autoencoder, or its weights are others than those
-            that the latents were made with.
+    Raises ValueError where diffusers is missing, there is no such autoencoder, or the latents were made with
+    other weights.
     """
     model = vae or encoder.get("model") or encoder["name"]
     network = load_vae(model, "fp32", str(device)).requires_grad_(False)

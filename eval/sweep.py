@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -213,18 +213,15 @@ def append_result(path: Path, row: dict[str, Any]) -> None:
         file.write((b"\n" if unfinished else b"") + json.dumps(row).encode() + b"\n")
 
 
-@contextmanager
-def wandb_run(config: SweepConfig) -> Iterator[Any]:
+def wandb_run(config: SweepConfig) -> AbstractContextManager[Any]:
     """The Weights & Biases run of rank 0, or None where none was asked for."""
     if config.wandb == "off" or dist.get_global_rank() != 0:
-        yield None
-        return
+        return nullcontext()
     import wandb
 
     name = f"sweep-{Path(config.folder).name}"
     settings = {"project": config.wandb_project, "name": name, "mode": config.wandb, "dir": config.folder}
-    with wandb.init(**settings, config=vars(config)) as run:
-        yield run
+    return wandb.init(**settings, config=vars(config))
 
 
 class Setup(NamedTuple):
