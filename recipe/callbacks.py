@@ -30,15 +30,8 @@ from streaming_convert.encoders import load_vae
 
 def inference_facts(model: GenerativeModel, data: dict[str, Any]) -> dict[str, Any]:
     """`method` and `data` of the weights' JSON (see recipe/weights.py)."""
-    normalizer = model.normalizer
-    return {
-        "method": model.objective.facts(),
-        "data": {
-            **data,
-            "mean": normalizer.mean.flatten().tolist(),
-            "std": normalizer.std.flatten().tolist(),
-        },
-    }
+    statistics = {name: getattr(model.normalizer, name).flatten().tolist() for name in ("mean", "std")}
+    return {"method": model.objective.facts(), "data": {**data, **statistics}}
 
 
 class ExportWeights(Callback):

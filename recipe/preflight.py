@@ -31,13 +31,17 @@ OCI_LOGIN = "oci setup config"
 
 
 def check_data(config: TrainConfig) -> Manifest:
-    """The dataset's manifest, after comparing it with the model. Raises ConfigError."""
+    """The dataset's manifest, its schema checked, after comparing it with the model. Raises ConfigError."""
     if not config.data.remote and not os.path.isdir(config.data.local):
         raise ConfigError(f"data.local: {config.data.local} is not a folder, and data.remote is not set")
     try:
         manifest = read_manifest(config.data.source)
     except DatasetError as error:
-        raise ConfigError(f"data.{'remote' if config.data.remote else 'local'}: {error}") from error
+        if not config.data.remote:
+            raise ConfigError(f"data.local: {error}") from error
+        answer = error.__cause__  # the service's, where that is the reason
+        hint = f". To mend: {mend(config.data.remote, answer)}" if isinstance(answer, StorageError) else ""
+        raise ConfigError(f"data.remote: {error}{hint}") from error
     channels = manifest.shape[0] // (1 if manifest.column == "image" else 2)
     found = {"channels": channels, "size": manifest.shape[1], "classes": len(manifest.class_names)}
     for key, value in found.items():
@@ -58,27 +62,18 @@ def check_data(config: TrainConfig) -> Manifest:
     return manifest
 
 
-def login(scheme: str) -> str:
-    """The command that stores credentials for a service."""
-    return {"s3": "aws configure", "gs": "gcloud auth application-default login", "oci": OCI_LOGIN}[scheme]
-
-
-def reach(scheme: str) -> str:
-    """The command that shows whether a service answers at all."""
-    s3, gs = os.environ.get("S3_ENDPOINT_URL", "https://s3.amazonaws.com"), "https://storage.googleapis.com"
-    return {"s3": f"curl -I {s3}", "gs": f"curl -I {gs}", "oci": "oci os ns get"}[scheme]
-
-
 def mend(uri: str, error: StorageError) -> str:
     """The command that mends, or at least shows, why `uri` cannot be used."""
     if "://" not in uri:
         return f"ls -ld {uri}"
     scheme, bucket, path = parse_uri(uri)
-    if transient(error):
-        return reach(scheme)
-    if status(error) in (None, 401):
-        return login(scheme)
+    s3, gs = os.environ.get("S3_ENDPOINT_URL", "https://s3.amazonaws.com"), "https://storage.googleapis.com"
     endpoint = ' --endpoint-url "$S3_ENDPOINT_URL"' if "S3_ENDPOINT_URL" in os.environ else ""
+    if transient(error):  # does the service answer at all?
+        return {"s3": f"curl -I {s3}", "gs": f"curl -I {gs}", "oci": "oci os ns get"}[scheme]
+    if status(error) in (None, 401):
+        logins = {"s3": "aws configure", "gs": "gcloud auth application-default login", "oci": OCI_LOGIN}
+        return logins[scheme]
     if "BucketNotFound" in str(error) or "NoSuchBucket" in str(error):
         return {
             "s3": f"aws s3 mb s3://{bucket}{endpoint}",
@@ -90,17 +85,6 @@ def mend(uri: str, error: StorageError) -> str:
         "gs": f"gcloud storage ls {uri}/",
         "oci": f"oci os object list --bucket-name {bucket} --prefix '{path}' --limit 1",
     }[scheme]
-
-
-def readable_data(config: TrainConfig) -> Manifest:
-    """The manifest, its schema checked, and its agreement with the model. Raises ConfigError."""
-    try:
-        return check_data(config)
-    except ConfigError as error:
-        answer = error.__cause__ and error.__cause__.__cause__  # the service's, where that is the reason
-        if config.data.remote and isinstance(answer, StorageError):
-            raise ConfigError(f"{error}. To mend: {mend(config.data.remote, answer)}") from error
-        raise
 
 
 def writable(key: str, uri: str) -> list[str]:
@@ -281,7 +265,7 @@ def problems(config: TrainConfig, ranks: int) -> tuple[list[str], Manifest | Non
     found, manifest = [*divisible(config, ranks), *precision(config), *wandb_key(config)], None
     found += [*temporary_folder(config), *oci_agreement(config)]
     try:
-        manifest = readable_data(config)
+        manifest = check_data(config)
     except ConfigError as error:
         found.append(str(error))
     found += [*writable("folder", config.folder), *writable("save_folder", config.save_folder)]
