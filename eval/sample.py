@@ -249,11 +249,8 @@ def write_npz(path: Path, batches: Iterable[tuple[Tensor, Tensor]], labels: Tens
             for position, (images, _) in enumerate(batches):
                 pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
                 if position == 0:
-                    header = {
-                        "descr": "|u1",
-                        "fortran_order": False,
-                        "shape": (len(labels), *pixels.shape[1:]),
-                    }
+                    shape = (len(labels), *pixels.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(pixels.tobytes())
         with archive.open("arr_1.npy", "w") as file:
@@ -276,24 +273,21 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("weights", help="NAME, NAME.json or NAME.safetensors")
-    parser.add_argument("--nfe", type=int, default=1, help="network evaluations (steps)")
-    parser.add_argument("--w", type=float, help="guidance weight; default: the one of training")
-    parser.add_argument("--labels", help="comma-separated classes or `none`; default: the first ten")
-    parser.add_argument(
-        "--columns", type=int, default=8, help="samples of each label, or interpolation steps"
-    )
-    parser.add_argument("--samples", type=int, help="for .npz and folders; default: the protocol's number")
-    parser.add_argument(
-        "--protocol", choices=sorted(PROTOCOLS), help="labels and rounding; default: balanced"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--interpolate", type=int, metavar="SEED", help="the seed that every row ends at")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--vae", help="folder of a diffusers AutoencoderKL; default: as the weights say")
-    parser.add_argument("--scale", type=int, default=4, help="pixels of a grid per pixel")
-    parser.add_argument("--out", type=Path, default=Path("grid.png"), help=".png, .npz or a folder")
+    add = parser.add_argument
+    add("weights", help="NAME, NAME.json or NAME.safetensors")
+    add("--nfe", type=int, default=1, help="network evaluations (steps)")
+    add("--w", type=float, help="guidance weight; default: the one of training")
+    add("--labels", help="comma-separated classes or `none`; default: the first ten")
+    add("--columns", type=int, default=8, help="samples of each label, or interpolation steps")
+    add("--samples", type=int, help="for .npz and folders; default: the protocol's number")
+    add("--protocol", choices=sorted(PROTOCOLS), help="labels and rounding; default: balanced")
+    add("--seed", type=int, default=0)
+    add("--interpolate", type=int, metavar="SEED", help="the seed that every row ends at")
+    add("--batch-size", type=int, default=64)
+    add("--dtype", choices=DTYPES, default="fp32")
+    add("--vae", help="folder of a diffusers AutoencoderKL; default: as the weights say")
+    add("--scale", type=int, default=4, help="pixels of a grid per pixel")
+    add("--out", type=Path, default=Path("grid.png"), help=".png, .npz or a folder")
     return parser
 
 
