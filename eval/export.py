@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
+from itertools import product
 from operator import getitem
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -127,7 +128,7 @@ def synthesize(folder: Path, length: float, step: int | None = None) -> tuple[di
         raise ValueError(
             f"{folder} holds no post-hoc averages; training keeps them with ema.posthoc=[0.05,0.1]"
         )
-    last = max((facts for _, facts in snapshots), key=lambda facts: facts["step"])
+    _, last = max(snapshots, key=lambda snapshot: snapshot[1]["step"])
     profiles = [(exponent(length_of(facts["average"])), facts["step"]) for _, facts in snapshots]
     factors = combination(profiles, (exponent(length), last["step"]))
     total: dict[str, Tensor] = {}
@@ -202,20 +203,17 @@ def synthesized(
     path: Path, stored: list[Export], averages: list[str], latest: bool, folder: Path
 ) -> list[Export]:
     """Post-hoc averages of the lengths asked for that training did not store itself."""
-    lengths = {
-        a: length_of(a) for a in averages if a not in ("ema", "net", *(e.facts["average"] for e in stored))
-    }
-    if not path.is_dir() or not lengths:
-        return []
+    known = {"ema", "net", *(export.facts["average"] for export in stored)}
+    lengths = [length_of(average) for average in averages if average not in known]
+    snapshots = find_snapshots(path) if lengths and path.is_dir() else []
+    steps = sorted({facts["step"] for _, facts in snapshots}, reverse=True)
     exports = []
-    steps = sorted({facts["step"] for _, facts in find_snapshots(path)}, reverse=True)
-    for step in steps[:1] if latest else steps:
-        digests = [facts["sha256"] for _, facts in find_snapshots(path, step)]
-        for length in lengths.values():
-            file = folder / f"{path.parent.name}-{digests[-1][:8]}-ba{step:07d}-posthoc_{length:g}.json"
-            if not file.is_file() or json.loads(file.read_text()).get("snapshots") != digests:
-                save(file, *synthesize(path, length, step))
-            exports.append(Export(file, read_facts(file)))
+    for step, length in product(steps[:1] if latest else steps, lengths):
+        digests = [facts["sha256"] for _, facts in snapshots if facts["step"] <= step]
+        file = folder / f"{path.parent.name}-{digests[-1][:8]}-ba{step:07d}-posthoc_{length:g}.json"
+        if not file.is_file() or json.loads(file.read_text()).get("snapshots") != digests:
+            save(file, *synthesize(path, length, step))
+        exports.append(Export(file, read_facts(file)))
     return exports
 
 

@@ -216,15 +216,13 @@ def _storage(data: bytes, where: str) -> np.ndarray:
     keys = read_stream(stream, (), MAX_STREAM_OPERATIONS)
     if header != STREAM_HEADER:
         raise RefusedPickle(f"{where}: not a storage written by torch.save")
+    start = stream.tell() + 8
     match reference:
         case Node("persistent id", ("storage", Global(name), str(key), str(), int(numel), None)):
-            known = name == FLOAT_STORAGE and keys == [key] and 0 <= numel <= len(data)
-        case _:
-            known = False
-    start = stream.tell() + 8
-    if not known or data[start - 8 : start] != struct.pack("<q", numel) or len(data) != start + 4 * numel:
-        raise RefusedPickle(f"{where}: a storage that is not one array of float32 of the declared length")
-    return np.frombuffer(data, "<f4", numel, start)
+            known = name == FLOAT_STORAGE and keys == [key] and len(data) == start + 4 * numel
+            if known and numel >= 0 and data[start - 8 : start] == struct.pack("<q", numel):
+                return np.frombuffer(data, "<f4", numel, start)
+    raise RefusedPickle(f"{where}: a storage that is not one array of float32 of the declared length")
 
 
 def architecture(state: dict[str, Tensor]) -> dict:
