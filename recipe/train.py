@@ -136,7 +136,8 @@ def build_trainer(
     optimizer = torch.optim.AdamW(trained, o.lr, tuple(o.betas), o.eps, o.weight_decay, fused=True)
     data = {name: getattr(manifest, name) for name in ("column", "class_names", "class_counts", "encoder")}
     data["source"] = config.data.source
-    first, loader = config.objective.flow_matching_first, train_loader(config.data, config.seed)
+    guard = StepGuard(config.objective.flow_matching_first, **vars(config.step))
+    loader = train_loader(config.data, config.seed)
     loader.worker_init_fn = ignore_sigterm
     trainer = Trainer(
         model=model,
@@ -144,7 +145,7 @@ def build_trainer(
         optimizers=optimizer,
         schedulers=build_schedule(o),
         max_duration=config.duration,
-        algorithms=[StepGuard(first, **vars(config.step)), EMA(**vars(config.ema))],
+        algorithms=[guard, EMA(**vars(config.ema))],
         callbacks=build_callbacks(config, data, device, preemption),
         loggers=build_loggers(config.log, config.run_name, config.folder),
         run_name=config.run_name,
@@ -184,8 +185,8 @@ def start(config: TrainConfig, preemption: Preemption) -> Trainer:
     step = int(trainer.state.timestamp.batch)
     if trainer.state.timestamp >= trainer.state.max_duration:
         if source == config.fork_from:
-            left = f"duration: {config.duration} leaves nothing to do after step {step} of {source}"
-            raise ConfigError(left)
+            nothing = f"leaves nothing to do after step {step} of {source}"
+            raise ConfigError(f"duration: {config.duration} {nothing}")
         log.info("%s: already finished at step %d (%s)", config.run_name, step, source)
     elif source:
         log.info("%s: resumed at step %d from %s", config.run_name, step, source)
