@@ -1,5 +1,8 @@
-"""What attention, a step, the loader and a resume cost; `benchmarks.gpu` is all that a GPU can tell."""
+"""What attention, a step and the loader cost; `benchmarks.gpu` is all that a GPU can tell."""
 
+import statistics
+import time
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from typing import Any
@@ -18,3 +21,21 @@ def environment() -> dict[str, Any]:
         "triton": version("triton"),
         "commit": commit(),
     }
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long one call takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def paired(first: Callable[[], float], second: Callable[[], float], pairs: int) -> tuple[float, float, float]:
+    """Medians of what both measure and of the ratio first / second pair by pair, after one warm-up each."""
+    first(), second()
+    a, b = zip(*((first(), second()) for _ in range(pairs)), strict=True)
+    return (
+        statistics.median(a),
+        statistics.median(b),
+        statistics.median(x / y for x, y in zip(a, b, strict=True)),
+    )

@@ -9,14 +9,14 @@ attention under torch.func.jvp, eager and compiled, and jvp-flash-attention 0.14
 medians in milliseconds; memory is the peak of forward and backward over inputs, outputs and their gradients.
 """
 
-import argparse
 import dataclasses
 import json
 import os
 import statistics
 import sys
-import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
-from benchmarks import environment
+from benchmarks import environment, seconds
 
 SIZES = [(32, 18, 256, 64), (8, 18, 1024, 64), (1, 24, 1024, 128), (1, 24, 4096, 128), (1, 24, 8192, 128)]
 TINY = [(1, 2, 33, 16)]
@@ -111,26 +111,22 @@ def median_ms(run: Callable[[], object], cuda: bool) -> float:
         from triton.testing import do_bench
 
         return do_bench(run, warmup=100, rep=400, return_mode="median")
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+    return statistics.median(1e3 * seconds(run) for _ in range(3))
 
 
-def time_peer(function: Function, backward: bool, inputs: list[Tensor], cuda: bool) -> dict[str, float | str]:
+def time_peer(
+    function: Function, differentiable: bool, inputs: list[Tensor], cuda: bool
+) -> dict[str, float | str]:
     """forward_ms, backward_ms and both_ms, or why there are none."""
     try:
         with torch.no_grad():
             times = {"forward_ms": median_ms(lambda: function(inputs), cuda)}
-        if backward:
+        if differentiable:
             outputs = function(inputs)
             used = inputs[: 3 * len(outputs)]
             gradients = [torch.randn_like(x) for x in outputs]
-            again = {"retain_graph": True}
-            run = lambda: torch.autograd.grad(outputs, used, gradients, **again)  # noqa: E731
-            times["backward_ms"] = median_ms(run, cuda)
+            backward = partial(torch.autograd.grad, outputs, used, gradients, retain_graph=True)
+            times["backward_ms"] = median_ms(backward, cuda)
             times["both_ms"] = median_ms(lambda: torch.autograd.grad(function(inputs), used, gradients), cuda)
         return times
     except ImportError:
@@ -230,9 +226,7 @@ def tune(size: tuple[int, ...], dtype: torch.dtype) -> None:
 
 def main() -> int:
     """Print the results and write them as JSON; 1 if a check or a bar is missed, 2 without a device."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the JSON file")
     parser.add_argument("--tune", action="store_true", help="time the candidate tiles instead")
     parser.add_argument("--interpret", action="store_true", help="dry run on the CPU at a tiny size")

@@ -14,7 +14,6 @@ FOLDER/report.md puts what `recipe.plan` predicts beside what was measured; FOLD
 go afterwards. `--tiny` debugs the stages on a CPU, on digits: its figures mean nothing.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -77,17 +77,12 @@ FULL = Size(
     minutes=7,
     agree_steps=500,
 )
-TINY_MODEL = ("model.size=8", "model.width=16", "model.depth=1", "model.heads=2", "data.batch_size=16")
+TINY_MODEL = ("model.preset=null", "model.size=8", "model.width=16", "model.depth=1", "model.heads=2")
+TINY_MODEL += ("data.batch_size=16", "parallel.compile=false", "microbatch=null")
 TINY = Size(
     tests=("-k", "reference"),
     attention=("--interpret",),
-    step=(
-        "yamls/imagenet256_w2.yaml",
-        "model.preset=null",
-        *TINY_MODEL,
-        "parallel.compile=false",
-        "microbatch=null",
-    ),
+    step=("yamls/imagenet256_w2.yaml", *TINY_MODEL),
     pictures=("digits",),
     train=("yamls/digits.yaml", *TINY_MODEL),
     sweep=("yamls/eval/digits.yaml", "nfe=[1,2]", "samples=100"),
@@ -96,37 +91,28 @@ TINY = Size(
 )
 
 
-def python(*arguments: object, expect: int = 0) -> None:
-    """Run a command of the project, and insist on its exit status."""
+def python(*arguments: object, expect: int | None = 0) -> None:
+    """Run a command of the project, and insist on its exit status (None: any)."""
     status = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT).returncode
-    if status != expect:
+    if expect not in (None, status):
         raise SystemExit(f"{' '.join(map(str, arguments))} ended with {status}, not {expect}")
 
 
 def correctness(size: Size, out: Path) -> Result:
     """The kernels' tests; without one that ran, nothing is known to be right."""
     file = out / "correctness.xml"
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/test_kernels.py", *size.tests, f"--junitxml={file}"], cwd=ROOT
-    )
+    python("-m", "pytest", "tests/test_kernels.py", *size.tests, f"--junitxml={file}", expect=None)
     suite = ElementTree.parse(file).getroot().find("testsuite")
-    tests, failures, errors, skipped = (
-        int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")
-    )
-    ran, wrong = tests - skipped, failures + errors
-    return {
-        "ran": ran,
-        "wrong": wrong,
-        "missed": [f"{wrong} of {ran} tests failed"] if wrong or not ran else [],
-    }
+    found = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
+    ran, wrong = found["tests"] - found["skipped"], found["failures"] + found["errors"]
+    missed = [f"{wrong} of {ran} tests failed"] if wrong or not ran else []
+    return {"ran": ran, "wrong": wrong, "missed": missed}
 
 
 def attention(size: Size, out: Path) -> Result:
     """Times of attention and its peers."""
     file = out / "attention.json"
-    subprocess.run(
-        [sys.executable, "-m", "benchmarks.attention", *size.attention, "--out", str(file)], cwd=ROOT
-    )
+    python("-m", "benchmarks.attention", *size.attention, "--out", file, expect=None)
     result = json.loads(file.read_text())
     missed = [f"{row['size']}: {what}" for row in result["rows"] for what in row.get("missed", [])]
     return {**result, "missed": missed}
@@ -201,9 +187,8 @@ def emoji_agree(size: Size, out: Path) -> Result:
         run, settings = new_run(size, out, name)
         steps = [f"duration={size.agree_steps}ba", "log.interval=1"]
         python(*program, size.train[0], *settings, *steps, *options)
-        means[name] = float(
-            read_log(run / "train.jsonl")["loss/train/total"][-size.agree_steps // 10 :].mean()
-        )
+        losses = read_log(run / "train.jsonl")["loss/train/total"]
+        means[name] = float(losses[-size.agree_steps // 10 :].mean())
     ratio = means["as_configured"] / means["fp32_reference"]
     missed = [] if AGREEMENT[0] <= ratio <= AGREEMENT[1] else [f"the ratio of the losses is {ratio:.3f}"]
     return {**means, "ratio": ratio, "missed": missed}
@@ -334,10 +319,8 @@ def report(out: Path, failed: dict[str, str]) -> list[str]:
         elif stage in failed or stage not in OPTIONAL:
             problems.append(f"{stage}: {failed.get(stage, 'not run')}")
     where = environment()
-    head = (
-        f"# {where['device']}, {where['date']}\n\nCommit {where['commit']}, torch {where['torch']}, Triton "
-    )
-    head += f"{where['triton']}. Predicted by `recipe.plan` under the assumptions of docs/scale.md.\n"
+    head = "# {device}, {date}\n\nCommit {commit}, torch {torch}, Triton {triton}. ".format(**where)
+    head += "Predicted by `recipe.plan` under the assumptions of docs/scale.md.\n"
     ending = [f"* {problem}" for problem in problems] or ["Every stage finished, every bar was met."]
     (out / "report.md").write_text("\n".join([head, *lines, "", *ending, ""]))
     return problems
@@ -345,9 +328,7 @@ def report(out: Path, failed: dict[str, str]) -> list[str]:
 
 def main() -> int:
     """Command line; 1 where the page lacks something or a bar was missed, 2 without a device."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all but emoji_detached")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/GPU-DATE")
     parser.add_argument("--tiny", action="store_true", help="debug the stages on a CPU")

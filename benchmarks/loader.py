@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks import paired, seconds
 from recipe.data import DataConfig, train_loader
 from streaming_convert.__main__ import main as convert
 from streaming_convert.images import centre_crop
@@ -76,30 +76,13 @@ def rate(batches: Iterable, skip: int = 8) -> float:
     return count * BATCH / (time.perf_counter() - start)
 
 
-def compare(
-    first: Callable[[], float], second: Callable[[], float], pairs: int
-) -> tuple[float, float, float]:
-    """Median rates of both and the median of their ratios, after one warm-up each."""
-    first(), second()
-    rates = [(first(), second()) for _ in range(pairs)]
-    ours, theirs = zip(*rates, strict=True)
-    return statistics.median(ours), statistics.median(theirs), statistics.median(a / b for a, b in rates)
-
-
 def loader_rates(folder: Path, workers: int, pairs: int) -> tuple[float, float, float]:
     """Samples a second of the training loader and of the ZIP, and their ratio."""
-    ours = train_loader(
-        DataConfig(local=str(folder / "mds" / "train"), batch_size=BATCH, workers=workers), seed=0
-    )
-    plain = DataLoader(
-        ZipDataset(folder / "latents.zip"),
-        BATCH,
-        shuffle=True,
-        drop_last=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-    )
-    return compare(lambda: rate(ours), lambda: rate(plain), pairs)
+    data = DataConfig(local=str(folder / "mds" / "train"), batch_size=BATCH, workers=workers)
+    ours, samples = train_loader(data, seed=0), ZipDataset(folder / "latents.zip")
+    options = {"shuffle": True, "drop_last": True, "persistent_workers": workers > 0}
+    plain = DataLoader(samples, BATCH, num_workers=workers, **options)
+    return paired(lambda: rate(ours), lambda: rate(plain), pairs)
 
 
 def write_photos(folder: Path, count: int, width: int, height: int) -> None:
@@ -119,9 +102,7 @@ def conversion_rates(folder: Path, pairs: int) -> tuple[float, float, float]:
 
     def timed(work: Callable[[Path], object]) -> float:
         with tempfile.TemporaryDirectory(dir=folder.parent) as out:
-            start = time.perf_counter()
-            work(Path(out))
-            return len(photos) / (time.perf_counter() - start)
+            return len(photos) / seconds(lambda: work(Path(out)))
 
     def ours(out: Path) -> None:
         words = ["images", str(folder), "--unlabelled", "--size", "256", "--workers", "1"]
@@ -132,7 +113,7 @@ def conversion_rates(folder: Path, pairs: int) -> tuple[float, float, float]:
             for photo in photos:
                 file.write(np.asarray(centre_crop(Image.open(photo).convert("RGB"), 256)).tobytes())
 
-    return compare(lambda: timed(ours), lambda: timed(bare), pairs)
+    return paired(lambda: timed(ours), lambda: timed(bare), pairs)
 
 
 def report(name: str, ours: float, other: str, theirs: float, ratio: float, met: bool) -> bool:
@@ -152,16 +133,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_zip(folder / "latents.zip", args.samples)
-        convert(
-            [
-                "zip",
-                str(folder / "latents.zip"),
-                "--out",
-                str(folder / "mds"),
-                "--workers",
-                str(os.cpu_count()),
-            ]
-        )
+        words = ["zip", str(folder / "latents.zip"), "--out", str(folder / "mds")]
+        convert([*words, "--workers", str(os.cpu_count())])
         for workers in (1, 2):
             ours, theirs, ratio = loader_rates(folder, workers, args.pairs)
             good = ratio >= LOADER_RATIO and (ours >= LOADER_RATE or workers > 1)

@@ -9,12 +9,11 @@ at hand: seconds, memory, share of the peak and where the time goes.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import statistics
 import sys
-import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import environment
+from benchmarks import environment, paired, seconds
 from recipe import plan
 from recipe.algorithms import ema_update
 from recipe.config import ConfigError, TrainConfig, load_config
@@ -76,29 +75,16 @@ def flop_ratio(size: int) -> float:
         net = DiT(config)
         target = copy.deepcopy(net).requires_grad_(False)
         batch = random_batch(config, GUIDED, 2, "meta")
-    tvm, plain = (
-        flops(
-            lambda objective=objective: (
-                objective.loss(net, target, batch, config.null).total.mean().backward()
-            )
-        )
-        for objective in (GUIDED, PLAIN)
-    )
-    return tvm / plain
+
+    def pass_of(objective: Objective) -> int:
+        return flops(lambda: objective.loss(net, target, batch, config.null).total.mean().backward())
+
+    return pass_of(GUIDED) / pass_of(PLAIN)
 
 
-def paired(first: Work, second: Work, pairs: int) -> tuple[float, float, float]:
-    """Median seconds of both, and the median of the pairwise ratio first / second, after one warm-up each."""
-    first(), second()
-    times = [(_seconds(first), _seconds(second)) for _ in range(pairs)]
-    a, b = zip(*times, strict=True)
-    return statistics.median(a), statistics.median(b), statistics.median(x / y for x, y in times)
-
-
-def _seconds(work: Work) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+def paired_seconds(first: Work, second: Work, pairs: int) -> tuple[float, float, float]:
+    """Median seconds of both, and the median of their ratio."""
+    return paired(partial(seconds, first), partial(seconds, second), pairs)
 
 
 def build(size: int) -> tuple[DiT, Batch]:
@@ -147,7 +133,7 @@ def step_times(net: DiT, target: DiT, batch: Batch, pairs: int) -> tuple[float, 
     """Whole TVM step against whole flow-matching step."""
     optimizer = torch.optim.AdamW(net.parameters(), 1e-6)
     tvm, plain = (partial(training_step, which, net, target, batch, optimizer) for which in (GUIDED, PLAIN))
-    return paired(tvm, plain, pairs)
+    return paired_seconds(tvm, plain, pairs)
 
 
 def variant(net: DiT, trained: bool = True, **options: object) -> DiT:
@@ -173,18 +159,20 @@ def upkeep_share() -> float:
     target, average = (copy.deepcopy(net).requires_grad_(False) for _ in range(2))
     optimizer = torch.optim.AdamW(net.parameters(), 1e-6)
 
-    def upkeep() -> None:
-        optimizer.step()
+    def upkeep_of_averages() -> None:
         ema_update(target, net, 0.99)
         ema_update(average, net, 0.9999)
+
+    def upkeep() -> None:
+        optimizer.step()
+        upkeep_of_averages()
 
     def step() -> None:
         training_step(GUIDED, net, target, batch, optimizer)
-        ema_update(target, net, 0.99)
-        ema_update(average, net, 0.9999)
+        upkeep_of_averages()
 
     step()
-    return paired(upkeep, step, 3)[2]
+    return paired_seconds(upkeep, step, 3)[2]
 
 
 def bars(pairs: int, batch_size: int, compiled: bool) -> list[tuple[str, float, float]]:
@@ -204,13 +192,14 @@ def bars(pairs: int, batch_size: int, compiled: bool) -> list[tuple[str, float, 
         rows.append((f"time, {name} ({first:.2f} s / {second:.2f} s)", ratio, bar))
 
     reference = partial(functional_jvp, variant(net), batch)
-    timed("explicit / torch.func.jvp", paired(partial(explicit_jvp, net, batch), reference, pairs), 0.82)
+    dual = partial(explicit_jvp, net, batch)
+    timed("explicit / torch.func.jvp", paired_seconds(dual, reference, pairs), 0.82)
     timed("TVM step / flow-matching step", step_times(net, target, batch, pairs), 4.3)
     if compiled:
         torch._inductor.config.cpp.threads = torch.get_num_threads()
         net, target = variant(net, compile=True), variant(net, trained=False, compile=True)
         dual = partial(explicit_jvp, net, batch)
-        timed("explicit, compiled / torch.func.jvp", paired(dual, reference, pairs), 0.66)
+        timed("explicit, compiled / torch.func.jvp", paired_seconds(dual, reference, pairs), 0.66)
         timed("TVM step / flow-matching step, compiled", step_times(net, target, batch, pairs), 3.8)
     return rows
 
@@ -239,20 +228,18 @@ def make_step(config: TrainConfig, device: str) -> Work:
 def measure(step: Work, device: str, steps: int) -> dict[str, Any]:
     """Median seconds of a step after three to warm up, and peak memory in GiB (None on a CPU)."""
     cuda = device == "cuda"
-    for _ in range(3):
-        step()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
 
     def synchronized() -> None:
         step()
         if cuda:
             torch.cuda.synchronize()
 
+    for _ in range(3):
+        synchronized()
     if cuda:
-        torch.cuda.synchronize()
-    seconds = statistics.median(_seconds(synchronized) for _ in range(steps))
-    return {"seconds": seconds, "peak_gib": torch.cuda.max_memory_allocated() / plan.GIB if cuda else None}
+        torch.cuda.reset_peak_memory_stats()
+    median = statistics.median(seconds(synchronized) for _ in range(steps))
+    return {"seconds": median, "peak_gib": torch.cuda.max_memory_allocated() / plan.GIB if cuda else None}
 
 
 def time_by_kind(step: Work, device: str, top: int = 12) -> dict[str, Any]:
@@ -286,8 +273,8 @@ def predicted(config: TrainConfig, device: str) -> dict[str, float]:
     gpu = known_gpu(device)
     if gpu is None:
         return {}
-    seconds = plan.times(config, 1, plan.Cluster(gpus=[1], gpu=gpu)).step
-    return {"seconds": seconds, "peak_gib": sum(plan.memory(config, 1).values()) / plan.GIB}
+    step = plan.times(config, 1, plan.Cluster(gpus=[1], gpu=gpu)).step
+    return {"seconds": step, "peak_gib": sum(plan.memory(config, 1).values()) / plan.GIB}
 
 
 def measure_variants(yaml: str, overrides: list[str], steps: int) -> dict[str, Any]:
@@ -335,9 +322,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", help="time whole steps of this YAML on the device at hand")
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--steps", type=int, default=10, help="with a YAML: timed steps")

@@ -17,6 +17,9 @@ import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
+from itertools import product
+from operator import getitem
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -28,18 +31,19 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from eval.protocols import quantize
-from eval.sample import check_guidance
+from eval.sample import check_guidance, quantize
+from recipe.algorithms import combination, exponent, length_of
 from recipe.data import Normalizer
 from recipe.dit import DiTConfig
 from recipe.objectives import from_facts
-from recipe.posthoc import combination, exponent, length_of
 from recipe.sampler import sample
 from recipe.weights import load_weights, parse_facts, read_facts, save_weights
 from storage import Folder, StorageError
 
 Facts = dict[str, Any]
+# Where a checkpoint holds what describes its weights.
 DESCRIPTION = ("state", "callbacks", "ExportWeights", "description")
+STEP = ("state", "timestamp", "Timestamp", "batch")
 
 
 @contextmanager
@@ -60,9 +64,7 @@ def local_copy(source: str) -> Iterator[Path]:
 def read_checkpoint(path: str | Path, average: str) -> tuple[dict[str, Tensor], Facts]:
     """Weights of one average (`ema` or `net`) and their description. The checkpoint is trusted: see above.
 
-    Raises:
-        FileNotFoundError: no such checkpoint.
-        ValueError: it holds no such average, or is not of this project.
+    Raises FileNotFoundError, or ValueError where it holds no such average or is not of this project.
     """
     path = Path(path)
     if not path.exists():
@@ -77,18 +79,12 @@ def read_checkpoint(path: str | Path, average: str) -> tuple[dict[str, Tensor], 
 def _read_full(path: Path, prefix: str) -> tuple[dict[str, Tensor], str, int]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-        description, model = _leaf(content, DESCRIPTION), content["state"]["model"]
-        step = _leaf(content, ("state", "timestamp", "Timestamp", "batch"))
+        description, step = (reduce(getitem, keys, content) for keys in (DESCRIPTION, STEP))
+        model = content["state"]["model"]
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is not a checkpoint of recipe/train.py: {error!r}") from error
     state = {name.removeprefix(prefix): t.clone() for name, t in model.items() if name.startswith(prefix)}
     return state, description, int(step)
-
-
-def _leaf(content: dict, keys: tuple[str, ...]) -> Any:  # noqa: ANN401
-    for key in keys:
-        content = content[key]
-    return content
 
 
 def _read_sharded(path: Path, prefix: str) -> tuple[dict[str, Tensor], str, int]:
@@ -104,7 +100,7 @@ def _read_sharded(path: Path, prefix: str) -> tuple[dict[str, Tensor], str, int]
         for name, entry in metadata.items()
         if name.startswith(prefix)
     }
-    others = {".".join(DESCRIPTION): "", "state.timestamp.Timestamp.batch": 0}
+    others = {".".join(DESCRIPTION): "", ".".join(STEP): 0}
     if not others.keys() <= metadata.keys():
         raise ValueError(f"{path} is not a checkpoint of recipe/train.py: no {' or '.join(others)}")
     state |= others
@@ -132,7 +128,7 @@ def synthesize(folder: Path, length: float, step: int | None = None) -> tuple[di
         raise ValueError(
             f"{folder} holds no post-hoc averages; training keeps them with ema.posthoc=[0.05,0.1]"
         )
-    last = max((facts for _, facts in snapshots), key=lambda facts: facts["step"])
+    _, last = max(snapshots, key=lambda snapshot: snapshot[1]["step"])
     profiles = [(exponent(length_of(facts["average"])), facts["step"]) for _, facts in snapshots]
     factors = combination(profiles, (exponent(length), last["step"]))
     total: dict[str, Tensor] = {}
@@ -162,12 +158,8 @@ def find_weights(names: list[str], averages: list[str], latest: bool, folder: Pa
 
     Buckets are copied to FOLDER/downloads, synthesised averages written to FOLDER/posthoc, on each node.
 
-    Raises:
-        OSError, ValueError: there are none, or they cannot be read.
+    Raises OSError, ValueError where there are none, or they cannot be read.
     """
-    for average in averages:
-        if average not in ("ema", "net"):
-            length_of(average)
     found = []
     with dist.run_local_rank_zero_first():
         for name in names:
@@ -211,20 +203,17 @@ def synthesized(
     path: Path, stored: list[Export], averages: list[str], latest: bool, folder: Path
 ) -> list[Export]:
     """Post-hoc averages of the lengths asked for that training did not store itself."""
-    lengths = {
-        a: length_of(a) for a in averages if a not in ("ema", "net", *(e.facts["average"] for e in stored))
-    }
-    if not path.is_dir() or not lengths:
-        return []
+    known = {"ema", "net", *(export.facts["average"] for export in stored)}
+    lengths = [length_of(average) for average in averages if average not in known]
+    snapshots = find_snapshots(path) if lengths and path.is_dir() else []
+    steps = sorted({facts["step"] for _, facts in snapshots}, reverse=True)
     exports = []
-    steps = sorted({facts["step"] for _, facts in find_snapshots(path)}, reverse=True)
-    for step in steps[:1] if latest else steps:
-        digests = [facts["sha256"] for _, facts in find_snapshots(path, step)]
-        for length in lengths.values():
-            file = folder / f"{path.parent.name}-{digests[-1][:8]}-ba{step:07d}-posthoc_{length:g}.json"
-            if not file.is_file() or json.loads(file.read_text()).get("snapshots") != digests:
-                save(file, *synthesize(path, length, step))
-            exports.append(Export(file, read_facts(file)))
+    for step, length in product(steps[:1] if latest else steps, lengths):
+        digests = [facts["sha256"] for _, facts in snapshots if facts["step"] <= step]
+        file = folder / f"{path.parent.name}-{digests[-1][:8]}-ba{step:07d}-posthoc_{length:g}.json"
+        if not file.is_file() or json.loads(file.read_text()).get("snapshots") != digests:
+            save(file, *synthesize(path, length, step))
+        exports.append(Export(file, read_facts(file)))
     return exports
 
 

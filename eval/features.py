@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.error import URLError
@@ -38,20 +39,16 @@ class FeatureExtractor:
         return self.features_and_logits(images)[0]
 
 
-def load_extractor(
-    name: str, weights: str | None = None, device: str | torch.device = "cpu"
-) -> FeatureExtractor:
-    """Returns the extractor called `name`, reading `weights` where given.
+Device = str | torch.device
 
-    Args:
-        name: a key of `EXTRACTORS`.
-        weights: for "inception-2015" torch-fidelity's .pth file, for "dinov2-vitl14" a transformers folder,
-            for "classifier" the path given to `SmallImageClassifier.train`. The first two are fetched if no
-            path is given.
 
-    Raises:
-        ValueError: no such extractor.
-        FileNotFoundError: the weights are neither there nor to be had from the network.
+def load_extractor(name: str, weights: str | None = None, device: Device = "cpu") -> FeatureExtractor:
+    """The extractor of `EXTRACTORS` called `name`.
+
+    weights: for "inception-2015" torch-fidelity's .pth file, for "dinov2-vitl14" a transformers folder, both
+    fetched if no path is given; for "classifier" the path given to `SmallImageClassifier.train`.
+
+    Raises ValueError for an unknown name, FileNotFoundError where the weights are nowhere to be had.
     """
     if name not in EXTRACTORS:
         raise ValueError(f"extractor: {name!r} is not one of {', '.join(EXTRACTORS)}")
@@ -110,31 +107,25 @@ class SmallImageClassifier(FeatureExtractor):
         Training takes about 5 seconds for 1,800 images of 8x8 on one core, leaves torch's global random state
         alone and is deterministic for a given number of threads. With several ranks, train on one of them.
 
-        Args:
-            images: uint8 (N, C, S, S) with S at least 8.
-            labels: int64 (N,), 0..K-1.
-            path: without suffix; `path.safetensors` and `path.json` are read if they were made from the same
-                images, labels and arguments, and written otherwise.
-
-        Raises:
-            ValueError: images or labels of the wrong kind.
+        images: uint8 (N, C, S, S) with S at least 8; labels: int64 (N,), 0..K-1; path: without suffix,
+        `path.safetensors` and `path.json` are read if they were made from the same images, labels and
+        arguments, and written otherwise. Raises ValueError for images or labels of the wrong kind.
         """
         _require_uint8(images, images.shape[1] if images.ndim == 4 else 0)
-        if images.shape[2] != images.shape[3] or images.shape[2] < 8:
-            raise ValueError(
-                f"images must be square and at least 8 pixels wide, got {tuple(images.shape[2:])}"
-            )
+        size = tuple(images.shape[2:])
+        if size[0] != size[1] or size[0] < 8:
+            raise ValueError(f"images must be square and at least 8 pixels wide, got {size}")
         if labels.shape != images.shape[:1] or labels.min() < 0:
             raise ValueError(f"labels must be (N,) class indices from 0, got {tuple(labels.shape)}")
         images, labels = images.cpu(), labels.cpu().long()
         digest = hashlib.sha256(images.contiguous().numpy()).hexdigest()
         digest = hashlib.sha256(digest.encode() + labels.contiguous().numpy().tobytes()).hexdigest()
         num_classes = int(labels.max()) + 1
-        settings = ClassifierSettings(
-            images.shape[1], images.shape[2], num_classes, num_features, epochs, seed, digest
-        )
-        if path is not None and _read_settings(path) == asdict(settings):
-            return cls.load(path)
+        sizes = (images.shape[1], size[0], num_classes, num_features)
+        settings = ClassifierSettings(*sizes, epochs, seed, digest)
+        with suppress(FileNotFoundError, ValueError):  # there is none of use yet
+            if (kept := cls.load(path)).settings == settings:
+                return kept
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             held_out = _stratified(labels, share=0.2)
@@ -148,14 +139,14 @@ class SmallImageClassifier(FeatureExtractor):
         return classifier
 
     @classmethod
-    def load(cls, path: str | Path | None, device: str | torch.device = "cpu") -> "SmallImageClassifier":
+    def load(cls, path: str | Path | None, device: Device = "cpu") -> "SmallImageClassifier":
         """Reads what `save` wrote to `path`. Raises FileNotFoundError or ValueError."""
         if path is None:
             raise FileNotFoundError("extractor classifier: no path to weights given")
-        for file in _files(path):
+        weights_file, facts_file = _files(path)
+        for file in (weights_file, facts_file):
             if not file.is_file():
                 raise FileNotFoundError(f"classifier weights {file} do not exist")
-        weights_file, facts_file = _files(path)
         try:
             facts = json.loads(facts_file.read_text())
             settings = ClassifierSettings(**facts["settings"])
@@ -180,7 +171,7 @@ class SmallImageClassifier(FeatureExtractor):
         """Where its features are."""
         return next(self.network.parameters()).device
 
-    def to(self, device: str | torch.device) -> "SmallImageClassifier":
+    def to(self, device: Device) -> "SmallImageClassifier":
         """Moves the network; returns self."""
         self.network.to(device)
         return self
@@ -197,21 +188,14 @@ class SmallImageClassifier(FeatureExtractor):
 
     def _batches(self, images: Tensor) -> Iterator[Tensor]:
         _require_uint8(images, self.settings.channels)
-        if images.shape[2:] != (self.settings.size,) * 2:
-            size = self.settings.size
+        size = self.settings.size
+        if images.shape[2:] != (size, size):
             raise ValueError(f"expected images of {size}x{size} pixels, got {tuple(images.shape[2:])}")
         return (_to_network(part.to(self.device, torch.float64)) for part in images.split(512))
 
 
 def _files(path: str | Path) -> tuple[Path, Path]:
     return Path(f"{path}.safetensors"), Path(f"{path}.json")
-
-
-def _read_settings(path: str | Path) -> dict | None:
-    weights_file, facts_file = _files(path)
-    if not (weights_file.is_file() and facts_file.is_file()):
-        return None
-    return json.loads(facts_file.read_text())["settings"]
 
 
 def _to_network(images: Tensor) -> Tensor:
@@ -273,7 +257,7 @@ class Inception2015(FeatureExtractor):
     name = "inception-2015"
     num_features = 2048
 
-    def __init__(self, weights: str | None = None, device: str | torch.device = "cpu") -> None:
+    def __init__(self, weights: str | None = None, device: Device = "cpu") -> None:
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
@@ -311,7 +295,7 @@ class DinoV2(FeatureExtractor):
     name = "dinov2-vitl14"
     has_logits = False
 
-    def __init__(self, weights: str | None = None, device: str | torch.device = "cpu") -> None:
+    def __init__(self, weights: str | None = None, device: Device = "cpu") -> None:
         from transformers import Dinov2Model
 
         if weights is not None and not (Path(weights) / "config.json").is_file():
@@ -343,7 +327,7 @@ def _to_rgb(images: Tensor) -> Tensor:
     return images
 
 
-EXTRACTORS: dict[str, Callable[[str | None, str | torch.device], FeatureExtractor]] = {
+EXTRACTORS: dict[str, Callable[[str | None, Device], FeatureExtractor]] = {
     "inception-2015": Inception2015,
     "dinov2-vitl14": DinoV2,
     "classifier": SmallImageClassifier.load,

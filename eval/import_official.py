@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from eval.restricted import Global, Node, RefusedPickle, read_file, read_stream
-from recipe.dit import DiT, DiTConfig, position_embedding
-from recipe.weights import save_weights
+from recipe.dit import DiTConfig, position_embedding
+from recipe.weights import save_weights, shapes
 
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
@@ -90,15 +90,13 @@ LATENTS = {
 def read_snapshot(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Reads a released snapshot, executing nothing.
 
-    Returns:
-        The float32 parameters by the names of `recipe.dit.DiT` (the fixed position embedding is checked and
-        left out), and a dict of plain values: `model`, the arguments of `recipe.dit.DiTConfig`, and `method`
-        with `objective`, `scaled` and `detach_jvp`. The guidance weight and the normalisation of the latents
-        are not in the file.
+    Returns the float32 parameters by the names of `recipe.dit.DiT` (the fixed position embedding is checked
+    and left out), and a dict of plain values: `model`, the arguments of `recipe.dit.DiTConfig`, and `method`
+    with `objective`, `scaled` and `detach_jvp`. The guidance weight and the normalisation of the latents are
+    not in the file.
 
-    Raises:
-        RefusedPickle: the file is damaged, names a global that snapshots do not, or holds another network.
-        OSError: the file cannot be opened.
+    Raises OSError where the file cannot be opened, RefusedPickle where it is damaged, names a global that
+    snapshots do not, or holds another network.
     """
     snapshot = read_file(path, ALLOWED)
     try:
@@ -218,37 +216,39 @@ def _storage(data: bytes, where: str) -> np.ndarray:
     keys = read_stream(stream, (), MAX_STREAM_OPERATIONS)
     if header != STREAM_HEADER:
         raise RefusedPickle(f"{where}: not a storage written by torch.save")
+    start = stream.tell() + 8
     match reference:
         case Node("persistent id", ("storage", Global(name), str(key), str(), int(numel), None)):
-            known = name == FLOAT_STORAGE and keys == [key] and 0 <= numel <= len(data)
-        case _:
-            known = False
-    start = stream.tell() + 8
-    if not known or data[start - 8 : start] != struct.pack("<q", numel) or len(data) != start + 4 * numel:
-        raise RefusedPickle(f"{where}: a storage that is not one array of float32 of the declared length")
-    return np.frombuffer(data, "<f4", numel, start)
+            known = name == FLOAT_STORAGE and keys == [key] and len(data) == start + 4 * numel
+            if known and numel >= 0 and data[start - 8 : start] == struct.pack("<q", numel):
+                return np.frombuffer(data, "<f4", numel, start)
+    raise RefusedPickle(f"{where}: a storage that is not one array of float32 of the declared length")
+
+
+def architecture(state: dict[str, Tensor]) -> dict:
+    """The arguments of `DiTConfig` that the shapes of a DiT tell. Raises KeyError, ValueError."""
+    _, tokens, width = state["pos_embed"].shape
+    _, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    return {
+        "size": patch * math.isqrt(tokens),
+        "channels": channels,
+        "classes": len(state["y_embedder.embedding_table.weight"]) - 1,
+        "patch": patch,
+        "width": width,
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
+    }
 
 
 def _facts(wrapper: dict, dit: Node, state: dict[str, Tensor]) -> dict:
     """Architecture and method, from shapes where they tell, from plain attributes where they do not."""
     attributes = _attributes(dit, "model")
     _require_modulation_norm(attributes)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     try:
-        _, tokens, width = shapes["pos_embed"]
-        _, channels, patch, _ = shapes["x_embedder.proj.weight"]
-        model = {
-            "size": patch * math.isqrt(tokens),
-            "channels": channels,
-            "classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
-            "patch": patch,
-            "width": width,
-            "depth": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
-            "heads": width // shapes["blocks.0.attn.q_norm.weight"][0],
-            "mlp_ratio": shapes["blocks.0.mlp.fc1.bias"][0] / width,
-            "time_init": "spectral" if _get(attributes, "time_specinit", bool, "model") else "normal",
-            "patch_init": "xavier",
-        }
+        model = architecture(state)
+        model["heads"] = model["width"] // len(state["blocks.0.attn.q_norm.weight"])
+        model["time_init"] = "spectral" if _get(attributes, "time_specinit", bool, "model") else "normal"
+        model["patch_init"] = "xavier"
         DiTConfig(**model)
     except KeyError as error:
         raise RefusedPickle(f"not a DiT: there is no parameter {error}") from error
@@ -269,15 +269,12 @@ def _require_modulation_norm(dit: dict) -> None:
 
 def _check_against_network(state: dict[str, Tensor], config: DiTConfig) -> None:
     """Refuses parameters whose names and shapes are not exactly those of `recipe.dit.DiT`."""
-    with torch.device("meta"):
-        network = DiT(config)
-    expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    expected["pos_embed"] = network.pos_embed.shape
+    embedding = position_embedding(config.width, config.size // config.patch)
+    expected = {**shapes(config), "pos_embed": embedding.shape}
     found = {name: tensor.shape for name, tensor in state.items()}
     wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
     if wrong:
         raise RefusedPickle(f"parameters missing, unknown or of another shape: {', '.join(wrong[:5])}")
-    embedding = position_embedding(config.width, config.size // config.patch)
     if not torch.allclose(state["pos_embed"], embedding, rtol=0, atol=1e-6):
         raise RefusedPickle("pos_embed: not the two-dimensional sine-cosine embedding")
 
@@ -290,8 +287,7 @@ def weights_facts(
     mean, std: one number, or one per channel, of what the network was trained on: latents without scaling,
     or, with 1 or 3 channels, pixels in 0..255 units. None: the authors' published ones.
 
-    Raises:
-        RefusedPickle: they do not fit the channels, or none were published for latents of this size.
+    Raises RefusedPickle where they do not fit the channels, or none were published for latents of this size.
     """
     size, channels = facts["model"]["size"], facts["model"]["channels"]
     if mean is None or std is None:

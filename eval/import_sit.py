@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.import_official import architecture
 from recipe.dit import PRESETS, DiT, DiTConfig, position_embedding
 from recipe.objectives import FlowMatching
 from recipe.weights import save_weights
@@ -45,33 +46,18 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): x for name, x in state.items()}
 
 
-def architecture(state: dict[str, Tensor], heads: int | None) -> DiTConfig:
+def configuration(state: dict[str, Tensor], heads: int | None) -> DiTConfig:
     """What the shapes say; `heads`, which they do not, is that of the published sizes. Raises ValueError."""
     try:
-        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-        hidden = len(state["blocks.0.mlp.fc1.weight"])
-        classes = len(state["y_embedder.embedding_table.weight"]) - 1
-        side = round(state["pos_embed"].shape[1] ** 0.5)
+        model = architecture(state)
     except (KeyError, ValueError) as error:
         raise ValueError(f"not a SiT: {error}") from error
+    width, depth = model["width"], model["depth"]
     published = [p["heads"] for p in PRESETS.values() if (p["width"], p["depth"]) == (width, depth)]
     if heads is None and not published:
         raise ValueError(f"--heads: needed, width {width} and depth {depth} are not those of a published SiT")
-    return DiTConfig(
-        size=side * patch,
-        channels=channels,
-        classes=classes,
-        patch=patch,
-        width=width,
-        depth=depth,
-        heads=heads or published[0],
-        mlp_ratio=hidden / width,
-        norm="layer",
-        modulation_norm=False,
-        qk_norm=False,
-        reverse_time=True,
-    )
+    unlike = {"norm": "layer", "modulation_norm": False, "qk_norm": False, "reverse_time": True}
+    return DiTConfig(**model, heads=heads or published[0], **unlike)
 
 
 def convert(state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
@@ -100,7 +86,7 @@ def import_sit(path: str | Path, heads: int | None = None) -> tuple[dict[str, Te
     """The weights and what describes them. Raises OSError, ValueError."""
     state = read_state(path)
     try:
-        config = architecture(state, heads)
+        config = configuration(state, heads)
         weights = convert(state, config)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}") from error

@@ -27,9 +27,7 @@ class FeatureMoments(Metric):
     subtracted first. Sums were chosen over pairwise-merged centred moments because those are not additive, so
     torchmetrics could neither reduce nor merge them.
 
-    Args:
-        num_features: F.
-        shift: (F,) point that the moments are accumulated about; the origin by default.
+    num_features: F; shift: (F,), the origin by default.
     """
 
     full_state_update = False
@@ -58,10 +56,9 @@ class FeatureMoments(Metric):
         self.count += len(features)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Returns the mean (F,) and the unbiased covariance (F, F) of everything seen.
+        """Mean (F,) and unbiased covariance (F, F) of everything seen.
 
-        Raises:
-            ValueError: fewer than two samples, or a feature that is not finite.
+        Raises ValueError for fewer than two samples, or a feature that is not finite.
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {int(self.count)}")
@@ -82,12 +79,9 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     the eigenvalues of cov1^1/2 cov2 cov1^1/2 carry rounding errors of 1e-16, hence their roots of 1e-8, for
     every feature that does not vary.
 
-    Args:
-        mean1, mean2: (F,).
-        cov1, cov2: (F, F), symmetric; eigenvalues that rounding made negative count as 0.
+    Means (F,), covariances (F, F), symmetric; eigenvalues that rounding made negative count as 0.
 
-    Raises:
-        ValueError: shapes differ, or a value is not finite.
+    Raises ValueError where shapes differ, or a value is not finite.
     """
     shapes = [tuple(x.shape) for x in (mean1, cov1, mean2, cov2)]
     if mean1.ndim != 1 or shapes != [(len(mean1),), (len(mean1),) * 2] * 2:
@@ -105,23 +99,14 @@ def _root(covariance: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt()
 
 
-def sample_distance(one: Tensor, other: Tensor) -> float:
-    """Frechet distance of the moments of two sets of features (N, F) and (M, F)."""
-    return frechet_distance(one.mean(0), one.T.cov(), other.mean(0), other.T.cov())
-
-
 def resampled_distance(
     one: Tensor, other: Tensor | None, count: int, draws: int, seed: int
 ) -> tuple[float, float]:
-    """Frechet distance of `count` random rows of `one` (N, F) and of `other` (M, F), `draws` times.
+    """Frechet distance of `count` random rows of `one` (N, F) and of `other` (M, F): mean and standard
+    deviation over `draws`.
 
-    At equal numbers such distances can be compared: that of finite sets grows as they shrink.
-
-    Args:
-        other: None for `count` other rows of `one` (or what is left, if that is less).
-
-    Returns:
-        Mean and standard deviation over the draws.
+    At equal numbers such distances can be compared: that of finite sets grows as they shrink. other: None for
+    `count` other rows of `one` (or what is left, if that is less).
     """
     generator = torch.Generator().manual_seed(seed)
     distances = []
@@ -131,7 +116,8 @@ def resampled_distance(
             rest = one[order[count : 2 * count]]
         else:
             rest = other[torch.randperm(len(other), generator=generator)[:count]]
-        distances.append(sample_distance(one[order[:count]], rest))
+        moments = [moment for x in (one[order[:count]], rest) for moment in (x.mean(0), x.T.cov())]
+        distances.append(frechet_distance(*moments))
     return sum(distances) / draws, statistics.pstdev(distances)
 
 
@@ -143,11 +129,8 @@ def kernel_distance(
     torchmetrics' implementation on given features; its subsets come from `seed` alone, so the result depends
     on the order of the rows and on nothing else.
 
-    Args:
-        features, reference: (N, F) and (M, F); both at least `subset_size` long.
-
-    Returns:
-        Mean and standard deviation over the subsets.
+    Features and reference, (N, F) and (M, F), at least `subset_size` long => mean and standard deviation over
+    the subsets.
     """
     shortest = min(len(features), len(reference))
     if shortest < subset_size:
@@ -166,12 +149,8 @@ def kernel_distance(
 def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
     """Inception score (Salimans et al. 2016): exp E KL(p(y|x) || p(y)), by torchmetrics, on given logits.
 
-    Args:
-        logits: (N, K). For the 2015 graph these are the outputs without bias.
-        splits: the score is taken on this many shuffled parts; `seed` determines the shuffle.
-
-    Returns:
-        Mean and (unbiased) standard deviation over the parts.
+    logits: (N, K), for the 2015 graph the outputs without bias; splits: the score is taken on this many
+    parts, shuffled by `seed` => mean and (unbiased) standard deviation over the parts.
     """
     if not 2 <= splits <= len(logits):
         raise ValueError(f"splits must lie between 2 and the number of samples, {len(logits)}; got {splits}")
@@ -192,9 +171,8 @@ def precision_recall(
     Precision is the share of samples inside the union of balls around the reference points, each reaching to
     that point's k-th neighbour in the reference; recall is the same with the roles exchanged.
 
-    Args:
-        features, reference: (N, F) and (M, F); both longer than k.
-        rows: distances are computed for this many rows at a time, which bounds the memory.
+    Features and reference are (N, F) and (M, F), both longer than k; distances are computed for `rows` at a
+    time, which bounds the memory.
     """
     if min(len(features), len(reference)) <= k:
         raise ValueError(f"k = {k} needs more than {k} samples, got {len(features)} and {len(reference)}")

@@ -83,9 +83,7 @@ class ImageFiles(Dataset):
 def open_images(source: str | Path) -> Dataset:
     """The images of a dataset folder or image folder, as uint8 tensors (C, H, W).
 
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: there are no images in it.
+    Raises FileNotFoundError for an unknown folder, ValueError where it holds no images.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -188,8 +186,7 @@ class HeldOut:
     both sides, so that they can be compared with what real images score: training images against other
     training images, and against held-out ones.
 
-    Raises:
-        ValueError: more than half of the held-out images are in the reference, or of another shape.
+    Raises ValueError where more than half of the held-out images are in the reference, or of another shape.
     """
 
     def __init__(
@@ -236,14 +233,10 @@ class HeldOut:
 def read_statistics(path: str | Path, metric: str = "fid") -> tuple[Tensor, Tensor]:
     """Mean (F,) and covariance (F, F), float64, from a file of reference statistics; executes nothing.
 
-    Args:
-        path: an .npz with mu and sigma (ours, ADM's, EDM's), or a .pkl in one of three layouts: {mu, sigma},
-            {metric: {mu, sigma}} (EDM2's), or sums {raw_mean, raw_cov, num_items} (StyleGAN3's FeatureStats).
-        metric: the key where a file has several.
+    path: an .npz with mu and sigma (ours, ADM's, EDM's), or a .pkl in one of three layouts: {mu, sigma},
+    {metric: {mu, sigma}} (EDM2's), or sums {raw_mean, raw_cov, num_items} (StyleGAN3's FeatureStats).
 
-    Raises:
-        ValueError: the file is damaged, holds something else, or its statistics are not finite.
-        OSError: the file cannot be opened.
+    Raises OSError where it cannot be opened, ValueError where it is damaged, not finite or something else.
     """
     suffix = Path(path).suffix
     if suffix not in (".npz", ".pkl"):

@@ -8,7 +8,8 @@ import json
 import math
 import sys
 from contextlib import suppress
-from itertools import product
+from functools import partial
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +75,13 @@ def notes(rows: list[Row], protocol: str) -> list[str]:
     """Everything a reader needs to know to compare these numbers with others."""
     first = rows[0]
     features = f"Features: {first['extractor']}"
-    if first["classifier_accuracy"] is not None:
-        features += f", of held-out accuracy {first['classifier_accuracy']:.4f}"
-    lines = [
-        protocol,
-        f"{features}. Reference: {first['reference']}. Network in {first['dtype']}, seed {first['seed']}.",
-    ]
-    if first["floor"] is not None:
-        lines.append(
-            f"Floor: {first['floor']:.3f}, the mean distance between random halves of the real data."
-        )
-    if "nearer_share" in first:
-        lines.append(copying_note(first))
-    return lines
+    if (accuracy := first["classifier_accuracy"]) is not None:
+        features += f", of held-out accuracy {accuracy:.4f}"
+    features += f". Reference: {first['reference']}. Network in {first['dtype']}, seed {first['seed']}."
+    lines = [protocol, features]
+    if (floor := first["floor"]) is not None:
+        lines.append(f"Floor: {floor:.3f}, the mean distance between random halves of the real data.")
+    return lines + [copying_note(first)] if "nearer_share" in first else lines
 
 
 def copying_note(row: Row) -> str:
@@ -128,18 +123,13 @@ def read_log(path: Path) -> dict[str, np.ndarray]:
     return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
 
 
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Running mean over `window` points."""
-    window = max(1, min(window, len(values)))
-    return np.convolve(values, np.ones(window) / window, "valid")
-
-
 def plot_losses(axis: Axes, log: dict[str, np.ndarray]) -> None:
     """Loss terms over the steps of a run."""
     for key in sorted(log):
         group, _, name = key.rpartition("/")
         if group == "loss/train" and name != "total":
-            values = smooth(log[key], 10)
+            window = min(10, len(log[key]))
+            values = np.convolve(log[key], np.ones(window) / window, "valid")
             axis.plot(log["step"][-len(values) :], values, label=name.replace("_", " "))
     axis.set(xlabel="step", ylabel="loss", yscale="log", title="Loss terms (running mean of 10 points)")
     axis.legend()
@@ -167,14 +157,10 @@ def plot_distances(panel: Axes, rows: list[Row], axis: str) -> None:
     lines = ("objective", "average", *(() if axis == "nfe" else ("nfe",)))
     values = [list(dict.fromkeys(r[name] for r in rows)) for name in lines]
     for key in product(*values):
-        chosen = [r for r in rows if tuple(r[name] for name in lines) == key]
-        words = [
-            f"{v} NFE" if n == "nfe" else v
-            for n, v, all_v in zip(lines, key, values, strict=True)
-            if len(all_v) > 1
-        ]
-        if chosen:
-            panel.plot(*best_curve(chosen, axis), marker="o", label=" ".join(map(str, words)) or "samples")
+        named = zip(lines, key, values, strict=True)
+        words = [f"{v} NFE" if n == "nfe" else v for n, v, all_v in named if len(all_v) > 1]
+        if chosen := [r for r in rows if tuple(r[name] for name in lines) == key]:
+            panel.plot(*best_curve(chosen, axis), marker="o", label=" ".join(words) or "samples")
     if rows[0]["floor"] is not None:
         panel.axhline(rows[0]["floor"], color="grey", linestyle=":", label="halves of the real data")
     title = TITLES[axis]
@@ -199,19 +185,14 @@ def plot_metrics(rows: list[Row], path: Path) -> None:
     compared = len({r["objective"] for r in rows}) > 1
     axes = ("train_seconds" if compared else "step", "nfe", "w")
     varied = [a for a in axes if any(len({r[a] for r in run} - {None}) > 1 for run in runs.values())]
-    axes = varied or ["nfe"]
-    count = len(axes) + bool(log)
-    columns = min(count, 2)
-    lines = -(-count // columns)
+    plots = [partial(plot_losses, log=log)] if log else []
+    plots += [partial(plot_distances, rows=rows, axis=axis) for axis in varied or ["nfe"]]
+    columns = min(len(plots), 2)
+    lines = -(-len(plots) // columns)
     size = (5.5 * columns, 4 * lines)
     figure, panels = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
-    first, *others = panels.flat[:count]
-    if log:
-        plot_losses(first, log)
-    for panel, axis in zip(others if log else [first, *others], axes, strict=True):
-        plot_distances(panel, rows, axis)
-    for unused in panels.flat[count:]:
-        unused.remove()
+    for panel, plot in zip_longest(panels.flat, plots, fillvalue=Axes.remove):
+        plot(panel)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -252,18 +233,12 @@ def plot_samples(
     requested = torch.tensor(shown).repeat_interleave(columns)
     newest, w = newest_rows(rows)
     for nfe in sorted({r["nfe"] for r in newest}):
-        pairs = zip(requested.split(columns), torch.arange(len(requested)).split(columns), strict=True)
-        drawn = [generator(label, seeds, nfe, w).cpu() for label, seeds in pairs]
-        parts.append(torch.cat(drawn))
+        drawn = generator.batches(requested, torch.arange(len(requested)), nfe, w, columns)
+        parts.append(torch.cat([images.cpu() for images, _ in drawn]))
         titles.append(f"{nfe} step{'s' if nfe > 1 else ''}")
     pictures = [grid(part, columns, max(1, 32 // part.shape[-1])) for part in parts]
-    figure, axes = plt.subplots(
-        1,
-        len(parts),
-        figsize=(3.2 * len(parts), 0.42 * len(shown) + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (3.2 * len(parts), 0.42 * len(shown) + 0.5)
+    figure, axes = plt.subplots(1, len(parts), figsize=size, squeeze=False, layout="constrained")
     for axis, picture, title in zip(axes[0], pictures, titles, strict=True):
         axis.imshow(picture, interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])

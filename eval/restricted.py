@@ -54,12 +54,7 @@ class Node:
 
 
 def read_file(path: str | Path, allowed: Collection[str]) -> object:
-    """Reads the pickle in the file `path`; see `read_stream`.
-
-    Raises:
-        RefusedPickle: as `read_stream`, naming the file.
-        OSError: the file cannot be opened.
-    """
+    """Reads the pickle in a file as `read_stream` does. Raises OSError, and RefusedPickle with its path."""
     with open(path, "rb") as file:
         size = Path(path).stat().st_size
         if not 0 < size <= MAX_BYTES:
@@ -77,15 +72,9 @@ def read_stream(
 ) -> object:
     """Reads one pickle and leaves `stream` behind it.
 
-    Args:
-        stream: its `read(n)` must not allocate more than is left.
-        allowed: dotted names of the globals that may occur.
-
-    Returns:
-        Containers, constants, `Global` and `Node`. `collections.OrderedDict()` becomes a dict.
-
-    Raises:
-        RefusedPickle: an unlisted global, an opcode that plain data does not need, or a damaged stream.
+    stream: its `read(n)` must not allocate more than is left; allowed: dotted names of the globals that may
+    occur. What comes back are containers, constants, `Global` and `Node`; `collections.OrderedDict()` is a
+    dict. Raises RefusedPickle for an unlisted global, an opcode that plain data does not need, and damage.
     """
     machine = _Machine(frozenset(allowed))
     try:
@@ -106,7 +95,7 @@ def read_stream(
 
 
 class _Machine:
-    """The stack machine; each method carries out the opcode of its name."""
+    """The stack machine; each method `do_opcode` carries out the OPCODE of its name, no other is known."""
 
     def __init__(self, allowed: frozenset[str]) -> None:
         self.allowed = allowed
@@ -123,8 +112,8 @@ class _Machine:
             self.stack.append(EMPTY[name]())
         elif name in TUPLES:
             self.stack.append(tuple(reversed([self.pop() for _ in range(TUPLES[name])])))
-        elif name in OPERATIONS:
-            OPERATIONS[name](self, argument)
+        elif operation := getattr(self, f"do_{name.lower()}", None):
+            operation(argument)
         elif name not in ("PROTO", "FRAME"):
             raise RefusedPickle(f"refused pickle opcode {name}")
 
@@ -135,18 +124,18 @@ class _Machine:
         items, self.stack = self.stack, self.below.pop()
         return items
 
-    def mark(self, _: None) -> None:
+    def do_mark(self, _: None) -> None:
         self.below.append(self.stack)
         self.stack = []
 
-    def make_tuple(self, _: None) -> None:
+    def do_tuple(self, _: None) -> None:
         items = self.pop_mark()
         self.stack.append(tuple(items))
 
-    def append(self, _: None) -> None:
+    def do_append(self, _: None) -> None:
         self.extend([self.pop()])
 
-    def appends(self, _: None) -> None:
+    def do_appends(self, _: None) -> None:
         self.extend(self.pop_mark())
 
     def extend(self, items: list) -> None:
@@ -156,11 +145,11 @@ class _Machine:
         elif type(target) is not Node:
             raise RefusedPickle(f"items appended to a {type(target).__name__}")
 
-    def setitem(self, _: None) -> None:
+    def do_setitem(self, _: None) -> None:
         value, key = self.pop(), self.pop()
         self.update([key, value])
 
-    def setitems(self, _: None) -> None:
+    def do_setitems(self, _: None) -> None:
         self.update(self.pop_mark())
 
     def update(self, items: list) -> None:
@@ -174,22 +163,26 @@ class _Machine:
                 raise RefusedPickle(f"refused a {type(key).__name__} as key of a dict")
         target.update(zip(keys, items[1::2], strict=True))
 
-    def memoize(self, _: None) -> None:
+    def do_memoize(self, _: None) -> None:
         self.memo[len(self.memo)] = self.stack[-1]
 
-    def put(self, index: int) -> None:
+    def do_binput(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
 
-    def get(self, index: int) -> None:
+    do_long_binput = do_binput
+
+    def do_binget(self, index: int) -> None:
         self.stack.append(self.memo[index])
 
-    def stack_global(self, _: None) -> None:
+    do_long_binget = do_binget
+
+    def do_stack_global(self, _: None) -> None:
         name, module = self.pop(), self.pop()
         if type(name) is not str or type(module) is not str:
             raise RefusedPickle("a global whose name is not text")
         self.push_global(f"{module}.{name}")
 
-    def text_global(self, argument: str) -> None:
+    def do_global(self, argument: str) -> None:
         self.push_global(argument.replace(" ", "."))
 
     def push_global(self, name: str) -> None:
@@ -197,39 +190,20 @@ class _Machine:
             raise RefusedPickle(f"refused global {name[:200]!r}")
         self.stack.append(Global(name))
 
-    def persistent_id(self, _: None) -> None:
+    def do_binpersid(self, _: None) -> None:
         self.stack.append(Node("persistent id", self.pop()))
 
-    def call(self, _: None) -> None:
+    def do_reduce(self, _: None) -> None:
         args, function = self.pop(), self.pop()
         if type(function) is not Global or type(args) is not tuple:
             raise RefusedPickle("a call of something that is not a global")
         empty = function.name == "collections.OrderedDict" and not args
         self.stack.append({} if empty else Node(function.name, args))
 
-    def build(self, _: None) -> None:
+    do_newobj = do_reduce
+
+    def do_build(self, _: None) -> None:
         state = self.pop()
         if type(self.stack[-1]) is not Node:
             raise RefusedPickle(f"state set on a {type(self.stack[-1]).__name__}")
         self.stack[-1].state = state
-
-
-OPERATIONS = {
-    "MARK": _Machine.mark,
-    "TUPLE": _Machine.make_tuple,
-    "APPEND": _Machine.append,
-    "APPENDS": _Machine.appends,
-    "SETITEM": _Machine.setitem,
-    "SETITEMS": _Machine.setitems,
-    "MEMOIZE": _Machine.memoize,
-    "BINPUT": _Machine.put,
-    "LONG_BINPUT": _Machine.put,
-    "BINGET": _Machine.get,
-    "LONG_BINGET": _Machine.get,
-    "STACK_GLOBAL": _Machine.stack_global,
-    "GLOBAL": _Machine.text_global,
-    "BINPERSID": _Machine.persistent_id,
-    "REDUCE": _Machine.call,
-    "NEWOBJ": _Machine.call,
-    "BUILD": _Machine.build,
-}

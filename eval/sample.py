@@ -14,6 +14,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.protocols import PROTOCOLS, choose_labels, describe, quantize
-from recipe.data import Normalizer
+from recipe.data import Normalizer, to_uint8
 from recipe.dit import DiT
+from recipe.draws import Stream, keys, uniform
 from recipe.objectives import Objective, from_facts
 from recipe.rules import obeys, positive, whole
 from recipe.sampler import grid, initial_noise, sample
@@ -34,6 +35,99 @@ from streaming_convert.encoders import hash_weights, load_vae
 
 DTYPES = ("fp32", "fp64", "amp_bf16")
 SEED = whole(0, 2**62)  # sample i has the seed + i, an int64
+
+
+# ---------------------------------------------------------------- what must be said beside a distance
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """samples: how many, 0 for as many as there are real images; labels: a key of `LABELS`; rounding: of
+    pixels to uint8, `nearest` or `down`; reference: what the distance is measured to, for the reader.
+    """
+
+    samples: int
+    labels: str
+    rounding: str
+    reference: str
+
+
+PROTOCOLS = {
+    "matched": Protocol(0, "matched", "nearest", "all real images"),
+    "tvm": Protocol(50_000, "drawn", "down", "the full training set"),
+    "balanced": Protocol(50_000, "balanced", "nearest", "the full training set"),
+    "adm": Protocol(50_000, "uniform", "down", "ADM's published statistics"),
+}
+
+
+def spread_labels(class_counts: list[int], seeds: Tensor) -> Tensor:
+    """Labels in the proportions of class_counts, in order; exactly the counts where n is their sum."""
+    positions = torch.arange(len(seeds), dtype=torch.float64) + 0.5
+    return _at_quantiles(class_counts, positions / len(seeds))
+
+
+def draw_labels(class_counts: list[int], seeds: Tensor) -> Tensor:
+    """Independent labels with probabilities proportional to class_counts, each from its sample's seed."""
+    key = keys(0, torch.zeros_like(seeds), seeds, Stream.LABEL_DROP)
+    return _at_quantiles(class_counts, uniform(key, 1)[:, 0])
+
+
+def _at_quantiles(class_counts: list[int], quantiles: Tensor) -> Tensor:
+    shares = torch.tensor(class_counts, dtype=torch.float64).cumsum(0)
+    return torch.searchsorted(shares, quantiles * shares[-1], right=True)
+
+
+def balance_labels(class_counts: list[int], seeds: Tensor) -> Tensor:
+    """0, 1, ..., K-1, 0, 1, ...: equally many of each. Raises ValueError where K does not divide n."""
+    if len(seeds) % len(class_counts):
+        raise ValueError(
+            f"samples: {len(seeds)} is not a multiple of the {len(class_counts)} classes, as `balanced` needs"
+        )
+    return torch.arange(len(seeds)) % len(class_counts)
+
+
+# Labels of samples with these seeds from the training samples of each class, and what to call them.
+LABELS: dict[str, tuple[Callable[[list[int], Tensor], Tensor], str]] = {
+    "matched": (spread_labels, "labels in the proportions of the training data"),
+    "drawn": (draw_labels, "labels drawn from the training distribution"),
+    "balanced": (balance_labels, "equally many samples of every class"),
+    "uniform": (lambda counts, seeds: draw_labels([1] * len(counts), seeds), "labels drawn uniformly"),
+}
+
+
+def describe(name: str, samples: int) -> str:
+    """One line for people, printed with every number."""
+    protocol = PROTOCOLS[name]
+    usual = f" (the protocol's number is {protocol.samples:,})" if samples != protocol.samples > 0 else ""
+    return (
+        f"Protocol `{name}`: {samples:,} samples{usual}, {LABELS[protocol.labels][1]}, "
+        f"pixels rounded {protocol.rounding}, against {protocol.reference}."
+    )
+
+
+def choose_labels(name: str, classes: int, class_counts: list[int], seeds: Tensor) -> Tensor:
+    """int64 labels (n,) of the protocol for samples with these seeds; 0 for a network without classes.
+
+    class_counts: training samples of each class. Raises ValueError where the protocol needs them and they are
+    not known (an empty list).
+    """
+    kind = PROTOCOLS[name].labels
+    if classes == 0:
+        return torch.zeros_like(seeds)
+    if kind in ("matched", "drawn") and len(class_counts) != classes:
+        raise ValueError(
+            f"protocol {name} needs the number of training samples of each of the {classes} classes, "
+            f"{len(class_counts)} are known"
+        )
+    return LABELS[kind][0](class_counts or [1] * classes, seeds)
+
+
+def quantize(values: Tensor, rounding: str) -> Tensor:
+    """Pixel values in 0..255 units => uint8, to the `nearest` integer or `down`."""
+    return to_uint8(values if rounding == "nearest" else values.floor())
+
+
+# ---------------------------------------------------------------- weights that make images
 
 
 class Generator:
@@ -97,13 +191,11 @@ def load_decoder(
 
     It works in fp16 on a GPU, as the published evaluations do, and in fp32 on a CPU, `batch_size` at a time.
 
-    Args:
-        encoder: what the weights say about the autoencoder (`encoder` of the dataset's manifest).
-        vae: folder of a diffusers AutoencoderKL; None for the one that `encoder` names.
+    encoder: what the weights say about the autoencoder (`encoder` of the dataset's manifest); vae: folder of
+    a diffusers AutoencoderKL, None for the one that `encoder` names.
 
-    Raises:
-        ValueError: diffusers is missing, there is no such autoencoder, or its weights are others than those
-            that the latents were made with.
+    Raises ValueError where diffusers is missing, there is no such autoencoder, or the latents were made with
+    other weights.
     """
     model = vae or encoder.get("model") or encoder["name"]
     network = load_vae(model, "fp32", str(device)).requires_grad_(False)
@@ -157,11 +249,8 @@ def write_npz(path: Path, batches: Iterable[tuple[Tensor, Tensor]], labels: Tens
             for position, (images, _) in enumerate(batches):
                 pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
                 if position == 0:
-                    header = {
-                        "descr": "|u1",
-                        "fortran_order": False,
-                        "shape": (len(labels), *pixels.shape[1:]),
-                    }
+                    shape = (len(labels), *pixels.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(pixels.tobytes())
         with archive.open("arr_1.npy", "w") as file:
@@ -184,24 +273,21 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("weights", help="NAME, NAME.json or NAME.safetensors")
-    parser.add_argument("--nfe", type=int, default=1, help="network evaluations (steps)")
-    parser.add_argument("--w", type=float, help="guidance weight; default: the one of training")
-    parser.add_argument("--labels", help="comma-separated classes or `none`; default: the first ten")
-    parser.add_argument(
-        "--columns", type=int, default=8, help="samples of each label, or interpolation steps"
-    )
-    parser.add_argument("--samples", type=int, help="for .npz and folders; default: the protocol's number")
-    parser.add_argument(
-        "--protocol", choices=sorted(PROTOCOLS), help="labels and rounding; default: balanced"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--interpolate", type=int, metavar="SEED", help="the seed that every row ends at")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--vae", help="folder of a diffusers AutoencoderKL; default: as the weights say")
-    parser.add_argument("--scale", type=int, default=4, help="pixels of a grid per pixel")
-    parser.add_argument("--out", type=Path, default=Path("grid.png"), help=".png, .npz or a folder")
+    add = parser.add_argument
+    add("weights", help="NAME, NAME.json or NAME.safetensors")
+    add("--nfe", type=int, default=1, help="network evaluations (steps)")
+    add("--w", type=float, help="guidance weight; default: the one of training")
+    add("--labels", help="comma-separated classes or `none`; default: the first ten")
+    add("--columns", type=int, default=8, help="samples of each label, or interpolation steps")
+    add("--samples", type=int, help="for .npz and folders; default: the protocol's number")
+    add("--protocol", choices=sorted(PROTOCOLS), help="labels and rounding; default: balanced")
+    add("--seed", type=int, default=0)
+    add("--interpolate", type=int, metavar="SEED", help="the seed that every row ends at")
+    add("--batch-size", type=int, default=64)
+    add("--dtype", choices=DTYPES, default="fp32")
+    add("--vae", help="folder of a diffusers AutoencoderKL; default: as the weights say")
+    add("--scale", type=int, default=4, help="pixels of a grid per pixel")
+    add("--out", type=Path, default=Path("grid.png"), help=".png, .npz or a folder")
     return parser
 
 

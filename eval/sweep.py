@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,13 +30,12 @@ if __name__ == "__main__":  # run by path, too, this checkout's code goes before
 from eval.export import Export, find_weights
 from eval.features import EXTRACTORS, FeatureExtractor, FeatureSet
 from eval.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
-from eval.protocols import PROTOCOLS, choose_labels, describe
 from eval.reference import HeldOut, Reference, make_extractor, open_images
 from eval.report import read_lines, write_report
-from eval.sample import DTYPES, Generator, check_guidance
+from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, choose_labels, describe
+from recipe.algorithms import MAX_LENGTH, length_of
 from recipe.config import ConfigError, load_config
 from recipe.objectives import from_facts
-from recipe.posthoc import MAX_LENGTH, length_of
 from recipe.rules import Rule, check, each, file_name, filled, local, one_of, place, positive, rule, whole
 from recipe.weights import commit
 from storage.manifest import DatasetError, read_manifest
@@ -58,9 +57,9 @@ average = Rule(
 @dataclass
 class SweepConfig:
     """weights: files, or folders or buckets of exports; latest: only the newest of each; averages: `ema`,
-    `net` and/or `posthoc:LENGTH` (recipe/posthoc.py); w: empty for the guidance weight of training.
+    `net` and/or `posthoc:LENGTH` (recipe/algorithms.py); w: empty for the guidance weight of training.
 
-    protocol: a key of eval/protocols.py; samples: 0 for the protocol's number; reference: dataset folder or
+    protocol: one of eval/sample.py's; samples: 0 for the protocol's number; reference: dataset folder or
     folder of the real images, or a file of statistics; labels: dataset folder whose class counts the protocol
     means (null: as the weights say, or the reference); metrics: of `fd`, `kid`, `is`, `precision_recall`;
     extractor: see eval/features.py, `classifier` is trained on the reference; dtype: of the sampling network;
@@ -214,18 +213,15 @@ def append_result(path: Path, row: dict[str, Any]) -> None:
         file.write((b"\n" if unfinished else b"") + json.dumps(row).encode() + b"\n")
 
 
-@contextmanager
-def wandb_run(config: SweepConfig) -> Iterator[Any]:
+def wandb_run(config: SweepConfig) -> AbstractContextManager[Any]:
     """The Weights & Biases run of rank 0, or None where none was asked for."""
     if config.wandb == "off" or dist.get_global_rank() != 0:
-        yield None
-        return
+        return nullcontext()
     import wandb
 
     name = f"sweep-{Path(config.folder).name}"
     settings = {"project": config.wandb_project, "name": name, "mode": config.wandb, "dir": config.folder}
-    with wandb.init(**settings, config=vars(config)) as run:
-        yield run
+    return wandb.init(**settings, config=vars(config))
 
 
 class Setup(NamedTuple):

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 
-from recipe.algorithms import check_finite, unwrap
+from recipe.algorithms import average_of_child, check_finite, unwrap
 from recipe.config import GridConfig
 from recipe.data import Normalizer, to_uint8
 from recipe.model import GenerativeModel
 from recipe.plan import step_flops
-from recipe.posthoc import average_of_child
 from recipe.resume import Preemption
 from recipe.sampler import grid, initial_noise, sample
 from recipe.weights import save_weights
@@ -32,15 +31,8 @@ from streaming_convert.encoders import load_vae
 
 def inference_facts(model: GenerativeModel, data: dict[str, Any]) -> dict[str, Any]:
     """`method` and `data` of the weights' JSON (see recipe/weights.py)."""
-    normalizer = model.normalizer
-    return {
-        "method": model.objective.facts(),
-        "data": {
-            **data,
-            "mean": normalizer.mean.flatten().tolist(),
-            "std": normalizer.std.flatten().tolist(),
-        },
-    }
+    statistics = {name: getattr(model.normalizer, name).flatten().tolist() for name in ("mean", "std")}
+    return {"method": model.objective.facts(), "data": {**data, **statistics}}
 
 
 class ExportWeights(Callback):

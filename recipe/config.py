@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from recipe.algorithms import MAX_LENGTH
 from recipe.data import DataConfig
 from recipe.dit import DiTConfig
 from recipe.objectives import OBJECTIVES, TVM, Objective
 from recipe.parallel import ParallelConfig
-from recipe.posthoc import MAX_LENGTH
 from recipe.rules import (
     Rule,
     below_one,
@@ -61,9 +61,6 @@ class OptimizerConfig:
     eps: float = rule(1e-8, positive)
     weight_decay: float = rule(0.0, not_negative)
 
-    def __post_init__(self) -> None:
-        check(self, "optimizer")
-
 
 length = Rule(
     lambda x: 0.001 <= x <= MAX_LENGTH and round(x, 3) == x,
@@ -76,16 +73,13 @@ class EMAConfig:
     """Decays of the teacher (target) and of the evaluated weights; ramp: see `algorithms.ema_decay`.
 
     posthoc: lengths of power-function averages to keep and export besides, e.g. [0.05, 0.1]; from these two
-    any length can be had after training (recipe/posthoc.py). Each costs one more copy of the weights.
+    any length can be had after training (recipe/algorithms.py). Each costs one more copy of the weights.
     """
 
     target_decay: float = rule(0.99, below_one)
     decay: float = rule(0.9999, below_one)
     ramp: bool = False
     posthoc: list[float] = rule([], each(length))
-
-    def __post_init__(self) -> None:
-        check(self, "ema")
 
 
 @dataclass
@@ -95,9 +89,6 @@ class StepConfig:
     tangent_warmup: int = rule(0, not_negative)
     clip: float | None = rule(None, positive)
     max_skipped: int = rule(5, positive)
-
-    def __post_init__(self) -> None:
-        check(self, "step")
 
 
 @dataclass
@@ -114,9 +105,6 @@ class GridConfig:
     nfe: list[int] = rule([1], filled, each(whole(1, 1000)))
     vae: str | None = rule(None, local)
 
-    def __post_init__(self) -> None:
-        check(self, "grid")
-
 
 @dataclass
 class LogConfig:
@@ -129,9 +117,6 @@ class LogConfig:
     progress_bar: bool = True
     wandb: str = rule("off", one_of("off", "online", "offline"))
     wandb_project: str = rule("terminal-velocity", file_name)
-
-    def __post_init__(self) -> None:
-        check(self, "log")
 
 
 @dataclass
@@ -177,6 +162,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        for section in ("optimizer", "ema", "step", "grid", "log"):
+            check(getattr(self, section), section)
         if self.microbatch is not None and self.microbatch > self.data.batch_size:
             raise ValueError(
                 f"microbatch: {self.microbatch} is more than data.batch_size, {self.data.batch_size}; "

@@ -14,6 +14,7 @@ import sys
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -34,13 +35,17 @@ log = logging.getLogger("recipe.preflight")
 
 
 def check_data(config: TrainConfig) -> Manifest:
-    """The dataset's manifest, after comparing it with the model. Raises ConfigError."""
+    """The dataset's manifest, its schema checked, after comparing it with the model. Raises ConfigError."""
     if not config.data.remote and not os.path.isdir(config.data.local):
         raise ConfigError(f"data.local: {config.data.local} is not a folder, and data.remote is not set")
     try:
         manifest = read_manifest(config.data.source)
     except DatasetError as error:
-        raise ConfigError(f"data.{'remote' if config.data.remote else 'local'}: {error}") from error
+        if not config.data.remote:
+            raise ConfigError(f"data.local: {error}") from error
+        answer = error.__cause__  # the service's, where that is the reason
+        hint = f". To mend: {mend(config.data.remote, answer)}" if isinstance(answer, StorageError) else ""
+        raise ConfigError(f"data.remote: {error}{hint}") from error
     channels = manifest.shape[0] // (1 if manifest.column == "image" else 2)
     found = {"channels": channels, "size": manifest.shape[1], "classes": len(manifest.class_names)}
     for key, value in found.items():
@@ -90,27 +95,18 @@ def check_text(text: TextConfig, manifest: Manifest, source: str) -> None:
             )
 
 
-def login(scheme: str) -> str:
-    """The command that stores credentials for a service."""
-    return {"s3": "aws configure", "gs": "gcloud auth application-default login", "oci": OCI_LOGIN}[scheme]
-
-
-def reach(scheme: str) -> str:
-    """The command that shows whether a service answers at all."""
-    s3, gs = os.environ.get("S3_ENDPOINT_URL", "https://s3.amazonaws.com"), "https://storage.googleapis.com"
-    return {"s3": f"curl -I {s3}", "gs": f"curl -I {gs}", "oci": "oci os ns get"}[scheme]
-
-
 def mend(uri: str, error: StorageError) -> str:
     """The command that mends, or at least shows, why `uri` cannot be used."""
     if "://" not in uri:
         return f"ls -ld {uri}"
     scheme, bucket, path = parse_uri(uri)
-    if transient(error):
-        return reach(scheme)
-    if status(error) in (None, 401):
-        return login(scheme)
+    s3, gs = os.environ.get("S3_ENDPOINT_URL", "https://s3.amazonaws.com"), "https://storage.googleapis.com"
     endpoint = ' --endpoint-url "$S3_ENDPOINT_URL"' if "S3_ENDPOINT_URL" in os.environ else ""
+    if transient(error):  # does the service answer at all?
+        return {"s3": f"curl -I {s3}", "gs": f"curl -I {gs}", "oci": "oci os ns get"}[scheme]
+    if status(error) in (None, 401):
+        logins = {"s3": "aws configure", "gs": "gcloud auth application-default login", "oci": OCI_LOGIN}
+        return logins[scheme]
     if "BucketNotFound" in str(error) or "NoSuchBucket" in str(error):
         return {
             "s3": f"aws s3 mb s3://{bucket}{endpoint}",
@@ -124,18 +120,7 @@ def mend(uri: str, error: StorageError) -> str:
     }[scheme]
 
 
-def readable_data(config: TrainConfig) -> Manifest:
-    """The manifest, its schema checked, and its agreement with the model. Raises ConfigError."""
-    try:
-        return check_data(config)
-    except ConfigError as error:
-        answer = error.__cause__ and error.__cause__.__cause__  # the service's, where that is the reason
-        if config.data.remote and isinstance(answer, StorageError):
-            raise ConfigError(f"{error}. To mend: {mend(config.data.remote, answer)}") from error
-        raise
-
-
-def writable(key: str, uri: str) -> list[str]:
+def writable(key: str, uri: str) -> Iterator[str]:
     """List, write and delete in a folder."""
     probe = f"{PROBE}-{uuid.uuid4().hex}"  # nodes may share the folder
     try:
@@ -144,48 +129,46 @@ def writable(key: str, uri: str) -> list[str]:
         folder.write(probe, b"")
         folder.delete(probe)
     except StorageError as error:
-        return [f"{key}: {error}. To mend: {mend(uri, error)}"]
-    return []
+        yield f"{key}: {error}. To mend: {mend(uri, error)}"
 
 
-def startable(config: TrainConfig, manifest: Manifest) -> list[str]:
+def startable(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
     """What `fork_from` or `init_from` names, needed until the run has a checkpoint of its own."""
     key, uri = ("fork_from", config.fork_from) if config.fork_from else ("init_from", config.init_from)
     if not uri:
-        return []
+        return
     folder = Folder(config.save_folder)
     if complete(folder, checkpoints(folder, folder.names())):
-        return []
+        return
     try:
         if config.fork_from:
             fork(config)
         else:
             check_weights(config, normalizer(config.data, manifest))
     except ConfigError as error:
-        return [str(error)]
+        yield str(error)
     except StorageError as error:
-        return [f"{key}: {error}. To mend: {mend(uri, error)}"]
-    return []
+        yield f"{key}: {error}. To mend: {mend(uri, error)}"
 
 
-def oci_agreement(config: TrainConfig) -> list[str]:
+def oci_agreement(config: TrainConfig) -> Iterator[str]:
     """Composer reads OCI_CONFIG_FILE first, Streaming ~/.oci/config: both must lead to the same account."""
     import oci
 
     uris = {"data.remote": config.data.remote or "", "save_folder": config.save_folder}
     if not any(uri.startswith("oci://") for uri in uris.values()):
-        return []
+        return
     try:
         named = oci.config.from_file(os.environ.get("OCI_CONFIG_FILE", "~/.oci/config"))
         home = oci.config.from_file()
         oci.config.validate_config(named)
         namespace = oci.object_storage.ObjectStorageClient(named).get_namespace().data
     except Exception as error:  # the SDK has many for a bad configuration
-        return [f"oci://: {type(error).__name__}: {error}. To mend: {OCI_LOGIN} (shown by: oci os ns get)"]
+        yield f"oci://: {type(error).__name__}: {error}. To mend: {OCI_LOGIN} (shown by: oci os ns get)"
+        return
     different = [k for k in ("user", "tenancy", "fingerprint", "region") if named.get(k) != home.get(k)]
-    problems = []
     if different:
-        problems.append(
+        yield (
             f"OCI_CONFIG_FILE: {os.environ['OCI_CONFIG_FILE']} and ~/.oci/config differ in "
             f"{', '.join(different)}; checkpoints would use the first, data the second. "
             f"To mend: unset OCI_CONFIG_FILE"
@@ -193,10 +176,7 @@ def oci_agreement(config: TrainConfig) -> list[str]:
     for key, uri in uris.items():
         other = uri.partition("://")[2].partition("/")[0].partition("@")[2]
         if uri.startswith("oci://") and other and other != namespace:
-            problems.append(
-                f"{key}: namespace {other!r} is not {namespace!r}, the one that `oci os ns get` shows"
-            )
-    return problems
+            yield f"{key}: namespace {other!r} is not {namespace!r}, the one that `oci os ns get` shows"
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
@@ -227,7 +207,7 @@ def needs(config: TrainConfig, manifest: Manifest) -> Iterator[tuple[str, str, i
         yield "data.local", config.data.local, min(total, config.data.cache_bytes or total) - sum(here)
 
 
-def disk_space(config: TrainConfig, manifest: Manifest) -> list[str]:
+def disk_space(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
     """Room on each disk for all that goes there."""
     disks = defaultdict(list)
     for key, path, missing in needs(config, manifest):
@@ -235,17 +215,15 @@ def disk_space(config: TrainConfig, manifest: Manifest) -> list[str]:
         while not place.exists():
             place = place.parent
         disks[place.stat().st_dev].append((f"{key}: {path}", max(missing, 0), place))
-    problems = []
     for parts in disks.values():
         names, missing, places = zip(*parts, strict=True)
         free = shutil.disk_usage(places[0]).free
         if free < sum(missing):
             figures = f"{math.ceil(sum(missing) / 1e6)} MB needed, {int(free / 1e6)} MB free"
-            problems.append(f"{', '.join(names)}: {figures}. To mend: df -h {places[0]}")
-    return problems
+            yield f"{', '.join(names)}: {figures}. To mend: df -h {places[0]}"
 
 
-def cache_limit(config: TrainConfig, ranks: int, manifest: Manifest) -> list[str]:
+def cache_limit(config: TrainConfig, ranks: int, manifest: Manifest) -> Iterator[str]:
     """A smaller cache than what a node shuffles over at a time would fetch a shard for almost every sample.
 
     Streaming shuffles each canonical node's samples in windows, which overlap: two of them are in use. It
@@ -253,17 +231,16 @@ def cache_limit(config: TrainConfig, ranks: int, manifest: Manifest) -> list[str
     """
     limit = config.data.cache_bytes
     if not limit or not config.data.remote or not config.data.shuffle:
-        return []
+        return
     sizes = [shard["bytes"] for shard in manifest.shards.values()]
     in_use = min(1, 2 * config.data.canonical_nodes * SHUFFLE_WINDOW / manifest.num_samples)
     nodes = ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     need = max(sum(sizes) * in_use / nodes, 4 * max(sizes))
-    if limit >= need:
-        return []
-    return [
-        f"data.cache_limit: {config.data.cache_limit} is less than what a node shuffles over at a time here. "
-        f"To mend: data.cache_limit={int(need / 2**20) + 1}mb or more, or null"
-    ]
+    if limit < need:
+        yield (
+            f"data.cache_limit: {config.data.cache_limit} is less than what a node shuffles over at a time "
+            f"here. To mend: data.cache_limit={int(need / 2**20) + 1}mb or more, or null"
+        )
 
 
 def divisible(config: TrainConfig, ranks: int) -> list[str]:
@@ -278,34 +255,31 @@ def divisible(config: TrainConfig, ranks: int) -> list[str]:
     return problems
 
 
-def precision(config: TrainConfig) -> list[str]:
+def precision(config: TrainConfig) -> Iterator[str]:
     """Composer trains in bf16 on a GPU alone."""
-    if config.precision == "fp32" or torch.cuda.is_available():
-        return []
-    return [f"precision: {config.precision} needs a GPU, and there is none here. To mend: precision=fp32"]
+    if config.precision != "fp32" and not torch.cuda.is_available():
+        yield f"precision: {config.precision} needs a GPU, and there is none here. To mend: precision=fp32"
 
 
-def temporary_folder(config: TrainConfig) -> list[str]:
+def temporary_folder(config: TrainConfig) -> Iterator[str]:
     """The loader's workers send batches through sockets there; a name too long for one would hang the run."""
     longest, folder = 107 - len("/pymp-12345678/listener-12345678"), gettempdir()
-    if not config.data.workers or len(folder) <= longest:
-        return []
-    return [
-        f"data.workers: {config.data.workers} need a temporary folder of at most {longest} characters, "
-        f"{folder} has {len(folder)}. To mend: TMPDIR=/tmp, or data.workers=0"
-    ]
+    if config.data.workers and len(folder) > longest:
+        yield (
+            f"data.workers: {config.data.workers} need a temporary folder of at most {longest} characters, "
+            f"{folder} has {len(folder)}. To mend: TMPDIR=/tmp, or data.workers=0"
+        )
 
 
-def wandb_key(config: TrainConfig) -> list[str]:
+def wandb_key(config: TrainConfig) -> Iterator[str]:
     """A key for Weights & Biases where log.wandb is online."""
     if config.log.wandb != "online" or os.environ.get("WANDB_API_KEY"):
-        return []
-    try:
-        if netrc.netrc().authenticators("api.wandb.ai"):
-            return []
-    except (OSError, netrc.NetrcParseError):
-        pass
-    return ["log.wandb: online, but there is no key. To mend: wandb login, or log.wandb=offline"]
+        return
+    key = None
+    with suppress(OSError, netrc.NetrcParseError):
+        key = netrc.netrc().authenticators("api.wandb.ai")
+    if not key:
+        yield "log.wandb: online, but there is no key. To mend: wandb login, or log.wandb=offline"
 
 
 def problems(config: TrainConfig, ranks: int) -> tuple[list[str], Manifest | None]:
@@ -313,7 +287,7 @@ def problems(config: TrainConfig, ranks: int) -> tuple[list[str], Manifest | Non
     found, manifest = [*divisible(config, ranks), *precision(config), *wandb_key(config)], None
     found += [*temporary_folder(config), *oci_agreement(config)]
     try:
-        manifest = readable_data(config)
+        manifest = check_data(config)
     except ConfigError as error:
         found.append(str(error))
     found += [*writable("folder", config.folder), *writable("save_folder", config.save_folder)]

@@ -1,6 +1,6 @@
 """What a setting may be, beside it: `lr: float = rule(1e-4, positive)`; `check(self)` in __post_init__.
 
-A rule is checked where the dataclass is made, so a setting that breaks one never leaves __post_init__.
+A rule is checked where the configuration is made: a setting that breaks one never leaves __post_init__.
 """
 
 from __future__ import annotations

@@ -70,17 +70,12 @@ def build_model(config: TrainConfig, manifest: Manifest) -> GenerativeModel:
 
 def build_loggers(config: LogConfig, run_name: str, folder: str) -> list:
     """train.jsonl always, Weights & Biases where asked for."""
-    loggers = [JSONLines(f"{folder}/train.jsonl", config.interval)]
-    if config.wandb != "off":
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        loggers.append(
-            MetricsToWandB(
-                project=config.wandb_project,
-                name=run_name,
-                init_kwargs={"mode": config.wandb, "dir": folder, "id": run_name, "resume": "allow"},
-            )
-        )
-    return loggers
+    lines = JSONLines(f"{folder}/train.jsonl", config.interval)
+    if config.wandb == "off":
+        return [lines]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    options = {"mode": config.wandb, "dir": folder, "id": run_name, "resume": "allow"}
+    return [lines, MetricsToWandB(project=config.wandb_project, name=run_name, init_kwargs=options)]
 
 
 def build_callbacks(
@@ -139,22 +134,11 @@ def build_trainer(
     if config.init_from and load_path is None:
         log.info("%s: %s", config.run_name, warm_start(model, config))
     device = "gpu" if torch.cuda.is_available() else "cpu"
-    o = config.optimizer
-    optimizer = torch.optim.AdamW(
-        [p for p in model.net.parameters() if p.requires_grad],
-        o.lr,
-        tuple(o.betas),
-        o.eps,
-        weight_decay=o.weight_decay,
-        fused=True,
-    )
-    data = {
-        "column": manifest.column,
-        "class_names": manifest.class_names,
-        "class_counts": manifest.class_counts,
-        "encoder": manifest.encoder,
-        "source": config.data.source,
-    }
+    o, trained = config.optimizer, [p for p in model.net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, o.lr, tuple(o.betas), o.eps, o.weight_decay, fused=True)
+    data = {name: getattr(manifest, name) for name in ("column", "class_names", "class_counts", "encoder")}
+    data["source"] = config.data.source
+    guard = StepGuard(config.objective.flow_matching_first, **vars(config.step))
     if config.model.text is not None:
         data["text"] = manifest.text
     loader = train_loader(config.data, config.seed, config.model.text)
@@ -165,10 +149,7 @@ def build_trainer(
         optimizers=optimizer,
         schedulers=build_schedule(o),
         max_duration=config.duration,
-        algorithms=[
-            StepGuard(config.objective.flow_matching_first, **vars(config.step)),
-            EMA(**vars(config.ema)),
-        ],
+        algorithms=[guard, EMA(**vars(config.ema))],
         callbacks=build_callbacks(config, data, device, preemption),
         loggers=build_loggers(config.log, config.run_name, config.folder),
         run_name=config.run_name,
@@ -200,19 +181,16 @@ def start(config: TrainConfig, preemption: Preemption) -> Trainer:
     dist.initialize_dist(device, timeout=3600)  # while a checkpoint is downloaded, the other ranks wait
     manifest = check(config)
     batch = config.data.per_rank(dist.get_world_size())
-    if (config.microbatch or 0) > batch:
-        log.warning(
-            "microbatch: %d is more than a rank's %d samples here: one pass", config.microbatch, batch
-        )
+    if (size := config.microbatch or 0) > batch:
+        log.warning("microbatch: %d is more than a rank's %d samples here: one pass", size, batch)
     with newest(config) as found:
         load_path, source = found or (None, None)
         trainer = build_trainer(config, manifest, load_path, preemption)
     step = int(trainer.state.timestamp.batch)
     if trainer.state.timestamp >= trainer.state.max_duration:
         if source == config.fork_from:
-            raise ConfigError(
-                f"duration: {config.duration} leaves nothing to do after step {step} of {source}"
-            )
+            nothing = f"leaves nothing to do after step {step} of {source}"
+            raise ConfigError(f"duration: {config.duration} {nothing}")
         log.info("%s: already finished at step %d (%s)", config.run_name, step, source)
     elif source:
         log.info("%s: resumed at step %d from %s", config.run_name, step, source)

@@ -113,6 +113,13 @@ def parse_facts(text: bytes, where: str) -> dict[str, Any]:
     return facts
 
 
+def shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of this architecture."""
+    with torch.device("meta"):
+        state = DiT(config, initialize=False).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
 def described(facts: dict[str, Any], path: Path) -> DiTConfig:
     """The architecture that a weights' JSON names, if the tensors at `path` have it. Raises ValueError.
 
@@ -126,9 +133,7 @@ def described(facts: dict[str, Any], path: Path) -> DiTConfig:
         raise ValueError(f"weights: {path}: model.{describe(error)}") from error
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"weights: {path}: {error}") from error
-    with torch.device("meta"):
-        state = DiT(config, initialize=False).state_dict()
-    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    expected = shapes(config)
     for name in expected | found:
         here, there = found.get(name, "nothing"), expected.get(name, "nothing")
         if here != there:

@@ -450,7 +450,7 @@ class TestPreflight:
         self, digits, tmp_path, monkeypatch
     ):
         def disk_space(config):
-            return preflight.disk_space(config, preflight.check_data(config))
+            return list(preflight.disk_space(config, preflight.check_data(config)))
 
         config = config_of(digits, tmp_path / "save", f"folder={tmp_path}", "save_keep=2")
         size = preflight.checkpoint_bytes(config)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.protocols import PROTOCOLS, choose_labels, describe, quantize
-from eval.sample import Generator, interpolate
+from eval.sample import PROTOCOLS, Generator, choose_labels, describe, interpolate, quantize
 from eval.sample import main as sample_main
 from recipe.dit import DiT, DiTConfig
 from recipe.sampler import grid
