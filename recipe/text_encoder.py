@@ -16,6 +16,7 @@ from torch import Tensor
 FILES = ("config.json", "*.safetensors*", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
 FILES += ("vocab*", "merges.txt", "*.model")  # what of a model's folder is used, downloaded and hashed
 BATCH = 32  # prompts at once
+FP16_MAX = 65504.0
 
 
 class TextEncoder:
@@ -34,10 +35,8 @@ class TextEncoder:
         try:
             folder = _folder(path)
             self.model, self.tokenizer = _load(folder, self.device)
-        except ImportError as error:
-            raise ValueError(
-                f"a text encoder needs transformers: pip install 'terminal-velocity[text]' ({error})"
-            ) from error
+        except ImportError as error:  # of transformers, or of what one of its tokenizers needs
+            raise ValueError(f"{path}: {error}; pip install 'terminal-velocity[text]'") from error
         except Exception as error:  # torch, safetensors and the hub have their own
             reason = " ".join(str(error).split())
             raise ValueError(f"cannot load {path} on {self.device}: {reason}") from error
@@ -55,7 +54,7 @@ class TextEncoder:
         Lengths are 1 to `tokens`: a prompt without any token, as the empty one of some models, becomes their
         BOS, EOS or padding token; one that is too long is cut, but for the tokens that end a prompt, and
         counted in `cut`. All are filled up to `tokens`, so that another batch changes a result by rounding at
-        most. Raises ValueError, quoting the prompt, for values that float16 does not hold.
+        most. Values beyond float16 become its largest. Raises ValueError, quoting the prompt, for NaN.
         """
         text = np.zeros((len(prompts), self.tokens, self.width), np.float16)
         lengths = np.zeros(len(prompts), np.int64)
@@ -63,12 +62,12 @@ class TextEncoder:
             part = slice(start, start + BATCH)
             ids, mask = self._tokenize(prompts[part])
             hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            text[part] = hidden.masked_fill(mask[..., None] == 0, 0).half().cpu().numpy()
+            hidden = hidden.float().masked_fill(mask[..., None] == 0, 0).clamp(-FP16_MAX, FP16_MAX)
+            text[part] = hidden.half().cpu().numpy()
             lengths[part] = mask.sum(1).cpu().numpy()
-        bad = ~np.isfinite(text).all((1, 2))
+        bad = np.isnan(text).any((1, 2))
         if bad.any():
-            prompt = prompts[bad.argmax()]
-            raise ValueError(f"{self.name} gives values that are not finite in float16 for {prompt[:80]!r}")
+            raise ValueError(f"{self.name} gives NaN for {prompts[bad.argmax()][:80]!r}")
         return text, lengths
 
     def _tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from streaming_convert.sources import Source
 PASSING_OPTIONS = ("--workers", "--device", "--shard", "--max-rejected")  # do not decide what is written
 YAML = "train.yaml"
 CAPTIONS_HELP = f"CSV or JSON lines with file and caption; `{captions.BESIDE}`: 1.txt for 1.jpg"
-BYTES = 256  # most of a caption that a network reads by itself, in the configuration to begin with
+MOST_BYTES = 256  # of a caption and one more, for a network that reads them, in YAML
 SHARD_HEADER = 1024  # bytes that a shard's description of its columns stays below
 
 
@@ -79,18 +79,14 @@ def _add_sources(commands: argparse._SubParsersAction) -> None:
 
     add = source(
         "images",
-        "JPEG, PNG, WebP: one folder per class (as ImageNet), or a label file",
+        "JPEG, PNG, WebP: one folder per class (as ImageNet), a label or a caption file",
         lambda a: sources.image_folder(
             a.path, a.size, a.labels, a.classes, a.unlabelled, a.allow_empty, a.captions
         ),
     )
     add("path", metavar="FOLDER")
     add("--size", type=_at_least(1), required=True, help="side of the square that every image is brought to")
-    add(
-        "--labels",
-        metavar="FILE",
-        help="CSV (file,class) or JSON; labels.csv or dataset.json is found by itself",
-    )
+    add("--labels", metavar="FILE", help="CSV (file,class) or JSON; labels.csv or dataset.json is found")
     add("--classes", metavar="FILE", help="class names in order, one a line, such as LOC_synset_mapping.txt")
     add("--unlabelled", action="store_true", help="all labels 0, no classes")
     add("--allow-empty", action="store_true", help="a folder without images is a class without samples")
@@ -117,13 +113,8 @@ def _add_sources(commands: argparse._SubParsersAction) -> None:
 def _target_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     add = options.add_argument
-    add(
-        "--out",
-        type=_target,
-        required=True,
-        metavar="FOLDER_OR_URI",
-        help="writes its train/ and val/; s3://, gs://, oci:// too",
-    )
+    where = "writes its train/ and val/; s3://, gs://, oci:// too"
+    add("--out", type=_target, required=True, metavar="FOLDER_OR_URI", help=where)
     add("--val", type=_share, default=0.0, metavar="SHARE", help="share of samples for val/ (default: 0)")
     add("--only", nargs="+", metavar="CLASS", help="these classes only, numbered in this order")
     add("--limit", type=_at_least(1), metavar="N", help="N samples only, drawn at random")
@@ -136,18 +127,11 @@ def _target_options() -> argparse.ArgumentParser:
     add("--text-encoder", metavar="NAME", help="of captions: T5, CLIP, Qwen; transformers folder or hub name")
     add("--text-tokens", type=_at_least(1), default=64, help="of a caption, at most (default: %(default)s)")
     add("--device", help="of the encoders, such as cuda:1 (default: a GPU if there is one)")
-    add(
-        "--shard-samples",
-        type=_at_least(1),
-        default=1000,
-        help="most samples per shard (default: %(default)s)",
-    )
+    add("--shard-samples", type=_at_least(1), default=1000, help="most per shard (default: %(default)s)")
     add(
         "--shard-size", type=_bytes, default="16mb", help="most bytes per shard, uncompressed (default: 16mb)"
     )
-    add(
-        "--compression", type=_compression, help="of the shards, in Streaming's names: zstd:3 (default: none)"
-    )
+    add("--compression", type=_compression, help="of shards, in Streaming's names: zstd:3 (default: none)")
     add("--max-rejected", type=_at_least(0), default=0, help="bad samples to leave out, in all splits")
     add("--workers", type=_at_least(1), default=os.cpu_count(), help="default: one per core (%(default)s)")
     add("--shard", type=_machine, default=(1, 1), metavar="I/N", help="machine I of N; at the end, run merge")
@@ -296,9 +280,8 @@ def _finish(out: str, splits: list[str], max_rejected: int) -> None:
     for uri, manifest in zip(uris, manifests, strict=True):
         count = f"{manifest.num_samples} samples in {len(manifest.shards)} shards"
         print(f"{uri}: {count}, {manifest.rejected} rejected")
-        if manifest.text and manifest.text["cut"]:
-            many, tokens = manifest.text["cut"], manifest.text["tokens"]
-            print(f"warning: {uri}: {many} captions are longer than {tokens} tokens and were cut")
+        if manifest.text and (cut := manifest.text["cut"]):
+            print(f"warning: {uri}: {cut} captions longer than {manifest.text['tokens']} tokens were cut")
     folder = Folder(out)
     if YAML not in folder.names():  # or the user's changes would be lost
         folder.write(YAML, training_yaml(out, manifests[0]).encode())
@@ -333,7 +316,7 @@ def training_yaml(out: str, manifest: Manifest) -> str:
             "normalize": "manifest" if latents else "pixels",
         },
         "model": {**model, "patch": patch, **network, "label_std": 0.5, **_text_model(manifest)},
-        "objective": {"guidance": 1.25 if classes else 1.0, "gap_mean": 0.0},
+        "objective": {"guidance": 1.25 if classes or manifest.caption_bytes else 1.0, "gap_mean": 0.0},
         "optimizer": {"lr": 1e-3} if small else {"lr": 3e-4, "warmup": "100ba"},
         "step": {"clip": 1.0},
         "ema": {"decay": 0.999, "ramp": True},
@@ -349,12 +332,11 @@ def training_yaml(out: str, manifest: Manifest) -> str:
 def _text_model(manifest: Manifest) -> dict:
     """What a network says of the captions that it takes: their bytes, or the dataset's embeddings of them."""
     if manifest.text:
-        sizes = {key: manifest.text[key] for key in ("tokens", "width")}
-        return {"text": {"encoder": "dataset", **sizes}}
+        return {"text": {"encoder": "dataset", **{key: manifest.text[key] for key in ("tokens", "width")}}}
     if not manifest.caption_bytes:
         return {}
     longest = max(map(int, manifest.caption_bytes))
-    return {"text": {"encoder": "bytes", "tokens": min(BYTES, -(-(1 + longest) // 8) * 8)}}
+    return {"text": {"encoder": "bytes", "tokens": min(MOST_BYTES, 8 * (longest // 8 + 1))}}
 
 
 def run_verify(args: argparse.Namespace, argv: list[str]) -> int:

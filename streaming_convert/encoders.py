@@ -1,4 +1,4 @@
-"""From pixels to what is stored: uint8 pixels as they are, or the latents of a variational autoencoder."""
+"""What is stored: uint8 pixels as they are, or latents of an autoencoder; and embeddings of captions."""
 
 import base64
 from typing import TYPE_CHECKING, Protocol

@@ -83,6 +83,7 @@ def test_each_caption_of_each_file_is_a_sample(folder, tmp_path, write):
     assert main(["verify", str(tmp_path / "out")]) == 0
     config = yaml.safe_load((tmp_path / "out/train.yaml").read_text())
     assert config["model"]["text"] == {"encoder": "bytes", "tokens": 24}  # 1 + 22
+    assert config["objective"]["guidance"] == 1.25
 
 
 def test_captions_beside_the_pictures(folder, tmp_path, capsys):
@@ -290,7 +291,7 @@ def test_embeddings_are_those_of_the_encoder(folder, tmp_path, capsys, models, n
     text, length = encoder.encode([""])
     np.testing.assert_array_equal(empty, text[0, : length[0]])
     assert manifest.text["cut"] == encoder.cut >= 2
-    assert f"warning: {tmp_path}/out/train: {encoder.cut} captions are longer than 8 tokens" in (
+    assert f"warning: {tmp_path}/out/train: {encoder.cut} captions longer than 8 tokens were cut" in (
         capsys.readouterr().out
     )
     config = yaml.safe_load((tmp_path / "out/train.yaml").read_text())
@@ -412,11 +413,11 @@ def test_finished_captions_can_be_encoded_later(folder, tmp_path, capsys, models
     )
 
 
-def test_values_that_float16_does_not_hold_stop_with_the_caption(folder, tmp_path, capsys, models):
+def test_an_encoder_that_gives_nan_stops_with_the_caption(folder, tmp_path, capsys, models):
     huge = Path(shutil.copytree(models["t5"], tmp_path / "huge"))
     model = transformers.T5ForConditionalGeneration.from_pretrained(huge)
     model.shared.weight.data[2 + 1 :, 0] = float("nan")  # every word; the tokens before them are special
     model.save_pretrained(huge)
     path = write_csv(tmp_path / "captions.csv")
     assert convert_folder(folder, tmp_path / "out", "--captions", path, *encode(huge)) == 1
-    assert "not finite in float16 for 'dog'. Finished parts are kept" in capsys.readouterr().err
+    assert "huge gives NaN for 'dog'. Finished parts are kept" in capsys.readouterr().err

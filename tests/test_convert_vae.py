@@ -106,6 +106,25 @@ def test_finished_pixels_can_be_encoded_later(pictures, vae_folder, tmp_path):
     ]
 
 
+def test_latents_and_embeddings_of_captions_together(pictures, vae_folder, tmp_path):
+    pytest.importorskip("transformers")
+    from tests.test_text_encoder import save_t5
+
+    rows = [f"{i % 3}/{i}.png,{'red ' * i}" for i in range(21)]
+    (tmp_path / "captions.csv").write_text("\n".join(["file,caption", *rows]))
+    options = {
+        "captions": tmp_path / "captions.csv",
+        "text-encoder": save_t5(tmp_path / "t5"),
+        "text-tokens": 4,
+    }
+    assert convert(*command(pictures, vae_folder, tmp_path / "out", **options), "--max-rejected", 0) == 0
+    samples = read_all(tmp_path / "out" / "train")
+    assert [sample["text_length"] for sample in samples[:4]] == [1, 4, 4, 4] and len(samples) == 21
+    assert samples[0]["latents"].shape == (8, 8, 8) and samples[0]["text"].shape == (4, 16)
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert main(["show", str(tmp_path / "out"), "--out", str(tmp_path / "grid.png")]) == 0
+
+
 def test_half_precision_encoder_stays_close(pictures, vae_folder, tmp_path):
     convert(*command(pictures, vae_folder, tmp_path / "fp32"))
     convert(*command(pictures, vae_folder, tmp_path / "bf16", dtype="bf16"))

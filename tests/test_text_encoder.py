@@ -1,6 +1,7 @@
 """Text encoders on tiny random T5, CLIP and Qwen models, saved to a folder and loaded by the real classes."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,16 @@ def test_impossible_lengths_and_values_are_refused(folders, tmp_path):
         with pytest.raises(ValueError, match=message):
             TextEncoder(folders[name], tokens, "cpu")
     encoder = TextEncoder(save_t5(tmp_path), 10, "cpu")
-    encoder.model.encoder.final_layer_norm.weight.data *= 1e6
-    with pytest.raises(ValueError, match="not finite in float16 for 'a red cat'"):
+    encoder.model.encoder.final_layer_norm.weight.data[0] = 1e9
+    for dtype in (torch.float32, torch.bfloat16):  # which has no 65504
+        encoder.model.to(dtype)
+        assert (np.abs(encoder.encode(PROMPTS)[0][:, 0, 0]) == 65504).all()
+    encoder.model.encoder.final_layer_norm.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="gives NaN for 'a red cat'"):
         encoder.encode(PROMPTS)
+
+
+def test_without_transformers_it_says_what_to_install(folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"pip install 'terminal-velocity\[text\]'"):
+        TextEncoder(folders["t5"], 10, "cpu")
