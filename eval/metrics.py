@@ -187,6 +187,21 @@ def _coverage(points: Tensor, support: Tensor, k: int, rows: int) -> float:
     return float(torch.cat(inside).double().mean())
 
 
+def retrieval(features: Tensor, real: Tensor, own: Tensor, seed: int, among: int = 100, k: int = 10) -> float:
+    """How often the real image of a sample is among the k nearest of `among`: it and others chosen at random.
+
+    features: (n, F) of samples; real: (N, F); own: int64 (n,), whose caption each sample was asked for. With
+    fewer real images all of them; chance is k / among.
+    """
+    generator, count = torch.Generator().manual_seed(seed), min(among, len(real)) - 1
+    found = 0
+    for point, mine in zip(features, own.tolist(), strict=True):
+        others = torch.randperm(len(real) - 1, generator=generator)[:count]
+        distance = (real[others + (others >= mine)] - point).norm(dim=1)
+        found += int((distance < (real[mine] - point).norm()).sum() < k)
+    return found / len(features)
+
+
 def nearest(points: Tensor, support: Tensor, rows: int = 2048) -> tuple[Tensor, Tensor]:
     """Distances (N,) from `points` (N, F) to the nearest of `support` (M, F), and the rows (N,) of these.
 

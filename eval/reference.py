@@ -25,11 +25,15 @@ from scipy.stats import mannwhitneyu
 from streaming import StreamingDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchmetrics.multimodal.clip_score import CLIPScore
 from tqdm import tqdm
 
 from eval.features import EXTRACTORS, FeatureExtractor, FeatureSet, SmallImageClassifier, load_extractor
-from eval.metrics import nearest, resampled_distance
+from eval.metrics import nearest, resampled_distance, retrieval
 from eval.restricted import Global, Node, RefusedPickle, read_file
+from recipe.data import collate
+from recipe.text import Text, TextConfig
+from storage.manifest import read_manifest
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 NUMPY = {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")}
@@ -44,7 +48,7 @@ class MDSImages(Dataset):
     """The image column of a dataset folder, each sample exactly once (a StreamingDataset iterated pads)."""
 
     def __init__(self, folder: Path) -> None:
-        self.samples = StreamingDataset(local=str(folder), batch_size=1)
+        self.folder, self.samples = str(folder), StreamingDataset(local=str(folder), batch_size=1)
         if "image" not in self.samples[0]:
             raise ValueError(f"{folder}: no column `image`, found {', '.join(self.samples[0])}")
 
@@ -53,6 +57,15 @@ class MDSImages(Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         return torch.from_numpy(self.samples[index]["image"].copy())
+
+    def rows(self, index: Tensor) -> list[dict[str, Any]]:
+        """All columns of these samples."""
+        return [self.samples[i] for i in index.tolist()]
+
+    def text(self, index: Tensor, config: TextConfig) -> Text:
+        """The captions of these samples as a network with `config` takes them."""
+        batch = collate(self.rows(index), config)
+        return Text(batch["text"], batch["text_length"])
 
 
 class ImageFiles(Dataset):
@@ -228,6 +241,57 @@ class HeldOut:
             **self.floors,
             "nearer_share": float(mannwhitneyu(self.near, near).statistic / (len(near) * len(self.near))),
         }
+
+
+class Captions:
+    """The reference's captions as prompts: sample i is asked for what image i shows, and compared with that.
+
+    stored: hash of the text encoder of the reference's embeddings, or None; clip: folder or hub name of a
+    CLIP. Raises ValueError where the reference has no captions.
+    """
+
+    def __init__(self, images: Dataset | None, samples: int, clip: str | None, seed: int) -> None:
+        if not isinstance(images, MDSImages) or "caption" not in images.samples[0]:
+            raise ValueError("prompts: the reference must be a dataset folder with captions")
+        self.images, self.seed = images, seed
+        self.own = torch.arange(samples) % len(images)
+        shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        self.asked = {"own": self.own, "shuffled": shuffled[self.own], "empty": self.own}
+        self.stored = (read_manifest(images.folder).text or {}).get("sha256")
+        self.clip = None if clip is None else load_clip(clip)
+
+    def labels(self, classes: int) -> Tensor:
+        """(n,), of the images; 0 for a network without classes."""
+        return torch.tensor([int(row["label"]) for row in self.images.rows(self.own)]).clamp(max=classes)
+
+    def text(self, prompts: str, config: TextConfig, index: Tensor) -> Text:
+        """What the network is told for these samples: own or shuffled captions."""
+        return self.images.text(self.asked[prompts][index], config)
+
+    def see(self, pictures: Tensor, index: Tensor) -> None:
+        """uint8 samples (B, C, H, W), for the CLIP score with their images' captions."""
+        if self.clip is not None:
+            captions = [row["caption"] for row in self.images.rows(self.own[index])]
+            self.clip.update(list(pictures.cpu().expand(-1, 3, -1, -1)), captions)
+
+    def scores(self, features: Tensor, real: Tensor) -> dict[str, float]:
+        """Of samples with these features (n, F), those of the images being `real` (N, F); columns of a row.
+
+        retrieval: how often image i is among the 10 nearest of it and 99 others to sample i; chance is 0.1.
+        """
+        found = {"retrieval": retrieval(features, real, self.own, self.seed)}
+        if self.clip is not None:
+            found["clip_score"] = float(self.clip.compute())
+            self.clip.reset()
+        return found
+
+
+def load_clip(name: str) -> CLIPScore:
+    """torchmetrics' score with the CLIP of that folder or hub name. Raises ValueError."""
+    try:
+        return CLIPScore(name)
+    except Exception as error:  # the hub, safetensors and torch have their own
+        raise ValueError(f"clip: cannot load {name}: {' '.join(str(error).split())}") from error
 
 
 def read_statistics(path: str | Path, metric: str = "fid") -> tuple[Tensor, Tensor]:

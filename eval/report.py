@@ -7,6 +7,8 @@ import html
 import json
 import math
 import sys
+import textwrap
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from itertools import product, zip_longest
@@ -27,8 +29,9 @@ from torch.utils.data import Dataset
 
 from eval.metrics import nearest
 from eval.reference import MDSImages, Reference
-from eval.sample import Generator
+from eval.sample import Generator, no_text
 from recipe.sampler import grid
+from recipe.text import Text
 
 Row = dict[str, Any]
 
@@ -46,6 +49,9 @@ COLUMNS = {
     "Inception score": lambda r: _number(r.get("inception_score"), ".2f"),
     "precision": lambda r: _number(r.get("precision"), ".3f"),
     "recall": lambda r: _number(r.get("recall"), ".3f"),
+    "prompts": lambda r: r["prompts"] if "retrieval" in r else "-",
+    "retrieval": lambda r: _number(r.get("retrieval"), ".3f"),
+    "CLIP score": lambda r: _number(r.get("clip_score"), ".2f"),
     "class agreement": lambda r: _number(r["class_agreement"], ".3f"),
     "to training (real)": lambda r: _beside_real(r, "to_training"),
     "to held-out (real)": lambda r: _beside_real(r, "to_held_out"),
@@ -213,6 +219,23 @@ def real_examples(images: Dataset | None, classes: list[int], columns: int) -> T
     return torch.stack([image for c in found.values() for image in c + [blank] * (columns - len(c))])
 
 
+def shown_rows(
+    images: Dataset | None, generator: Generator, columns: int
+) -> tuple[list[str], list[int], Callable[[Tensor], Text | None], Tensor | None]:
+    """Names, labels, prompts (see Generator.batches) and real images of the rows to show."""
+    classes, config = generator.net.config.classes, generator.net.config.text
+    if config is None:
+        labels = list(range(min(max(1, classes), 10)))
+        names = generator.facts["data"].get("class_names") or list(map(str, labels))
+        return names[: len(labels)], labels, no_text, real_examples(images, labels, columns)
+    first = torch.arange(min(10, len(images)))
+    rows = images.rows(first)
+    names = ["\n".join(textwrap.wrap(row["caption"], 28, max_lines=2)) for row in rows]
+    labels = [min(int(row["label"]), classes) for row in rows]
+    real = torch.stack([images[i] for i in first.tolist()])
+    return names, labels, lambda index: images.text(index // columns, config), real
+
+
 def newest_rows(rows: list[Row]) -> tuple[list[Row], float]:
     """The rows of the first row's weights, and the w with the lowest distance among them."""
     newest = [r for r in rows if r["weights"] == rows[0]["weights"]]
@@ -222,21 +245,20 @@ def newest_rows(rows: list[Row]) -> tuple[list[Row], float]:
 def plot_samples(
     rows: list[Row], images: Dataset | None, generator: Generator, path: Path, columns: int = 8
 ) -> None:
-    """One row per class: real images, then the first row's weights, each NFE from the same noise.
+    """One row per class, or per caption of the reference's first images: real images, then the first row's
+    weights, each NFE from the same noise.
 
     w is the one with the lowest distance among these weights' rows.
     """
-    shown = list(range(min(max(1, generator.net.config.classes), 10)))
-    names = generator.facts["data"].get("class_names") or list(map(str, shown))
-    real = real_examples(images, shown, columns)
+    names, shown, text, real = shown_rows(images, generator, columns)
     parts, titles = ([real], ["real"]) if real is not None else ([], [])
     requested = torch.tensor(shown).repeat_interleave(columns)
     newest, w = newest_rows(rows)
     for nfe in sorted({r["nfe"] for r in newest}):
-        drawn = generator.batches(requested, torch.arange(len(requested)), nfe, w, columns)
+        drawn = generator.batches(requested, torch.arange(len(requested)), nfe, w, columns, text=text)
         parts.append(torch.cat([images.cpu() for images, _ in drawn]))
         titles.append(f"{nfe} step{'s' if nfe > 1 else ''}")
-    pictures = [grid(part, columns, max(1, 32 // part.shape[-1])) for part in parts]
+    pictures = [grid(part, len(part) // len(shown), max(1, 32 // part.shape[-1])) for part in parts]
     size = (3.2 * len(parts), 0.42 * len(shown) + 0.5)
     figure, axes = plt.subplots(1, len(parts), figsize=size, squeeze=False, layout="constrained")
     for axis, picture, title in zip(axes[0], pictures, titles, strict=True):
@@ -245,7 +267,7 @@ def plot_samples(
         axis.spines[:].set_visible(False)
     figure.supxlabel(f"{Path(rows[0]['weights']).name}, w = {w:g}, the same noise in every column of samples")
     step = pictures[0].shape[0] / len(shown)
-    axes[0, 0].set_yticks([(i + 0.5) * step for i in range(len(shown))], [names[c] for c in shown])
+    axes[0, 0].set_yticks([(i + 0.5) * step for i in range(len(shown))], names)
     figure.savefig(path, dpi=120 if max(p.shape[1] for p in pictures) < 1000 else 300)
     plt.close(figure)
 
@@ -254,11 +276,17 @@ def draw_nearest(
     rows: list[Row], reference: Reference, generator: Generator, path: Path, columns: int = 20
 ) -> None:
     """Samples of the first row's weights, each above its nearest training image; two lines for each NFE."""
-    labels, seeds = torch.arange(columns) % max(1, generator.net.config.classes), torch.arange(columns)
+    classes, config = generator.net.config.classes, generator.net.config.text
+    labels, seeds = torch.arange(columns) % max(1, classes), torch.arange(columns)
+    text = None
+    if config is not None:
+        own = seeds % len(reference.images)
+        text = reference.images.text(own, config)
+        labels = torch.tensor([int(row["label"]) for row in reference.images.rows(own)]).clamp(max=classes)
     newest, w = newest_rows(rows)
     lines = []
     for nfe in sorted({r["nfe"] for r in newest}):
-        samples = generator(labels, seeds, nfe, w).cpu()
+        samples = generator(labels, seeds, nfe, w, text).cpu()
         found = nearest(reference.extractor(samples).cpu(), reference.features)[1].tolist()
         lines += [samples, torch.stack([reference.images[i] for i in found]), torch.full_like(samples, 255)]
     picture = grid(torch.cat(lines[:-1]), columns, max(1, 32 // lines[0].shape[-1]))

@@ -1,9 +1,10 @@
 """Draw samples: `python -m eval.sample WEIGHTS --nfe 1 --w 2 --labels 0,1,2 --seed 0 --out grid.png`.
 
-OUT.png is a grid with a row for each label; OUT.npz holds arr_0 (N, H, W, C) uint8 and arr_1 (N,) labels, as
-ADM's evaluator reads them; any other OUT is a folder of N files SEED.png. N comes from --samples. With
---interpolate SEED each row goes from the noise of --seed to that of SEED. Sample i has the seed `--seed` + i
-and depends on nothing else: neither on the batch size nor on the number of ranks.
+OUT.png is a grid with a row for each label, or for each of --prompts "red heart" "flag: Japan"; OUT.npz holds
+arr_0 (N, H, W, C) uint8 and arr_1 (N,) labels, as ADM's evaluator reads them; any other OUT is a folder of N
+files SEED.png. N comes from --samples. With --interpolate SEED each row goes from the noise of --seed to that
+of SEED. Sample i has the seed `--seed` + i and depends on nothing else: neither on the batch size nor on the
+number of ranks.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ from recipe.draws import Stream, keys, uniform
 from recipe.objectives import Objective, from_facts
 from recipe.rules import obeys, positive, whole
 from recipe.sampler import grid, initial_noise, sample
+from recipe.text import Prompts, Text, byte_tokens
+from recipe.text_encoder import TextEncoder
 from recipe.weights import load_weights
 from streaming_convert.encoders import hash_weights, load_vae
+from streaming_convert.show import captioned
 
 DTYPES = ("fp32", "fp64", "amp_bf16")
 SEED = whole(0, 2**62)  # sample i has the seed + i, an int64
@@ -130,6 +134,10 @@ def quantize(values: Tensor, rounding: str) -> Tensor:
 # ---------------------------------------------------------------- weights that make images
 
 
+def no_text(index: Tensor) -> None:
+    """The prompts of these samples: none, or empty ones."""
+
+
 class Generator:
     """Weights ready to make images: uint8 (B, C, H, W) from labels and seeds.
 
@@ -153,6 +161,8 @@ class Generator:
         self.objective = from_facts(self.facts["method"])
         data = self.facts["data"]
         self.normalizer = Normalizer(data["mean"], data["std"]).to(self.device, self.dtype)
+        text = self.net.config.text
+        self.prompts = None if text is None else Prompts(text, data.get("text")).to(self.device, self.dtype)
         latent = data["column"] == "latents"
         self.decode = load_decoder(data["encoder"], vae, device) if latent else None
 
@@ -162,26 +172,68 @@ class Generator:
         shape = (config.channels, config.size, config.size)
         return initial_noise(seeds.to(self.device), shape, self.dtype)
 
-    def __call__(self, label: Tensor, seeds: Tensor, nfe: int, w: float) -> Tensor:
-        """label, seeds: int64 (B,); the label K stands for none."""
-        return self.from_noise(self.noise(seeds), label, nfe, w)
+    def __call__(self, label: Tensor, seeds: Tensor, nfe: int, w: float, text: Text | None = None) -> Tensor:
+        """label, seeds: int64 (B,); the label K stands for none; text: of B prompts, None for empty ones."""
+        return self.from_noise(self.noise(seeds), label, nfe, w, text)
 
-    def from_noise(self, noise: Tensor, label: Tensor, nfe: int, w: float) -> Tensor:
+    def from_noise(
+        self, noise: Tensor, label: Tensor, nfe: int, w: float, text: Text | None = None
+    ) -> Tensor:
         """noise: (B, C, H, W), label: int64 (B,)."""
+        net, null = self.net, self.net.config.null
+        if self.prompts is not None:
+            text = self.prompts.empty(len(label)) if text is None else text.to(self.device)
+            net = self.prompts(net, text, null)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            null = self.net.config.null
-            x0 = sample(self.net, noise, label.to(self.device), nfe, w, self.objective, null)
+            x0 = sample(net, noise, label.to(self.device), nfe, w, self.objective, null)
         values = self.normalizer.invert(x0)
         if not values.isfinite().all():
             raise FloatingPointError(f"the network's output is not finite with {nfe} steps at w = {w:g}")
         return quantize(self.decode(values.float()) if self.decode else values, self.rounding)
 
     def batches(
-        self, label: Tensor, seeds: Tensor, nfe: int, w: float, batch_size: int, rank: int = 0, world: int = 1
+        self,
+        label: Tensor,
+        seeds: Tensor,
+        nfe: int,
+        w: float,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        text: Callable[[Tensor], Text | None] = no_text,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, index) of every world-th batch, beginning with the rank's; index: which of the samples."""
+        """(images, index) of every world-th batch, beginning with the rank's; index: which of the samples.
+
+        text: from an index to these samples' prompts.
+        """
         for index in torch.arange(len(seeds)).split(batch_size)[rank::world]:
-            yield self(label[index], seeds[index], nfe, w), index
+            yield self(label[index], seeds[index], nfe, w, text(index)), index
+
+    def encode(self, prompts: list[str], text_encoder: str | None = None) -> Text:
+        """Prompts for this network; those that are too long are cut, with a warning that counts them.
+
+        text_encoder: of stored embeddings, folder or hub name of the model; None for the one that the weights
+        name. Raises ValueError where it is not the one that the network was trained with.
+        """
+        config = self.net.config.text
+        if config is None:
+            raise ValueError("--prompts: these weights take none")
+        if config.encoder == "bytes":
+            text, cut = byte_tokens(prompts, config.tokens)
+        else:
+            stored = self.facts["data"]["text"]
+            encoder = TextEncoder(text_encoder or stored["encoder"], config.tokens, self.device)
+            if encoder.sha256 != stored["sha256"]:
+                raise ValueError(
+                    f"--text-encoder: {encoder.name} hashes to {encoder.sha256[:12]}, the network was "
+                    f"trained with {stored['encoder']}, {stored['sha256'][:12]}"
+                )
+            text, cut = Text(*map(torch.from_numpy, encoder.encode(prompts))), encoder.cut
+        if cut:
+            warnings.warn(
+                f"{cut} of {len(prompts)} prompts are longer than {config.tokens} tokens", stacklevel=2
+            )
+        return text
 
 
 def load_decoder(
@@ -260,11 +312,26 @@ def write_npz(path: Path, batches: Iterable[tuple[Tensor, Tensor]], labels: Tens
 def parse_labels(text: str, net: DiT) -> Tensor:
     """`0,1,2` => int64 labels; `none` is the unconditional index. Raises ValueError."""
     classes = net.config.classes
-    known = {"none": classes, **{str(label): label for label in range(classes)}}
+    known = {"none": net.config.null, **{str(label): label for label in range(classes)}}
     for part in text.split(","):
         if part.strip() not in known:
             raise ValueError(f"--labels: {part!r} is not in 0..{classes - 1}, nor `none`")
     return torch.tensor([known[part.strip()] for part in text.split(",")])
+
+
+def parse_prompts(given: list[str], labels: str | None, net: DiT) -> tuple[list[str], Tensor]:
+    """Prompts, or the lines of a file of them, and a label for each. Raises OSError, ValueError."""
+    prompts = (
+        Path(given[0]).read_text().splitlines() if len(given) == 1 and Path(given[0]).is_file() else given
+    )
+    if not net.config.classes:
+        return prompts, torch.zeros(len(prompts), dtype=torch.int64)
+    chosen = parse_labels(labels, net) if labels else torch.tensor([])
+    if len(chosen) not in (1, len(prompts)):
+        raise ValueError(
+            f"--labels: one for all prompts, or one for each of {len(prompts)}, since there are classes"
+        )
+    return prompts, chosen.expand(len(prompts))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -278,6 +345,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--nfe", type=int, default=1, help="network evaluations (steps)")
     add("--w", type=float, help="guidance weight; default: the one of training")
     add("--labels", help="comma-separated classes or `none`; default: the first ten")
+    add("--prompts", nargs="+", help="a row for each; one name of a file: a prompt a line")
+    add("--text-encoder", help="folder or hub name, for stored embeddings; default: as the weights say")
     add("--columns", type=int, default=8, help="samples of each label, or interpolation steps")
     add("--samples", type=int, help="for .npz and folders; default: the protocol's number")
     add("--protocol", choices=sorted(PROTOCOLS), help="labels and rounding; default: balanced")
@@ -298,9 +367,9 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not obeys(value, rule):
             raise ValueError(f"--{name.replace('_', '-')}: {value} {rule.says}")
-    grid_only = options.interpolate is not None or options.labels is not None
+    grid_only = [n for n in ("interpolate", "labels", "prompts") if getattr(options, n) is not None]
     if options.out.suffix != ".png" and grid_only:
-        raise ValueError(f"--labels and --interpolate make a grid: --out {options.out} must end in .png")
+        raise ValueError(f"--{grid_only[0]} makes a grid: --out {options.out} must end in .png")
     if not options.out.parent.is_dir():
         raise ValueError(f"--out: folder {options.out.parent} does not exist")
     if options.out.is_dir() and any(options.out.iterdir()):
@@ -311,19 +380,30 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--samples and --protocol need --out NAME.npz or a folder, not {options.out}")
 
 
-def draw_grid(generator: Generator, labels: Tensor, w: float, options: argparse.Namespace) -> np.ndarray:
-    """One row for each label: other seeds, or the way from one seed to another."""
+def draw_grid(
+    generator: Generator, labels: Tensor, prompts: list[str], w: float, options: argparse.Namespace
+) -> np.ndarray:
+    """One row for each label, or prompt: other seeds, or the way from one seed to another."""
     columns = options.columns
     repeated = labels.repeat_interleave(columns)
+    size = options.batch_size
+    text = generator.encode(prompts, options.text_encoder) if prompts else None
     if options.interpolate is not None:
         ends = generator.noise(torch.tensor([options.seed, options.interpolate]))
         noise = interpolate(ends[0], ends[1], columns).repeat(len(labels), 1, 1, 1)
     else:
         noise = generator.noise(options.seed + torch.arange(len(repeated)))
-    parts = list(zip(noise.split(options.batch_size), repeated.split(options.batch_size), strict=True))
-    bar = tqdm(parts, "sampling", unit="batch")
-    images = [generator.from_noise(part, label, options.nfe, w).cpu() for part, label in bar]
-    return grid(torch.cat(images), columns, options.scale)
+    images = []
+    for index in tqdm(torch.arange(len(repeated)).split(size), "sampling", unit="batch"):
+        rows = None if text is None else Text(*(x[index // columns] for x in text))
+        images.append(generator.from_noise(noise[index], repeated[index], options.nfe, w, rows).cpu())
+    if text is None:
+        return grid(torch.cat(images), columns, options.scale)
+    strips = [grid(row, columns, options.scale) for row in torch.cat(images).split(columns)]
+    below = [
+        captioned(strip.transpose(2, 0, 1), prompt) for strip, prompt in zip(strips, prompts, strict=True)
+    ]
+    return np.concatenate([picture.transpose(1, 2, 0) for picture in below])
 
 
 def draw_set(generator: Generator, w: float, protocol: str, options: argparse.Namespace) -> None:
@@ -355,11 +435,14 @@ def main(arguments: list[str]) -> None:
         generator = Generator(options.weights, device, options.dtype, rounding, options.vae)
         classes = generator.net.config.classes
         default = ",".join(map(str, range(min(classes, 10)))) or "none"
-        labels = parse_labels(options.labels or default, generator.net)
+        if options.prompts:
+            prompts, labels = parse_prompts(options.prompts, options.labels, generator.net)
+        else:
+            prompts, labels = [], parse_labels(options.labels or default, generator.net)
         w = generator.objective.default_w if options.w is None else options.w
         check_guidance(generator.objective, w)
         if options.out.suffix == ".png":
-            Image.fromarray(draw_grid(generator, labels, w, options)).save(options.out)
+            Image.fromarray(draw_grid(generator, labels, prompts, w, options)).save(options.out)
         else:
             draw_set(generator, w, protocol, options)
     except (OSError, ValueError, FloatingPointError) as error:

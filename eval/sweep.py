@@ -6,7 +6,6 @@ It ends with a table (results.md), pictures (metrics.png, samples.png) and both 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import sys
@@ -15,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, asdict, dataclass
 from datetime import datetime, timezone
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +31,9 @@ if __name__ == "__main__":  # run by path, too, this checkout's code goes before
 from eval.export import Export, find_weights
 from eval.features import EXTRACTORS, FeatureExtractor, FeatureSet
 from eval.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
-from eval.reference import HeldOut, Reference, make_extractor, open_images
+from eval.reference import Captions, HeldOut, Reference, make_extractor, open_images
 from eval.report import read_lines, write_report
-from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, choose_labels, describe
+from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, choose_labels, describe, no_text
 from recipe.algorithms import MAX_LENGTH, length_of
 from recipe.config import ConfigError, load_config
 from recipe.objectives import from_facts
@@ -66,6 +67,10 @@ class SweepConfig:
     vae: folder of the autoencoder, for latents. The floor is the distance between halves of the reference,
     averaged over `floor_splits` (0: none).
 
+    prompts: what weights with prompts are asked for, a cell each: `own`, for sample i the caption of image i
+    of the reference; `shuffled`, that of another image; `empty`. See eval/reference.py, Captions, for what
+    rows then say, those of weights without prompts too; clip: folder or hub name of a CLIP for its score.
+
     held_out: dataset folder or folder of real images of the same kind that are neither in the reference nor
     in what the weights were trained on; the reference is then what they were trained on, and the sweep says
     whether samples are new or copied (eval/reference.py: HeldOut).
@@ -82,6 +87,8 @@ class SweepConfig:
     samples: int = rule(0, whole(0, 10**9))
     labels: str | None = rule(None, place)
     held_out: str | None = rule(None, place)
+    prompts: list[str] = rule([], each(one_of("own", "shuffled", "empty")))
+    clip: str | None = rule(None, local)
     metrics: list[str] = rule(["fd"], metrics)
     batch_size: int = rule(256, whole(1, 10**6))
     seed: int = rule(0, whole(0, 2**31 - 1))
@@ -95,6 +102,8 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.clip and not self.prompts:
+            raise ValueError("clip: scores prompts, of which there are none")
         if self.held_out is not None and not self.floor_splits:
             raise ValueError("held_out: needs floor_splits of at least 1")
 
@@ -102,7 +111,7 @@ class SweepConfig:
     def keep(self) -> set[str]:
         """What must be kept of every sample besides moments: `features`, `logits`."""
         kept = {KEEP[name] for name in self.metrics if name in KEEP}
-        return kept | {"features"} if self.held_out else kept
+        return kept | {"features"} if self.held_out or self.prompts else kept
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,8 @@ class Cell:
     sha256: str
     nfe: int
     w: float
+    prompts: str
+    encoder: str
     protocol: str
     samples: int
     seed: int
@@ -133,20 +144,39 @@ def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, C
     digest = setup.reference.digest + (setup.held_out.digest if setup.held_out else "")
     for export, labels in zip(setup.exports, setup.labels, strict=True):
         inputs = hashlib.sha256(digest.encode() + labels.numpy().tobytes()).hexdigest()
+        stem, encoder = str(export.path.with_suffix("")), text_encoder(export)
         for w in config.w or [from_facts(export.facts["method"]).default_w]:
-            for nfe in config.nfe:
-                stem = str(export.path.with_suffix(""))
-                yield export, labels, Cell(stem, export.facts["sha256"], nfe, w, *shared, inputs)
+            for nfe, prompts in product(config.nfe, config.prompts if encoder else ["none"]):
+                what = stem, export.facts["sha256"], nfe, w, prompts, encoder
+                yield export, labels, Cell(*what, *shared, inputs)
 
 
-def choose(config: SweepConfig, exports: list[Export], samples: int) -> list[Tensor]:
-    """Labels (n,) for each export; class counts come from `labels`, else the weights, else the reference."""
+def text_encoder(export: Export) -> str:
+    """What makes text of prompts for these weights; empty for weights without."""
+    text = export.facts["model"].get("text")
+    if text is None or text["encoder"] == "bytes":
+        return text["encoder"] if text else ""
+    stored = export.facts["data"]["text"]
+    return f"{stored['encoder']} {stored['sha256'][:12]}"
+
+
+def choose(
+    config: SweepConfig, exports: list[Export], samples: int, prompts: Captions | None
+) -> list[Tensor]:
+    """Labels (n,) for each export; class counts come from `labels`, else the weights, else the reference.
+
+    With prompts they are those of the images whose captions are asked for.
+    """
     source = config.labels or config.reference
     known = config.labels or Path(source, "manifest.json").is_file()
-    read = functools.cache(lambda: read_manifest(source).class_counts if known else [])
+    read = cache(lambda: read_manifest(source).class_counts if known else [])
     seeds = config.seed + torch.arange(samples)
     labels = []
-    for _, facts in exports:
+    for export in exports:
+        facts = export.facts
+        if text_encoder(export):
+            labels.append(prompts.labels(facts["model"]["classes"]))
+            continue
         counts = (facts["data"].get("class_counts") if config.labels is None else None) or read()
         labels.append(choose_labels(config.protocol, facts["model"]["classes"], counts, seeds))
     return labels
@@ -161,8 +191,12 @@ def score(
     found = FeatureSet(extractor, config.keep)
     ranks = dist.get_global_rank(), dist.get_world_size()
     is_classifier = config.extractor == "classifier" and facts["model"]["classes"] > 0
-    for images, index in generator.batches(labels, seeds, cell.nfe, cell.w, config.batch_size, *ranks):
+    asked = torch.full_like(labels, generator.net.config.null) if cell.prompts == "empty" else labels
+    text = partial(setup.prompts.text, cell.prompts, generator.net.config.text) if cell.encoder else no_text
+    for images, index in generator.batches(asked, seeds, cell.nfe, cell.w, config.batch_size, *ranks, text):
         found.add(images, index, labels[index] if is_classifier else None)
+        if setup.prompts is not None:
+            setup.prompts.see(images, index)
     return {
         **asdict(cell),
         **compare(found, setup, config),
@@ -202,6 +236,8 @@ def compare(found: FeatureSet, setup: Setup, config: SweepConfig) -> dict[str, f
     if "is" in metrics:
         score = inception_score(found.rows("logits"), seed=seed)
         values["inception_score"], values["inception_score_std"] = score
+    if setup.prompts is not None:
+        values |= setup.prompts.scores(features, real)
     return values if setup.held_out is None else {**values, **setup.held_out.compare(features)}
 
 
@@ -231,6 +267,7 @@ class Setup(NamedTuple):
     labels: list[Tensor]
     reference: Reference
     held_out: HeldOut | None
+    prompts: Captions | None
     samples: int
 
 
@@ -244,7 +281,9 @@ def prepare(config: SweepConfig, device: torch.device) -> Setup:
         extractor = make_extractor(config.extractor, config.extractor_weights, images, config.folder, device)
         samples = config.samples or PROTOCOLS[config.protocol].samples or len(images or ())
         check_metrics(config, images, extractor, samples)
-        labels = choose(config, exports, samples)
+        prompts = Captions(images, samples, config.clip, config.seed) if config.prompts else None
+        check_prompts(exports, prompts)
+        labels = choose(config, exports, samples, prompts)
         for _, facts in exports:
             objective = from_facts(facts["method"])
             for w in config.w:
@@ -254,7 +293,23 @@ def prepare(config: SweepConfig, device: torch.device) -> Setup:
         held_out = HeldOut(config.held_out, reference, samples, *settings) if config.held_out else None
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
-    return Setup(exports, labels, reference, held_out, samples)
+    return Setup(exports, labels, reference, held_out, prompts, samples)
+
+
+def check_prompts(exports: list[Export], prompts: Captions | None) -> None:
+    """Raises ValueError for weights whose prompts are not asked for, or cannot be had from the reference."""
+    for path, facts in exports:
+        text = facts["model"].get("text")
+        if text and prompts is None:
+            raise ValueError(f"prompts: {path} takes some: own, shuffled and/or empty")
+        if (
+            text
+            and text["encoder"] == "dataset"
+            and prompts.stored != (wanted := facts["data"]["text"]["sha256"])
+        ):
+            raise ValueError(
+                f"reference: its text encoder has the hash {prompts.stored}, that of {path} {wanted}"
+            )
 
 
 def check_metrics(

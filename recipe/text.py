@@ -44,6 +44,10 @@ class Text(NamedTuple):
     tokens: Tensor
     length: Tensor
 
+    def to(self, device: torch.device) -> Text:
+        """Both on a device."""
+        return Text(self.tokens.to(device), self.length.to(device))
+
 
 def byte_tokens(prompts: list[str], tokens: int) -> tuple[Text, int]:
     """UTF-8 of prompts, and how many of them were cut."""
@@ -74,6 +78,11 @@ class Prompts(nn.Module):
         tokens, length = empty_prompt(config, stored)
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("length", length, persistent=False)
+
+    def empty(self, count: int) -> Text:
+        """So many empty prompts."""
+        ones = [1] * (self.tokens.dim() - 1)
+        return Text(self.tokens.repeat(count, *ones), self.length.repeat(count))
 
     def forward(self, net: Callable[..., Dual], text: Text, null: int) -> Callable[..., Dual]:
         """`net` as objectives call it, (x, t, d, label, ...); they may call it for n batches at once."""

@@ -30,7 +30,7 @@ def sample_grid(uri: str, columns: int = 10, rows: int = 10, vae: str | None = N
         )
     if manifest.caption_bytes is not None:
         captions = [sample["caption"] for sample in samples]
-        values = np.stack([_captioned(*pair) for pair in zip(values, captions, strict=True)])
+        values = np.stack([captioned(*pair) for pair in zip(values, captions, strict=True)])
     _, channels, height, width = values.shape
     grid = np.full((channels, rows * height, columns * width), 255, np.uint8)
     for i, value in enumerate(values):
@@ -39,7 +39,7 @@ def sample_grid(uri: str, columns: int = 10, rows: int = 10, vae: str | None = N
     return to_image(grid)
 
 
-def _captioned(pixels: np.ndarray, caption: str) -> np.ndarray:
+def captioned(pixels: np.ndarray, caption: str) -> np.ndarray:
     """The picture (C, H, W), enlarged, above the first lines of its caption; letters may lack in the font."""
     picture = to_image(pixels)
     times = max(1, CAPTION_WIDTH // picture.width)
