@@ -239,6 +239,8 @@ def export_program(path: str | Path, nfe: int = 1, w: float | None = None) -> to
     """The sampler with its weights as one graph, for any batch size up to 65,536."""
     sampler = Sampler(path, nfe, w)
     config = sampler.net.config
+    if config.text is not None:
+        raise ValueError(f"--program: {path} takes prompts, and a program takes labels alone")
     example = torch.zeros(2, config.channels, config.size, config.size), torch.zeros(2, dtype=torch.int64)
     batch = torch.export.Dim("batch", min=1, max=2**16)
     with torch.no_grad():

@@ -289,7 +289,11 @@ class Captions:
 def load_clip(name: str) -> CLIPScore:
     """torchmetrics' score with the CLIP of that folder or hub name. Raises ValueError."""
     try:
-        return CLIPScore(name)
+        from transformers import CLIPModel, CLIPProcessor
+
+        model = CLIPModel.from_pretrained(name, use_safetensors=True)
+        processor = CLIPProcessor.from_pretrained(name)
+        return CLIPScore(lambda: (model, processor))
     except Exception as error:  # the hub, safetensors and torch have their own
         raise ValueError(f"clip: cannot load {name}: {' '.join(str(error).split())}") from error
 

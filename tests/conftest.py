@@ -10,11 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
+DIGITS = load_digits()
+NAMES = ["", "one", "due", "trois", "vier", "five", "šest", "sieben (seven)", "八", "nine"]
 TINY = ["model.width=16", "model.depth=1", "model.heads=2", "data.batch_size=16", "log.progress_bar=false"]
 
 EACH = {
@@ -23,7 +28,14 @@ EACH = {
     "meanflow": ["objective.name=meanflow", "objective.omega=1.5", "objective.kappa=0.25"],
     "imf": ["objective.name=imf", "objective.guidance=2"],
     "flow_matching_first": ["objective.flow_matching_first=4ba"],
-}  # overrides of the digits run
+    "prompts": [
+        "data.local={digits}/../named/train",
+        "model.channels=3",
+        "model.text.encoder=bytes",
+        "model.text.tokens=8",
+        "model.text.width=32",
+    ],
+}  # overrides of the digits run; {digits} is the folder of the fixture
 
 
 def run(*command, check=True, env=None, timeout=300, cwd=ROOT):
@@ -52,9 +64,19 @@ def run(*command, check=True, env=None, timeout=300, cwd=ROOT):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """The digits converted by the project's own converter."""
+    """The digits converted by the project's own converter; beside them 400 with their names as captions."""
     folder = tmp_path_factory.mktemp("digits")
     run("-m", "streaming_convert", "digits", "--out", folder)
+    lines = ["file,caption"]
+    for i in range(400):
+        picture = Path(f"{DIGITS.target[i]}/{i}.png")
+        (folder / "pictures" / picture).parent.mkdir(parents=True, exist_ok=True)
+        pixels = (DIGITS.images[i] * 255 / 16).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "pictures" / picture)
+        lines.append(f"{picture},{NAMES[DIGITS.target[i]]}")
+    (folder / "names.csv").write_text("\n".join(lines))
+    options = ("--captions", folder / "names.csv", "--size", 8, "--out", folder / "named")
+    run("-m", "streaming_convert", "images", folder / "pictures", *options)
     return folder / "train"
 
 

@@ -69,7 +69,7 @@ def run(digits, dtype, overrides):
     losses = Losses()
     trainer = Trainer(
         model=model,
-        train_dataloader=train_loader(config.data, config.seed),
+        train_dataloader=train_loader(config.data, config.seed, config.model.text),
         optimizers=optimizer,
         max_duration=f"{STEPS}ba",
         algorithms=[

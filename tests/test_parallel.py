@@ -53,7 +53,13 @@ def results(digits, tmp_path_factory):
     for ranks, cases in ((2, first), (1, ONE | second), (2, TWO | third)):
         path = tmp_path_factory.mktemp("parallel") / "results.pt"
         launcher = ["-m", "composer.cli.launcher", "-n", ranks, "--master_port", 29500 + ranks]
-        run(*launcher, "tests/parallel_worker.py", digits, path, *(f"{k}={v}" for k, v in cases.items()))
+        run(
+            *launcher,
+            "tests/parallel_worker.py",
+            digits,
+            path,
+            *(f"{k}={v.format(digits=digits)}" for k, v in cases.items()),
+        )
         out |= torch.load(path)
     return out
 

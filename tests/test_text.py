@@ -2,15 +2,31 @@
 
 import pytest
 import torch
+from PIL import Image
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPImageProcessor
 
+from eval.export import main as export_main
+from eval.metrics import retrieval
+from eval.report import read_lines
+from eval.sample import Generator
+from eval.sample import main as sample_main
+from eval.sweep import main as sweep_main
+from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.data import Normalizer, collate
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
 from recipe.model import GenerativeModel
 from recipe.objectives import IMF, TVM, FlowMatching, MeanFlow
+from recipe.preflight import check_data
 from recipe.text import BEGIN, Prompts, Text, TextConfig, byte_tokens, empty_prompt
+from recipe.train import build_model
+from recipe.warm_start import warm_start
+from recipe.weights import load_weights
+from storage.manifest import read_manifest
+from tests.conftest import TINY, run
+from tests.test_text_encoder import save_clip, save_t5
 
 PROMPTS = ["red heart", "", "flag: Côte d’Ivoire", "a" * 300]
 SIZES = {"size": 4, "channels": 1, "patch": 2, "width": 32, "depth": 2, "heads": 2, "label_std": 0.5}
@@ -206,3 +222,159 @@ def test_captions_that_nothing_asks_for_are_left_out():
 def test_a_bad_setting_is_named(text, message):
     with pytest.raises(ValueError, match=message):
         TextConfig(**text)
+
+
+CONFIG = [
+    "model.channels=3",
+    "model.text.tokens=8",
+    "model.text.width=32",
+    "grid.interval=2ba",
+    "grid.columns=2",
+]
+
+
+@pytest.fixture(scope="module")
+def named(digits):
+    return digits / "../named/train"
+
+
+@pytest.fixture(scope="module")
+def trained(named, tmp_path_factory):
+    """Weights of a two-step run with prompts and without classes."""
+    folder = tmp_path_factory.mktemp("run") / "prompts"
+    command = [
+        "recipe/train.py",
+        "yamls/digits.yaml",
+        f"data.local={named}",
+        f"folder={folder}",
+        *TINY,
+        *CONFIG,
+    ]
+    said = run(*command, "model.classes=0", "duration=2ba", "export_interval=2ba")
+    assert "model.text.tokens: 8 cuts 39 of the 400 captions" in said.stdout + said.stderr
+    assert Image.open(folder / "samples/ba0000002-nfe1.png").size == (2 + 2 * 10, 2 + 10 * 10)
+    return folder / "weights/ba0000002-ema"
+
+
+def test_samples_of_prompts_at_the_command_line(trained, tmp_path, capsys):
+    weights, out = str(trained), str(tmp_path / "grid.png")
+    with pytest.warns(UserWarning, match="1 of 3 prompts are longer than 8 tokens"):
+        sample_main([weights, "--prompts", "one", "八", "far too long", "--columns", "2", "--out", out])
+    with Image.open(out) as picture:
+        assert picture.width == 2 + 2 * (4 * 8 + 2)
+        assert picture.height > 3 * (4 * 8 + 2 * 2)
+    (tmp_path / "prompts.txt").write_text("one\n\nnine\n")
+    sample_main([weights, "--prompts", str(tmp_path / "prompts.txt"), "--columns", "1", "--out", out])
+    for options, message in (
+        ([weights, "--prompts", "one", "--out", str(tmp_path / "x.npz")], "--prompts makes a grid"),
+        ([weights, "--labels", "1"], "--labels: '1' is not in"),
+    ):
+        with pytest.raises(SystemExit):
+            sample_main(options)
+        assert message in capsys.readouterr().err
+
+
+def test_a_prompt_changes_its_sample_alone(trained):
+    generator = Generator(trained, dtype="fp64")
+    with torch.no_grad():
+        for p in generator.net.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    label, seeds = torch.zeros(3, dtype=torch.int64), torch.arange(3)
+    first, second = (
+        generator(label, seeds, 2, 1.25, generator.encode(["one", x, ""])) for x in ("due", "八")
+    )
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
+    null = torch.full_like(label, generator.net.config.null)
+    assert torch.equal(generator(null, seeds, 2, 1.25, generator.encode(["one", "due", "x"]))[2], first[2])
+
+
+def test_a_sweep_asks_for_own_shuffled_and_no_captions(trained, named, tiny_run, tmp_path, digits):
+    common = [f"reference={named}", "samples=100", "floor_splits=0", "nfe=[1]"]
+    common += [f"folder={tmp_path}/sweep", f"weights=[{trained}]", "prompts=[own,shuffled,empty]"]
+    clip = save_clip(tmp_path / "clip", whole=True)
+    CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8).save_pretrained(clip)
+    sweep_main(["yamls/eval/digits.yaml", *common, f"clip={clip}"])
+    rows = read_lines(tmp_path / "sweep/results.jsonl")
+    assert [(r["prompts"], r["encoder"]) for r in rows] == [
+        (x, "bytes") for x in ("own", "shuffled", "empty")
+    ]
+    assert all(0 <= r["retrieval"] <= 1 and 0 <= r["clip_score"] <= 100 for r in rows)
+    assert "| shuffled |" in (tmp_path / "sweep/results.md").read_text()
+    with pytest.raises(SystemExit, match="prompts: .* takes some: own, shuffled and/or empty"):
+        sweep_main(["yamls/eval/digits.yaml", *common, "prompts=[]"])
+    with pytest.raises(SystemExit, match="prompts: the reference must be a dataset folder with captions"):
+        sweep_main(["yamls/eval/digits.yaml", *common, f"reference={digits}"])
+    with pytest.raises(SystemExit, match=f"clip: cannot load {tmp_path}/none"):
+        sweep_main(["yamls/eval/digits.yaml", *common, f"clip={tmp_path}/none"])
+    with pytest.raises(SystemExit, match="prompts: 'mine'|prompts: .*is not one of own, shuffled, empty"):
+        sweep_main(["yamls/eval/digits.yaml", *common, "prompts=[mine]"])
+
+
+def test_retrieval_is_certain_for_the_own_picture_and_chance_for_another():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(500, 8, dtype=torch.float64, generator=generator)
+    own = torch.arange(500)
+    assert retrieval(real + 0.01, real, own, 0) == 1
+    assert retrieval(
+        torch.randn(500, 8, dtype=torch.float64, generator=generator), real, own, 0
+    ) == pytest.approx(0.1, abs=0.05)
+    assert retrieval(real[:50], real[:50], torch.arange(50).roll(1), 0) < 0.5
+
+
+def test_stored_embeddings_from_conversion_to_samples(digits, tmp_path, capsys):
+    encoder, other = save_t5(tmp_path / "t5"), save_t5(tmp_path / "other", seed=1)
+    pictures, names = digits.parent / "pictures", digits.parent / "names.csv"
+    options = ["--size", 8, "--captions", names, "--text-encoder", encoder, "--text-tokens", 6]
+    run("-m", "streaming_convert", "images", pictures, *options, "--out", tmp_path / "data")
+    command = ["recipe/train.py", tmp_path / "data/train.yaml", f"data.local={tmp_path}/data/train", *TINY]
+    command += [
+        f"folder={tmp_path}/run",
+        "duration=2ba",
+        "grid.interval=2ba",
+        "model.patch=2",
+        "data.workers=1",
+    ]
+    run(*command)
+    weights, out = str(tmp_path / "run/weights/ba0000002-ema"), str(tmp_path / "grid.png")
+    options = [weights, "--prompts", "one", "nine", "--labels", "1", "--columns", "1", "--out", out]
+    sample_main(options)
+    with pytest.raises(SystemExit):
+        sample_main([*options, "--text-encoder", other])
+    assert "the network was trained with" in capsys.readouterr().err
+    common = [f"reference={tmp_path}/data/train", "samples=100", "floor_splits=0", "nfe=[1]", "prompts=[own]"]
+    sweep_main(["yamls/eval/digits.yaml", *common, f"folder={tmp_path}/sweep", f"weights=[{weights}]"])
+    assert read_lines(tmp_path / "sweep/results.jsonl")[0]["encoder"].startswith(f"{encoder} ")
+    named = digits / "../named/train"
+    said = run(*command, f"data.local={named}", f"folder={tmp_path}/b", check=False)
+    assert "model.text.encoder: dataset needs embeddings" in said.stderr
+    said = run(*command, f"folder={tmp_path}/c", "model.text.tokens=5", check=False)
+    assert "model.text.tokens: 5 differs from the 6 of" in said.stderr
+
+
+def test_prompts_need_captions(digits):
+    config = load_config(TrainConfig, "yamls/digits.yaml", [f"data.local={digits}", "model.text.tokens=8"])
+    with pytest.raises(ConfigError, match="model.text: .* has no captions"):
+        check_data(config)
+
+
+def test_weights_without_prompts_begin_a_run_with_them(tiny_run, digits):
+    overrides = [f"data.local={digits}", *TINY, f"init_from={tiny_run}/weights", *CONFIG[1:]]
+    config = load_config(TrainConfig, "yamls/digits.yaml", overrides)
+    model = build_model(config, read_manifest(str(digits)))
+    said = warm_start(model, config)
+    assert said.endswith("new: text")
+    net, _ = load_weights(tiny_run / "weights/ba0000008-ema")
+    x, t, d, label = query()
+    x = torch.randn(4, 1, 8, 8)
+    text = byte_tokens(PROMPTS, 8)[0]
+    beta = torch.full((4,), 0.8)
+    expected = net(x, t.value.float(), 0 * d.value.float(), label, beta).value
+    assert torch.equal(
+        model.net(x, t.value.float(), 0 * d.value.float(), label, beta, text=text).value, expected
+    )
+
+
+def test_a_program_takes_labels_alone(trained, tmp_path, capsys):
+    assert export_main([str(trained), "--program", str(tmp_path / "p.pt2")]) == 1
+    assert "takes prompts" in capsys.readouterr().err

@@ -48,14 +48,15 @@ class Recorder(Callback):
 
 def fit(digits, steps, *overrides, recorder=None, **trainer):
     """Train in this process; returns (model, recorder)."""
-    config = load_config(TrainConfig, "yamls/digits.yaml", [f"data.local={digits}", *TINY, *overrides])
+    overrides = [f"data.local={digits}", *TINY, *(o.format(digits=digits) for o in overrides)]
+    config = load_config(TrainConfig, "yamls/digits.yaml", overrides)
     model = build_model(config, check_data(config)).double()
     recorder = recorder or Recorder()
     optimizer = torch.optim.AdamW([p for p in model.net.parameters() if p.requires_grad], lr=1e-3)
     guard = StepGuard(config.objective.flow_matching_first, **vars(config.step))
     Trainer(
         model=model,
-        train_dataloader=train_loader(config.data, config.seed),
+        train_dataloader=train_loader(config.data, config.seed, config.model.text),
         optimizers=optimizer,
         max_duration=f"{steps}ba",
         algorithms=[guard, EMA(**vars(config.ema))],
