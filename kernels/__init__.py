@@ -97,7 +97,7 @@ def qkv_norm_attention(
 
     o and its tangent to are (B, N, H, D); to is None where tqkv is. The gains (D,), shared by the heads, are
     differentiable as qkv and tqkv are, once; both None: no norm. Under torch.autocast qkv and tqkv are cast.
-    For the backward the projection is kept, not the normed queries and keys. Raises ValueError naming the
+    For the backward the projection is kept, and the normed queries and keys. Raises ValueError naming the
     argument that is wrong.
     """
     qkv, tqkv = _autocast({"qkv": qkv, "tqkv": tqkv}).values()
@@ -107,8 +107,9 @@ def qkv_norm_attention(
     with _without_autocast(qkv.device.type):
         if not _use_triton("qkv", qkv):
             return reference.qkv_norm_attention(qkv, tqkv, gains, scale)
-        gains = None if gains is None else torch.stack(gains)
-        o, to, *_ = _operators.qkv_norm_attention(qkv, tqkv, gains, scale)
+        gain = None if gains is None else q_gain.float() * k_gain.float()
+        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (qkv, tqkv, gain))
+        o, to, *_ = _operators.qkv_norm_attention(qkv, tqkv, gain, scale, keep)
         return o, None if tqkv is None else to
 
 

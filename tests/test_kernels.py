@@ -427,7 +427,7 @@ def test_projection_in_half_precision(device):
 
 @every_fused
 def test_projection_is_kept_and_its_gradient_is_one_buffer(device):
-    """Kept: projections, gains, outputs and two numbers per row, nothing normed. Gradients lie as inputs."""
+    """Kept: projections, outputs, two numbers per row, what was normed, gains. Gradients lie as inputs."""
     inputs, gradients = projections(9, 16, device)
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
@@ -435,7 +435,7 @@ def test_projection_is_kept_and_its_gradient_is_one_buffer(device):
     ):
         outputs = kernels.qkv_norm_attention(*inputs)
     size = outputs[0].numel()
-    assert sum(x.numel() for x in kept.values()) == 8 * size + 2 * size // 16 + 2 * 16
+    assert sum(x.numel() for x in kept.values()) == (6 + 2 + 4) * size + 2 * size // 16 + 3 * 16
     actual = torch.autograd.grad(outputs, inputs[:2], gradients)
     assert [x.stride() for x in actual] == [inputs[0].stride()] * 2
 
@@ -471,15 +471,15 @@ def test_operators_pass_opcheck(device):
 def test_projection_passes_opcheck(device, tangent, norm):
     from kernels import operators
 
-    (qkv, tqkv, *gains), gradients = projections(4, 16, device, heads=1)
-    given = (qkv, tqkv if tangent else None, torch.stack(gains).detach() if norm else None)
-    given = [None if x is None else x.detach().requires_grad_() for x in given]
-    torch.library.opcheck(operators.qkv_norm_attention, (*given, 0.3))
+    (qkv, tqkv, gain, _), gradients = projections(4, 16, device, heads=1)
+    given = [qkv, tqkv if tangent else None, gain if norm else None]
+    torch.library.opcheck(operators.qkv_norm_attention, (*given, 0.3, True))
     given = [None if x is None else x.detach() for x in given]
-    o, to, lse, mu = operators.qkv_norm_attention(*given, 0.3)
+    torch.library.opcheck(operators.qkv_norm_attention, (*given, 0.3, False))
+    results = [x if x.numel() else None for x in operators.qkv_norm_attention(*given, 0.3, True)]
     if not tangent:
-        gradients[1] = to = mu = None
-    torch.library.opcheck(operators.qkv_norm_attention_backward, (*gradients, *given, o, to, lse, mu, 0.3))
+        gradients[1] = None
+    torch.library.opcheck(operators.qkv_norm_attention_backward, (*gradients, *given, *results, 0.3))
 
 
 @every_backend
