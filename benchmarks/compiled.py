@@ -276,7 +276,7 @@ def generated_group(origins: list[fx.Node]) -> str:
         return "casts"
     lines = "".join(origin.meta.get("stack_trace") or "" for origin in origins)
     called = set(re.findall(r", in (\w+)$", lines, re.MULTILINE))
-    if "gelu" in called:
+    if called & {"gelu", "linear_gelu"}:
         return "GELU"
     if "q_norm" in lines:
         return "query-key norm"

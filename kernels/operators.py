@@ -7,8 +7,10 @@ arrives for the tangent of the output, the backward is that of plain attention.
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -271,6 +273,27 @@ def split_heads(packed: MaybeTensor, parts: int = 3) -> tuple[MaybeTensor, ...]:
     if packed is None:
         return (None,) * max(2, parts)
     return *packed.permute(2, 0, 3, 1, 4).unbind(), *(None,) * (parts == 1)
+
+
+@torch.library.custom_op("terminal_velocity::linear_gelu", mutates_args=())
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x W' + b), tanh form, which on a GPU is that of cuBLASLt's epilogue; no gradient."""
+    rows = x.flatten(0, -2)
+    if x.is_cuda:
+        y = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
+    else:
+        y = F.gelu(F.linear(rows, weight, bias), approximate="tanh")
+    return y.unflatten(0, x.shape[:-1])
+
+
+@linear_gelu.register_fake
+def _(x, weight, bias):  # noqa: ANN001, ANN202
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@register_flop_formula(torch.ops.terminal_velocity.linear_gelu)
+def _(x, weight, *args, **kwargs) -> int:  # noqa: ANN001
+    return 2 * prod(x) * weight[0]
 
 
 def _save_packed(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001

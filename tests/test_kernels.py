@@ -483,6 +483,32 @@ def test_projection_passes_opcheck(device, tangent, norm):
 
 
 @every_backend
+def test_linear_and_gelu(device):
+    """The tanh form, in one operator where nothing is differentiated; where something is, its gradient."""
+    x, weight, bias = (
+        inputs(3, 5, 8, device, batch=2)[0],
+        torch.randn(6, 8).to(device),
+        torch.randn(6).to(device),
+    )
+    product = x.double() @ weight.double().T + bias.double()
+    expected = torch.nn.functional.gelu(product, approximate="tanh")
+    y = kernels.linear_gelu(x, weight, bias)
+    with torch.no_grad():
+        fused = kernels.linear_gelu(x, weight, bias)
+    assert max(errors([y, fused], [expected] * 2)) < 1e-6
+    ones = torch.ones_like(y)
+    assert errors(torch.autograd.grad(y, x, ones), torch.autograd.grad(expected, x, ones.double()))[0] < 1e-5
+
+
+@every_fused
+def test_linear_and_gelu_passes_opcheck(device):
+    from kernels import operators
+
+    x, weight, bias = (torch.randn(size).to(device) for size in ((2, 3, 8), (6, 8), (6,)))
+    torch.library.opcheck(operators.linear_gelu, (x, weight, bias))
+
+
+@every_backend
 def test_compiles_without_graph_break(device):
     """On the CPU through AOTAutograd alone: there Inductor takes a minute and adds nothing to the test."""
     compiled = torch.compile(
