@@ -351,9 +351,11 @@ class Times:
 
 
 def updated_bytes(config: TrainConfig, gpus: int) -> float:
-    """By optimizer and averages: AdamW reads 4 and writes 3 tensors of the weights' size, EMA 2 and 1."""
+    """By optimizer and averages. In tensors of the weights' size: AdamW reads 4 and writes 3; the
+    kernel of the averages reads the weights, and reads and writes each average.
+    """
     shards = gpus // config.parallel.replicas if config.parallel.fsdp2 else 1
-    return FP32 * (7 + 3 * averages(config.objective)) * sum(parameter_counts(config.model)) / shards
+    return FP32 * (7 + 1 + 2 * averages(config.objective)) * sum(parameter_counts(config.model)) / shards
 
 
 def compute_time(config: TrainConfig, roofline: Roofline) -> float:

@@ -44,7 +44,7 @@ def test_in_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", __file__, "-k", "interpreter", "-x", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout
 
@@ -362,7 +362,7 @@ def measured_projection(inputs, gradients):
     ("n", "head_dim", "missing"),
     [
         *((17, 72, missing) for missing in ((), (1,), (2, 3), (1, 2, 3))),
-        *((n, head_dim, ()) for n, head_dim in ((1, 16), (63, 64), (65, 32), (20, 80), (9, 96), (5, 128))),
+        *((n, head_dim, ()) for n, head_dim in ((1, 16), (33, 64), (40, 32), (20, 80), (9, 96), (5, 128))),
     ],
 )
 def test_projection(device, n, head_dim, missing):
