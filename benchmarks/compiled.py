@@ -246,23 +246,7 @@ def read(node: Any) -> list[Kernel]:  # noqa: ANN401
     call = max(origins, key=flops)
     tensors = [x.meta["val"] for x in call.all_input_nodes] + tree_leaves(call.meta["val"])
     size = sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
-    return [Kernel(library_group(call), size, flops(call), generated=False), *norms_inside(call)]
-
-
-def norms_inside(call: fx.Node) -> list[Kernel]:
-    """The kernels by which `qkv_norm_attention` norms queries and keys, two thirds of the projection: it
-    reads and writes them; backward it does so again, and then reads them and their gradient and writes that.
-    """
-    if "qkv_norm_attention" not in str(call.target):
-        return []
-    names = [argument.name for argument in call.target._schema.arguments]
-    given = dict(zip(names, call.args, strict=False))
-    if given["gains"] is None:
-        return []
-    tensors = [given[name].meta["val"] for name in ("qkv", "tqkv") if given[name] is not None]
-    part = sum(x.numel() * x.element_size() for x in tensors) * 2 / 3
-    times = (2, 3) if "backward" in str(call.target) else (2,)
-    return [Kernel("query-key norm", n * part, 0, generated=False) for n in times]
+    return [Kernel(library_group(call), size, flops(call), generated=False)]
 
 
 def flops(call: fx.Node) -> int:
@@ -292,7 +276,7 @@ def generated_group(origins: list[fx.Node]) -> str:
         return "casts"
     lines = "".join(origin.meta.get("stack_trace") or "" for origin in origins)
     called = set(re.findall(r", in (\w+)$", lines, re.MULTILINE))
-    if "gelu" in called:
+    if called & {"gelu", "linear_gelu"}:
         return "GELU"
     if "q_norm" in lines:
         return "query-key norm"

@@ -160,8 +160,7 @@ def upkeep_share() -> float:
     optimizer = torch.optim.AdamW(net.parameters(), 1e-6)
 
     def upkeep_of_averages() -> None:
-        ema_update(target, net, 0.99)
-        ema_update(average, net, 0.9999)
+        ema_update(net, [(target, 0.99), (average, 0.9999)])
 
     def upkeep() -> None:
         optimizer.step()
@@ -220,7 +219,7 @@ def make_step(config: TrainConfig, device: str) -> Work:
     def step() -> None:
         training_step(config.objective, net, averages[-1], batch, optimizer)
         for average in averages:
-            ema_update(average, net, 0.99)
+            ema_update(net, [(average, 0.99)])
 
     return step
 

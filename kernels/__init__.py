@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.reference import rms_norm
 
-__all__ = ["attention", "jvp_attention", "qkv_norm_attention", "rms_norm", "set_backend"]
+__all__ = ["attention", "jvp_attention", "linear_gelu", "qkv_norm_attention", "rms_norm", "set_backend"]
 
 BACKENDS = ("auto", "reference", "triton")
 
@@ -80,7 +80,7 @@ def jvp_attention(
         lengths = lengths.to(torch.int32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with _without_autocast(q.device.type):
-        if _use_triton("q", tensors["q"]):
+        if _use_triton("q", tensors["q"], q.shape[-1]):
             return _operators.jvp_attention(*tensors.values(), lengths, scale)[:2]
         return reference.jvp_attention(*tensors.values(), lengths, scale)
 
@@ -97,7 +97,7 @@ def qkv_norm_attention(
 
     o and its tangent to are (B, N, H, D); to is None where tqkv is. The gains (D,), shared by the heads, are
     differentiable as qkv and tqkv are, once; both None: no norm. Under torch.autocast qkv and tqkv are cast.
-    For the backward the projection is kept, not the normed queries and keys. Raises ValueError naming the
+    For the backward the projection is kept, and the normed queries and keys. Raises ValueError naming the
     argument that is wrong.
     """
     qkv, tqkv = _autocast({"qkv": qkv, "tqkv": tqkv}).values()
@@ -105,11 +105,21 @@ def qkv_norm_attention(
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     gains = None if q_gain is None else (q_gain, k_gain)
     with _without_autocast(qkv.device.type):
-        if not _use_triton("qkv", qkv):
+        if not _use_triton("qkv", qkv, qkv.shape[-1]):
             return reference.qkv_norm_attention(qkv, tqkv, gains, scale)
-        gains = None if gains is None else torch.stack(gains)
-        o, to, *_ = _operators.qkv_norm_attention(qkv, tqkv, gains, scale)
+        gain = None if gains is None else q_gain.float() * k_gain.float()
+        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (qkv, tqkv, gain))
+        o, to, *_ = _operators.qkv_norm_attention(qkv, tqkv, gain, scale, keep)
         return o, None if tqkv is None else to
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x W' + b), tanh form: (..., in) => (..., out); on a GPU one kernel, where no gradient is asked."""
+    tensors = {"x": x, "weight": weight, "bias": bias}
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
+    if differentiated or not _use_triton("x", x):
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    return _operators.linear_gelu(*_autocast(tensors).values())
 
 
 def _without_autocast(device: str) -> AbstractContextManager:
@@ -165,7 +175,7 @@ def _check_like(name: str, x: Tensor, like: str, y: Tensor, shapes: bool = True)
         raise ValueError(f"{name} is on {x.device}; it must be on that of {like}, {y.device}")
 
 
-def _use_triton(name: str, x: Tensor) -> bool:
+def _use_triton(name: str, x: Tensor, head_dim: int = 1) -> bool:
     """Whether the back end for x is Triton; raises ValueError where it is but cannot take x."""
     if _backend == "auto" and not (_operators is not None and x.is_cuda and x.dtype in _operators.DTYPES):
         return False
@@ -173,7 +183,7 @@ def _use_triton(name: str, x: Tensor) -> bool:
         return False
     if x.dtype not in _operators.DTYPES:
         raise ValueError(f"{name} is {x.dtype}; the Triton kernels take bfloat16, float16 and float32")
-    head_dim, limit = x.shape[-1], _operators.MAX_HEAD_DIM
+    limit = _operators.MAX_HEAD_DIM
     if head_dim > limit:
         raise ValueError(f"{name} has head dimension {head_dim}; the Triton kernels take at most {limit}")
     if not (x.is_cuda or _operators.INTERPRETED):

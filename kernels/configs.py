@@ -30,23 +30,36 @@ class Tile:
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of the three kernels; two in `columns` are a launch for dk, dtk and another for dv, dtv."""
+    """Tiles of the three kernels; two in `columns` are a launch for dk, dtk and another for dv, dtv.
+
+    normed: of the forward that norms queries and keys, where it has too few registers for the other tile.
+    """
 
     forward: Tile
     rows: Tile
     columns: tuple[Tile, ...]
+    normed: Tile | None = None
 
 
 # From D = 96 on four accumulators of (keys, D) would fill the register file, hence two launches by columns,
 # of 9 and 6 products where one would do with 12.
 TABLE = {
-    (80, 64): Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(16, 64, 4, 2),)),
-    (80, 80): Config(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), (Tile(16, 64, 4, 2),)),
-    (80, 96): Config(Tile(128, 32, 8, 2), Tile(64, 16, 4, 2), (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2))),
-    (80, 128): Config(Tile(128, 16, 8, 2), Tile(32, 32, 4, 2), (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))),
+    (80, 64): Config(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), (Tile(16, 64, 4, 2),), Tile(128, 32, 8, 2)),
+    (80, 80): Config(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), (Tile(16, 64, 4, 2),), Tile(128, 16, 8, 2)),
+    (80, 96): Config(
+        Tile(128, 32, 8, 2), Tile(64, 16, 4, 2), (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)), Tile(128, 16, 8, 2)
+    ),
+    (80, 128): Config(
+        Tile(128, 16, 8, 2), Tile(32, 32, 4, 2), (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)), Tile(32, 16, 4, 2)
+    ),
     (90, 64): Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), (Tile(32, 64, 4, 2),)),
     (90, 80): Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), (Tile(16, 64, 4, 2),)),
-    (90, 96): Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2))),
+    (90, 96): Config(
+        Tile(128, 64, 8, 2),
+        Tile(128, 32, 8, 2),
+        (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
+        Tile(128, 32, 8, 2),
+    ),
     (90, 128): Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2))),
     (100, 64): Config(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), (Tile(32, 64, 4, 2),)),
     (100, 80): Config(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), (Tile(16, 64, 4, 2), Tile(32, 64, 4, 2))),
@@ -64,8 +77,6 @@ TABLE[120, 80] = Config(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), (Tile(16, 64, 4
 
 # float32 operands pass through registers, as three tf32 parts each: tiny tiles on every architecture.
 FLOAT32 = Config(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)))
-
-NORM_ROWS = 32  # rows of queries or keys per block of the norm's kernels, by four warps
 
 
 def widths(head_dim: int) -> tuple[int, int]:

@@ -37,20 +37,24 @@ INSTRUCTIONS = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 BACKWARD_PRODUCTS = {"dual": 21, "plain": 7, "cross": 14}
 RELEASED = "304, 112, 8, 0, 0, 0 bytes over six kernels with 30 products, and a primal backward with 5"
 
-MATRICES = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
+MATRICES = ("q", "k", "v", "o", "do", "dq", "dk", "dv", "nq", "nk", "x")
 TANGENTS = ("tq", "tk", "tv", "to", "dto", "dtq", "dtk", "dtv")
 POINTERS = {
-    **dict.fromkeys((*TANGENTS, "qkv", "tqkv", "qk", "tqk", "dqkv", "dtqkv"), "*bf16"),
-    **dict.fromkeys(("lse", "mu", "delta", "a", "gains", "dgains"), "*fp32"),
+    **dict.fromkeys((*TANGENTS, "ntq", "ntk", "tx"), "*bf16"),
+    **dict.fromkeys(("lse", "mu", "delta", "a", "gain", "dgain"), "*fp32"),
     "lengths": "*i32",
 }
-# What a launch does without: "dual" nothing, "plain" all tangents, "cross" those of keys and values
+NORM = ("nq", "ntq", "nk", "ntk", "x", "tx", "gain", "dgain")
+# What a launch does without: "plain" and "normed plain" all tangents, "cross" those of keys and values; all
+# but the "normed" the norm of queries and keys
 ABSENT = {
-    "dual": ("lengths",),
-    "plain": ("lengths", *TANGENTS, "mu", "a"),
-    "cross": ("tk", "tv", "dtk", "dtv"),
+    "dual": ("lengths", *NORM),
+    "plain": ("lengths", *NORM, *TANGENTS, "mu", "a"),
+    "cross": (*NORM, "tk", "tv", "dtk", "dtv"),
+    "normed": ("lengths",),
+    "normed plain": ("lengths", *TANGENTS, "ntq", "ntk", "tx", "mu", "a"),
 }
-SCALARS = {"scale": "fp32", "heads": "i32", "n_q": "i32", "n_k": "i32", "rows": "i32"}
+SCALARS = {"scale": "fp32", "heads": "i32", "n_q": "i32", "n_k": "i32"}
 
 SIZES = {
     "forward": (
@@ -110,10 +114,10 @@ def compile_kernel(
 ) -> Compiled:
     """Compile one kernel in bf16 for 16-byte aligned matrices; but for "cross", for whole tiles."""
     kernel = getattr(triton_attention, name)
-    block_d, tail = configs.widths(head_dim) if tile.keys else (triton.next_power_of_2(head_dim), 0)
+    block_d, tail = configs.widths(head_dim)
     constants = {
         "D": head_dim, "BLOCK_D": block_d, "TAIL": tail, "BLOCK_Q": tile.queries, "BLOCK_K": tile.keys,
-        "ROWS": tile.queries, "ALIGNED": True, "PRECISION": "tf32x3", **flags,
+        "ALIGNED": True, "PRECISION": "tf32x3", **flags,
     }  # fmt: skip
     constants |= dict.fromkeys(ABSENT[use])
     constants["MASKED"] = use == "cross"
@@ -140,7 +144,7 @@ def compile_kernel(
         spills=max(map(int, re.findall(r"(\d+) bytes spill", report))),
         shared=metadata.shared,
         tensor_columns=getattr(metadata, "tmem_size", None) or 0,
-        products=multiplications(compiled.asm["ttir"]) / max(1, tile.queries * tile.keys * head_dim),
+        products=multiplications(compiled.asm["ttir"]) / (tile.queries * tile.keys * head_dim),
         instructions={
             "mma": len(re.findall(r"\bmma\.sync", ptx)),
             "wgmma": ptx.count("wgmma.mma_async"),
@@ -172,11 +176,16 @@ def table_kernels(arch: int, head_dim: int) -> list[Compiled]:
     """Every launch of one architecture and head dimension; at D = 64 for every use."""
     config = configs.TABLE[arch, max(64, sum(configs.widths(head_dim)))]
     parts = COLUMNS[:1] if len(config.columns) == 1 else COLUMNS[1:]
-    norm = Tile(configs.NORM_ROWS, 0, warps=4, stages=3)
-    kernels = [compile_kernel(name, norm, head_dim, arch) for name in ("norm", "norm_backward")]
-    for use in ABSENT if head_dim == 64 else ("dual",):
+    kernels = []
+    for use in ABSENT if head_dim == 64 else ("dual", "normed"):
         kernels += [
-            compile_kernel("forward", config.forward, head_dim, arch, use),
+            compile_kernel(
+                "forward",
+                config.normed or config.forward if "normed" in use else config.forward,
+                head_dim,
+                arch,
+                use,
+            ),
             compile_kernel("backward_rows", config.rows, head_dim, arch, use),
             *(
                 compile_kernel("backward_columns", tile, head_dim, arch, use, **part)

@@ -2,11 +2,15 @@
 
 `terminal_velocity::jvp_attention` takes q, k, v and their tangents apart; `qkv_norm_attention` takes them as
 one buffer each, norms queries and keys, and does without a tangent too. Both save inputs, outputs and two
-float32 numbers per row and head, lse and mu: nothing N x N, nothing normed. Where no gradient arrives for the
-tangent of the output, the backward is that of plain attention.
+float32 numbers per row and head, lse and mu, and the second what it normed: nothing N x N. Where no gradient
+arrives for the tangent of the output, the backward is that of plain attention.
 """
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -38,8 +42,8 @@ def _empty(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=order)
 
 
-def _matrix(x: Tensor) -> tuple[Tensor, int, int, int]:
-    return x, *x.stride()[:3]
+def _matrix(x: MaybeTensor) -> tuple[Tensor, int, int, int] | None:
+    return None if x is None else (x, *x.stride()[:3])
 
 
 def _config(q: Tensor) -> configs.Config:
@@ -83,11 +87,15 @@ def _launch_attention(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor,
     lengths: MaybeTensor, o: Tensor, to: MaybeTensor, lse: Tensor, mu: MaybeTensor, scale: float,
+    gain: MaybeTensor = None, normed: Sequence[MaybeTensor] = (None,) * 4,
 ) -> None:  # fmt: skip
-    """Write o, lse and, where there is a tangent, to and mu."""
+    """Write o, lse and, where there is a tangent, to and mu; with a gain also `normed`, (q, tq, k, tk)."""
     (q, tq), (k, tk), (v, tv) = _aligned(q, tq), _aligned(k, tk), _aligned(v, tv)
-    tile = _config(q).forward
+    config = _config(q)
+    tile = config.forward if gain is None else config.normed or config.forward
+    nq, ntq, nk, ntk = normed
     matrices = (_matrix(q), tq, _matrix(k), tk, _matrix(v), tv, _matrix(o), to, lse, mu)
+    matrices += (_matrix(nq), ntq, _matrix(nk), ntk, gain)
     sizes = (*q.shape[:3], k.shape[2], q.shape[3])
     blocks = triton.cdiv(q.shape[2], tile.queries)
     _launch_attention(triton_attention.forward, tile, blocks, matrices, sizes, lengths, scale)
@@ -98,10 +106,13 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor,
     lengths: MaybeTensor, o: Tensor, to: MaybeTensor, lse: Tensor, mu: MaybeTensor, scale: float,
     gradients: tuple[MaybeTensor, ...],
+    gain: MaybeTensor = None, dgain: MaybeTensor = None, raw: Sequence[MaybeTensor] = (None,) * 4,
 ) -> None:  # fmt: skip
     """Write the gradients of q, k, v, tq, tk, tv into `gradients`, tangents' with values' strides.
 
-    Without dto everything that concerns the tangent is None: the backward of plain attention.
+    Without dto everything that concerns the tangent is None: the backward of plain attention. With a gain,
+    q, k, tq, tk were normed from `raw`, (q, tq, k, tk), whose gradients take the place of theirs; dgain gets
+    what each block of queries adds to the gradient of the gain.
     """
     dq, dk, dv, dtq, dtk, dtv = gradients
     (q, tq), (k, tk), (v, tv) = _aligned(q, tq), _aligned(k, tk), _aligned(v, tv)
@@ -111,10 +122,13 @@ def _backward(
     inputs = (_matrix(q), tq, _matrix(k), tk, _matrix(v), tv)
     statistics = (lse, mu, delta, a)
     sizes = (*q.shape[:3], k.shape[2], q.shape[3])
+    x_q, tx_q, x_k, tx_k = raw
     matrices = (*inputs, _matrix(o), to, _matrix(do), dto, *statistics, _matrix(dq), dtq)
+    matrices += (_matrix(x_q), tx_q, gain, dgain)
     blocks = triton.cdiv(q.shape[2], config.rows.queries)
     _launch_attention(triton_attention.backward_rows, config.rows, blocks, matrices, sizes, lengths, scale)
     matrices = (*inputs, _matrix(do), dto, *statistics, _matrix(dk), dtk, _matrix(dv), dtv)
+    matrices += (_matrix(x_k), tx_k)
     together = len(config.columns) == 1
     for part, tile in enumerate(config.columns):
         flags = {"KEYS": together or part == 0, "VALUES": together or part == 1}
@@ -171,108 +185,120 @@ def _gradients(
 
 @torch.library.custom_op("terminal_velocity::qkv_norm_attention", mutates_args=())
 def qkv_norm_attention(
-    qkv: Tensor, tqkv: MaybeTensor, gains: MaybeTensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(o, to, lse, mu), o and to (B, N, H, D), of projections (B, N, 3, H, D) and the norms' gains (2, D).
+    qkv: Tensor, tqkv: MaybeTensor, gain: MaybeTensor, scale: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, to, lse, mu, qk, tqk), o and to (B, N, H, D), of projections (B, N, 3, H, D).
 
-    Without tqkv, to and mu are empty.
+    gain (D,) is the product of the gains of queries and keys: scores depend on no more. qk and tqk are what
+    was normed, (B, N, 2, H, D), queries times the gain, keys as they are and only to keep for a backward
+    pass. What there is not is empty: to, mu and tqk without tqkv, qk and tqk without gain.
     """
-    outputs = _packed_outputs(qkv, tqkv)
-    o, to, lse, mu = outputs
-    to, mu = (None, None) if tqkv is None else (to.transpose(1, 2), mu)
-    _forward(*_normed_heads(qkv, tqkv, gains), None, o.transpose(1, 2), to, lse, mu, scale)
+    outputs = _packed_outputs(qkv, tqkv, gain, keep)
+    o, to, lse, mu, qk, tqk = (x if x.numel() else None for x in outputs)
+    qkv, tqkv = _aligned(qkv, tqkv)
+    heads, normed = (*split_heads(qkv), *split_heads(tqkv)), (None,) * 4
+    if gain is not None:
+        (nq, nk), (ntq, ntk) = split_heads(qk, 1 + keep), split_heads(tqk, 1 + keep)
+        normed = nq, ntq, nk, ntk
+    to = None if to is None else to.transpose(1, 2)
+    _forward(*heads, None, o.transpose(1, 2), to, lse, mu, scale, gain, normed)
     return outputs
 
 
 @qkv_norm_attention.register_fake
-def _(qkv, tqkv, gains, scale):  # noqa: ANN001, ANN202
-    return _packed_outputs(qkv, tqkv)
+def _(qkv, tqkv, gain, scale, keep):  # noqa: ANN001, ANN202
+    return _packed_outputs(qkv, tqkv, gain, keep)
 
 
-def _packed_outputs(qkv: Tensor, tqkv: MaybeTensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _packed_outputs(qkv: Tensor, tqkv: MaybeTensor, gain: MaybeTensor, keep: bool) -> tuple[Tensor, ...]:
     batch, n, _, heads, head_dim = qkv.shape
-    matrix, rows = (batch, n, heads, head_dim), (batch, heads, n)
+    matrix, rows, normed = (
+        (batch, n, heads, head_dim),
+        (batch, heads, n),
+        (batch, n, 1 + keep, heads, head_dim),
+    )
+    dual = tqkv is not None
     return (
         qkv.new_empty(matrix),
-        qkv.new_empty(0 if tqkv is None else matrix),
+        qkv.new_empty(matrix if dual else 0),
         qkv.new_empty(rows, dtype=torch.float32),
-        qkv.new_empty(0 if tqkv is None else rows, dtype=torch.float32),
+        qkv.new_empty(rows if dual else 0, dtype=torch.float32),
+        qkv.new_empty(0 if gain is None else normed),
+        qkv.new_empty(0 if gain is None or not dual else normed),
     )
 
 
 @torch.library.custom_op("terminal_velocity::qkv_norm_attention_backward", mutates_args=())
 def qkv_norm_attention_backward(
-    do: Tensor, dto: MaybeTensor, qkv: Tensor, tqkv: MaybeTensor, gains: MaybeTensor,
-    o: Tensor, to: MaybeTensor, lse: Tensor, mu: MaybeTensor, scale: float,
+    do: Tensor, dto: MaybeTensor, qkv: Tensor, tqkv: MaybeTensor, gain: MaybeTensor,
+    o: Tensor, to: MaybeTensor, lse: Tensor, mu: MaybeTensor, qk: MaybeTensor, tqk: MaybeTensor, scale: float,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of qkv and of those of tqkv, gains that are not None; tqkv, to, mu are None as dto is.
+    """The gradients of qkv and of those of tqkv, gain that are not None; tqkv, to, mu, tqk are None as dto.
 
-    Each is written in place of its parts, first with respect to what is normed, then, in the same memory,
-    with respect to what was given.
+    That of the gain is in parts, (blocks, D), to be summed.
     """
-    heads = _normed_heads(qkv, tqkv, gains)
-    dqkv, dtqkv, dgains = _packed_gradients(qkv, tqkv, gains)
+    gradients = _packed_gradients(qkv, tqkv, gain)
+    dqkv, dtqkv, dgain = gradients
+    qkv, tqkv = _aligned(qkv, tqkv)
+    (q, k, v), (tq, tk, tv) = split_heads(qkv), split_heads(tqkv)
+    raw = (None,) * 4
+    if gain is not None:
+        raw = q, tq, k, tk
+        (q, k), (tq, tk) = split_heads(qk, 2), split_heads(tqk, 2)
     do, dto, o, to = (None if x is None else x.transpose(1, 2) for x in (do, dto, o, to))
-    gradients = (*split_heads(dqkv), *split_heads(dtqkv))
-    _backward(do, dto, *heads, None, o, to, lse, mu, scale, gradients)
-    if gains is not None:
-        blocks = _norm_blocks(qkv)
-        partial = qkv.new_empty((2, blocks, qkv.shape[-1]), dtype=torch.float32)
-        qkv, tqkv = _contiguous(qkv), _contiguous(tqkv)
-        _launch_norm(triton_attention.norm_backward, qkv, tqkv, gains, dqkv, dtqkv, partial)
-        torch.sum(partial, 1, out=dgains)
-    return [x for x in (dqkv, dtqkv, dgains) if x is not None]
+    heads = (*split_heads(dqkv), *split_heads(dtqkv))
+    _backward(do, dto, q, k, v, tq, tk, tv, None, o, to, lse, mu, scale, heads, gain, dgain, raw)
+    return [x for x in gradients if x is not None]
 
 
 @qkv_norm_attention_backward.register_fake
-def _(do, dto, qkv, tqkv, gains, o, to, lse, mu, scale):  # noqa: ANN001, ANN202
-    return [x for x in _packed_gradients(qkv, tqkv, gains) if x is not None]
+def _(do, dto, qkv, tqkv, gain, o, to, lse, mu, qk, tqk, scale):  # noqa: ANN001, ANN202
+    return [x for x in _packed_gradients(qkv, tqkv, gain) if x is not None]
 
 
 def _packed_gradients(
-    qkv: Tensor, tqkv: MaybeTensor, gains: MaybeTensor
+    qkv: Tensor, tqkv: MaybeTensor, gain: MaybeTensor
 ) -> tuple[Tensor, MaybeTensor, MaybeTensor]:
+    batch, n, _, heads, head_dim = qkv.shape
+    blocks = batch * heads * triton.cdiv(n, _config(qkv).rows.queries)
     return (
         qkv.new_empty(qkv.shape),
         None if tqkv is None else qkv.new_empty(qkv.shape),
-        None if gains is None else gains.new_empty(gains.shape),
+        None if gain is None else gain.new_empty((blocks, head_dim)),
     )
 
 
-def split_heads(packed: MaybeTensor) -> tuple[MaybeTensor, ...]:
-    """(B, N, 3, H, D) => three views (B, H, N, D); None => three times None."""
-    return (None,) * 3 if packed is None else packed.permute(2, 0, 3, 1, 4).unbind()
+def split_heads(packed: MaybeTensor, parts: int = 3) -> tuple[MaybeTensor, ...]:
+    """(B, N, parts, H, D) => as many views (B, H, N, D), None at least for a second; None => Nones."""
+    if packed is None:
+        return (None,) * max(2, parts)
+    return *packed.permute(2, 0, 3, 1, 4).unbind(), *(None,) * (parts == 1)
 
 
-def _normed_heads(qkv: Tensor, tqkv: MaybeTensor, gains: MaybeTensor) -> tuple[MaybeTensor, ...]:
-    """What attention takes: q, k, v, tq, tk, tv, (B, H, N, D)."""
-    (q, k, v), (tq, tk, tv) = split_heads(qkv), split_heads(tqkv)
-    if gains is not None:
-        qkv, tqkv = _contiguous(qkv), _contiguous(tqkv)
-        qk, tqk = (None if x is None else x.new_empty(x[:, :, :2].shape) for x in (qkv, tqkv))
-        _launch_norm(triton_attention.norm, qkv, tqkv, gains, qk, tqk)
-        q, k = qk.permute(2, 0, 3, 1, 4).unbind()
-        if tqk is not None:
-            tq, tk = tqk.permute(2, 0, 3, 1, 4).unbind()
-    return q, k, v, tq, tk, tv
+@torch.library.custom_op("terminal_velocity::linear_gelu", mutates_args=())
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x W' + b), tanh form, which on a GPU is that of cuBLASLt's epilogue; no gradient."""
+    rows = x.flatten(0, -2)
+    if x.is_cuda:
+        y = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
+    else:
+        y = F.gelu(F.linear(rows, weight, bias), approximate="tanh")
+    return y.unflatten(0, x.shape[:-1])
 
 
-def _contiguous(x: MaybeTensor) -> MaybeTensor:
-    return None if x is None else x.contiguous()
+@linear_gelu.register_fake
+def _(x, weight, bias):  # noqa: ANN001, ANN202
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _norm_blocks(qkv: Tensor) -> int:
-    batch, n, _, heads, _ = qkv.shape
-    return triton.cdiv(batch * n * heads, configs.NORM_ROWS)
+@register_flop_formula(torch.ops.terminal_velocity.linear_gelu)
+def _(x, weight, *args, **kwargs) -> int:  # noqa: ANN001
+    return 2 * prod(x) * weight[0]
 
 
-def _launch_norm(kernel: triton.JITFunction, qkv: Tensor, *tensors: MaybeTensor) -> None:
-    """Run `kernel` on the queries (grid axis 1 at 0) and the keys (at 1) of a packed projection."""
-    batch, n, _, heads, head_dim = qkv.shape
-    _launch(
-        kernel, (_norm_blocks(qkv), 2), qkv, *tensors, batch * n * heads, heads,
-        D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), ROWS=configs.NORM_ROWS,
-    )  # fmt: skip
+def _save_packed(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
+    *inputs, _keep = inputs
+    _save(ctx, inputs, output)
 
 
 def _save(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
@@ -294,12 +320,14 @@ def _differentiate(ctx, do: MaybeTensor, dto: MaybeTensor, *rows: None) -> tuple
 
 
 def _differentiate_packed(ctx, do: MaybeTensor, dto: MaybeTensor, *rows: None) -> tuple[MaybeTensor, ...]:  # noqa: ANN001
-    qkv, tqkv, gains, o, to, lse, mu = ctx.saved_tensors
+    qkv, tqkv, gain, o, to, lse, mu, qk, tqk = ctx.saved_tensors
     if dto is None or tqkv is None:
-        dto = tqkv = to = mu = None
+        dto = tqkv = to = mu = tqk = None
     do = torch.zeros_like(dto) if do is None else do
-    gradients = iter(qkv_norm_attention_backward(do, dto, qkv, tqkv, gains, o, to, lse, mu, ctx.scale))
-    return *(None if x is None else next(gradients) for x in (qkv, tqkv, gains)), None
+    saved = (qkv, tqkv, gain, o, to, lse, mu, qk, tqk)
+    gradients = iter(qkv_norm_attention_backward(do, dto, *saved, ctx.scale))
+    dqkv, dtqkv, dgain = (None if x is None else next(gradients) for x in (qkv, tqkv, gain))
+    return dqkv, dtqkv, None if dgain is None else dgain.sum(0), None, None
 
 
 def _refuse(ctx, *gradients: Tensor) -> None:  # noqa: ANN001
@@ -309,7 +337,7 @@ def _refuse(ctx, *gradients: Tensor) -> None:  # noqa: ANN001
 
 
 jvp_attention.register_autograd(_differentiate, setup_context=_save)
-qkv_norm_attention.register_autograd(_differentiate_packed, setup_context=_save)
+qkv_norm_attention.register_autograd(_differentiate_packed, setup_context=_save_packed)
 jvp_attention_backward.register_autograd(_refuse)
 qkv_norm_attention_backward.register_autograd(_refuse)
 

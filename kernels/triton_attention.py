@@ -31,6 +31,7 @@ if triton.__version__.startswith("3.3.") and NEWER_PTXAS.exists():
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 EPS = tl.constexpr(NORM_EPS)
+NORM_ROWS = tl.constexpr(16)  # rows of queries or keys that are normed at a time
 
 
 @triton.jit
@@ -145,6 +146,17 @@ def _subtract(x, factor, y):
 
 
 @triton.jit
+def _weigh(x, weights):
+    """x with each column times its weight; weights None: x."""
+    y = x
+    if weights is not None:
+        y = (x[0] * weights[0][None, :],)
+        if len(x) == 2:
+            y = (y[0], x[1] * weights[1][None, :])
+    return y
+
+
+@triton.jit
 def _row_products(x, y):
     """rowsum(x * y) in float32."""
     total = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)
@@ -190,6 +202,106 @@ def _store_statistic(pointer, x, index, start, n, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _load_gain(gain, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
+    columns = tl.arange(0, BLOCK_D)
+    x = (tl.load(gain + columns, mask=columns < D, other=0.0),)
+    if TAIL > 0:
+        columns = BLOCK_D + tl.arange(0, TAIL)
+        x = (x[0], tl.load(gain + columns, mask=columns < D, other=0.0))
+    return x
+
+
+@triton.jit
+def _store_gain(gain, x, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
+    columns = tl.arange(0, BLOCK_D)
+    tl.store(gain + columns, x[0], mask=columns < D)
+    if TAIL > 0:
+        columns = BLOCK_D + tl.arange(0, TAIL)
+        tl.store(gain + columns, x[1], mask=columns < D)
+
+
+@triton.jit
+def _add_column_products(total, x, y):
+    """total + colsum(x * y)."""
+    z = (total[0] + tl.sum(x[0] * y[0], 0),)
+    if len(x) == 2:
+        z = (z[0], total[1] + tl.sum(x[1] * y[1], 0))
+    return z
+
+
+@triton.jit
+def _statistics(x, tx, D: tl.constexpr):
+    """(r, bend) of each row: its RMS norm is y = r x, and the tangent of that ty = r (tx - bend x)."""
+    r = tl.rsqrt(_row_products(x, x) * (1 / D) + EPS)
+    return r, r * r * (_row_products(x, tx) * (1 / D))
+
+
+@triton.jit
+def _norm(head, thead, normed, tnormed, weights, start, n, DUAL: tl.constexpr, D: tl.constexpr,
+          BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
+          MASKED: tl.constexpr):  # fmt: skip
+    """Write the RMS norm of BLOCK_N rows, times the weights of its columns, and, if DUAL, its tangent."""
+    for first in range(start, start + BLOCK_N, NORM_ROWS):
+        x = _load(head, first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
+        tx = x
+        if DUAL:
+            tx = _load(thead, first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
+        r, bend = _statistics(x, tx, D)
+        _store(normed, _weigh(x, weights), r[:, None], first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
+        if DUAL:
+            ty = _weigh(_subtract(tx, bend, x), weights)
+            _store(tnormed, ty, r[:, None], first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
+
+
+@triton.jit
+def _norm_backward(head, thead, dhead, dthead, weights, start, n, DUAL: tl.constexpr, D: tl.constexpr,
+                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
+                   MASKED: tl.constexpr):  # fmt: skip
+    """Turn the gradients of what `_norm` wrote into those of its rows, where they lie; the weights' gradient.
+
+    With dy, dty the gradients times the weights and u = dy - bend dty - r mean(y dty) tx:
+
+        dx = r (u - y (mean(y u) + mean(ty dty)))    dtx = r (dty - y mean(y dty))
+
+    Run when the sums over scores are stored: the registers hold both at D = 64 alone, and barely.
+    """
+    tl.debug_barrier()
+    total = _row_zeros(BLOCK_D, TAIL)
+    for first in range(start, start + BLOCK_N, NORM_ROWS):
+        x = _load(head, first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
+        tx = x
+        if DUAL:
+            tx = _load(thead, first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
+        r, bend = _statistics(x, tx, D)
+        y = _scale(x, r)
+        dy = _load(dhead, first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
+        total = _add_column_products(total, y, dy)
+        u = _weigh(dy, weights)
+        turn = 0 * r
+        if DUAL:
+            ty = _scale(_subtract(tx, bend, x), r)
+            dty = _load(dthead, first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
+            total = _add_column_products(total, ty, dty)
+            dty = _weigh(dty, weights)
+            slope = _row_products(y, dty) * (1 / D)
+            turn = _row_products(ty, dty) * (1 / D)
+            dtx = _subtract(dty, slope, y)
+            _store(dthead, dtx, r[:, None], first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
+            u = _subtract(_subtract(u, bend, dty), r * slope, tx)
+        dx = _subtract(u, _row_products(y, u) * (1 / D) + turn, y)
+        _store(dhead, dx, r[:, None], first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
+    return total
+
+
+@triton.jit
+def _row_zeros(BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
+    x = (tl.zeros([BLOCK_D], tl.float32),)
+    if TAIL > 0:
+        x = (x[0], tl.zeros([TAIL], tl.float32))
+    return x
+
+
+@triton.jit
 def _round(x, dtype: tl.constexpr):
     """x to the nearest number of a narrower type (Triton's interpreter would cut bf16 off instead)."""
     if INTERPRETED and dtype == tl.bfloat16:
@@ -207,7 +319,7 @@ def _dot(x, y, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def forward(q, tq, k, tk, v, tv, o, to, lse, mu, lengths, scale, heads, n_q, n_k,
+def forward(q, tq, k, tk, v, tv, o, to, lse, mu, nq, ntq, nk, ntk, gain, lengths, scale, heads, n_q, n_k,
             D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr,
             BLOCK_K: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
@@ -221,6 +333,32 @@ def forward(q, tq, k, tk, v, tv, o, to, lse, mu, lengths, scale, heads, n_q, n_k
     q_head, tq_head = _head(q, tq, index, heads, ALIGNED)
     k_head, tk_head = _head(k, tk, index, heads, ALIGNED)
     v_head, tv_head = _head(v, tv, index, heads, ALIGNED)
+    if gain is not None:
+        DUAL: tl.constexpr = tq is not None
+        if nk is not None:
+            nk_head, ntk_head = _head(nk, ntk, index, heads, ALIGNED)
+            _norm(
+                k_head,
+                tk_head,
+                nk_head,
+                ntk_head,
+                None,
+                start_q,
+                n_k,
+                DUAL,
+                D,
+                BLOCK_Q,
+                BLOCK_D,
+                TAIL,
+                MASKED,
+            )
+        nq_head, ntq_head = _head(nq, ntq, index, heads, ALIGNED)
+        weights = _load_gain(gain, D, BLOCK_D, TAIL)
+        _norm(
+            q_head, tq_head, nq_head, ntq_head, weights, start_q, n_q, DUAL, D, BLOCK_Q, BLOCK_D, TAIL, MASKED
+        )
+        tl.debug_barrier()
+        q_head, tq_head = nq_head, ntq_head
     q_tile = _load(q_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
     if tq is not None:
         tq_tile = _load(tq_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
@@ -234,7 +372,14 @@ def forward(q, tq, k, tk, v, tv, o, to, lse, mu, lengths, scale, heads, n_q, n_k
     for start in range(0, n_k, BLOCK_K):
         k_tile = _load(k_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
         v_tile = _load(v_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
-        s = _scores(q_tile, k_tile, zero, PRECISION) * (scale * LOG2E)
+        tk_tile = k_tile
+        if tk is not None:
+            tk_tile = _load(tk_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+        products = _scores(q_tile, k_tile, zero, PRECISION)
+        if gain is not None:
+            r, bend = _statistics(k_tile, tk_tile, D)
+            products *= r[None, :]
+        s = products * (scale * LOG2E)
         if MASKED:
             s = tl.where((start + tl.arange(0, BLOCK_K) < n_k)[None, :], s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))
@@ -250,8 +395,9 @@ def forward(q, tq, k, tk, v, tv, o, to, lse, mu, lengths, scale, heads, n_q, n_k
             if tq is not None:
                 ts = _scores(tq_tile, k_tile, ts, PRECISION)
             if tk is not None:
-                tk_tile = _load(tk_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
                 ts = _scores(q_tile, tk_tile, ts, PRECISION)
+            if gain is not None:
+                ts = ts * r[None, :] - products * bend[None, :]
             ts = ts * scale - row_mu[:, None]
             step = tl.sum(p * ts, 1) / row_sum
             row_mu += step
@@ -270,7 +416,7 @@ def forward(q, tq, k, tk, v, tv, o, to, lse, mu, lengths, scale, heads, n_q, n_k
 
 
 @triton.jit
-def backward_rows(q, tq, k, tk, v, tv, o, to, do, dto, lse, mu, delta, a, dq, dtq,
+def backward_rows(q, tq, k, tk, v, tv, o, to, do, dto, lse, mu, delta, a, dq, dtq, x, tx, gain, dgain,
                   lengths, scale, heads, n_q, n_k,
                   D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr,
                   BLOCK_K: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
@@ -336,10 +482,17 @@ def backward_rows(q, tq, k, tk, v, tv, o, to, do, dto, lse, mu, delta, a, dq, dt
     _store(dq_head, dq_sum, scale, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
     if tq is not None:
         _store(dtq_head, dtq_sum, scale, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
+    if gain is not None:
+        DUAL: tl.constexpr = tq is not None
+        x_head, tx_head = _head(x, tx, index, heads, ALIGNED)
+        weights = _load_gain(gain, D, BLOCK_D, TAIL)
+        total = _norm_backward(x_head, tx_head, dq_head, dtq_head, weights, start_q, n_q,
+                               DUAL, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)  # fmt: skip
+        _store_gain(dgain + tl.program_id(0) * D, total, D, BLOCK_D, TAIL)
 
 
 @triton.jit
-def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, dv, dtv,
+def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, dv, dtv, x, tx,
                      lengths, scale, heads, n_q, n_k,
                      D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr,
                      BLOCK_K: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
@@ -408,92 +561,18 @@ def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, d
             row_delta = _load_statistic(delta, index, start, n_q, 0.0, BLOCK_Q, MASKED)
             ds = p * (ds - row_delta[None, :])
             dk_sum = _mix(ds, q_tile, dk_sum, PRECISION)
-    if KEYS:
-        dk_head, dtk_head = _head(dk, dtk, index, heads, ALIGNED)
-        _store(dk_head, dk_sum, scale, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
-        if tk is not None:
-            _store(dtk_head, dtk_sum, scale, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
     if VALUES:
         dv_head, dtv_head = _head(dv, dtv, index, heads, ALIGNED)
         _store(dv_head, dv_sum, 1.0, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
         if tv is not None:
             _store(dtv_head, dtv_sum, 1.0, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
-
-
-@triton.jit
-def _norm_tile(parts, rows, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
-    """Offsets (ROWS, BLOCK_D) into a contiguous (B * N, parts, H, D), axis 1 of the grid being the part."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK_D)
-    start = (((row // heads).to(tl.int64) * parts + tl.program_id(1)) * heads + row % heads) * D
-    return start[:, None] + columns[None, :], (row < rows)[:, None] & (columns < D)[None, :]
-
-
-@triton.jit
-def _mean(x, D: tl.constexpr):
-    return tl.sum(x, 1)[:, None] * (1 / D)
-
-
-@triton.jit
-def _load_gain(gains, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    columns = tl.arange(0, BLOCK_D)
-    gain = tl.load(gains + tl.program_id(1) * D + columns, mask=columns < D, other=0.0)
-    return gain.to(tl.float32)[None, :]
-
-
-@triton.jit
-def norm(qkv, tqkv, gains, qk, tqk, rows, heads,
-         D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """RMS norm of ROWS rows (token and head) of queries or keys, and its tangent.
-
-    With r = 1 / sqrt(mean(x^2) + eps): y = r x, ty = r (tx - y mean(y tx)), both times a gain.
-    """
-    source, inside = _norm_tile(3, rows, heads, D, BLOCK_D, ROWS)
-    target, inside = _norm_tile(2, rows, heads, D, BLOCK_D, ROWS)
-    gain = _load_gain(gains, D, BLOCK_D)
-    x = tl.load(qkv + source, mask=inside, other=0.0).to(tl.float32)
-    r = tl.rsqrt(_mean(x * x, D) + EPS)
-    y = x * r
-    tl.store(qk + target, _round(y * gain, qk.dtype.element_ty), mask=inside)
-    if tqkv is not None:
-        tx = tl.load(tqkv + source, mask=inside, other=0.0).to(tl.float32)
-        ty = (tx - y * _mean(y * tx, D)) * r
-        tl.store(tqk + target, _round(ty * gain, tqk.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def norm_backward(qkv, tqkv, gains, dqkv, dtqkv, dgains, rows, heads,
-                  D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """Turn the gradients of `norm`'s outputs into those of its inputs where they lie; sums for the gains.
-
-    With dy, dty the gradients times the gain, m = mean(y tx), u = dy - r (m dty + mean(y dty) tx):
-
-        dx = r (u - y (mean(y u) + mean(ty dty)))    dtx = r (dty - y mean(y dty))
-
-    dgains is (2, blocks, D) in float32: what each block of rows adds to the gradient of the gain.
-    """
-    offsets, inside = _norm_tile(3, rows, heads, D, BLOCK_D, ROWS)
-    gain = _load_gain(gains, D, BLOCK_D)
-    x = tl.load(qkv + offsets, mask=inside, other=0.0).to(tl.float32)
-    dy = tl.load(dqkv + offsets, mask=inside, other=0.0).to(tl.float32)
-    r = tl.rsqrt(_mean(x * x, D) + EPS)
-    y = x * r
-    dgain = tl.sum(dy * y, 0)
-    u = dy * gain
-    bend = tl.zeros([ROWS, 1], tl.float32)
-    if tqkv is not None:
-        tx = tl.load(tqkv + offsets, mask=inside, other=0.0).to(tl.float32)
-        dty = tl.load(dtqkv + offsets, mask=inside, other=0.0).to(tl.float32)
-        m = _mean(y * tx, D)
-        ty = (tx - y * m) * r
-        dgain += tl.sum(dty * ty, 0)
-        dty *= gain
-        slope = _mean(y * dty, D)
-        bend = _mean(ty * dty, D)
-        u -= r * (m * dty + slope * tx)
-        tl.store(dtqkv + offsets, _round(r * (dty - y * slope), dtqkv.dtype.element_ty), mask=inside)
-    dx = r * (u - y * (_mean(y * u, D) + bend))
-    tl.store(dqkv + offsets, _round(dx, dqkv.dtype.element_ty), mask=inside)
-    columns = tl.arange(0, BLOCK_D)
-    block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(dgains + block * D + columns, dgain, mask=columns < D)
+    if KEYS:
+        dk_head, dtk_head = _head(dk, dtk, index, heads, ALIGNED)
+        _store(dk_head, dk_sum, scale, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+        if tk is not None:
+            _store(dtk_head, dtk_sum, scale, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+        if x is not None:
+            DUAL: tl.constexpr = tk is not None
+            x_head, tx_head = _head(x, tx, index, heads, ALIGNED)
+            _norm_backward(x_head, tx_head, dk_head, dtk_head, None, start_k, n_k,
+                           DUAL, D, BLOCK_K, BLOCK_D, TAIL, MASKED)  # fmt: skip

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from recipe.objectives.base import Loss
 
 log = logging.getLogger(__name__)
+GROUP = 12  # tensors that are averaged by one kernel
 MAX_LENGTH = 12**-0.5  # gamma = 0, the plain mean of the run
 Profile = tuple[float, int]  # (gamma, step t)
 
@@ -28,12 +29,34 @@ def local(tensors: list[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def ema_update(average: nn.Module, net: nn.Module, decay: float) -> None:
-    """average <- net + decay (average - net), in place, on whatever shard this rank holds (no gather)."""
-    for module in (*average.modules(), *net.modules()):
-        if isinstance(module, FSDPModule):
-            module.reshard()  # a forward without gradient leaves weights gathered, in a copy to be dropped
-    torch._foreach_lerp_(local(list(average.parameters())), local(list(net.parameters())), 1 - decay)
+def ema_update(net: nn.Module, averages: list[tuple[nn.Module, float]]) -> None:
+    """average <- net + decay (average - net) for each (average, decay), in place, on whatever shard this rank
+    holds (no gather). On a GPU one kernel reads the weights once for all of them.
+    """
+    for root in (net, *(average for average, _ in averages)):
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # without a backward pass weights stay gathered, in a copy to be dropped
+    weights = local(list(net.parameters()))
+    targets = [local(list(average.parameters())) for average, _ in averages]
+    if weights[0].is_cuda:  # a decay as a tensor: a new number compiles nothing anew
+        compiled_lerps(weights, targets, [torch.tensor(1 - decay) for _, decay in averages])
+    else:
+        lerps(weights, targets, [1 - decay for _, decay in averages])
+
+
+def lerps(ends: list[Tensor], starts: list[list[Tensor]], shares: list[float | Tensor]) -> None:
+    """Move each list of tensors, in place, its share of the way to `ends`.
+
+    In groups, since Inductor merges only what stands close together.
+    """
+    for first in range(0, len(ends), GROUP):
+        group = slice(first, first + GROUP)
+        for tensors, share in zip(starts, shares, strict=True):
+            torch._foreach_lerp_(tensors[group], ends[group], share)
+
+
+compiled_lerps = torch.compile(lerps, fullgraph=True, dynamic=False)
 
 
 def ema_decay(decay: float, update: int, ramp: bool) -> float:
@@ -133,13 +156,15 @@ class EMA(Algorithm):
             return
         if not stepped(model.net):
             return
-        for length in self.posthoc:
-            decay = posthoc_decay(exponent(length), int(state.timestamp.batch))
-            ema_update(getattr(model, child_name(length)), model.net, decay)
-        update = int(state.timestamp.batch) - 1
-        ema_update(model.ema, model.net, ema_decay(self.decay, update, self.ramp))
+        step = int(state.timestamp.batch)
+        averages = [
+            (getattr(model, child_name(length)), posthoc_decay(exponent(length), step))
+            for length in self.posthoc
+        ]
+        averages.append((model.ema, ema_decay(self.decay, step - 1, self.ramp)))
         if model.target is not None:
-            ema_update(model.target, model.net, self.target_decay)
+            averages.append((model.target, self.target_decay))
+        ema_update(model.net, averages)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

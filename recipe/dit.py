@@ -213,8 +213,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, z: Dual, detach_tangent: bool = False) -> Dual:
-        h = dual.linear(self.fc1, z)
-        return dual.linear(self.fc2, dual.gelu(dual.detach(h) if detach_tangent else h))
+        return dual.linear(self.fc2, dual.linear_gelu(self.fc1, z, detach_tangent))
 
 
 class Block(nn.Module):

@@ -83,6 +83,14 @@ def silu(x: Dual) -> Dual:
     return Dual(y, x.tangent * (gate + y * (1 - gate)))
 
 
+def linear_gelu(layer: torch.nn.Linear, x: Dual, detach_tangent: bool = False) -> Dual:
+    """`gelu` of `linear`."""
+    if x.tangent is None:
+        return Dual(kernels.linear_gelu(x.value, layer.weight, layer.bias))
+    h = linear(layer, x)
+    return gelu(detach(h) if detach_tangent else h)
+
+
 def gelu(x: Dual) -> Dual:
     """GELU, tanh form."""
     if x.tangent is None:

@@ -183,14 +183,15 @@ def block_bytes(model: DiTConfig, dual: bool, compiled: bool, low: int, budget: 
 
     A value (and as much again for a tangent) keeps 8 + 2r tensors of N x D in the autocast type (`low`
     bytes): inputs of qkv, proj and fc1 (3), of fc2 and GELU (2r), qkv's output (3), the outputs of both
-    branches (2). Norms, modulation and gates keep float32 tensors: 4, or 10 with tangents; the compiler
-    recomputes them from the block's input (1 or 2). With a budget below 1 it also recomputes the inputs of
-    qkv, fc1 and fc2 (2 + r); what a budget below 0.7 would recompute is not known here.
+    branches (2); and 2 more, queries and keys, where those are normed. Norms, modulation and gates keep
+    float32 tensors: 4, or 10 with tangents; the compiler recomputes them from the block's input (1 or 2).
+    With a budget below 1 it also recomputes the inputs of qkv, fc1 and fc2 (2 + r); what a budget below 0.7
+    would recompute is not known here.
     """
     pair = 2 if dual else 1
     wide = pair if compiled else (10 if dual else 4)
     narrow = 6 + model.mlp_ratio if compiled and budget < 1 else 8 + 2 * model.mlp_ratio
-    return model.tokens * model.width * (FP32 * wide + low * pair * narrow)
+    return model.tokens * model.width * (FP32 * wide + low * pair * (narrow + 2 * model.qk_norm))
 
 
 def activation_bytes(
@@ -350,9 +351,11 @@ class Times:
 
 
 def updated_bytes(config: TrainConfig, gpus: int) -> float:
-    """By optimizer and averages: AdamW reads 4 and writes 3 tensors of the weights' size, EMA 2 and 1."""
+    """By optimizer and averages. In tensors of the weights' size: AdamW reads 4 and writes 3; the
+    kernel of the averages reads the weights, and reads and writes each average.
+    """
     shards = gpus // config.parallel.replicas if config.parallel.fsdp2 else 1
-    return FP32 * (7 + 3 * averages(config.objective)) * sum(parameter_counts(config.model)) / shards
+    return FP32 * (7 + 1 + 2 * averages(config.objective)) * sum(parameter_counts(config.model)) / shards
 
 
 def compute_time(config: TrainConfig, roofline: Roofline) -> float:

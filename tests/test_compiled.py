@@ -1,11 +1,14 @@
 """What Inductor would run on a GPU: bytes and FLOPs against arithmetic, the command's table, its statuses."""
 
+import math
+
 import pytest
 import torch
 from torch._inductor.graph import GraphLowering
 
 from benchmarks import compiled
 from recipe import plan
+from recipe.algorithms import lerps
 from recipe.config import ParallelConfig, TrainConfig, load_config
 from recipe.parallel import configure_compiler
 
@@ -47,6 +50,25 @@ def test_bytes_and_flops_of_three_operations_are_the_arithmetic():
     assert sorted((k.bytes, k.flops) for k in found["backward"]) == sorted(
         [(3 * y, 0), (product, work), (product, work), (3 * x, 0)]
     )
+
+
+def test_the_averages_read_the_weights_once():
+    sizes = [(64, 32), (32,)] * 10
+
+    def make():
+        weights, slow, fast = ([torch.empty(size) for size in sizes] for _ in range(3))
+
+        def update(weights, slow, fast, *shares):
+            lerps(weights, [slow, fast], shares)
+            return ()
+
+        return update, (weights, slow, fast, torch.tensor(0.1), torch.tensor(0.2))
+
+    (graph,) = compiled.trace(make, grad=False, autocast=False).values()
+    with compiled.pretended(H100):
+        launches = compiled.lower("inference", *graph)[0]
+    size = 4 * sum(math.prod(size) for size in sizes)
+    assert sum(kernel.bytes for kernel in launches) == pytest.approx((1 + 2 * 2) * size, rel=1e-3)
 
 
 def run(capsys, *overrides):

@@ -228,8 +228,7 @@ def train_on_mixture(objective, steps=400, batch=256):
         optimizer.zero_grad()
         loss.total.mean().backward()
         optimizer.step()
-        ema_update(target, net, 0.99)
-        ema_update(average, net, min(0.99, (1 + step) / (10 + step)))
+        ema_update(net, [(target, 0.99), (average, min(0.99, (1 + step) / (10 + step)))])
     return average
 
 
