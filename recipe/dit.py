@@ -32,7 +32,7 @@ PRESETS = {
 
 
 NORMS = {"rms": dual.rms_norm, "layer": dual.layer_norm}
-HEAD = 32  # head dimension of the encoder of bytes
+HEAD, TEXT_LAYERS = 32, 2  # head dimension and depth of the encoder of bytes
 
 
 @dataclass
@@ -272,7 +272,7 @@ class TextEmbedder(nn.Module):
         if config.encoder == "bytes":
             self.byte_table = nn.Embedding(BEGIN + 1, config.width)
             self.position_table = nn.Embedding(config.tokens, config.width)
-            self.layers = nn.ModuleList(TextLayer(config.width) for _ in range(2))
+            self.layers = nn.ModuleList(TextLayer(config.width) for _ in range(TEXT_LAYERS))
         self.proj = nn.Linear(config.width, width)
 
     def forward(self, text: Text) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from composer.core import Time, TimeUnit
 
 from recipe.config import ConfigError, TrainConfig, load_config
-from recipe.dit import DiT, DiTConfig
+from recipe.dit import TEXT_LAYERS, DiT, DiTConfig
 from recipe.objectives.base import Objective, Pass
 from recipe.parallel import ParallelConfig
 from recipe.preflight import divisible
@@ -138,29 +138,38 @@ def without_gradient(model: DiTConfig, objective: Objective) -> int:
     return 0 if objective.guidance_input else 256 * model.width + model.width**2 + 2 * model.width
 
 
-def forward_flops(model: DiTConfig) -> tuple[int, int]:
-    """FLOPs of the linear layers and of attention's two products, one plain forward pass of one sample."""
-    N, D, patch = model.tokens, model.width, model.patch**2 * model.channels
+def forward_flops(model: DiTConfig) -> tuple[int, int, int]:
+    """FLOPs of one plain forward pass of one sample: linear layers, attention's two products, and what sees
+    the prompt alone. Attention to the prompt counts as linear layers, since its text has no tangent.
+    """
+    N, D, patch, text = model.tokens, model.width, model.patch**2 * model.channels, model.text
     tokens = N * (model.depth * (4 + 2 * model.mlp_ratio) * D * D + 2 * patch * D)
     conditioning = model.depth * 6 * D * D + 2 * D * D + 3 * (256 * D + D * D)
-    return int(2 * (tokens + conditioning)), 4 * model.depth * N * N * D
+    prompt = 0
+    if text is not None:
+        tokens += N * model.depth * (2 * D * D + 2 * text.tokens * D)
+        conditioning += model.depth * D * D
+        prompt = text.tokens * (model.depth * 2 * D * D + text.width * D)
+        if text.encoder == "bytes":
+            prompt += TEXT_LAYERS * text.tokens * (12 * text.width**2 + 2 * text.tokens * text.width)
+    return int(2 * (tokens + conditioning)), 4 * model.depth * N * N * D, 2 * prompt
 
 
-# Work of a pass in units of a plain forward, (linear layers, attention: 6 products for 2 where dual): forward
-# and, by what is differentiated, backward.
-FORWARD = {False: (1, 1), True: (2, 3)}
-BACKWARD = {"none": (0, 0), "value": (2, 2), "both": (4, 6)}
+# Work of a pass in units of a plain forward, (linear layers, attention: 6 products for 2 where dual, prompt):
+# forward and, by what is differentiated, backward.
+FORWARD = {False: (1, 1, 1), True: (2, 3, 1)}
+BACKWARD = {"none": (0, 0, 0), "value": (2, 2, 2), "both": (4, 6, 2)}
 
 
 def step_flops(model: DiTConfig, objective: Objective) -> int:
     """FLOPs of one sample's training step, nothing recomputed (flow matching: 1 + 2 forward passes)."""
-    linear, attention = forward_flops(model)
-    total = 0
-    for one in objective.passes():
-        (f_linear, f_attention), (b_linear, b_attention) = FORWARD[one.dual], BACKWARD[one.gradient]
-        total += (one.batches * f_linear + b_linear) * linear
-        total += (one.batches * f_attention + b_attention) * attention
-    return total
+    return sum(
+        (one.batches * ahead + back) * work
+        for one in objective.passes()
+        for work, ahead, back in zip(
+            forward_flops(model), FORWARD[one.dual], BACKWARD[one.gradient], strict=True
+        )
+    )
 
 
 def trained_passes(objective: Objective) -> list[Pass]:
@@ -186,12 +195,19 @@ def block_bytes(model: DiTConfig, dual: bool, compiled: bool, low: int, budget: 
     branches (2); and 2 more, queries and keys, where those are normed. Norms, modulation and gates keep
     float32 tensors: 4, or 10 with tangents; the compiler recomputes them from the block's input (1 or 2).
     With a budget below 1 it also recomputes the inputs of qkv, fc1 and fc2 (2 + r); what a budget below 0.7
-    would recompute is not known here.
+    would recompute is not known here. Attention to a prompt of L tokens keeps 6 or 7 more of N x D, 3 where
+    recomputed, and 3 or 2 of L x D without tangent; its norms 2 in float32, 7 with tangents, and 2 of L x D.
     """
     pair = 2 if dual else 1
     wide = pair if compiled else (10 if dual else 4)
     narrow = 6 + model.mlp_ratio if compiled and budget < 1 else 8 + 2 * model.mlp_ratio
-    return model.tokens * model.width * (FP32 * wide + low * pair * (narrow + 2 * model.qk_norm))
+    narrow, texts = narrow + 2 * model.qk_norm, 0
+    if model.text is not None:
+        recomputed = compiled and budget < 1
+        wide += 0 if compiled else 7 if dual else 2
+        narrow += 3 if recomputed else 7 if compiled else 6
+        texts = model.text.tokens * ((0 if compiled else 2 * FP32) + low * (2 if recomputed else 3))
+    return model.width * (model.tokens * (FP32 * wide + low * pair * narrow) + texts)
 
 
 def activation_bytes(
@@ -208,6 +224,10 @@ def activation_bytes(
     checkpointed = checkpointed_blocks(model, checkpoint_every)
     kept = (model.depth - checkpointed) * block_bytes(model, dual, compiled, low, budget)
     ends = unit * (2 * FP32 + low)
+    if model.text is not None:
+        ends += low * model.text.tokens * (model.width + model.text.width)
+        if model.text.encoder == "bytes":
+            ends += TEXT_LAYERS * model.text.tokens * model.text.width * (4 * FP32 + low * 16)
     return kept + checkpointed * FP32 * unit + ends
 
 
@@ -364,17 +384,17 @@ def compute_time(config: TrainConfig, roofline: Roofline) -> float:
     Checkpointed blocks run forward twice.
     """
     model, total = config.model, 0.0
-    linear, attention = forward_flops(model)
+    linear, attention, prompt = forward_flops(model)
     again = checkpointed_blocks(model, config.parallel.checkpoint_every) / model.depth
     for one in config.objective.passes():
         runs = 1 if one.gradient == "none" else 1 + again
-        products, scores = (
+        products, scores, texts = (
             runs * ahead + back for ahead, back in zip(FORWARD[one.dual], BACKWARD[one.gradient], strict=True)
         )
         forward, backward = BLOCK_BYTES[one.dual, one.gradient]
         size = model.depth * model.tokens * model.width * (runs * forward + backward)
         total += one.batches * (
-            roofline.seconds(0, products * linear, roofline.gemm)
+            roofline.seconds(0, products * linear + texts * prompt, roofline.gemm)
             + roofline.seconds(0, scores * attention, roofline.attention)
             + roofline.seconds(size)
         )
@@ -408,6 +428,9 @@ def column(config: TrainConfig, gpus: int, cluster: Cluster) -> dict[str, str]:
         f"  activations {name}, GiB": f"{step_activations(config, other) * microbatch / GIB:.2f}"
         for name, other in others.items()
     }
+    if config.model.text is not None and config.model.text.encoder == "dataset":
+        size = BF16 * config.model.text.tokens * config.model.text.width * config.data.batch_size / gpus
+        rows |= {"embeddings of prompts per GPU, MB/s": f"{size / t.step / 1e6:.1f}"}
     rows |= {"PFLOP per step": f"{flops / 1e15:.2f}", "compute, ms, predicted": f"{1e3 * t.compute:.1f}"}
     rows |= {f"{c.name}, GB": f"{c.received / 1e9:.2f}" for c in traffic(config, gpus)}
     seconds = t.step * steps(config)

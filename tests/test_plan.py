@@ -1,5 +1,6 @@
 """The planner's formulas against torch's FLOP counter, autograd's saved tensors and FSDP2's collectives."""
 
+import base64
 import copy
 from functools import partial
 
@@ -22,6 +23,7 @@ from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
 from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow
 from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
+from recipe.text import Prompts, Text, TextConfig
 from recipe.train import main
 
 IMAGENET = {
@@ -68,6 +70,7 @@ def test_a_dry_run_builds_xl_of_shapes_alone_and_stops(capsys, monkeypatch):
         main(["yamls/imagenet256_w2.yaml", "--dry-run", "data.batch_size=100"])
 
 
+STORED = TextConfig("dataset", tokens=77, width=1024)
 SMALLER = {"width": 768, "heads": 12, "depth": 3}
 
 
@@ -84,6 +87,9 @@ SMALLER = {"width": 768, "heads": 12, "depth": 3}
         ({**SMALLER, "size": 64}, MeanFlow(omega=0.2, kappa=0.9), 0.005),
         ({**SMALLER, "size": 32}, IMF(), 0.005),
         ({**SMALLER, "size": 64}, IMF(guidance=[1, 8]), 0.005),
+        ({**SMALLER, "size": 32, "text": STORED}, TVM(guidance=2.0), 0.005),
+        ({**SMALLER, "size": 32, "text": STORED}, FlowMatching(), 0.005),
+        ({**SMALLER, "size": 32, "text": TextConfig(width=256)}, IMF(guidance=[1, 8]), 0.005),
     ],
 )
 def test_flops_are_those_that_torch_counts(shape, objective, tolerance):
@@ -93,8 +99,23 @@ def test_flops_are_those_that_torch_counts(shape, objective, tolerance):
         target = copy.deepcopy(net).requires_grad_(False)
         batch = random_batch(model, objective, 2, "meta")
 
-    counted = flops(lambda: objective.loss(net, target, batch, model.classes).total.mean().backward())
+        student, teacher = prompted(net), prompted(target)
+
+    counted = flops(lambda: objective.loss(student, teacher, batch, model.null).total.mean().backward())
     assert 2 * plan.step_flops(model, objective) == pytest.approx(counted, rel=tolerance)
+
+
+def prompted(net):
+    """The network with two prompts, where it takes any."""
+    text = net.config.text
+    if text is None:
+        return net
+    bytes_ = text.encoder == "bytes"
+    shape = (2, text.tokens) if bytes_ else (2, text.tokens, text.width)
+    tokens = torch.zeros(shape, dtype=torch.int64 if bytes_ else torch.float16)
+    given = Text(tokens, torch.full((2,), text.tokens))
+    prompts = Prompts(text, {"empty": base64.b64encode(bytes(2 * text.width)).decode()})
+    return prompts.to(tokens.device)(net, given, net.config.null)
 
 
 @pytest.fixture
@@ -133,11 +154,14 @@ def saved_bytes(net, dual, bf16, batch):
         torch.autocast("cpu", torch.bfloat16, bf16),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
     ):
-        result = net(x, t, d, label, t)
+        result = prompted(net)(x, t, d, label, t)
     assert result.value.requires_grad
     return sum(size for size, _ in kept.values())
 
 
+@pytest.mark.parametrize(
+    "text", [None, TextConfig("dataset", tokens=80, width=48)], ids=["labels", "prompts"]
+)
 @pytest.mark.parametrize("dual", [False, True])
 @pytest.mark.parametrize(
     ("compiled", "budget", "every", "bf16", "tolerance"),
@@ -150,9 +174,9 @@ def saved_bytes(net, dual, bf16, batch):
     ],
 )
 def test_activations_are_what_autograd_keeps(
-    silent_kernels, monkeypatch, dual, compiled, budget, every, bf16, tolerance
+    silent_kernels, monkeypatch, dual, compiled, budget, every, bf16, tolerance, text
 ):
-    model = DiTConfig(size=32, width=96, depth=4, heads=2, classes=3)
+    model = DiTConfig(size=32, width=96, depth=4, heads=2, classes=3, text=text)
     net = DiT(model)
     # Inductor's partition of forward and backward without its minutes of code generation
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
