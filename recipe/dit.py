@@ -264,7 +264,9 @@ class TextLayer(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """Text => (B, L, D): a linear map of stored embeddings, or of what two layers make of bytes."""
+    """Text => (B, L, D), a linear map of stored embeddings or of what two layers make of bytes, and (B, D), a
+    linear map of their mean, which begins at zero.
+    """
 
     def __init__(self, config: TextConfig, width: int) -> None:
         super().__init__()
@@ -274,14 +276,19 @@ class TextEmbedder(nn.Module):
             self.position_table = nn.Embedding(config.tokens, config.width)
             self.layers = nn.ModuleList(TextLayer(config.width) for _ in range(TEXT_LAYERS))
         self.proj = nn.Linear(config.width, width)
+        self.pool = nn.Linear(config.width, width)
 
-    def forward(self, text: Text) -> Tensor:
+    def forward(self, text: Text) -> tuple[Tensor, Tensor]:
         if self.layers is None:
-            return self.proj(text.tokens.to(self.proj.weight.dtype))
-        x = self.byte_table(text.tokens) + self.position_table.weight
-        for layer in self.layers:
-            x = layer(x, text.length)
-        return self.proj(dual.rms_norm(Dual(x)).value)
+            x = text.tokens.to(self.proj.weight.dtype)
+        else:
+            x = self.byte_table(text.tokens) + self.position_table.weight
+            for layer in self.layers:
+                x = layer(x, text.length)
+            x = dual.rms_norm(Dual(x)).value
+        unseen = torch.arange(x.shape[1], device=x.device) >= text.length[:, None]
+        mean = x.masked_fill(unseen[..., None], 0).sum(1) / text.length[:, None]
+        return self.proj(x), self.pool(mean)
 
 
 class FinalLayer(nn.Module):
@@ -345,11 +352,15 @@ class DiT(nn.Module):
         ]
         if beta is not None:
             cond.append(self.guidance_embedder(Dual(beta)))
+        context = None
+        if text is not None:
+            tokens, pooled = self.text_embedder(text)
+            context = tokens, text.length
+            cond.append(Dual(pooled))
         c = dual.silu(dual.add(*cond))
         z = dual.add(self.x_embedder(dual.dual(x)), Dual(self.pos_embed))
         if detach_tangent:
             z, c = dual.detach(z), dual.detach(c)
-        context = None if text is None else (self.text_embedder(text), text.length)
         for block in self.blocks:
             z = block(z, c, detach_tangent, context)
         config = self.config
@@ -369,7 +380,7 @@ class DiT(nn.Module):
                 self._init_matrix(name, module.weight)
 
     def _init_matrix(self, name: str, weight: Tensor) -> None:
-        if "adaLN_modulation" in name or name == "final_layer.linear":
+        if "adaLN_modulation" in name or name in ("final_layer.linear", "text_embedder.pool"):
             nn.init.zeros_(weight)
         elif name.startswith(("t_embedder", "s_embedder", "guidance_embedder")):
             if self.config.time_init == "normal":

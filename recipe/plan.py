@@ -149,7 +149,7 @@ def forward_flops(model: DiTConfig) -> tuple[int, int, int]:
     if text is not None:
         tokens += N * model.depth * (2 * D * D + 2 * text.tokens * D)
         conditioning += model.depth * D * D
-        prompt = text.tokens * (model.depth * 2 * D * D + text.width * D)
+        prompt = text.tokens * (model.depth * 2 * D * D + text.width * D) + text.width * D
         if text.encoder == "bytes":
             prompt += TEXT_LAYERS * text.tokens * (12 * text.width**2 + 2 * text.tokens * text.width)
     return int(2 * (tokens + conditioning)), 4 * model.depth * N * N * D, 2 * prompt
