@@ -31,8 +31,7 @@ from recipe.draws import Stream, keys, uniform
 from recipe.objectives import Objective, from_facts
 from recipe.rules import obeys, positive, whole
 from recipe.sampler import grid, initial_noise, sample
-from recipe.text import Prompts, Text, byte_tokens
-from recipe.text_encoder import TextEncoder
+from recipe.text import Prompts, Text, TextEncoder, byte_tokens
 from recipe.weights import load_weights
 from streaming_convert.encoders import hash_weights, load_vae
 from streaming_convert.show import captioned

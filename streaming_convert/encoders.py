@@ -12,7 +12,7 @@ from streaming_convert.sources import Source
 if TYPE_CHECKING:
     import torch
 
-    from recipe.text_encoder import TextEncoder
+    from recipe.text import TextEncoder
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -107,7 +107,7 @@ def load_text_encoder(
     source: Source, model: str, tokens: int, device: str | None
 ) -> tuple["TextEncoder", dict]:
     """The text encoder of the folder or hub name `model`, and what the manifest says of it."""
-    from recipe.text_encoder import TextEncoder
+    from recipe.text import TextEncoder
 
     if not source.captions:
         raise DatasetError(f"--text-encoder: the source {source.name} has no captions; --captions names them")

@@ -36,7 +36,7 @@ from streaming_convert.images import Rejected
 from streaming_convert.sources import Source
 
 if TYPE_CHECKING:
-    from recipe.text_encoder import TextEncoder
+    from recipe.text import TextEncoder
     from streaming_convert.shards import ShardWriter
 
 INDEX, REJECTED, PLAN = "index.json", "rejected.jsonl", f"{WORK}/plan.json"

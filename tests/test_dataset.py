@@ -14,8 +14,7 @@ import pytest
 from streaming.base.shared.prefix import _pack_locals
 
 from recipe import patches
-from recipe.data import DataConfig, train_loader
-from recipe.dataset import TrainingDataset
+from recipe.data import DataConfig, TrainingDataset, train_loader
 from storage.manifest import DatasetError, read_manifest
 from tests.conftest import ROOT, run
 
@@ -136,10 +135,10 @@ RANK = """
 import sys, time
 from pathlib import Path
 from composer.utils import dist
-from recipe import dataset
+from recipe import data
 
 remote, cache, *names = sys.argv[1:]
-claim = dataset.claim_cache
+claim = data.claim_cache
 
 def slowly(local):
     if dist.get_local_rank() == 0:
@@ -148,9 +147,9 @@ def slowly(local):
             Path(name).unlink()
     return claim(local)
 
-dataset.claim_cache = slowly
+data.claim_cache = slowly
 dist.initialize_dist("cpu")
-print(len(dataset.TrainingDataset(remote, cache, batch_size=16)))
+print(len(data.TrainingDataset(remote, cache, batch_size=16)))
 """
 
 
