@@ -141,12 +141,13 @@ def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, C
     """The grid, with the labels (n,) of its samples: the newest weights first, then w, then NFE."""
     shared = (config.protocol, setup.samples, config.seed, config.dtype, config.reference, config.extractor)
     shared += (",".join(sorted(config.metrics)), config.floor_splits)
-    digest = setup.reference.digest + (setup.held_out.digest if setup.held_out else "")
+    asked = "none" if config.prompts else ""  # of weights without prompts
+    digest = setup.reference.digest + (setup.held_out.digest if setup.held_out else "") + (config.clip or "")
     for export, labels in zip(setup.exports, setup.labels, strict=True):
         inputs = hashlib.sha256(digest.encode() + labels.numpy().tobytes()).hexdigest()
         stem, encoder = str(export.path.with_suffix("")), text_encoder(export)
         for w in config.w or [from_facts(export.facts["method"]).default_w]:
-            for nfe, prompts in product(config.nfe, config.prompts if encoder else ["none"]):
+            for nfe, prompts in product(config.nfe, config.prompts if encoder else [asked]):
                 what = stem, export.facts["sha256"], nfe, w, prompts, encoder
                 yield export, labels, Cell(*what, *shared, inputs)
 
