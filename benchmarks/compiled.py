@@ -244,9 +244,37 @@ def read(node: Any) -> list[Kernel]:  # noqa: ANN401
     if not node.is_extern():
         return [Kernel(generated_group(origins), node.get_read_write_buffers_sizes(), 0, generated=True)]
     call = max(origins, key=flops)
-    tensors = [x.meta["val"] for x in call.all_input_nodes] + tree_leaves(call.meta["val"])
-    size = sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
+    if call.target == torch.ops.terminal_velocity.qkv_norm_attention_backward.default:
+        return attention_backward(call)
+    if call.target == torch.ops.terminal_velocity.add_products.default:
+        a, b, c, d = call.args
+        sizes = volume([a, b, call]), volume([c, d, call, call])
+        return [Kernel("GEMM", size, flops(call) / 2, generated=False) for size in sizes]
+    size = volume([*call.all_input_nodes, call])
     return [Kernel(library_group(call), size, flops(call), generated=False)]
+
+
+def volume(nodes: object) -> int:
+    """Bytes of what the nodes (None among them) stand for."""
+    values = [node.meta["val"] for node in tree_leaves(nodes) if node is not None]
+    return sum(x.numel() * x.element_size() for x in tree_leaves(values) if isinstance(x, Tensor))
+
+
+def attention_backward(call: fx.Node) -> list[Kernel]:
+    """`backward_rows`, which does 3 of 7 products, and `backward_columns`.
+
+    Both read queries, keys, values and the gradients of the outputs, and, where queries and keys are normed,
+    one of their two thirds of the projection.
+    """
+    names = [argument.name for argument in call.target._schema.arguments]
+    given = dict(zip(names, call.args, strict=False))
+    third = volume([given["qkv"], given["tqkv"]]) / 3
+    normed = given["gain"] is not None
+    heads = volume([given["qk"], given["tqk"]]) + third if normed else 3 * third
+    shared = heads + normed * third + volume([given[name] for name in ("do", "dto", "lse", "mu")])
+    rows, columns = shared + volume([given["o"], given["to"]]) + third, shared + 2 * third
+    work = flops(call) / 7
+    return [Kernel("attention", *cost, generated=False) for cost in ((rows, 3 * work), (columns, 4 * work))]
 
 
 def flops(call: fx.Node) -> int:
@@ -276,7 +304,7 @@ def generated_group(origins: list[fx.Node]) -> str:
         return "casts"
     lines = "".join(origin.meta.get("stack_trace") or "" for origin in origins)
     called = set(re.findall(r", in (\w+)$", lines, re.MULTILINE))
-    if called & {"gelu", "linear_gelu"}:
+    if "gelu" in called:
         return "GELU"
     if "q_norm" in lines:
         return "query-key norm"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import configs, triton_attention
-from kernels.reference import attention_flops
+from kernels.reference import attention_flops, gelu
 
 MAX_HEAD_DIM = 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -282,7 +282,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if x.is_cuda:
         y = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
     else:
-        y = F.gelu(F.linear(rows, weight, bias), approximate="tanh")
+        y = gelu(F.linear(rows, weight, bias))
     return y.unflatten(0, x.shape[:-1])
 
 
@@ -294,6 +294,30 @@ def _(x, weight, bias):  # noqa: ANN001, ANN202
 @register_flop_formula(torch.ops.terminal_velocity.linear_gelu)
 def _(x, weight, *args, **kwargs) -> int:  # noqa: ANN001
     return 2 * prod(x) * weight[0]
+
+
+# `custom_op` knows no tags before torch 2.8; without this one Inductor copies what it gives to the operator
+torch.library.define(
+    "terminal_velocity::add_products",
+    "(Tensor a, Tensor b, Tensor c, Tensor d) -> Tensor",
+    tags=torch.Tag.flexible_layout,
+)
+
+
+@torch.library.impl("terminal_velocity::add_products", "CompositeExplicitAutograd")
+def add_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """a b + c d, the second product added where the first lies."""
+    return (a @ b).addmm_(c, d)
+
+
+@torch.library.register_fake("terminal_velocity::add_products")
+def _(a, b, c, d):  # noqa: ANN001, ANN202
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+@register_flop_formula(torch.ops.terminal_velocity.add_products)
+def _(a, b, c, d, *args, **kwargs) -> int:  # noqa: ANN001
+    return 2 * (prod(a) + prod(c)) * b[1]
 
 
 def _save_packed(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001

@@ -103,6 +103,11 @@ def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
     return x + y
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU, tanh form."""
+    return F.gelu(x, approximate="tanh")
+
+
 def attention_flops(q_shape: tuple[int, ...], k_shape: tuple[int, ...], products: int) -> int:
     """FLOPs of `products` matrix products of size (Nq, D) x (D, Nk) in each of the B * H heads."""
     return 2 * products * prod(q_shape) * k_shape[-2]

@@ -12,6 +12,9 @@ Replaced, by the functions below:
         breaks where names are not NNNNNN_* in /dev/shm and NNNNNN_*_filelock in the temporary folder, or who
         waits for a lock file does not notice that it has been unlinked (filelock 4.2)
 
+    torch._inductor.scheduler.Scheduler.are_long_distant_nodes (torch 2.7 to 2.11)
+        breaks where the scheduler orders kernels otherwise: then only the bytes change (benchmarks.compiled)
+
 Overridden in subclasses, where the reasons stand:
 
     Stream._download_file, StreamingDataset.prepare_shard, _prepare_thread, _ready_thread, _event and
@@ -39,6 +42,7 @@ from streaming.base.constant import LOCALS
 from streaming.base.shared import SharedMemory
 from streaming.base.shared.prefix import _get_path, _pack_locals
 from streaming.base.world import World
+from torch._inductor.scheduler import BaseSchedulerNode, Scheduler
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
@@ -46,6 +50,7 @@ SHARED = Path("/dev/shm")
 ANY = "[0-9]" * 6
 CLAIMED = b"terminal-velocity"  # ends the content of NNNNNN_locals, after what Streaming reads of it
 
+_far_apart = Scheduler.are_long_distant_nodes
 _divide_factors = _fsdp_collectives._get_gradient_divide_factors
 
 
@@ -61,6 +66,17 @@ def divide_gradients_explicitly() -> None:
         return _divide_factors(scatter_group, reduce_group, torch.float16, *rest)
 
     _fsdp_collectives._get_gradient_divide_factors = explicit
+
+
+def merge_neighbours() -> None:
+    """Inductor merges kernels that are up to 64 apart: in a block's backward pass sums over tokens of its one
+    end with those of its other, where both could join the kernels beside them. 54: 8% less traffic.
+    """
+
+    def far_apart(_scheduler: Scheduler, one: BaseSchedulerNode, other: BaseSchedulerNode) -> bool:
+        return max(abs(one.min_order - other.max_order), abs(other.min_order - one.max_order)) > 54
+
+    Scheduler.are_long_distant_nodes = far_apart
 
 
 def choose_names_once() -> None:
