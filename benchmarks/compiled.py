@@ -326,7 +326,11 @@ def trace_pass(config: TrainConfig, one: Pass, images: int) -> Graphs:
         shapes = (images, model.tokens, model.width), (images, model.width)
         values = [torch.empty(shape, requires_grad=grad) for shape in shapes]
         tangents = [torch.empty(shape, requires_grad=grad) if one.dual else None for shape in shapes]
-        return block, (*map(Dual, values, tangents), one.dual and one.gradient == "value")
+        context = None
+        if (text := model.text) is not None:
+            tokens = torch.empty(images, text.tokens, model.width, requires_grad=grad)
+            context = tokens, torch.full((images,), text.tokens)
+        return block, (*map(Dual, values, tangents), one.dual and one.gradient == "value", context)
 
     with patch.multiple(kernels, _operators=operators, _use_triton=lambda *_: True):
         return trace(make, grad, config.precision == "amp_bf16")

@@ -89,8 +89,8 @@ def notes(rows: list[Row], protocol: str) -> list[str]:
         lines.append(f"Floor: {floor:.3f}, the mean distance between random halves of the real data.")
     if "retrieval" in first:
         lines.append(
-            f"Prompts: captions of the reference, as the weights take them ({first['encoder'] or 'not at all'}). "
-            "Retrieval: how often the image of a sample's own caption is among the 10 nearest of 100; chance is 0.1."
+            f"Prompts: captions of the reference, encoder {first['encoder'] or 'none'}. Retrieval: how often "
+            "the image of a sample's own caption is among the 10 nearest of 100; chance is 0.1."
         )
     return lines + [copying_note(first)] if "nearer_share" in first else lines
 
