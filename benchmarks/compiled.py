@@ -481,7 +481,7 @@ def report(config: TrainConfig, roofline: plan.Roofline) -> bool:
     model, times = config.model, group_times(step, roofline)
     update = roofline.seconds(plan.updated_bytes(config, 1))
     found = assembled(step, gpu)
-    barred = (model.width, model.heads, model.tokens, images, roofline.gpu) == BARRED
+    barred = model.text is None and (model.width, model.heads, model.tokens, images, roofline.gpu) == BARRED
     rows = figures(
         step,
         sum(times.values()) + update,
