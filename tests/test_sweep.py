@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from eval import sweep as sweep_module
-from eval.export import find_weights
+from eval.export import export_program, find_weights
 from eval.features import SmallImageClassifier, load_extractor
 from eval.reference import HeldOut, labelled, open_images
 from eval.reference import main as reference_main
 from eval.report import best_curve, plot_distances, read_lines, read_log
 from eval.sweep import main as sweep_main
+from recipe.objectives import OBJECTIVES
 from recipe.weights import load_weights, save_weights
 from streaming_convert.__main__ import main as convert
 from tests.conftest import ROOT, run
@@ -126,6 +127,24 @@ def test_every_metric_and_weights_of_unknown_step(tiny_run, digits, classifier, 
     assert 0 <= rows[0]["precision"] <= 1 < rows[0]["inception_score"] <= 10
     header = (tmp_path / "results.md").read_text().splitlines()[0]
     assert "KID x 1000 | Inception score | precision | recall" in header
+
+
+def test_weights_of_every_objective_are_scored_side_by_side(tiny_run, digits, classifier, tmp_path):
+    net, facts = load_weights(tiny_run / "weights/ba0000008-ema")
+    facts = {k: v for k, v in facts.items() if k not in ("model", "format")}
+    for name, objective in OBJECTIVES.items():
+        facts["method"] = objective().facts()
+        save_weights(tmp_path / f"weights/{name}", net.state_dict(), net.config, facts)
+        program = export_program(tmp_path / f"weights/{name}").module()
+        assert program(torch.randn(3, 1, 8, 8), torch.arange(3)).shape == (3, 1, 8, 8)
+    given = ("latest=false", "samples=50", "nfe=[1,2]", f"weights=[{tmp_path}/weights]")
+    rows = sweep(tiny_run, digits, classifier, tmp_path / "sweep", *given)
+    assert {(row["objective"], row["nfe"]) for row in rows} == {
+        (name, n) for name in OBJECTIVES for n in (1, 2)
+    }
+    assert all(np.isfinite(row["frechet_distance"]) for row in rows)
+    text = (tmp_path / "sweep/results.md").read_text()
+    assert all(f"| {name} |" in text for name in OBJECTIVES)
 
 
 def test_two_ranks_and_batches_of_one_give_the_same_numbers(tiny_run, digits, classifier, tmp_path):
