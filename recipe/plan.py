@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from composer.core import Time, TimeUnit
 
@@ -63,14 +65,22 @@ known = Rule(
     f"gpu={{{', '.join(f'{f.name}: ...' for f in fields(GPU))}}}",
 )
 
-# Bytes that the kernels between products and attention of one block move, for each token and unit of width,
-# by (dual, gradient) of a pass: (forward, backward). What benchmarks.compiled has for XL/2-18, compiled,
-# at 32 images, bf16 weights and the default activation_budget; tests/test_compiled.py holds them against it.
+# Bytes that kernels of one block move, for each token and unit of width, by (dual, gradient) of a pass:
+# forward and backward, each (between products and attention, in attention). What benchmarks.compiled has for
+# XL/2-18, compiled, at 32 images, bf16 weights and the default activation_budget; tests/test_compiled.py
+# holds them against it.
 BLOCK_BYTES = {
-    (True, "both"): (103.0, 254.6),
-    (True, "value"): (103.0, 116.8),
-    (False, "value"): (50.6, 116.8),
-    (False, "none"): (52.2, 0.0),
+    (True, "both"): ((85.0, 24.1), (175.5, 56.2)),
+    (True, "value"): ((85.0, 24.1), (92.9, 28.1)),
+    (False, "value"): ((42.5, 12.1), (92.9, 28.1)),
+    (False, "none"): ((26.2, 10.1), (0.0, 0.0)),
+}
+# What attention to a prompt adds, of 77 tokens to 256 of the image (yamls/text_to_image_256.yaml).
+TEXT_BYTES = {
+    (True, "both"): ((36.0, 9.4), (123.0, 18.6)),
+    (True, "value"): ((36.0, 9.4), (66.5, 10.5)),
+    (False, "value"): ((19.9, 5.3), (66.5, 10.5)),
+    (False, "none"): ((19.7, 5.2), (0.0, 0.0)),
 }
 
 
@@ -161,15 +171,32 @@ FORWARD = {False: (1, 1, 1), True: (2, 3, 1)}
 BACKWARD = {"none": (0, 0, 0), "value": (2, 2, 2), "both": (4, 6, 2)}
 
 
-def step_flops(model: DiTConfig, objective: Objective) -> int:
+class Work(NamedTuple):
+    """What one direction of a pass over one sample costs: FLOPs and bytes."""
+
+    products: float
+    attention: float
+    attention_bytes: float
+    other_bytes: float
+
+
+def work(model: DiTConfig, objective: Objective, again: float = 0) -> Iterator[Work]:
+    """Of every pass forward and backward; again: share of the blocks that run forward twice."""
+    linear, attention, prompt = forward_flops(model)
+    unit = model.depth * model.tokens * model.width
+    for one in objective.passes():
+        kind = one.dual, one.gradient
+        ahead = one.batches * (1 if one.gradient == "none" else 1 + again)
+        units = FORWARD[one.dual], BACKWARD[one.gradient]
+        sizes = np.add(BLOCK_BYTES[kind], TEXT_BYTES[kind] if model.text else 0).tolist()
+        for runs, (products, scores, texts), (between, inside) in zip((ahead, 1), units, sizes, strict=True):
+            costs = products * linear + texts * prompt, scores * attention, inside * unit, between * unit
+            yield Work(*(runs * cost for cost in costs))
+
+
+def step_flops(model: DiTConfig, objective: Objective) -> float:
     """FLOPs of one sample's training step, nothing recomputed (flow matching: 1 + 2 forward passes)."""
-    return sum(
-        (one.batches * ahead + back) * work
-        for one in objective.passes()
-        for work, ahead, back in zip(
-            forward_flops(model), FORWARD[one.dual], BACKWARD[one.gradient], strict=True
-        )
-    )
+    return sum(one.products + one.attention for one in work(model, objective))
 
 
 def trained_passes(objective: Objective) -> list[Pass]:
@@ -379,26 +406,14 @@ def updated_bytes(config: TrainConfig, gpus: int) -> float:
 
 
 def compute_time(config: TrainConfig, roofline: Roofline) -> float:
-    """Seconds of one sample's passes: products, attention, and what lies between them as BLOCK_BYTES has it.
-
-    Checkpointed blocks run forward twice.
-    """
-    model, total = config.model, 0.0
-    linear, attention, prompt = forward_flops(model)
-    again = checkpointed_blocks(model, config.parallel.checkpoint_every) / model.depth
-    for one in config.objective.passes():
-        runs = 1 if one.gradient == "none" else 1 + again
-        products, scores, texts = (
-            runs * ahead + back for ahead, back in zip(FORWARD[one.dual], BACKWARD[one.gradient], strict=True)
-        )
-        forward, backward = BLOCK_BYTES[one.dual, one.gradient]
-        size = model.depth * model.tokens * model.width * (runs * forward + backward)
-        total += one.batches * (
-            roofline.seconds(0, products * linear + texts * prompt, roofline.gemm)
-            + roofline.seconds(0, scores * attention, roofline.attention)
-            + roofline.seconds(size)
-        )
-    return total
+    """Seconds of one sample's passes. Checkpointed blocks run forward twice."""
+    again = checkpointed_blocks(config.model, config.parallel.checkpoint_every) / config.model.depth
+    return sum(
+        roofline.seconds(0, one.products, roofline.gemm)
+        + roofline.seconds(one.attention_bytes, one.attention, roofline.attention)
+        + roofline.seconds(one.other_bytes)
+        for one in work(config.model, config.objective, again)
+    )
 
 
 def times(config: TrainConfig, gpus: int, cluster: Cluster) -> Times:

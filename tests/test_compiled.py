@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch._inductor.graph import GraphLowering
@@ -127,19 +128,26 @@ def test_a_wrong_key_is_one_line_that_names_it(overrides, message):
 
 
 MEANFLOW = ["objective.name=meanflow", "objective.omega=2"]
+PROMPTS = ["model.classes=0", *(f"model.text.{x}" for x in ("encoder=dataset", "tokens=77", "width=1024"))]
 
 
-@pytest.mark.parametrize("overrides", [[], MEANFLOW], ids=["tvm", "meanflow"])
+@pytest.mark.parametrize("overrides", [[], MEANFLOW, PROMPTS], ids=["tvm", "meanflow", "prompts"])
 def test_the_planner_s_table_is_what_inductor_makes_of_xl(overrides):
     config = load(*overrides)
     for one in config.objective.passes():
         found = compiled.compile_pass(config, one, 32 * one.batches, H100)
         unit = 32 * one.batches * config.model.tokens * config.model.width
         mine = [
-            sum(k.bytes for k in direction.kernels if k.group not in ("GEMM", "attention")) / unit
+            sum(
+                k.bytes for k in direction.kernels if k.group != "GEMM" and (k.group == "attention") == inside
+            )
+            / unit
             for direction in found.values()
+            for inside in (False, True)
         ]
-        stored = plan.BLOCK_BYTES[one.dual, one.gradient][: len(mine)]
+        kind = one.dual, one.gradient
+        stored = np.add(plan.BLOCK_BYTES[kind], plan.TEXT_BYTES[kind] if config.model.text else 0)
+        stored = stored.flatten()[: len(mine)].tolist()
         close = 0.02 if torch.__version__.startswith("2.7.") else 0.05  # the table is that of 2.7
         assert mine == pytest.approx(stored, rel=close), one
         if one.gradient == "both":
