@@ -58,7 +58,9 @@ class AddProducts(CustomGraphPass):
         """Rewrite the graph."""
         for node in graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor):
             products = [product(x) for x in node.args]
-            if None not in products and node.meta["val"].is_cuda:
+            if None in products or node.kwargs or not node.meta["val"].is_cuda:
+                continue
+            if len({x.meta["val"].shape for x in products}) == 1:
                 operator = torch.ops.terminal_velocity.add_products.default
                 with graph.inserting_after(max(products)):
                     fused = graph.call_function(operator, (*products[0].args, *products[1].args))
