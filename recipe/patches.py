@@ -42,7 +42,6 @@ from streaming.base.constant import LOCALS
 from streaming.base.shared import SharedMemory
 from streaming.base.shared.prefix import _get_path, _pack_locals
 from streaming.base.world import World
-from torch._inductor.scheduler import BaseSchedulerNode, Scheduler
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
@@ -50,7 +49,6 @@ SHARED = Path("/dev/shm")
 ANY = "[0-9]" * 6
 CLAIMED = b"terminal-velocity"  # ends the content of NNNNNN_locals, after what Streaming reads of it
 
-_far_apart = Scheduler.are_long_distant_nodes
 _divide_factors = _fsdp_collectives._get_gradient_divide_factors
 
 
@@ -72,6 +70,7 @@ def merge_neighbours() -> None:
     """Inductor merges kernels that are up to 64 apart: in a block's backward pass sums over tokens of its one
     end with those of its other, where both could join the kernels beside them. 54: 8% less traffic.
     """
+    from torch._inductor.scheduler import BaseSchedulerNode, Scheduler  # it starts processes that compile
 
     def far_apart(_scheduler: Scheduler, one: BaseSchedulerNode, other: BaseSchedulerNode) -> bool:
         return max(abs(one.min_order - other.max_order), abs(other.min_order - one.max_order)) > 54

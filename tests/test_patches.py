@@ -8,6 +8,7 @@ import pytest
 import torch
 import xxhash
 from filelock import FileLock
+from torch._inductor.scheduler import Scheduler
 
 from recipe import patches
 from tests.conftest import run
@@ -28,7 +29,7 @@ READ = {
 }
 ORIGINAL = {
     FACTORS: patches._divide_factors,
-    DISTANCE: patches._far_apart,
+    DISTANCE: Scheduler.are_long_distant_nodes,
 }  # which other tests of this process may have replaced
 
 
