@@ -53,27 +53,38 @@ TABLE = {
         Tile(128, 16, 8, 2), Tile(32, 32, 4, 2), (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)), Tile(32, 16, 4, 2)
     ),
     (90, 64): Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), (Tile(32, 64, 4, 2),)),
-    (90, 80): Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), (Tile(16, 64, 4, 2),)),
+    (90, 80): Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), (Tile(16, 64, 4, 2),), Tile(128, 32, 8, 2)),
     (90, 96): Config(
+        Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)), Tile(64, 16, 4, 2)
+    ),
+    (90, 128): Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2))),
+    (100, 64): Config(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), (Tile(64, 64, 8, 2),)),
+    (100, 80): Config(
+        Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), (Tile(16, 64, 4, 2), Tile(32, 64, 4, 2)), Tile(128, 32, 8, 2)
+    ),
+    (100, 96): Config(
+        Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)), Tile(128, 16, 8, 2)
+    ),
+    (100, 128): Config(
+        Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)), Tile(64, 16, 4, 2)
+    ),
+}
+if OLD_TRITON:
+    TABLE[90, 80] = Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(16, 64, 4, 2),))
+    TABLE[90, 96] = Config(
         Tile(128, 64, 8, 2),
         Tile(128, 32, 8, 2),
         (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
         Tile(128, 32, 8, 2),
-    ),
-    (90, 128): Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2))),
-    (100, 64): Config(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), (Tile(32, 64, 4, 2),)),
-    (100, 80): Config(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), (Tile(16, 64, 4, 2), Tile(32, 64, 4, 2))),
-    (100, 96): Config(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2))),
-    (100, 128): Config(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2))),
-}
-if OLD_TRITON:
-    TABLE[90, 80] = Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(16, 64, 4, 2),))
+    )
     TABLE[90, 128] = Config(
         Tile(128, 32, 8, 2), Tile(128, 16, 8, 2), (Tile(16, 128, 8, 2), Tile(32, 128, 8, 2))
     )
 # Consumer Blackwell (sm_120) has the instructions and the shared memory of consumer Ampere.
 TABLE |= {(120, width): config for (arch, width), config in TABLE.items() if arch == 80}
-TABLE[120, 80] = Config(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)))
+TABLE[120, 80] = Config(
+    Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)), Tile(128, 16, 8, 2)
+)
 
 # float32 operands pass through registers, as three tf32 parts each: tiny tiles on every architecture.
 FLOAT32 = Config(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)))
