@@ -156,7 +156,11 @@ def test_a_wrong_key_is_one_line_that_names_it(overrides, message):
 
 
 MEANFLOW = ["objective.name=meanflow", "objective.omega=2"]
-PROMPTS = ["model.classes=0", *(f"model.text.{x}" for x in ("encoder=dataset", "tokens=77", "width=1024"))]
+PROMPTS = [
+    "grid.labels=[]",
+    "model.classes=0",
+    *(f"model.text.{x}" for x in ("encoder=dataset", "tokens=77", "width=1024")),
+]
 
 
 @pytest.mark.parametrize("overrides", [[], MEANFLOW, PROMPTS], ids=["tvm", "meanflow", "prompts"])
@@ -180,4 +184,5 @@ def test_the_planner_s_table_is_what_inductor_makes_of_xl(overrides):
         assert mine == pytest.approx(stored, rel=close), one
         if one.gradient == "both":
             kept = plan.block_bytes(config.model, True, True, plan.BF16, config.parallel.activation_budget)
-            assert found["forward"].kept == pytest.approx(32 * kept, rel=0.02)
+            # a prompt's tokens are counted with each block, and kept once for all
+            assert found["forward"].kept == pytest.approx(32 * kept, rel=0.03 if config.model.text else 0.02)

@@ -234,7 +234,9 @@ TORCH_2_7 = pytest.mark.skipif(
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=TORCH_2_7)])
 def test_weights_are_recovered_bit_for_bit(tmp_path, compiled):
-    data, expected = snapshot(compiled=compiled)
+    # the wrapper pickles the compiler's settings, which other tests of this process change
+    with torch._inductor.config.patch(post_grad_custom_pre_pass=None):
+        data, expected = snapshot(compiled=compiled)
     state, facts = read(data, tmp_path)
     assert list(state) and state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)

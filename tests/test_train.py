@@ -139,12 +139,12 @@ from recipe import data, resume, train
 
 good, seen, collate = int(sys.argv[1]), [], data.collate
 
-def stuck(samples):
+def stuck(samples, text):
     seen.append(samples)
     if len(seen) > good:
         print("stuck", flush=True)
         time.sleep(1000)
-    return collate(samples)
+    return collate(samples, text)
 
 data.collate, resume.PATIENCE = stuck, 1.0
 train.main(sys.argv[2:])
