@@ -337,21 +337,8 @@ def forward(q, tq, k, tk, v, tv, o, to, lse, mu, nq, ntq, nk, ntk, gain, lengths
         DUAL: tl.constexpr = tq is not None
         if nk is not None:
             nk_head, ntk_head = _head(nk, ntk, index, heads, ALIGNED)
-            _norm(
-                k_head,
-                tk_head,
-                nk_head,
-                ntk_head,
-                None,
-                start_q,
-                n_k,
-                DUAL,
-                D,
-                BLOCK_Q,
-                BLOCK_D,
-                TAIL,
-                MASKED,
-            )
+            _norm(k_head, tk_head, nk_head, ntk_head, None, start_q, n_k, DUAL, D, BLOCK_Q,
+                  BLOCK_D, TAIL, MASKED)  # fmt: skip
         nq_head, ntq_head = _head(nq, ntq, index, heads, ALIGNED)
         weights = _load_gain(gain, D, BLOCK_D, TAIL)
         _norm(
@@ -496,8 +483,7 @@ def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, d
                      lengths, scale, heads, n_q, n_k,
                      D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr,
                      BLOCK_K: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
-            PRECISION: tl.constexpr,
-                     KEYS: tl.constexpr, VALUES: tl.constexpr):  # fmt: skip
+                     PRECISION: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr):  # fmt: skip
     """dk, dtk (if KEYS) and dv, dtv (if VALUES) of BLOCK_K keys of one head; 12 products, or 9 and 6 apart.
 
     dK = c (dS'Q + dtS'tQ), dtK = c dtS'Q, dV = P'dO + tP'dtO, dtV = P'dtO. Scores are formed transposed, so
@@ -516,10 +502,8 @@ def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, d
         v_tile = _load(v_head, start_k, n_seen, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
         if tv is not None:
             tv_tile = _load(tv_head, start_k, n_seen, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
-    dk_sum = _zeros(BLOCK_K, BLOCK_D, TAIL)
-    dtk_sum = _zeros(BLOCK_K, BLOCK_D, TAIL)
-    dv_sum = _zeros(BLOCK_K, BLOCK_D, TAIL)
-    dtv_sum = _zeros(BLOCK_K, BLOCK_D, TAIL)
+    dk_sum, dtk_sum = _zeros(BLOCK_K, BLOCK_D, TAIL), _zeros(BLOCK_K, BLOCK_D, TAIL)
+    dv_sum, dtv_sum = _zeros(BLOCK_K, BLOCK_D, TAIL), _zeros(BLOCK_K, BLOCK_D, TAIL)
     zero = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
     for start in range(0, n_q, BLOCK_Q):
         q_tile = _load(q_head, start, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
