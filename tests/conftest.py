@@ -38,7 +38,20 @@ EACH = {
 }  # overrides of the digits run; {digits} is the folder of the fixture
 
 
-def run(*command, check=True, env=None, timeout=300, cwd=ROOT):
+PATIENCE = 600  # seconds for a process that takes half a minute on a quiet machine
+
+
+def outputs(process):
+    """What a process with a session of its own writes until its end, which must come in time."""
+    try:
+        return process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)  # every process of the command says where it hangs
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"{process.args} still ran after {PATIENCE} s\n{stdout}\n{stderr}") from None
+
+
+def run(*command, check=True, env=None, cwd=ROOT):
     """Run a command of the project from its root; returns the completed process with its output as text."""
     command = [sys.executable, *map(str, command)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **(env or {})}
@@ -51,12 +64,7 @@ def run(*command, check=True, env=None, timeout=300, cwd=ROOT):
         text=True,
         start_new_session=True,
     )
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGABRT)  # every process of the command says where it hangs
-        stdout, stderr = process.communicate()
-        raise AssertionError(f"{command} still ran after {timeout} s\n{stdout}\n{stderr}") from None
+    stdout, stderr = outputs(process)
     if check and process.returncode:
         raise AssertionError(f"{command} exited with {process.returncode}\n{stdout}\n{stderr}")
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)

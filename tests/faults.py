@@ -57,7 +57,7 @@ class Scene:
 
     def finish(self, name, ranks, *more):
         """Runs to the end; returns the output."""
-        status, output = self.job(name, ranks, *more).end(300)
+        status, output = self.job(name, ranks, *more).end()
         if status:
             raise AssertionError(f"{name}: exit status {status}\n{output}")
         return output
@@ -135,7 +135,7 @@ def preempted(scene, ranks):
     scene.cloud.faults.watch = lambda method, path: (
         job.process.terminate() if method == "PUT" and path.endswith(moment) else None
     )
-    status, output = job.end(300)
+    status, output = job.end()
     scene.cloud.faults.heal()
     assert status == 75, (status, output)
     scene.finish(name, ranks)

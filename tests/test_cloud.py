@@ -23,7 +23,7 @@ from recipe.train import build_trainer, start
 from recipe.weights import load_weights
 from storage import Folder, StorageError, normalize_uri
 from storage.manifest import read_manifest
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, outputs
 from tests.fakes import Cloud
 
 
@@ -93,16 +93,16 @@ class Job:
                 *map(str, arguments),
             ],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
 
-    def end(self, timeout=120):
+    def end(self):
         """(exit status, output)."""
-        output, _ = self.process.communicate(timeout=timeout)
+        output, _ = outputs(self.process)
         return self.process.returncode, output
 
     def kill(self):
@@ -533,7 +533,7 @@ def test_the_oci_command_uploads_what_training_reads_and_lists_what_it_wrote(oci
     def command(*words):
         program = [sys.executable, "-m", "oci_cli.cli", "os", "object", *words, "--bucket-name", "tests"]
         env = {**os.environ, **oci.env, "OCI_CLI_SUPPRESS_FILE_PERMISSIONS_WARNING": "True"}
-        return subprocess.run(program, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
+        return subprocess.run(program, env=env, capture_output=True, text=True, check=True).stdout
 
     (tmp_path / "a").write_bytes(b"by the command")
     command("put", "--name", "cli/a", "--file", str(tmp_path / "a"), "--force")

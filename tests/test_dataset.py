@@ -16,7 +16,7 @@ from streaming.base.shared.prefix import _pack_locals
 from recipe import patches
 from recipe.data import DataConfig, TrainingDataset, train_loader
 from storage.manifest import DatasetError, read_manifest
-from tests.conftest import ROOT, run
+from tests.conftest import PATIENCE, ROOT, run
 
 NAMESPACES = shutil.which("unshare") and not subprocess.run(["unshare", "-rm", "true"]).returncode
 
@@ -214,7 +214,7 @@ def test_a_full_cache_disk_names_the_object_and_the_reason(remote, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE,
     )
     assert process.returncode == 1
     last = process.stderr.strip().splitlines()[-1]
