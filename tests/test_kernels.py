@@ -203,7 +203,10 @@ def test_keys_beyond_the_length_are_never_seen(device):
     for garbage, extra in ((1e4, 0), (-3.0, 0), (7.0, 23)):
         again = with_lengths(device, garbage, extra)[-1]
         again[3:5] = (x[:, :, :40] for x in again[3:5])
-        assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True)), (garbage, extra)
+        if extra and kernels._backend == "reference":  # torch 2.11 sums more keys in another order
+            assert max(errors(again, [x.double() for x in found])) < 1e-6
+        else:
+            assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True)), (garbage, extra)
 
 
 def test_lengths_of_plain_attention():
@@ -660,6 +663,6 @@ def test_compiled_kernels_meet_the_bars():
     pytest.importorskip("triton")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "kernels.inspect"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Every bar is met." in run.stdout
