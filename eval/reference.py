@@ -7,6 +7,7 @@ SOURCE is a dataset folder of `streaming_convert` with an image column, or any f
 import argparse
 import hashlib
 import math
+import os
 import struct
 import sys
 import tokenize
@@ -22,7 +23,9 @@ import torch
 from composer.utils import dist
 from PIL import Image, UnidentifiedImageError
 from scipy.stats import mannwhitneyu
-from streaming import StreamingDataset
+from streaming import LocalDataset
+from streaming.base.compression import decompress
+from streaming.base.format.mds import MDSReader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchmetrics.multimodal.clip_score import CLIPScore
@@ -33,7 +36,7 @@ from eval.metrics import nearest, resampled_distance, retrieval
 from eval.restricted import Global, Node, RefusedPickle, read_file
 from recipe.data import collate
 from recipe.text import Text, TextConfig
-from storage.manifest import read_manifest
+from storage.manifest import check_inside, read_manifest
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 NUMPY = {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")}
@@ -44,16 +47,31 @@ NPZ_ERRORS = (ValueError, KeyError, OSError, EOFError, MemoryError, RuntimeError
 NPZ_ERRORS += (NotImplementedError, TypeError, tokenize.TokenError, zipfile.BadZipFile)
 
 
+def unpack(folder: Path, shard: MDSReader) -> None:
+    """Gives a compressed shard its plain file, where there is none; several ranks may do it at once."""
+    check_inside([shard.raw_data.basename], f"{folder}/index.json")
+    target = folder / shard.raw_data.basename
+    if shard.compression and not target.is_file():
+        part = target.with_suffix(f".{os.getpid()}.part")
+        part.write_bytes(decompress(shard.compression, (folder / shard.zip_data.basename).read_bytes()))
+        part.rename(target)
+
+
 class MDSImages(Dataset):
-    """The image column of a dataset folder, each sample exactly once (a StreamingDataset iterated pads)."""
+    """The image column of a dataset folder; compressed shards are unpacked beside themselves.
+
+    No StreamingDataset: iterated it pads, and its shared memory is for ranks that train together.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.samples = str(folder), StreamingDataset(local=str(folder), batch_size=1)
+        self.folder, self.samples = str(folder), LocalDataset(str(folder))
+        for shard in self.samples.shards:
+            unpack(folder, shard)
         if "image" not in self.samples[0]:
             raise ValueError(f"{folder}: no column `image`, found {', '.join(self.samples[0])}")
 
     def __len__(self) -> int:
-        return self.samples.size  # the dataset's own length is this rank's share of it
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> Tensor:
         return torch.from_numpy(self.samples[index]["image"].copy())

@@ -464,6 +464,27 @@ def test_image_folders_are_read_whole(tmp_path):
         reference.open_images(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("compression", [None, "zstd:3"])
+def test_dataset_folders_are_read_without_shared_memory(tmp_path, compression):
+    def shared_memory():
+        return Path("/proc/self/maps").read_text().count("/dev/shm/")
+
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 1, 4, 4), dtype=np.uint8)
+    columns = {"image": "ndarray:uint8:1,4,4"}
+    with MDSWriter(out=str(tmp_path), columns=columns, compression=compression, size_limit=200) as writer:
+        for image in pixels:
+            writer.write({"image": image})
+    before = shared_memory()
+    for _ in range(2):
+        images = reference.open_images(tmp_path)
+        assert np.array_equal([images[i] for i in range(len(images))], pixels)
+    assert shared_memory() == before
+    index = (tmp_path / "index.json").read_text()
+    (tmp_path / "index.json").write_text(index.replace("shard.00001", "../shard.00001"))
+    with pytest.raises(ValueError, match="names a file outside its folder"):
+        reference.open_images(tmp_path)
+
+
 def published(mean, covariance):
     """The layouts in which others publish a mean and covariance of 100 samples."""
     pair = {"mu": mean, "sigma": covariance}
