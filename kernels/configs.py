@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import triton
 
-# Triton 3.3 keeps a descriptor per k-step of each resident tile in registers; later versions do not.
-OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4)
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ TABLE = {
     (100, 96): Config(Tile(64, 32, 4), Tile(64, 32, 4), (Tile(32, 64, 4), Tile(32, 64, 4)), Tile(128, 16, 8)),
     (100, 128): Config(Tile(64, 32, 4), Tile(64, 32, 4), (Tile(32, 64, 4), Tile(32, 64, 4)), Tile(64, 16, 4)),
 }
-if OLD_TRITON:
+if TRITON < (3, 4):  # which keeps a descriptor per k-step of each resident tile in registers
     TABLE[90, 64] = Config(Tile(128, 64, 8), Tile(128, 64, 8), (Tile(32, 64, 4),))
     TABLE[90, 80] = Config(Tile(128, 64, 8), Tile(128, 32, 8), (Tile(16, 64, 4),))
     TABLE[90, 96] = Config(

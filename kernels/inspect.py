@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from kernels import configs, triton_attention
 from kernels.configs import Tile
 
-BLACKWELL = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+BLACKWELL = configs.TRITON >= (3, 6)
 ARCHITECTURES = (80, 90, 100, 120) if BLACKWELL else (80, 90)
 HEAD_DIMS = (64, 72, 96, 128)
 SPILL_LIMIT = 64  # bytes; none at D = 64
