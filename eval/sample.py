@@ -34,7 +34,7 @@ from recipe.sampler import grid, initial_noise, sample
 from recipe.text import Prompts, Text, TextEncoder, byte_tokens
 from recipe.weights import load_weights
 from streaming_convert.encoders import hash_weights, load_vae
-from streaming_convert.show import captioned
+from streaming_convert.reader import captioned
 
 DTYPES = ("fp32", "fp64", "amp_bf16")
 SEED = whole(0, 2**62)  # sample i has the seed + i, an int64

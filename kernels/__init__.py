@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.reference import gelu, rms_norm
+from kernels.reference import MaybeTensor, gelu, rms_norm
 
 __all__ = ["attention", "jvp_attention", "linear_gelu", "qkv_norm_attention", "rms_norm", "set_backend"]
 
@@ -42,7 +42,7 @@ def set_backend(name: str) -> None:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, lengths: MaybeTensor = None, scale: float | None = None
 ) -> Tensor:
     """softmax(scale * q k') v by torch's fused attention; scale defaults to D ** -0.5.
 
@@ -53,16 +53,9 @@ def attention(
 
 
 def jvp_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tq: Tensor | None,
-    tk: Tensor | None,
-    tv: Tensor | None,
-    *,
-    lengths: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor, *,
+    lengths: MaybeTensor = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention and its tangent: (o, to), both shaped like q, differentiable once in all six inputs.
 
     q, tq are (B, H, Nq, D); k, v, tk, tv are (B, H, Nk, D); scale defaults to D ** -0.5. A tangent that is
@@ -86,13 +79,8 @@ def jvp_attention(
 
 
 def qkv_norm_attention(
-    qkv: Tensor,
-    tqkv: Tensor | None,
-    q_gain: Tensor | None,
-    k_gain: Tensor | None,
-    *,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    qkv: Tensor, tqkv: MaybeTensor, q_gain: MaybeTensor, k_gain: MaybeTensor, *, scale: float | None = None
+) -> tuple[Tensor, MaybeTensor]:
     """Self-attention of one projection's output, (B, N, 3, H, D), queries and keys RMS-normed: (o, to).
 
     o and its tangent to are (B, N, H, D); to is None where tqkv is. The gains (D,), shared by the heads, are
@@ -126,7 +114,7 @@ def _without_autocast(device: str) -> AbstractContextManager:
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
-def _autocast(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+def _autocast(tensors: dict[str, MaybeTensor]) -> dict[str, MaybeTensor]:
     """Cast as autocast does the operands of a product: all but float64 become the autocast type."""
     device = next(iter(tensors.values())).device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -138,7 +126,7 @@ def _autocast(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     }
 
 
-def _check(tensors: dict[str, Tensor | None]) -> None:
+def _check(tensors: dict[str, MaybeTensor]) -> None:
     q, k = tensors["q"], tensors["k"]
     if all(tensors[name] is None for name in ("tq", "tk", "tv")):
         raise ValueError("tq, tk and tv are all None: give at least one tangent, or call attention()")
@@ -152,7 +140,7 @@ def _check(tensors: dict[str, Tensor | None]) -> None:
             _check_like(name, tensors[name], like, tensors[like])
 
 
-def _check_qkv(qkv: Tensor, tqkv: Tensor | None, q_gain: Tensor | None, k_gain: Tensor | None) -> None:
+def _check_qkv(qkv: Tensor, tqkv: MaybeTensor, q_gain: MaybeTensor, k_gain: MaybeTensor) -> None:
     if qkv.dim() != 5 or qkv.shape[2] != 3 or not qkv.is_floating_point():
         raise ValueError(
             f"qkv is {qkv.dtype} of shape {tuple(qkv.shape)}; it must be floating-point (B, N, 3, H, D)"

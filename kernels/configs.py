@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import triton
 
-# Triton 3.3 keeps a descriptor per k-step of each resident tile in registers; later versions do not.
-OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4)
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Tile:
     queries: int
     keys: int
     warps: int
-    stages: int
+    stages: int = 2
 
 
 @dataclass(frozen=True)
@@ -44,47 +43,30 @@ class Config:
 # From D = 96 on four accumulators of (keys, D) would fill the register file, hence two launches by columns,
 # of 9 and 6 products where one would do with 12.
 TABLE = {
-    (80, 64): Config(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), (Tile(16, 64, 4, 2),), Tile(128, 32, 8, 2)),
-    (80, 80): Config(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), (Tile(16, 64, 4, 2),), Tile(128, 16, 8, 2)),
-    (80, 96): Config(
-        Tile(128, 32, 8, 2), Tile(64, 16, 4, 2), (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)), Tile(128, 16, 8, 2)
-    ),
-    (80, 128): Config(
-        Tile(128, 16, 8, 2), Tile(32, 32, 4, 2), (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)), Tile(32, 16, 4, 2)
-    ),
-    (90, 64): Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), (Tile(32, 64, 4, 2),), Tile(128, 32, 8, 2)),
-    (90, 80): Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), (Tile(16, 64, 4, 2),), Tile(128, 32, 8, 2)),
-    (90, 96): Config(
-        Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)), Tile(64, 16, 4, 2)
-    ),
-    (90, 128): Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2))),
-    (100, 64): Config(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), (Tile(64, 64, 8, 2),)),
-    (100, 80): Config(
-        Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), (Tile(16, 64, 4, 2), Tile(32, 64, 4, 2)), Tile(128, 32, 8, 2)
-    ),
-    (100, 96): Config(
-        Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)), Tile(128, 16, 8, 2)
-    ),
-    (100, 128): Config(
-        Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)), Tile(64, 16, 4, 2)
-    ),
+    (80, 64): Config(Tile(128, 64, 8), Tile(64, 32, 4), (Tile(16, 64, 4),), Tile(128, 32, 8)),
+    (80, 80): Config(Tile(128, 32, 8), Tile(64, 32, 4), (Tile(16, 64, 4),), Tile(128, 16, 8)),
+    (80, 96): Config(Tile(128, 32, 8), Tile(64, 16, 4), (Tile(16, 64, 4), Tile(16, 64, 4)), Tile(128, 16, 8)),
+    (80, 128): Config(Tile(128, 16, 8), Tile(32, 32, 4), (Tile(32, 32, 4), Tile(32, 32, 4)), Tile(32, 16, 4)),
+    (90, 64): Config(Tile(128, 64, 8), Tile(128, 64, 8), (Tile(32, 64, 4),), Tile(128, 32, 8)),
+    (90, 80): Config(Tile(128, 64, 8), Tile(128, 64, 8), (Tile(16, 64, 4),), Tile(128, 32, 8)),
+    (90, 96): Config(Tile(128, 64, 8), Tile(128, 32, 8), (Tile(32, 64, 4), Tile(32, 64, 4)), Tile(64, 16, 4)),
+    (90, 128): Config(Tile(128, 64, 8), Tile(128, 32, 8), (Tile(32, 128, 8), Tile(64, 128, 8))),
+    (100, 64): Config(Tile(128, 64, 8), Tile(64, 64, 4), (Tile(64, 64, 8),)),
+    (100, 80): Config(Tile(64, 32, 4), Tile(64, 32, 4), (Tile(16, 64, 4), Tile(32, 64, 4)), Tile(128, 32, 8)),
+    (100, 96): Config(Tile(64, 32, 4), Tile(64, 32, 4), (Tile(32, 64, 4), Tile(32, 64, 4)), Tile(128, 16, 8)),
+    (100, 128): Config(Tile(64, 32, 4), Tile(64, 32, 4), (Tile(32, 64, 4), Tile(32, 64, 4)), Tile(64, 16, 4)),
 }
-if OLD_TRITON:
-    TABLE[90, 64] = Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), (Tile(32, 64, 4, 2),))
-    TABLE[90, 80] = Config(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), (Tile(16, 64, 4, 2),))
+if TRITON < (3, 4):  # which keeps a descriptor per k-step of each resident tile in registers
+    TABLE[90, 64] = Config(Tile(128, 64, 8), Tile(128, 64, 8), (Tile(32, 64, 4),))
+    TABLE[90, 80] = Config(Tile(128, 64, 8), Tile(128, 32, 8), (Tile(16, 64, 4),))
     TABLE[90, 96] = Config(
-        Tile(128, 64, 8, 2),
-        Tile(128, 32, 8, 2),
-        (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
-        Tile(128, 32, 8, 2),
+        Tile(128, 64, 8), Tile(128, 32, 8), (Tile(32, 64, 4), Tile(32, 64, 4)), Tile(128, 32, 8)
     )
-    TABLE[90, 128] = Config(
-        Tile(128, 32, 8, 2), Tile(128, 16, 8, 2), (Tile(16, 128, 8, 2), Tile(32, 128, 8, 2))
-    )
+    TABLE[90, 128] = Config(Tile(128, 32, 8), Tile(128, 16, 8), (Tile(16, 128, 8), Tile(32, 128, 8)))
 # Consumer Blackwell (sm_120) has the instructions and the shared memory of consumer Ampere.
 TABLE |= {(120, width): config for (arch, width), config in TABLE.items() if arch == 80}
 TABLE[120, 80] = Config(
-    Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)), Tile(128, 16, 8, 2)
+    Tile(128, 32, 8), Tile(64, 32, 4), (Tile(16, 64, 4), Tile(16, 64, 4)), Tile(128, 16, 8)
 )
 
 # float32 operands pass through registers, as three tf32 parts each: tiny tiles on every architecture.

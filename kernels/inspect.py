@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from kernels import configs, triton_attention
 from kernels.configs import Tile
 
-BLACKWELL = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+BLACKWELL = configs.TRITON >= (3, 6)
 ARCHITECTURES = (80, 90, 100, 120) if BLACKWELL else (80, 90)
 HEAD_DIMS = (64, 72, 96, 128)
 SPILL_LIMIT = 64  # bytes; none at D = 64
@@ -56,28 +56,13 @@ ABSENT = {
 }
 SCALARS = {"scale": "fp32", "heads": "i32", "n_q": "i32", "n_k": "i32"}
 
+# Tiles that were considered: queries, keys, warps
+ROWS = [(128, 64, 8), (128, 32, 8), (128, 16, 8), (64, 64, 4), (64, 32, 4), (32, 32, 4)]
 SIZES = {
-    "forward": (
-        (128, 128, 8),
-        (128, 64, 8),
-        (128, 32, 8),
-        (128, 16, 8),
-        (64, 64, 4),
-        (64, 32, 4),
-        (32, 32, 4),
-    ),
-    "backward_rows": ((128, 64, 8), (128, 32, 8), (128, 16, 8), (64, 64, 4), (64, 32, 4), (32, 32, 4)),
-    "backward_columns": (
-        (64, 128, 8),
-        (32, 128, 8),
-        (16, 128, 8),
-        (64, 64, 4),
-        (32, 64, 4),
-        (16, 64, 4),
-        (32, 32, 4),
-    ),
+    "forward": [(128, 128, 8), *ROWS],
+    "backward_rows": ROWS,
+    "backward_columns": [*((queries, keys, warps) for keys, queries, warps in ROWS), (16, 64, 4)],
 }
-CANDIDATES = {name: [Tile(*size, stages=2) for size in sizes] for name, sizes in SIZES.items()}
 COLUMNS = ({"KEYS": True, "VALUES": True}, {"KEYS": True, "VALUES": False}, {"KEYS": False, "VALUES": True})
 
 
@@ -174,24 +159,15 @@ def assemble(ptx: str, arch: int) -> str:
 
 def table_kernels(arch: int, head_dim: int) -> list[Compiled]:
     """Every launch of one architecture and head dimension; at D = 64 for every use."""
-    config = configs.TABLE[arch, max(64, sum(configs.widths(head_dim)))]
+    config = configs.choose((arch // 10, 0), head_dim, element_size=2)
     parts = COLUMNS[:1] if len(config.columns) == 1 else COLUMNS[1:]
     kernels = []
     for use in ABSENT if head_dim == 64 else ("dual", "normed"):
-        kernels += [
-            compile_kernel(
-                "forward",
-                config.normed or config.forward if "normed" in use else config.forward,
-                head_dim,
-                arch,
-                use,
-            ),
-            compile_kernel("backward_rows", config.rows, head_dim, arch, use),
-            *(
-                compile_kernel("backward_columns", tile, head_dim, arch, use, **part)
-                for tile, part in zip(config.columns, parts, strict=True)
-            ),
-        ]
+        forward = config.normed or config.forward if "normed" in use else config.forward
+        kernels.append(compile_kernel("forward", forward, head_dim, arch, use))
+        kernels.append(compile_kernel("backward_rows", config.rows, head_dim, arch, use))
+        for tile, part in zip(config.columns, parts, strict=True):
+            kernels.append(compile_kernel("backward_columns", tile, head_dim, arch, use, **part))
     return kernels
 
 
@@ -210,15 +186,12 @@ def missed_bars(groups: list[list[Compiled]]) -> list[str]:
 
 
 def _product_bars(group: list[Compiled]) -> list[str]:
-    counts = {
-        kind: sum(x.products for x in group if "backward" in x.name and x.use == kind)
-        for kind in BACKWARD_PRODUCTS
-    }
-    return [
-        f"{kind} backward has {count:g} products, bar {BACKWARD_PRODUCTS[kind]}"
-        for kind, count in counts.items()
-        if count > BACKWARD_PRODUCTS[kind]
-    ]
+    missed = []
+    for use, bar in BACKWARD_PRODUCTS.items():
+        count = sum(x.products for x in group if "backward" in x.name and x.use == use)
+        if count > bar:
+            missed.append(f"{use} backward has {count:g} products, bar {bar}")
+    return missed
 
 
 def _kernel_bars(x: Compiled) -> list[str]:
@@ -281,10 +254,10 @@ def main() -> int:
 def candidate_kernels(arch: int, head_dim: int) -> list[Compiled]:
     """The candidate tiles of every kernel, backward_columns in one launch and in two."""
     return [
-        compile_kernel(name, tile, head_dim, arch, **flags)
-        for name, tiles in CANDIDATES.items()
+        compile_kernel(name, Tile(*size), head_dim, arch, **flags)
+        for name, sizes in SIZES.items()
         for flags in (COLUMNS if name == "backward_columns" else ({},))
-        for tile in tiles
+        for size in sizes
     ]
 
 

@@ -16,13 +16,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import configs, triton_attention
-from kernels.reference import attention_flops, gelu
+from kernels.reference import MaybeTensor, attention_flops, gelu, split_heads
 
 MAX_HEAD_DIM = 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED = triton_attention.INTERPRETED.value
-
-MaybeTensor = Tensor | None
 
 
 def _layout(x: Tensor) -> list[int]:
@@ -212,11 +210,8 @@ def _(qkv, tqkv, gain, scale, keep):  # noqa: ANN001, ANN202
 
 def _packed_outputs(qkv: Tensor, tqkv: MaybeTensor, gain: MaybeTensor, keep: bool) -> tuple[Tensor, ...]:
     batch, n, _, heads, head_dim = qkv.shape
-    matrix, rows, normed = (
-        (batch, n, heads, head_dim),
-        (batch, heads, n),
-        (batch, n, 1 + keep, heads, head_dim),
-    )
+    matrix, rows = (batch, n, heads, head_dim), (batch, heads, n)
+    normed = (batch, n, 1 + keep, heads, head_dim)
     dual = tqkv is not None
     return (
         qkv.new_empty(matrix),
@@ -268,13 +263,6 @@ def _packed_gradients(
     )
 
 
-def split_heads(packed: MaybeTensor, parts: int = 3) -> tuple[MaybeTensor, ...]:
-    """(B, N, parts, H, D) => as many views (B, H, N, D), None at least for a second; None => Nones."""
-    if packed is None:
-        return (None,) * max(2, parts)
-    return *packed.permute(2, 0, 3, 1, 4).unbind(), *(None,) * (parts == 1)
-
-
 @torch.library.custom_op("terminal_velocity::linear_gelu", mutates_args=())
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(x W' + b), tanh form, which on a GPU is that of cuBLASLt's epilogue; no gradient."""
@@ -320,11 +308,6 @@ def _(a, b, c, d, *args, **kwargs) -> int:  # noqa: ANN001
     return 2 * (prod(a) + prod(c)) * b[1]
 
 
-def _save_packed(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
-    *inputs, _keep = inputs
-    _save(ctx, inputs, output)
-
-
 def _save(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
@@ -333,9 +316,8 @@ def _save(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
 
 
 def _differentiate(ctx, do: MaybeTensor, dto: MaybeTensor, *rows: None) -> tuple[MaybeTensor, ...]:  # noqa: ANN001
-    q, k, v, *tangents, lengths, o, to, lse, mu = (
-        ctx.saved_tensors
-    )  # once: checkpointing computes them at each access
+    # once: checkpointing computes them at each access
+    q, k, v, *tangents, lengths, o, to, lse, mu = ctx.saved_tensors
     if dto is None:
         *tangents, to, mu = (None,) * 5
     do = torch.zeros_like(dto) if do is None else do
@@ -361,7 +343,10 @@ def _refuse(ctx, *gradients: Tensor) -> None:  # noqa: ANN001
 
 
 jvp_attention.register_autograd(_differentiate, setup_context=_save)
-qkv_norm_attention.register_autograd(_differentiate_packed, setup_context=_save_packed)
+qkv_norm_attention.register_autograd(
+    _differentiate_packed,
+    setup_context=lambda ctx, inputs, output: _save(ctx, inputs[:-1], output),  # without `keep`
+)
 jvp_attention_backward.register_autograd(_refuse)
 qkv_norm_attention_backward.register_autograd(_refuse)
 

@@ -12,16 +12,17 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 EPS = 1e-6
 
+MaybeTensor = Tensor | None
+
 
 def qkv_norm_attention(
-    qkv: Tensor, tqkv: Tensor | None, gains: tuple[Tensor, Tensor] | None, scale: float
-) -> tuple[Tensor, Tensor | None]:
+    qkv: Tensor, tqkv: MaybeTensor, gains: tuple[Tensor, Tensor] | None, scale: float
+) -> tuple[Tensor, MaybeTensor]:
     """Attention of a projection (B, N, 3, H, D) whose queries and keys are normed; o, to are (B, N, H, D).
 
     gains (of queries, of keys; each (D,)) None: no norm at all. tqkv None: to is None too.
     """
-    q, k, v = _heads(qkv)
-    tq, tk, tv = (None, None, None) if tqkv is None else _heads(tqkv)
+    (q, k, v), (tq, tk, tv) = split_heads(qkv), split_heads(tqkv)
     if gains is not None:
         (q, tq), (k, tk) = (
             tuple(None if y is None else (y * gain).to(qkv.dtype) for y in rms_norm(x, tx))
@@ -33,11 +34,14 @@ def qkv_norm_attention(
     return o.transpose(1, 2), to.transpose(1, 2)
 
 
-def _heads(qkv: Tensor) -> list[Tensor]:
-    return [x.transpose(1, 2) for x in qkv.unbind(2)]
+def split_heads(packed: MaybeTensor, parts: int = 3) -> tuple[MaybeTensor, ...]:
+    """(B, N, parts, H, D) => as many views (B, H, N, D), None at least for a second; None => Nones."""
+    if packed is None:
+        return (None,) * max(2, parts)
+    return *(x.transpose(1, 2) for x in packed.unbind(2)), *(None,) * (parts == 1)
 
 
-def rms_norm(x: Tensor, tx: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def rms_norm(x: Tensor, tx: MaybeTensor) -> tuple[Tensor, MaybeTensor]:
     """y = x / sqrt(mean(x^2) + 1e-6) over the last axis, any shape, and its tangent; at least in float32.
 
     With r = 1 / sqrt(mean(x^2) + 1e-6): y' = r (x' - y mean(y x')).
@@ -52,15 +56,9 @@ def rms_norm(x: Tensor, tx: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 def jvp_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tq: Tensor | None,
-    tk: Tensor | None,
-    tv: Tensor | None,
-    lengths: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor,
+    lengths: MaybeTensor, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Softmax attention o and its tangent to along (tq, tk, tv); None is a tangent that is zero everywhere.
 
     S = c QK', tS = c (tQ K' + Q tK'), P = softmax(S), tP = P * (tS - rowsum(P * tS)),
@@ -88,7 +86,7 @@ def valid_keys(lengths: Tensor, k: Tensor) -> Tensor:
     return (torch.arange(k.shape[2], device=k.device) < lengths[:, None])[:, None, None]
 
 
-def _scores(rows: Tensor | None, columns: Tensor | None, scale: float) -> Tensor | None:
+def _scores(rows: MaybeTensor, columns: MaybeTensor, scale: float) -> MaybeTensor:
     """scale * rows columns', in float32 at least."""
     if rows is None or columns is None:
         return None
@@ -96,7 +94,7 @@ def _scores(rows: Tensor | None, columns: Tensor | None, scale: float) -> Tensor
     return scale * (rows.to(wide) @ columns.to(wide).mT)
 
 
-def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+def _sum(x: MaybeTensor, y: MaybeTensor) -> MaybeTensor:
     """x + y, where None is zero."""
     if x is None or y is None:
         return y if x is None else x

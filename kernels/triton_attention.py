@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, ANN202, SIM108
+# ruff: noqa: ANN001, ANN201, ANN202
 """The Triton kernels of attention with a tangent: one forward, two backward (by rows and by columns).
 
 With S = c QK', P = softmax(S), tS = c (tQ K' + Q tK'), mu = rowsum(P * tS), tP = P * (tS - mu), O = PV and
@@ -10,9 +10,10 @@ tO = tP V + P tV, and dO, dtO the gradients of the outputs, the backward is
 A matrix argument is a tuple (tensor, stride of batch, of head, of token); its tangent, or the gradient of
 that, follows as a bare tensor of the same strides, or None where it is zero; without dto all of them are,
 which leaves plain attention. A tile is a tuple: its first BLOCK_D columns and, unless TAIL is 0, TAIL more,
-so that D = 72 costs what 80 does. Everything is accumulated in float32; P, tP, dS and dtS are rounded to the
-inputs' type where they become left operands of a product. lse is in base 2, which spares a multiplication
-per exponential. With `lengths` (int32, one per batch element) the keys from there on are not seen.
+so that D = 72 costs what 80 does. Arguments in capitals are known when a kernel is compiled. Everything is
+accumulated in float32; P, tP, dS and dtS are rounded to the inputs' type where they become left operands of
+a product. lse is in base 2, which spares a multiplication per exponential. With `lengths` (int32, one per
+batch element) the keys from there on are not seen.
 """
 
 import os
@@ -35,14 +36,14 @@ NORM_ROWS = tl.constexpr(16)  # rows of queries or keys that are normed at a tim
 
 
 @triton.jit
-def _block(n, BLOCK: tl.constexpr):
+def _block(n, BLOCK):
     """Which head of batch * heads this program works on, and its first token of n."""
     blocks = tl.cdiv(n, BLOCK)
     return tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BLOCK
 
 
 @triton.jit
-def _head(matrix, tangent, index, heads, ALIGNED: tl.constexpr):
+def _head(matrix, tangent, index, heads, ALIGNED):
     """(pointer, stride of tokens) of one head, and of its tangent (where that is None, the value's again).
 
     ALIGNED: strides of heads are multiples of 8 elements, which a head dimension of 72 would else hide.
@@ -64,8 +65,7 @@ def _count(lengths, index, heads, n):
 
 
 @triton.jit
-def _part(head, start, n, FIRST: tl.constexpr,
-          D: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _part(head, start, n, FIRST, D, BLOCK_N, WIDTH, MASKED):
     """Pointers (BLOCK_N, WIDTH) to columns from FIRST of the tokens from `start`, and their mask."""
     rows = tl.arange(0, BLOCK_N)
     columns = FIRST + tl.arange(0, WIDTH)
@@ -79,19 +79,14 @@ def _part(head, start, n, FIRST: tl.constexpr,
 
 
 @triton.jit
-def _load_part(head, start, n, FIRST: tl.constexpr, D: tl.constexpr,
-               BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _load_part(head, start, n, FIRST, D, BLOCK_N, WIDTH, MASKED):
     pointers, inside = _part(head, start, n, FIRST, D, BLOCK_N, WIDTH, MASKED)
-    if MASKED or FIRST + WIDTH > D:
-        x = tl.load(pointers, mask=inside, other=0.0)
-    else:
-        x = tl.load(pointers)
-    return x
+    partial: tl.constexpr = MASKED or FIRST + WIDTH > D
+    return tl.load(pointers, mask=inside, other=0.0) if partial else tl.load(pointers)
 
 
 @triton.jit
-def _store_part(head, x, start, n, FIRST: tl.constexpr, D: tl.constexpr,
-                BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _store_part(head, x, start, n, FIRST, D, BLOCK_N, WIDTH, MASKED):
     pointers, inside = _part(head, start, n, FIRST, D, BLOCK_N, WIDTH, MASKED)
     x = _round(x, head[0].dtype.element_ty)
     if MASKED or FIRST + WIDTH > D:
@@ -101,18 +96,14 @@ def _store_part(head, x, start, n, FIRST: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
-def _load(head, start, n, D: tl.constexpr, BLOCK_N: tl.constexpr,
-          BLOCK_D: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _load(head, start, n, D, BLOCK_N, BLOCK_D, TAIL, MASKED):
     """BLOCK_N tokens from `start` as a tuple: columns up to BLOCK_D and, if TAIL is not 0, that many more."""
-    x = (_load_part(head, start, n, 0, D, BLOCK_N, BLOCK_D, MASKED),)
-    if TAIL > 0:
-        x = (x[0], _load_part(head, start, n, BLOCK_D, D, BLOCK_N, TAIL, MASKED))
-    return x
+    x = _load_part(head, start, n, 0, D, BLOCK_N, BLOCK_D, MASKED)
+    return (x, _load_part(head, start, n, BLOCK_D, D, BLOCK_N, TAIL, MASKED)) if TAIL > 0 else (x,)
 
 
 @triton.jit
-def _store(head, x, factor, start, n, D: tl.constexpr, BLOCK_N: tl.constexpr,
-           BLOCK_D: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _store(head, x, factor, start, n, D, BLOCK_N, BLOCK_D, TAIL, MASKED):
     """Write x times a factor per token or for all."""
     _store_part(head, x[0] * factor, start, n, 0, D, BLOCK_N, BLOCK_D, MASKED)
     if TAIL > 0:
@@ -120,40 +111,32 @@ def _store(head, x, factor, start, n, D: tl.constexpr, BLOCK_N: tl.constexpr,
 
 
 @triton.jit
-def _zeros(BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
-    x = (tl.zeros([BLOCK_N, BLOCK_D], tl.float32),)
-    if TAIL > 0:
-        x = (x[0], tl.zeros([BLOCK_N, TAIL], tl.float32))
-    return x
+def _zeros(BLOCK_N, BLOCK_D, TAIL):
+    x = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    return (x, tl.zeros([BLOCK_N, TAIL], tl.float32)) if TAIL > 0 else (x,)
 
 
 @triton.jit
 def _scale(x, factor):
     """x with each row times its factor."""
-    y = (x[0] * factor[:, None],)
-    if len(x) == 2:
-        y = (y[0], x[1] * factor[:, None])
-    return y
+    y = x[0] * factor[:, None]
+    return (y, x[1] * factor[:, None]) if len(x) == 2 else (y,)
 
 
 @triton.jit
 def _subtract(x, factor, y):
     """x - factor * y, a factor per row."""
-    z = (x[0] - factor[:, None] * y[0],)
-    if len(x) == 2:
-        z = (z[0], x[1] - factor[:, None] * y[1])
-    return z
+    z = x[0] - factor[:, None] * y[0]
+    return (z, x[1] - factor[:, None] * y[1]) if len(x) == 2 else (z,)
 
 
 @triton.jit
 def _weigh(x, weights):
     """x with each column times its weight; weights None: x."""
-    y = x
     if weights is not None:
-        y = (x[0] * weights[0][None, :],)
-        if len(x) == 2:
-            y = (y[0], x[1] * weights[1][None, :])
-    return y
+        y = x[0] * weights[0][None, :]
+        x = (y, x[1] * weights[1][None, :]) if len(x) == 2 else (y,)
+    return x
 
 
 @triton.jit
@@ -166,53 +149,53 @@ def _row_products(x, y):
 
 
 @triton.jit
-def _scores(x, y, accumulator, PRECISION: tl.constexpr):
-    """accumulator + x y'."""
-    accumulator = _dot(x[0], tl.trans(y[0]), accumulator, PRECISION)
-    if len(x) == 2:
-        accumulator = _dot(x[1], tl.trans(y[1]), accumulator, PRECISION)
+def _scores(x, y, accumulator, PRECISION):
+    """accumulator + x y', where None is zero."""
+    if x is not None and y is not None:
+        accumulator = _dot(x[0], tl.trans(y[0]), accumulator, PRECISION)
+        if len(x) == 2:
+            accumulator = _dot(x[1], tl.trans(y[1]), accumulator, PRECISION)
     return accumulator
 
 
 @triton.jit
-def _mix(p, y, accumulator, PRECISION: tl.constexpr):
-    """accumulator + p y, p rounded to the type of y."""
-    p = _round(p, y[0].dtype)
-    z = (_dot(p, y[0], accumulator[0], PRECISION),)
-    if len(y) == 2:
-        z = (z[0], _dot(p, y[1], accumulator[1], PRECISION))
-    return z
+def _mix(p, y, accumulator, PRECISION):
+    """accumulator + p y, p rounded to the type of y; y None is zero."""
+    if y is not None:
+        p = _round(p, y[0].dtype)
+        z = _dot(p, y[0], accumulator[0], PRECISION)
+        accumulator = (z, _dot(p, y[1], accumulator[1], PRECISION)) if len(y) == 2 else (z,)
+    return accumulator
 
 
 @triton.jit
-def _load_statistic(pointer, index, start, n, outside, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+def _load_statistic(pointer, index, start, n, outside, BLOCK_N, MASKED):
     rows = tl.arange(0, BLOCK_N)
     pointers = pointer + (tl.cast(index, tl.int64) * n + start) + rows
-    if MASKED:
-        x = tl.load(pointers, mask=start + rows < n, other=outside)
-    else:
-        x = tl.load(pointers)
-    return x
+    return tl.load(pointers, mask=start + rows < n, other=outside) if MASKED else tl.load(pointers)
 
 
 @triton.jit
-def _store_statistic(pointer, x, index, start, n, BLOCK_N: tl.constexpr):
+def _store_statistic(pointer, x, index, start, n, BLOCK_N):
     rows = start + tl.arange(0, BLOCK_N)
     tl.store(pointer + tl.cast(index, tl.int64) * n + rows, x, mask=rows < n)
 
 
 @triton.jit
-def _load_gain(gain, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
-    columns = tl.arange(0, BLOCK_D)
-    x = (tl.load(gain + columns, mask=columns < D, other=0.0),)
-    if TAIL > 0:
-        columns = BLOCK_D + tl.arange(0, TAIL)
-        x = (x[0], tl.load(gain + columns, mask=columns < D, other=0.0))
+def _load_gain(gain, D, BLOCK_D, TAIL):
+    """The gain of each column; None without one."""
+    x = None
+    if gain is not None:
+        columns = tl.arange(0, BLOCK_D)
+        x = (tl.load(gain + columns, mask=columns < D, other=0.0),)
+        if TAIL > 0:
+            columns = BLOCK_D + tl.arange(0, TAIL)
+            x = (x[0], tl.load(gain + columns, mask=columns < D, other=0.0))
     return x
 
 
 @triton.jit
-def _store_gain(gain, x, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
+def _store_gain(gain, x, D, BLOCK_D, TAIL):
     columns = tl.arange(0, BLOCK_D)
     tl.store(gain + columns, x[0], mask=columns < D)
     if TAIL > 0:
@@ -223,62 +206,67 @@ def _store_gain(gain, x, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.conste
 @triton.jit
 def _add_column_products(total, x, y):
     """total + colsum(x * y)."""
-    z = (total[0] + tl.sum(x[0] * y[0], 0),)
-    if len(x) == 2:
-        z = (z[0], total[1] + tl.sum(x[1] * y[1], 0))
-    return z
+    z = total[0] + tl.sum(x[0] * y[0], 0)
+    return (z, total[1] + tl.sum(x[1] * y[1], 0)) if len(x) == 2 else (z,)
 
 
 @triton.jit
-def _statistics(x, tx, D: tl.constexpr):
-    """(r, bend) of each row: its RMS norm is y = r x, and the tangent of that ty = r (tx - bend x)."""
+def _statistics(x, tx, D):
+    """(r, bend) of each row: its RMS norm is y = r x, and the tangent of that ty = r (tx - bend x).
+
+    Without tx bend means nothing.
+    """
+    if tx is None:
+        tx = x
     r = tl.rsqrt(_row_products(x, x) * (1 / D) + EPS)
     return r, r * r * (_row_products(x, tx) * (1 / D))
 
 
 @triton.jit
-def _norm(head, thead, normed, tnormed, weights, start, n, DUAL: tl.constexpr, D: tl.constexpr,
-          BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
-          MASKED: tl.constexpr):  # fmt: skip
-    """Write the RMS norm of BLOCK_N rows, times the weights of its columns, and, if DUAL, its tangent."""
+def _norm(
+    matrix, tangent, normed, tnormed, gain, index, heads, start, n, D, BLOCK_N, BLOCK_D, TAIL, MASKED, ALIGNED
+):
+    """Write the RMS norm of BLOCK_N rows, times the gain of its columns, and its tangent, if there is one."""
+    head, thead = _head(matrix, tangent, index, heads, ALIGNED)
+    y_head, ty_head = _head(normed, tnormed, index, heads, ALIGNED)
+    weights = _load_gain(gain, D, BLOCK_D, TAIL)
     for first in range(start, start + BLOCK_N, NORM_ROWS):
         x = _load(head, first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
-        tx = x
-        if DUAL:
-            tx = _load(thead, first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
+        tx = None if tangent is None else _load(thead, first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
         r, bend = _statistics(x, tx, D)
-        _store(normed, _weigh(x, weights), r[:, None], first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
-        if DUAL:
+        _store(y_head, _weigh(x, weights), r[:, None], first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
+        if tangent is not None:
             ty = _weigh(_subtract(tx, bend, x), weights)
-            _store(tnormed, ty, r[:, None], first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
+            _store(ty_head, ty, r[:, None], first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
 
 
 @triton.jit
-def _norm_backward(head, thead, dhead, dthead, weights, start, n, DUAL: tl.constexpr, D: tl.constexpr,
-                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
-                   MASKED: tl.constexpr):  # fmt: skip
-    """Turn the gradients of what `_norm` wrote into those of its rows, where they lie; the weights' gradient.
+def _norm_backward(
+    matrix, tangent, dhead, dthead, gain, index, heads, start, n, D, BLOCK_N, BLOCK_D, TAIL, MASKED, ALIGNED
+):
+    """Turn the gradients of what `_norm` wrote into those of its rows, where they lie; the gain's gradient.
 
-    With dy, dty the gradients times the weights and u = dy - bend dty - r mean(y dty) tx:
+    With dy, dty the gradients times the gain and u = dy - bend dty - r mean(y dty) tx:
 
         dx = r (u - y (mean(y u) + mean(ty dty)))    dtx = r (dty - y mean(y dty))
 
     Run when the sums over scores are stored: the registers hold both at D = 64 alone, and barely.
     """
+    head, thead = _head(matrix, tangent, index, heads, ALIGNED)
+    weights = _load_gain(gain, D, BLOCK_D, TAIL)
     tl.debug_barrier()
-    total = _row_zeros(BLOCK_D, TAIL)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    total = (total, tl.zeros([TAIL], tl.float32)) if TAIL > 0 else (total,)
     for first in range(start, start + BLOCK_N, NORM_ROWS):
         x = _load(head, first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
-        tx = x
-        if DUAL:
-            tx = _load(thead, first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
+        tx = None if tangent is None else _load(thead, first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
         r, bend = _statistics(x, tx, D)
         y = _scale(x, r)
         dy = _load(dhead, first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
         total = _add_column_products(total, y, dy)
         u = _weigh(dy, weights)
         turn = 0 * r
-        if DUAL:
+        if tangent is not None:
             ty = _scale(_subtract(tx, bend, x), r)
             dty = _load(dthead, first, n, D, NORM_ROWS, BLOCK_D, TAIL, MASKED)
             total = _add_column_products(total, ty, dty)
@@ -294,15 +282,7 @@ def _norm_backward(head, thead, dhead, dthead, weights, start, n, DUAL: tl.const
 
 
 @triton.jit
-def _row_zeros(BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
-    x = (tl.zeros([BLOCK_D], tl.float32),)
-    if TAIL > 0:
-        x = (x[0], tl.zeros([TAIL], tl.float32))
-    return x
-
-
-@triton.jit
-def _round(x, dtype: tl.constexpr):
+def _round(x, dtype):
     """x to the nearest number of a narrower type (Triton's interpreter would cut bf16 off instead)."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
@@ -311,7 +291,7 @@ def _round(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _dot(x, y, accumulator, PRECISION: tl.constexpr):
+def _dot(x, y, accumulator, PRECISION):
     """accumulator + x y in float32 (Triton's interpreter returns garbage for bf16 operands)."""
     if INTERPRETED:
         x, y = x.to(tl.float32), y.to(tl.float32)
@@ -334,21 +314,15 @@ def forward(q, tq, k, tk, v, tv, o, to, lse, mu, nq, ntq, nk, ntk, gain, lengths
     k_head, tk_head = _head(k, tk, index, heads, ALIGNED)
     v_head, tv_head = _head(v, tv, index, heads, ALIGNED)
     if gain is not None:
-        DUAL: tl.constexpr = tq is not None
         if nk is not None:
-            nk_head, ntk_head = _head(nk, ntk, index, heads, ALIGNED)
-            _norm(k_head, tk_head, nk_head, ntk_head, None, start_q, n_k, DUAL, D, BLOCK_Q,
-                  BLOCK_D, TAIL, MASKED)  # fmt: skip
-        nq_head, ntq_head = _head(nq, ntq, index, heads, ALIGNED)
-        weights = _load_gain(gain, D, BLOCK_D, TAIL)
-        _norm(
-            q_head, tq_head, nq_head, ntq_head, weights, start_q, n_q, DUAL, D, BLOCK_Q, BLOCK_D, TAIL, MASKED
-        )
+            _norm(k, tk, nk, ntk, None, index, heads, start_q, n_k,
+                  D, BLOCK_Q, BLOCK_D, TAIL, MASKED, ALIGNED)  # fmt: skip
+        _norm(q, tq, nq, ntq, gain, index, heads, start_q, n_q,
+              D, BLOCK_Q, BLOCK_D, TAIL, MASKED, ALIGNED)  # fmt: skip
         tl.debug_barrier()
-        q_head, tq_head = nq_head, ntq_head
+        q_head, tq_head = _head(nq, ntq, index, heads, ALIGNED)
     q_tile = _load(q_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
-    if tq is not None:
-        tq_tile = _load(tq_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
+    tq_tile = None if tq is None else _load(tq_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
     o_sum = _zeros(BLOCK_Q, BLOCK_D, TAIL)
     if to is not None:
         to_sum = _zeros(BLOCK_Q, BLOCK_D, TAIL)
@@ -359,9 +333,7 @@ def forward(q, tq, k, tk, v, tv, o, to, lse, mu, nq, ntq, nk, ntk, gain, lengths
     for start in range(0, n_k, BLOCK_K):
         k_tile = _load(k_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
         v_tile = _load(v_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
-        tk_tile = k_tile
-        if tk is not None:
-            tk_tile = _load(tk_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+        tk_tile = None if tk is None else _load(tk_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
         products = _scores(q_tile, k_tile, zero, PRECISION)
         if gain is not None:
             r, bend = _statistics(k_tile, tk_tile, D)
@@ -378,11 +350,8 @@ def forward(q, tq, k, tk, v, tv, o, to, lse, mu, nq, ntq, nk, ntk, gain, lengths
         if to is not None:
             to_sum = _scale(to_sum, shrink)
         if tq is not None or tk is not None:
-            ts = zero
-            if tq is not None:
-                ts = _scores(tq_tile, k_tile, ts, PRECISION)
-            if tk is not None:
-                ts = _scores(q_tile, tk_tile, ts, PRECISION)
+            ts = _scores(tq_tile, k_tile, zero, PRECISION)
+            ts = _scores(q_tile, tk_tile, ts, PRECISION)
             if gain is not None:
                 ts = ts * r[None, :] - products * bend[None, :]
             ts = ts * scale - row_mu[:, None]
@@ -432,8 +401,7 @@ def backward_rows(q, tq, k, tk, v, tv, o, to, do, dto, lse, mu, delta, a, dq, dt
     k_head, tk_head = _head(k, tk, index, heads, ALIGNED)
     v_head, tv_head = _head(v, tv, index, heads, ALIGNED)
     q_tile = _load(q_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
-    if tq is not None:
-        tq_tile = _load(tq_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
+    tq_tile = None if tq is None else _load(tq_head, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
     dq_sum = _zeros(BLOCK_Q, BLOCK_D, TAIL)
     dtq_sum = _zeros(BLOCK_Q, BLOCK_D, TAIL)
     zero = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
@@ -446,19 +414,15 @@ def backward_rows(q, tq, k, tk, v, tv, o, to, do, dto, lse, mu, delta, a, dq, dt
             p = tl.where((start + tl.arange(0, BLOCK_K) < n_k)[None, :], p, 0.0)
         ds = zero
         if tq is not None or tk is not None:
-            ts = zero
-            if tq is not None:
-                ts = _scores(tq_tile, k_tile, ts, PRECISION)
-            if tk is not None:
-                tk_tile = _load(tk_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
-                ts = _scores(q_tile, tk_tile, ts, PRECISION)
+            ts = _scores(tq_tile, k_tile, zero, PRECISION)
+            tk_tile = None if tk is None else _load(tk_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+            ts = _scores(q_tile, tk_tile, ts, PRECISION)
             g = _scores(dto_tile, v_tile, zero, PRECISION) - row_a[:, None]
             ds = g * (ts * scale - row_mu[:, None])
             dts = p * g
             if tq is not None:
                 dtq_sum = _mix(dts, k_tile, dtq_sum, PRECISION)
-            if tk is not None:
-                dq_sum = _mix(dts, tk_tile, dq_sum, PRECISION)
+            dq_sum = _mix(dts, tk_tile, dq_sum, PRECISION)
         ds = _scores(do_tile, v_tile, ds, PRECISION)
         if tv is not None:
             tv_tile = _load(tv_head, start, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
@@ -470,11 +434,8 @@ def backward_rows(q, tq, k, tk, v, tv, o, to, do, dto, lse, mu, delta, a, dq, dt
     if tq is not None:
         _store(dtq_head, dtq_sum, scale, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
     if gain is not None:
-        DUAL: tl.constexpr = tq is not None
-        x_head, tx_head = _head(x, tx, index, heads, ALIGNED)
-        weights = _load_gain(gain, D, BLOCK_D, TAIL)
-        total = _norm_backward(x_head, tx_head, dq_head, dtq_head, weights, start_q, n_q,
-                               DUAL, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)  # fmt: skip
+        total = _norm_backward(x, tx, dq_head, dtq_head, gain, index, heads, start_q, n_q,
+                               D, BLOCK_Q, BLOCK_D, TAIL, MASKED, ALIGNED)  # fmt: skip
         _store_gain(dgain + tl.program_id(0) * D, total, D, BLOCK_D, TAIL)
 
 
@@ -496,20 +457,17 @@ def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, d
     v_head, tv_head = _head(v, tv, index, heads, ALIGNED)
     do_head, dto_head = _head(do, dto, index, heads, ALIGNED)
     k_tile = _load(k_head, start_k, n_seen, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
-    if tk is not None:
-        tk_tile = _load(tk_head, start_k, n_seen, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+    tk_tile = None if tk is None else _load(tk_head, start_k, n_seen, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
     if KEYS:
         v_tile = _load(v_head, start_k, n_seen, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
-        if tv is not None:
-            tv_tile = _load(tv_head, start_k, n_seen, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+        tv_tile = None if tv is None else _load(tv_head, start_k, n_seen, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
     dk_sum, dtk_sum = _zeros(BLOCK_K, BLOCK_D, TAIL), _zeros(BLOCK_K, BLOCK_D, TAIL)
     dv_sum, dtv_sum = _zeros(BLOCK_K, BLOCK_D, TAIL), _zeros(BLOCK_K, BLOCK_D, TAIL)
     zero = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
     for start in range(0, n_q, BLOCK_Q):
         q_tile = _load(q_head, start, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
         do_tile = _load(do_head, start, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
-        if dto is not None:
-            dto_tile = _load(dto_head, start, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
+        dto_tile = None if dto is None else _load(dto_head, start, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
         row_lse = _load_statistic(lse, index, start, n_q, float("inf"), BLOCK_Q, MASKED)
         p = tl.exp2(_scores(k_tile, q_tile, zero, PRECISION) * (scale * LOG2E) - row_lse[None, :])
         if lengths is not None:
@@ -519,12 +477,9 @@ def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, d
             if tv is not None:
                 dtv_sum = _mix(p, dto_tile, dtv_sum, PRECISION)
         if tq is not None or tk is not None:
-            ts = zero
-            if tq is not None:
-                tq_tile = _load(tq_head, start, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
-                ts = _scores(k_tile, tq_tile, ts, PRECISION)
-            if tk is not None:
-                ts = _scores(tk_tile, q_tile, ts, PRECISION)
+            tq_tile = None if tq is None else _load(tq_head, start, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
+            ts = _scores(k_tile, tq_tile, zero, PRECISION)
+            ts = _scores(tk_tile, q_tile, ts, PRECISION)
             ts = ts * scale - _load_statistic(mu, index, start, n_q, 0.0, BLOCK_Q, MASKED)[None, :]
             if VALUES:
                 dv_sum = _mix(p * ts, dto_tile, dv_sum, PRECISION)
@@ -537,11 +492,9 @@ def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, d
                 dts = p * g
                 if tk is not None:
                     dtk_sum = _mix(dts, q_tile, dtk_sum, PRECISION)
-                if tq is not None:
-                    dk_sum = _mix(dts, tq_tile, dk_sum, PRECISION)
+                dk_sum = _mix(dts, tq_tile, dk_sum, PRECISION)
             ds = _scores(v_tile, do_tile, ds, PRECISION)
-            if tv is not None:
-                ds = _scores(tv_tile, dto_tile, ds, PRECISION)
+            ds = _scores(tv_tile, dto_tile, ds, PRECISION)
             row_delta = _load_statistic(delta, index, start, n_q, 0.0, BLOCK_Q, MASKED)
             ds = p * (ds - row_delta[None, :])
             dk_sum = _mix(ds, q_tile, dk_sum, PRECISION)
@@ -556,7 +509,5 @@ def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, d
         if tk is not None:
             _store(dtk_head, dtk_sum, scale, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
         if x is not None:
-            DUAL: tl.constexpr = tk is not None
-            x_head, tx_head = _head(x, tx, index, heads, ALIGNED)
-            _norm_backward(x_head, tx_head, dk_head, dtk_head, None, start_k, n_k,
-                           DUAL, D, BLOCK_K, BLOCK_D, TAIL, MASKED)  # fmt: skip
+            _norm_backward(x, tx, dk_head, dtk_head, None, index, heads, start_k, n_k,
+                           D, BLOCK_K, BLOCK_D, TAIL, MASKED, ALIGNED)  # fmt: skip

@@ -17,7 +17,7 @@ import yaml
 
 from storage import Folder, normalize_uri
 from storage.manifest import MANIFEST, DatasetError, Manifest
-from streaming_convert import captions, sources, writer
+from streaming_convert import captions, reader, sources, writer
 from streaming_convert.encoders import DTYPES, VAE, Encoder, Stored, load_text_encoder
 from streaming_convert.sources import Source
 
@@ -105,7 +105,7 @@ def _add_sources(commands: argparse._SubParsersAction) -> None:
     add = source("emoji", "Noto Color Emoji, by Unicode's groups and names", lambda a: sources.emoji(a.size))
     add("--size", type=_at_least(1), default=64, help="side in pixels (default: %(default)s)")
 
-    add = source("mds", "a dataset made by this program", lambda a: sources.mds(a.path, a.size))
+    add = source("mds", "a dataset made by this program", lambda a: reader.mds(a.path, a.size))
     add("path", type=_target, metavar="FOLDER_OR_URI")
     add("--size", type=_at_least(1), help="side to bring pixels to (default: as they are)")
 
@@ -341,10 +341,7 @@ def _text_model(manifest: Manifest) -> dict:
 
 def run_verify(args: argparse.Namespace, argv: list[str]) -> int:
     """Checks every split of a dataset and prints what is wrong; 1 if anything is."""
-    from streaming_convert.shards import dataset_folders
-    from streaming_convert.verify import verify
-
-    found = {uri: verify(uri) for uri in dataset_folders(args.uri).values()}
+    found = {uri: reader.verify(uri) for uri in reader.dataset_folders(args.uri).values()}
     for uri, problems in found.items():
         print(f"{uri}: {f'{len(problems)} problems' if problems else 'sound'}")
         for problem in problems:
@@ -354,11 +351,8 @@ def run_verify(args: argparse.Namespace, argv: list[str]) -> int:
 
 def run_show(args: argparse.Namespace, argv: list[str]) -> int:
     """Writes a PNG with samples of the first split."""
-    from streaming_convert.shards import dataset_folders
-    from streaming_convert.show import sample_grid
-
-    uri = next(iter(dataset_folders(args.uri).values()))
-    sample_grid(uri, args.columns, args.rows, args.vae).save(args.out, format="PNG")
+    uri = next(iter(reader.dataset_folders(args.uri).values()))
+    reader.sample_grid(uri, args.columns, args.rows, args.vae).save(args.out, format="PNG")
     print(f"{args.out}: samples of {uri}")
     return 0
 

@@ -20,13 +20,11 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def class_folders(folder: str) -> list[str]:
-    """Names of the folders in `folder`, in the order that numbers them."""
-    return sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not hidden(path.name))
+def from_folders(folder: str, keys: list[str], allow_empty: bool = False) -> tuple[list[str], list[str]]:
+    """The first folder of each file's name, and all folders in `folder` in the order that numbers them.
 
-
-def from_folders(folder: str, keys: list[str], allow_empty: bool = False) -> list[str]:
-    """The first folder of each file's name. DatasetError for a file outside, or a folder without files."""
+    DatasetError for a file outside, or, unless `allow_empty`, a folder without files.
+    """
     loose = [key for key in keys if "/" not in key]
     if loose:
         raise DatasetError(
@@ -34,12 +32,13 @@ def from_folders(folder: str, keys: list[str], allow_empty: bool = False) -> lis
             f"add one of {', '.join(LABEL_FILES)}, or pass --labels FILE or --unlabelled"
         )
     found = [key.split("/")[0] for key in keys]
-    empty = sorted(set(class_folders(folder)) - set(found))
+    names = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not hidden(path.name))
+    empty = sorted(set(names) - set(found))
     if empty and not allow_empty:
         raise DatasetError(
             f"{folder}: the class folder {empty[0]!r} holds no images; --allow-empty keeps its number"
         )
-    return found
+    return found, names
 
 
 def from_file(path: str, keys: list[str]) -> list[str | int]:

@@ -1,11 +1,8 @@
 """Where samples come from: each function lists one kind of input and says how to load one of its samples."""
 
-import atexit
-import functools
 import io
 import os
 import re
-import tempfile
 import threading
 import zipfile
 from collections import Counter
@@ -16,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 from PIL import Image, ImageDraw, ImageFont, features
-from tqdm import tqdm
 
-from storage import Folder
-from storage.manifest import DatasetError, read_manifest
+from storage.manifest import DatasetError
 from streaming_convert import captions, labels
 from streaming_convert.images import ADM_CROP, Rejected, centre_crop, decode, to_array, to_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".txt")  # labels or captions, which may lie among the images
 EMOJI_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_LIST = "/usr/share/unicode/emoji/emoji-test.txt"
 EMOJI_STRIKE = 109  # pixels per em of the only bitmaps that the font holds
@@ -118,7 +114,8 @@ def image_folder(
     root = Path(folder)
     if not root.is_dir():
         raise DatasetError(f"{folder} is not a folder")
-    keys, versions = _list_images(root)
+    files = Archive(folder)
+    keys = _list_images(files)
     own = (str(root / name) for name in labels.LABEL_FILES if (root / name).is_file())
     label_file = label_file or next(own, None)
     if unlabelled or (caption_file and not label_file and not any("/" in key for key in keys)):
@@ -127,7 +124,7 @@ def image_folder(
         if label_file:
             given, names = labels.from_file(label_file, keys), None
         else:
-            given, names = labels.from_folders(folder, keys, allow_empty), labels.class_folders(folder)
+            given, names = labels.from_folders(folder, keys, allow_empty)
         numbers, class_names = labels.number(given, labels.read_classes(classes) if classes else names)
     source = Source(
         name="images",
@@ -135,40 +132,35 @@ def image_folder(
         labels=numbers,
         class_names=class_names,
         shape=(3, size, size),
-        load=lambda key: decode(_read_file(root / key), size),
-        versions=versions,
+        load=lambda key: decode(files.read(key), size),
+        versions=[files.size(key) for key in keys],
         crop=ADM_CROP,
     )
-    return _captioned(source, folder, caption_file)
+    return _captioned(source, files, caption_file)
 
 
-def _captioned(source: Source, path: str, caption_file: str | None) -> Source:
-    """The source `path` with a sample for each caption of each file, in `caption_file` or beside it."""
+def _captioned(source: Source, files: "Archive", caption_file: str | None) -> Source:
+    """The source with a sample for each caption of each file, in `caption_file` or beside it."""
     if not caption_file:
         return source
     if caption_file == captions.BESIDE:
-        found = captions.beside(source.keys, Archive(path))
+        found = captions.beside(source.keys, files)
     else:
         found = captions.from_file(caption_file, source.keys)
     positions, texts = zip(*found, strict=True)
     return replace(source.take(np.array(positions)), captions=list(texts))
 
 
-def _list_images(root: Path) -> tuple[list[str], list[str]]:
-    """Relative names, in order, and sizes in bytes of the image files below `root`, but for hidden ones."""
-    found, others = {}, Counter()
-    for key in _walk(root):
-        path = root / key
-        if key.lower().endswith(SUFFIXES):
-            found[key] = str(path.stat().st_size) if path.exists() else "missing"  # a dangling link
-        elif path.suffix.lower() not in (".csv", ".tsv", ".json", ".jsonl", ".txt"):
-            others[path.suffix] += 1
+def _list_images(files: "Archive") -> list[str]:
+    """Names of the image files, in order; prints which other files there are."""
+    keys = sorted(name for name in files.names if name.lower().endswith(SUFFIXES))
+    others = Counter(Path(x).suffix for x in files.names.difference(keys) if not x.lower().endswith(TABLES))
     if others:
-        print(f"{root}: passing over files that are not {', '.join(SUFFIXES)}: {dict(others)}")
-    if not found:
-        raise DatasetError(f"{root} holds no {', '.join(SUFFIXES)} files")
-    keys = sorted(found)
-    return keys, [found[key] for key in keys]
+        counts = dict(sorted(others.items()))
+        print(f"{files.path}: passing over files that are not {', '.join(SUFFIXES)}: {counts}")
+    if not keys:
+        raise DatasetError(f"{files.path} holds no {', '.join(SUFFIXES)} files")
+    return keys
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -183,13 +175,6 @@ def _walk(root: Path) -> Iterator[str]:
         for name in files:
             if not labels.hidden(name):
                 yield Path(folder, name).relative_to(root).as_posix()
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise Rejected(f"cannot be read: {error.strerror}") from error
 
 
 def archive(
@@ -224,7 +209,7 @@ def archive(
         crop=ADM_CROP if size else "none",
         encoder={"name": "precomputed", "hash": None, "scaling": 1.0} if latents else None,
     )
-    return _captioned(source, path, caption_file)
+    return _captioned(source, files, caption_file)
 
 
 def _first_good(files: "Archive", keys: list[str], size: int | None) -> np.ndarray:
@@ -256,12 +241,20 @@ class Archive:
     def read(self, name: str) -> bytes:
         """Content of one file; Rejected if it is damaged."""
         if self.path.is_dir():
-            return _read_file(self.path / name)
+            try:
+                return (self.path / name).read_bytes()
+            except OSError as error:
+                raise Rejected(f"cannot be read: {error.strerror}") from error
         archive = self._zip()
         try:
             return archive.read(name)
         except Exception as error:  # damaged, encrypted, or of an unknown compression: each has its own
             raise Rejected(f"cannot be read: {error}") from error
+
+    def size(self, name: str) -> str:
+        """Bytes of one file of a folder; "missing" for a dangling link."""
+        path = self.path / name
+        return str(path.stat().st_size) if path.exists() else "missing"
 
     def version(self, name: str) -> str:
         """A checksum of one file's content: NPY files of one kind have one size, whatever they hold."""
@@ -286,7 +279,7 @@ class Archive:
         """One image as uint8 (C,H,W), scaled to `size`, or latents as float16 (2c,h,w)."""
         data = self.read(name)
         if name.lower().endswith(".npy"):
-            return _scaled(_array(data), size)
+            return scaled(_array(data), size)
         return decode(data, size, keep_grey)
 
 
@@ -309,7 +302,7 @@ def _array(data: bytes) -> np.ndarray:
     return array.astype(np.float16)
 
 
-def _scaled(pixels: np.ndarray, size: int | None) -> np.ndarray:
+def scaled(pixels: np.ndarray, size: int | None) -> np.ndarray:
     """Pixels (C,H,W) cropped and scaled to `size`; as they are without."""
     return to_array(centre_crop(to_image(pixels), size)) if size and pixels.dtype == np.uint8 else pixels
 
@@ -319,7 +312,8 @@ def emoji(size: int, font: str = EMOJI_FONT, listing: str = EMOJI_LIST) -> Sourc
     missing = [path for path in (font, listing) if not Path(path).is_file()]
     if missing:
         raise DatasetError(f"{missing[0]} is missing: apt-get install fonts-noto-color-emoji unicode-data")
-    typeface = _emoji_typeface(font)
+    layout = ImageFont.Layout.RAQM if features.check("raqm") else ImageFont.Layout.BASIC
+    typeface = ImageFont.truetype(font, EMOJI_STRIKE, layout_engine=layout)
     listed = list(_listed_emoji(listing))
     drawn = [emoji for emoji in listed if _is_one_glyph(typeface, emoji[0])]
     skipped = len(listed) - len(drawn)
@@ -335,11 +329,6 @@ def emoji(size: int, font: str = EMOJI_FONT, listing: str = EMOJI_LIST) -> Sourc
             return to_array(centre_crop(_draw_emoji(typeface, key), size))
 
     return Source("emoji", keys, numbers, class_names, (3, size, size), load, crop=ADM_CROP, captions=names)
-
-
-def _emoji_typeface(font: str) -> ImageFont.FreeTypeFont:
-    layout = ImageFont.Layout.RAQM if features.check("raqm") else ImageFont.Layout.BASIC
-    return ImageFont.truetype(font, EMOJI_STRIKE, layout_engine=layout)
 
 
 def _listed_emoji(listing: str) -> Iterator[tuple[str, str, str]]:
@@ -370,62 +359,3 @@ def _draw_emoji(typeface: ImageFont.FreeTypeFont, key: str) -> Image.Image:
     canvas = Image.new("RGB", (EMOJI_WIDTH, EMOJI_WIDTH), "white")
     ImageDraw.Draw(canvas).text(corner, text, font=typeface, embedded_color=True)
     return canvas
-
-
-def mds(uri: str, size: int | None = None) -> Source:
-    """A finished dataset of this program, to store it in other shards, encoded, scaled or in part.
-
-    A remote one is downloaded to the temporary folder first.
-    """
-    from streaming_convert.shards import dataset_folders, open_shard, read_index, stored_file
-
-    folders = dataset_folders(uri)
-    if len(folders) > 1:
-        raise DatasetError(f"{uri} holds {' and '.join(folders)}: name one of them")
-    (folder,) = folders.values()
-    manifest = read_manifest(folder)
-    if manifest.column == "latents" and size:
-        raise DatasetError(f"--size: {folder} holds latents, which cannot be scaled")
-    if manifest.text:
-        print(f"{folder}: its embeddings of captions are not copied; --text-encoder makes them again")
-    store = Folder(_local_copy(folder))
-    entries = read_index(store)
-    shard = functools.lru_cache(maxsize=2)(lambda number: open_shard(store, entries[number]))
-    keys, numbers, versions, texts = [], [], [], []
-    for i, entry in enumerate(tqdm(entries, desc="reading labels", unit="shard", disable=len(entries) < 100)):
-        keys += [f"{i}/{j}" for j in range(entry["samples"])]
-        samples = [shard(i)[j] for j in range(entry["samples"])]
-        numbers += [sample["label"] for sample in samples]
-        texts += [sample["caption"] for sample in samples if manifest.caption_bytes is not None]
-        versions += [stored_file(entry)["hashes"]["xxh64"]] * entry["samples"]
-
-    def load(key: str) -> np.ndarray:
-        i, j = map(int, key.split("/"))
-        return _scaled(shard(i)[j][manifest.column], size)
-
-    return Source(
-        name="mds",
-        keys=keys,
-        labels=np.array(numbers, np.int64),
-        class_names=manifest.class_names,
-        shape=(manifest.shape[0], size, size) if size else tuple(manifest.shape),
-        load=load,
-        versions=versions,
-        column=manifest.column,
-        crop=ADM_CROP if size else manifest.crop,
-        encoder=manifest.encoder if manifest.column == "latents" else None,
-        flips=manifest.flips,
-        captions=texts or None,
-    )
-
-
-def _local_copy(uri: str) -> str:
-    """`uri` itself if it is a folder, else a temporary copy that goes when the program ends."""
-    if "://" not in uri:
-        return uri
-    copy = tempfile.TemporaryDirectory(prefix="streaming_convert-")
-    atexit.register(copy.cleanup)
-    folder = Folder(uri)
-    for name in tqdm(["index.json", *read_manifest(uri).shards], desc=f"downloading {uri}", unit="file"):
-        folder.get(name, Path(copy.name, name))
-    return copy.name

@@ -36,8 +36,9 @@ from streaming_convert.images import Rejected
 from streaming_convert.sources import Source
 
 if TYPE_CHECKING:
+    from streaming import MDSWriter
+
     from recipe.text import TextEncoder
-    from streaming_convert.shards import ShardWriter
 
 INDEX, REJECTED, PLAN = "index.json", "rejected.jsonl", f"{WORK}/plan.json"
 
@@ -171,12 +172,20 @@ def _convert_part(
     job: Job, number: int, folder: Folder, loaders: Executor | None, progress: Callable[[int], object]
 ) -> None:
     """Writes the shard of one part, then its record: index entry, counts, moments, rejected samples."""
+    from streaming import MDSWriter  # here, as importing it takes seconds
+
     counts, lengths, moments, rejected = Counter(), Counter(), Moments(job.plan.column), []
     cut = job.text.cut if job.text else 0
     work = None if folder.remote else Path(job.uri, WORK)
     try:
         with TemporaryDirectory(prefix="tmp-", dir=work) as scratch:
-            writer = _shard_writer(job.plan, scratch)
+            writer = MDSWriter(
+                columns=job.plan.columns,
+                out=scratch,
+                compression=job.plan.compression,
+                hashes=["xxh64"],
+                size_limit=None,
+            )
             for positions, samples in _batches(job, number, loaders, rejected, progress):
                 columns = _columns(job, positions, samples, rejected)
                 moments.add(columns[job.plan.column])
@@ -215,15 +224,6 @@ def _columns(job: Job, positions: np.ndarray, samples: np.ndarray, rejected: lis
         except ValueError as error:
             raise DatasetError(f"--text-encoder: {error}. Finished parts are kept") from error
     return columns
-
-
-def _shard_writer(plan: Manifest, folder: str) -> "ShardWriter":
-    """The writer of one shard, into an empty `folder`."""
-    from streaming_convert.shards import ShardWriter
-
-    return ShardWriter(
-        columns=plan.columns, out=folder, compression=plan.compression, hashes=["xxh64"], size_limit=None
-    )
 
 
 def _batches(
@@ -276,17 +276,31 @@ def _load(
     yield from (future.result() for future in queue)
 
 
-def _publish_shard(folder: Folder, number: int, writer: "ShardWriter") -> dict | None:
+def _publish_shard(folder: Folder, number: int, writer: "MDSWriter") -> dict | None:
     """Gives the written shard its number, moves it into place and returns its entry of the index."""
     if not writer.shards:  # every sample of the part was rejected
         return None
     (entry,) = writer.shards
-    file = entry["zip_data"] or entry["raw_data"]
+    file = stored_file(entry)
     written = Path(writer.local, file["basename"])
     for info in filter(None, (entry["raw_data"], entry["zip_data"])):
         info["basename"] = info["basename"].replace(".00000.", f".{number:05}.")
     folder.put(file["basename"], written)
     return entry
+
+
+def stored_file(entry: dict) -> dict:
+    """What the index says of the file that holds a shard: its basename, bytes and hashes."""
+    return entry["zip_data"] or entry["raw_data"]
+
+
+def list_shards(entries: list[dict]) -> dict[str, dict]:
+    """Entries of the index as the manifest has them: {file name: {bytes, xxh64, samples}}."""
+    files = [(stored_file(entry), entry["samples"]) for entry in entries]
+    return {
+        file["basename"]: {"bytes": file["bytes"], "xxh64": file["hashes"]["xxh64"], "samples": samples}
+        for file, samples in files
+    }
 
 
 def finish(uris: list[str], max_rejected: int = 0) -> list[Manifest]:
@@ -302,7 +316,11 @@ def finish(uris: list[str], max_rejected: int = 0) -> list[Manifest]:
     manifests = [_complete(*found) for found in collected.values()]
     for (uri, (_, records)), manifest in zip(collected.items(), manifests, strict=True):
         if records:
-            _publish_manifest(uri, manifest, records)
+            folder = Folder(uri)
+            shards = [record["shard"] for record in records if record["shard"]]
+            folder.write(INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
+            folder.write(MANIFEST, manifest.to_json())
+            _clean_up(folder)
     return manifests
 
 
@@ -322,14 +340,6 @@ def _collect(uri: str) -> tuple[Manifest, list[dict]]:
     if rejected:
         folder.write(REJECTED, "".join(json.dumps(line) + "\n" for line in rejected).encode())
     return replace(plan, rejected=len(rejected)), records
-
-
-def _publish_manifest(uri: str, manifest: Manifest, records: list[dict]) -> None:
-    shards = [record["shard"] for record in records if record["shard"]]
-    folder = Folder(uri)
-    folder.write(INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
-    folder.write(MANIFEST, manifest.to_json())
-    _clean_up(folder)
 
 
 def _clean_up(folder: Folder) -> None:
@@ -355,8 +365,6 @@ def _read_records(folder: Folder, plan: Manifest, names: set[str]) -> list[dict]
 
 def _complete(plan: Manifest, records: list[dict]) -> Manifest:
     """The plan with the results of all parts filled in; without records it is finished as it is."""
-    from streaming_convert.shards import list_shards
-
     if not records:
         return plan
     moments, counts, lengths = Moments(plan.column), Counter(), Counter()

@@ -23,7 +23,7 @@ from storage.manifest import DatasetError, Manifest, read_manifest
 from streaming_convert import images, sources
 from streaming_convert.__main__ import main, split_items, training_yaml
 from streaming_convert.images import Rejected, decode
-from streaming_convert.shards import open_shard, read_index
+from streaming_convert.reader import read_index, read_shard
 
 SYNSETS = ["n01440764", "n02123045", "n03445777"]  # tench, tabby cat, golf ball: 0, 281 and 574 in ImageNet
 
@@ -34,11 +34,7 @@ def convert(*words: object) -> int:
 
 def read_all(folder: Path) -> list[dict]:
     store = Folder(str(folder))
-    return [
-        sample
-        for entry in read_index(store)
-        for sample in map(open_shard(store, entry).__getitem__, range(entry["samples"]))
-    ]
+    return [sample for entry in read_index(store) for sample in read_shard(store, entry)]
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,291 @@
+"""Finished datasets: read as a source, checked sample by sample, shown as a picture."""
+
+import atexit
+import functools
+import json
+import tempfile
+import textwrap
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from storage import Folder, MissingError
+from storage.manifest import MANIFEST, STORED_DTYPE, DatasetError, Manifest, check_inside, read_manifest
+from streaming_convert.encoders import load_vae
+from streaming_convert.images import ADM_CROP, to_array, to_image
+from streaming_convert.sources import Source, scaled
+from streaming_convert.writer import REJECTED, Moments, list_shards, stored_file
+
+CAPTION_WIDTH, CAPTION_LINES, LINE_HEIGHT = 128, 3, 12  # pixels, below a picture; letters are 6 wide
+
+
+def dataset_folders(uri: str) -> dict[str, str]:
+    """Names and URIs of the finished splits below `uri`, which is a converter's --out or one split itself."""
+    uri = uri.rstrip("/")
+    names = Folder(uri).names()
+    splits = {name: f"{uri}/{name}" for name in ("train", "val") if f"{name}/{MANIFEST}" in names}
+    if MANIFEST in names:
+        splits = {uri.rsplit("/", 1)[-1]: uri}
+    if not splits:
+        read_manifest(uri)  # raises, saying what is missing
+    return splits
+
+
+def read_index(folder: Folder) -> list[dict]:
+    """The entries of index.json, one per shard."""
+    try:
+        return json.loads(folder.read("index.json"))["shards"]
+    except (MissingError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{folder.uri}/index.json is missing or damaged: {error}") from error
+
+
+def read_shard(folder: Folder, entry: dict) -> list[dict]:
+    """The samples of one shard, by column; `entry` is its own in the index.
+
+    Raises DatasetError if its file is missing or damaged. Reads it without a StreamingDataset's shared memory
+    and caches.
+    """
+    from streaming.base.compression import decompress  # here, as importing Streaming takes seconds
+    from streaming.base.format.mds import MDSReader
+
+    file = stored_file(entry)
+    name = file["basename"]
+    check_inside([name], f"{folder.uri}/index.json")
+    try:
+        data = folder.read(name)
+    except MissingError as error:
+        raise DatasetError(f"{name}: the file is missing") from error
+    if len(data) != file["bytes"] or xxhash.xxh64(data).hexdigest() != file["hashes"]["xxh64"]:
+        raise DatasetError(f"{name}: the size or the checksum is not that of the index")
+    if entry["compression"]:
+        data = decompress(entry["compression"], data)
+        if len(data) != entry["raw_data"]["bytes"]:
+            raise DatasetError(f"{name}: the size without compression is not that of the index")
+    offsets = np.frombuffer(data, np.uint32, entry["samples"] + 1, offset=4)
+    reader = MDSReader.from_json("", None, entry)
+    return [reader.decode_sample(data[start:end]) for start, end in pairwise(offsets)]
+
+
+def mds(uri: str, size: int | None = None) -> Source:
+    """A finished dataset of this program, to store it in other shards, encoded, scaled or in part.
+
+    A remote one is downloaded to the temporary folder first.
+    """
+    folders = dataset_folders(uri)
+    if len(folders) > 1:
+        raise DatasetError(f"{uri} holds {' and '.join(folders)}: name one of them")
+    (folder,) = folders.values()
+    manifest = read_manifest(folder)
+    if manifest.column == "latents" and size:
+        raise DatasetError(f"--size: {folder} holds latents, which cannot be scaled")
+    if manifest.text:
+        print(f"{folder}: its embeddings of captions are not copied; --text-encoder makes them again")
+    store = Folder(_local_copy(folder))
+    entries = read_index(store)
+    shard = functools.lru_cache(maxsize=2)(lambda number: read_shard(store, entries[number]))
+    keys, numbers, versions, texts = [], [], [], []
+    for i, entry in enumerate(tqdm(entries, desc="reading labels", unit="shard", disable=len(entries) < 100)):
+        keys += [f"{i}/{j}" for j in range(entry["samples"])]
+        numbers += [sample["label"] for sample in shard(i)]
+        texts += [sample["caption"] for sample in shard(i) if manifest.caption_bytes is not None]
+        versions += [stored_file(entry)["hashes"]["xxh64"]] * entry["samples"]
+
+    def load(key: str) -> np.ndarray:
+        i, j = map(int, key.split("/"))
+        return scaled(shard(i)[j][manifest.column], size)
+
+    return Source(
+        name="mds",
+        keys=keys,
+        labels=np.array(numbers, np.int64),
+        class_names=manifest.class_names,
+        shape=(manifest.shape[0], size, size) if size else tuple(manifest.shape),
+        load=load,
+        versions=versions,
+        column=manifest.column,
+        crop=ADM_CROP if size else manifest.crop,
+        encoder=manifest.encoder if manifest.column == "latents" else None,
+        flips=manifest.flips,
+        captions=texts or None,
+    )
+
+
+def _local_copy(uri: str) -> str:
+    """`uri` itself if it is a folder, else a temporary copy that goes when the program ends."""
+    if "://" not in uri:
+        return uri
+    copy = tempfile.TemporaryDirectory(prefix="streaming_convert-")
+    atexit.register(copy.cleanup)
+    folder = Folder(uri)
+    for name in tqdm(["index.json", *read_manifest(uri).shards], desc=f"downloading {uri}", unit="file"):
+        folder.get(name, Path(copy.name, name))
+    return copy.name
+
+
+def verify(uri: str) -> list[str]:
+    """Problems of one split; none if it is sound.
+
+    Checked are the size and checksum of every shard; number, shape, type and label range of its samples; that
+    latents are finite and deviations not negative; that embeddings of captions are finite, and zero beyond a
+    length within theirs; and the manifest's shard list, counts of classes, rejected samples and lengths of
+    captions, mean and deviation.
+    Raises DatasetError if there is no manifest or no index to check against.
+    """
+    manifest, folder = read_manifest(uri), Folder(uri)
+    entries = read_index(folder)
+    try:
+        return _problems(folder, manifest, entries)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        return [f"index.json or manifest.json is damaged: {error!r}"]
+
+
+def _problems(folder: Folder, manifest: Manifest, entries: list[dict]) -> list[str]:
+    listed = list_shards(entries)
+    names = sorted({*listed, *manifest.shards})
+    differ = [name for name in names if listed.get(name) != manifest.shards.get(name)]
+    problems = [f"{name}: index and manifest disagree" for name in differ]
+    counts, lengths, moments = Counter(), Counter(), Moments(manifest.column)
+    for entry in tqdm(entries, desc=f"verifying {folder.uri}", unit="shard", dynamic_ncols=True):
+        name, columns = stored_file(entry)["basename"], entry["column_names"]
+        try:
+            samples = read_shard(folder, entry)
+        except DatasetError as error:
+            problems.append(str(error))
+            continue
+        if set(columns) != manifest.columns.keys():
+            wanted = " and ".join(manifest.columns)
+            problems.append(f"{name}: the columns are {sorted(columns)}, not {wanted}")
+            continue
+        for i, sample in enumerate(samples):
+            wrong = _check_sample(sample, manifest)
+            problems += [f"{name}, sample {i}: {problem}" for problem in wrong]
+            if not wrong:
+                counts[int(sample["label"])] += 1
+                moments.add(sample[manifest.column][None])
+                if manifest.caption_bytes is not None:
+                    lengths[str(len(sample["caption"].encode()))] += 1
+    rejected = len(folder.read(REJECTED).splitlines()) if REJECTED in folder.names() else 0
+    return problems or _check_totals(manifest, counts, lengths, rejected, moments)
+
+
+def _check_sample(sample: dict, manifest: Manifest) -> list[str]:
+    value, label, classes = sample[manifest.column], sample["label"], len(manifest.class_names) or 1
+    if value.dtype != STORED_DTYPE[manifest.column] or list(value.shape) != manifest.shape:
+        return [f"{value.dtype} {value.shape}, not {manifest.shape}"]
+    problems = []
+    if not 0 <= label < classes:
+        problems.append(f"label {label} is not in 0..{classes - 1}")
+    if not np.isfinite(value).all():
+        problems.append("not finite")
+    elif manifest.column == "latents" and (value[len(value) // 2 :] < 0).any():
+        problems.append("a negative deviation")
+    if manifest.text and (problem := _check_text(sample["text"], sample["text_length"], manifest.text)):
+        problems.append(problem)
+    return problems
+
+
+def _check_text(text: np.ndarray, length: int, stated: dict) -> str | None:
+    """What is wrong with the embedding of one caption."""
+    shape = (stated["tokens"], stated["width"])
+    if text.dtype != np.float16 or text.shape != shape or not 1 <= length <= len(text):
+        return f"text {text.dtype} {text.shape} of length {length}, not {shape} and 1 to {shape[0]}"
+    if not np.isfinite(text).all() or text[length:].any():
+        return "text is not finite, or not zero beyond its length"
+    return None
+
+
+def _check_totals(
+    manifest: Manifest, counts: Counter, lengths: Counter, rejected: int, moments: Moments
+) -> list[str]:
+    """Whether the samples add up to what the manifest says."""
+    mean, std = moments.mean_std()
+    found = {
+        "num_samples": counts.total(),
+        "class_counts": [counts[label] for label in range(len(manifest.class_names))],
+        "rejected": rejected,
+        "caption_bytes": dict(lengths) or None,
+    }
+    problems = [
+        f"{key}: the manifest says {getattr(manifest, key)}, there are {value}"
+        for key, value in found.items()
+        if getattr(manifest, key) != value
+    ]
+    for key, value in {"channel_mean": mean, "channel_std": std}.items():
+        stated = getattr(manifest, key)
+        if len(stated) != len(value) or not np.allclose(stated, value, rtol=1e-6, atol=1e-9):
+            problems.append(f"{key}: the manifest says {stated}, the shards give {value}")
+    return problems
+
+
+def sample_grid(uri: str, columns: int = 10, rows: int = 10, vae: str | None = None) -> Image.Image:
+    """A grid of samples spread evenly over the split `uri`, in the order in which they are stored.
+
+    Latents are decoded from their means if `vae` (a folder or hub name) is given; without, their first three
+    channels are shown, scaled from mean -2 to mean +2 standard deviations. Captions stand under the pictures,
+    which are made larger by a whole number, up to CAPTION_WIDTH.
+    """
+    manifest = read_manifest(uri)
+    samples = _spread(uri, min(columns * rows, manifest.num_samples))
+    values = np.stack([sample[manifest.column] for sample in samples])
+    if manifest.column == "latents":
+        means = values[:, : values.shape[1] // 2].astype(np.float32)
+        values = (
+            _decode(means, vae) if vae else _false_colour(means, manifest.channel_mean, manifest.channel_std)
+        )
+    if manifest.caption_bytes is not None:
+        captions = [sample["caption"] for sample in samples]
+        values = np.stack([captioned(*pair) for pair in zip(values, captions, strict=True)])
+    _, channels, height, width = values.shape
+    grid = np.full((channels, rows * height, columns * width), 255, np.uint8)
+    for i, value in enumerate(values):
+        top, left = i // columns * height, i % columns * width
+        grid[:, top : top + height, left : left + width] = value
+    return to_image(grid)
+
+
+def captioned(pixels: np.ndarray, caption: str) -> np.ndarray:
+    """The picture (C, H, W), enlarged, above the first lines of its caption; letters may lack in the font."""
+    picture = to_image(pixels)
+    times = max(1, CAPTION_WIDTH // picture.width)
+    picture = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+    canvas = Image.new(picture.mode, (picture.width, picture.height + CAPTION_LINES * LINE_HEIGHT), "white")
+    canvas.paste(picture)
+    lines = textwrap.wrap(caption, picture.width // 6, max_lines=CAPTION_LINES, placeholder=" ...")
+    font = ImageFont.load_default(size=LINE_HEIGHT - 2)
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(canvas).text((1, picture.height + i * LINE_HEIGHT), line, "black", font)
+    return to_array(canvas)
+
+
+def _spread(uri: str, count: int) -> list[dict]:
+    """`count` samples, evenly spaced over the dataset; reads only the shards that hold them."""
+    folder, samples, start = Folder(uri), [], 0
+    entries = read_index(folder)
+    chosen = np.linspace(0, sum(entry["samples"] for entry in entries) - 1, count).round().astype(int)
+    for entry in entries:
+        end = start + entry["samples"]
+        if len(inside := chosen[(start <= chosen) & (chosen < end)]):
+            shard = read_shard(folder, entry)
+            samples += [shard[i - start] for i in inside]
+        start = end
+    return samples
+
+
+def _false_colour(means: np.ndarray, centre: list[float], spread: list[float]) -> np.ndarray:
+    channels = 3 if means.shape[1] >= 3 else 1
+    centre, spread = (np.array(values)[:channels, None, None] for values in (centre, spread))
+    return (((means[:, :channels] - centre) / spread + 2) / 4 * 255).clip(0, 255).astype(np.uint8)
+
+
+def _decode(means: np.ndarray, model: str) -> np.ndarray:
+    import torch
+
+    vae = load_vae(model)
+    with torch.inference_mode():
+        images = [vae.decode(torch.from_numpy(mean[None]).to(vae.device)).sample for mean in means]
+    return ((torch.cat(images).cpu() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).numpy()
