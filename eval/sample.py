@@ -29,11 +29,11 @@ from recipe.data import Normalizer, to_uint8
 from recipe.dit import DiT
 from recipe.draws import Stream, keys, uniform
 from recipe.objectives import Objective, from_facts
+from recipe.pretrained import TextEncoder, hash_weights, load_vae
 from recipe.rules import obeys, positive, whole
 from recipe.sampler import grid, initial_noise, sample
-from recipe.text import Prompts, Text, TextEncoder, byte_tokens
+from recipe.text import Prompts, Text, byte_tokens
 from recipe.weights import load_weights
-from streaming_convert.encoders import hash_weights, load_vae
 from streaming_convert.reader import captioned
 
 DTYPES = ("fp32", "fp64", "amp_bf16")

@@ -23,10 +23,10 @@ from recipe.config import GridConfig
 from recipe.data import Normalizer, to_uint8
 from recipe.model import GenerativeModel
 from recipe.plan import step_flops
+from recipe.pretrained import load_vae
 from recipe.resume import Preemption
 from recipe.sampler import grid, initial_noise, sample
 from recipe.weights import save_weights
-from streaming_convert.encoders import load_vae
 
 
 def inference_facts(model: GenerativeModel, data: dict[str, Any]) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def _target_options() -> argparse.ArgumentParser:
     add("--flips", action="store_true", help="store every sample a second time, mirrored")
     add("--encoder", choices=("none", "vae"), default="none", help="default: none, which stores uint8 pixels")
     add("--vae", default="stabilityai/sd-vae-ft-ema", metavar="NAME", help="diffusers folder or hub name")
-    add("--dtype", choices=tuple(DTYPES), default="fp32", help="precision of the encoder (default: fp32)")
+    add("--dtype", choices=DTYPES, default="fp32", help="precision of the encoder (default: fp32)")
     add("--batch-size", type=_at_least(1), default=32, help="of the encoder (default: %(default)s)")
     add("--text-encoder", metavar="NAME", help="of captions: T5, CLIP, Qwen; transformers folder or hub name")
     add("--text-tokens", type=_at_least(1), default=64, help="of a caption, at most (default: %(default)s)")

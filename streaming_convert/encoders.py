@@ -4,17 +4,14 @@ import base64
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import xxhash
 
 from storage.manifest import DatasetError
 from streaming_convert.sources import Source
 
 if TYPE_CHECKING:
-    import torch
+    from recipe.pretrained import TextEncoder
 
-    from recipe.text import TextEncoder
-
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES = ("fp32", "fp16", "bf16")
 
 
 class Encoder(Protocol):
@@ -57,8 +54,10 @@ class VAE:
     in_process = True
 
     def __init__(self, source: Source, model: str, dtype: str, batch_size: int, device: str | None) -> None:
-        """`model` is a folder or hub name, `dtype` a key of DTYPES, `device` None the GPU if there is one."""
+        """`model` is a folder or hub name, `dtype` one of DTYPES, `device` None the GPU if there is one."""
         import torch
+
+        from recipe.pretrained import hash_weights, load_vae
 
         if source.column != "image":
             raise DatasetError(f"--encoder vae: the source {source.name} holds latents already")
@@ -86,28 +85,11 @@ class VAE:
             return torch.cat([posterior.mean, posterior.std], dim=1).half().cpu().numpy()
 
 
-def load_vae(model: str, dtype: str = "fp32", device: str | None = None):  # noqa: ANN201 (diffusers is optional)
-    """The AutoencoderKL in the folder, or of the hub name, `model`. DatasetError if it cannot be loaded."""
-    import torch
-
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise DatasetError("a VAE needs diffusers: pip install 'terminal-velocity[vae]'") from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        vae = AutoencoderKL.from_pretrained(model, torch_dtype=getattr(torch, DTYPES[dtype]))
-        return vae.to(device).eval()
-    except Exception as error:  # torch, safetensors and the hub have their own
-        reason = " ".join(str(error).split())
-        raise DatasetError(f"--vae: cannot load {model} on {device}: {reason}") from error
-
-
 def load_text_encoder(
     source: Source, model: str, tokens: int, device: str | None
 ) -> tuple["TextEncoder", dict]:
     """The text encoder of the folder or hub name `model`, and what the manifest says of it."""
-    from recipe.text import TextEncoder
+    from recipe.pretrained import TextEncoder
 
     if not source.captions:
         raise DatasetError(f"--text-encoder: the source {source.name} has no captions; --captions names them")
@@ -119,12 +101,3 @@ def load_text_encoder(
     empty = base64.b64encode(text[0, :length].astype("<f2").tobytes()).decode()
     size = {"tokens": tokens, "width": encoder.width}
     return encoder, {"encoder": model, "sha256": encoder.sha256, **size, "empty": empty}
-
-
-def hash_weights(model: "torch.nn.Module") -> str:
-    """xxh64 over the names and values of all parameters, in the order of their names, in fp32."""
-    digest = xxhash.xxh64()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.float().cpu().numpy().tobytes())
-    return digest.hexdigest()

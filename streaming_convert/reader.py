@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from storage import Folder, MissingError
 from storage.manifest import MANIFEST, STORED_DTYPE, DatasetError, Manifest, check_inside, read_manifest
-from streaming_convert.encoders import load_vae
 from streaming_convert.images import ADM_CROP, to_array, to_image
 from streaming_convert.sources import Source, scaled
 from streaming_convert.writer import REJECTED, Moments, list_shards, stored_file
@@ -284,6 +283,8 @@ def _false_colour(means: np.ndarray, centre: list[float], spread: list[float]) -
 
 def _decode(means: np.ndarray, model: str) -> np.ndarray:
     import torch
+
+    from recipe.pretrained import load_vae
 
     vae = load_vae(model)
     with torch.inference_mode():

@@ -38,7 +38,7 @@ from streaming_convert.sources import Source
 if TYPE_CHECKING:
     from streaming import MDSWriter
 
-    from recipe.text import TextEncoder
+    from recipe.pretrained import TextEncoder
 
 INDEX, REJECTED, PLAN = "index.json", "rejected.jsonl", f"{WORK}/plan.json"
 

@@ -253,7 +253,7 @@ def test_show_prints_captions_that_no_font_has(folder, tmp_path):
 # Embeddings
 
 transformers = pytest.importorskip("transformers")
-from recipe.text import TextEncoder
+from recipe.pretrained import TextEncoder
 from tests.test_text_encoder import save_clip, save_t5
 
 

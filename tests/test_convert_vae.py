@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from recipe.pretrained import hash_weights
 from storage.manifest import DatasetError, read_manifest
 from streaming_convert import encoders, sources
 from streaming_convert.__main__ import main
@@ -72,7 +73,7 @@ def test_stored_latents_are_the_posterior_in_half_precision(pictures, vae_folder
         and manifest.encoder["name"] == "vae"
         and manifest.encoder["scaling"] == 1.0
     )
-    assert manifest.encoder["hash"] == encoders.hash_weights(vae)
+    assert manifest.encoder["hash"] == hash_weights(vae)
     assert main(["verify", str(tmp_path)]) == 0
     assert main(["show", str(tmp_path), "--vae", vae_folder, "--out", str(tmp_path / "grid.png")]) == 0
     assert Image.open(tmp_path / "grid.png").size == (160, 160)

@@ -5,9 +5,9 @@ import torch
 
 from eval.sample import Generator, load_decoder
 from recipe.dit import DiT, DiTConfig
+from recipe.pretrained import hash_weights
 from recipe.weights import save_weights
 from storage.manifest import DatasetError
-from streaming_convert.encoders import hash_weights
 
 FACTS = {
     "method": {"objective": "tvm", "scaled": True, "guidance": [1.0]},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipe.text import TextEncoder
+from recipe.pretrained import TextEncoder
 
 transformers = pytest.importorskip("transformers")
 from tokenizers import Tokenizer, models, pre_tokenizers, processors

@@ -1,0 +1,160 @@
+"""Models that others have trained: autoencoders of latents (diffusers), encoders of prompts (transformers).
+
+Embeddings are last hidden states: of T5 and its kin the encoder's, of CLIP its text model's after the final
+norm, of any other text model of transformers (such as Qwen) its own. Weights are read from safetensors alone;
+no code beside them is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from storage.manifest import DatasetError
+
+FILES = ("config.json", "*.safetensors*", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
+FILES += ("vocab*", "merges.txt", "*.model")  # what of a text model's folder is used, downloaded and hashed
+BATCH = 32  # prompts at once
+FP16_MAX = 65504.0
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_vae(model: str, dtype: str = "fp32", device: str | None = None):  # noqa: ANN201 (diffusers is optional)
+    """The AutoencoderKL in the folder, or of the hub name, `model`. DatasetError if it cannot be loaded."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise DatasetError("a VAE needs diffusers: pip install 'terminal-velocity[vae]'") from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        vae = AutoencoderKL.from_pretrained(model, torch_dtype=DTYPES[dtype])
+        return vae.to(device).eval()
+    except Exception as error:  # torch, safetensors and the hub have their own
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"--vae: cannot load {model} on {device}: {reason}") from error
+
+
+def hash_weights(model: nn.Module) -> str:
+    """xxh64 over the names and values of all parameters, in the order of their names, in fp32."""
+    digest = xxhash.xxh64()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class TextEncoder:
+    """A text model and its tokenizer, in float32 on a CPU and bfloat16 on a GPU.
+
+    name: folder or hub name, as given; sha256: of weights, configuration and tokenizer; tokens: what every
+    prompt is filled up or cut to; width: of an embedding; cut: how many prompts `encode` has cut so far.
+    """
+
+    def __init__(self, path: str, tokens: int, device: str | torch.device | None = None) -> None:
+        """`path`: a folder (nothing is downloaded) or a hub name; `device`: None is a GPU if there is one.
+
+        Raises ValueError if the model cannot be loaded whole or does not take `tokens` tokens.
+        """
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            folder = _folder(path)
+            self.model, self.tokenizer = _load(folder, self.device)
+        except ImportError as error:  # of transformers, or of what one of its tokenizers needs
+            raise ValueError(f"{path}: {error}; pip install 'terminal-velocity[text]'") from error
+        except Exception as error:  # torch, safetensors and the hub have their own
+            reason = " ".join(str(error).split())
+            raise ValueError(f"cannot load {path} on {self.device}: {reason}") from error
+        least = self.tokenizer.num_special_tokens_to_add() + 1
+        most = getattr(self.model.config, "max_position_embeddings", None) or 2**16
+        if not least <= tokens <= most:
+            raise ValueError(f"{path} takes {least} to {most} tokens, not {tokens}")
+        self.name, self.tokens, self.width, self.cut = path, tokens, self.model.config.hidden_size, 0
+        self.sha256 = _sha256(folder)
+
+    @torch.inference_mode()
+    def encode(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings (n, tokens, width) float16, zero beyond each prompt's length, and lengths (n,) int64.
+
+        Lengths are 1 to `tokens`: a prompt without any token, as the empty one of some models, becomes their
+        BOS, EOS or padding token; one that is too long is cut, but for the tokens that end a prompt, and
+        counted in `cut`. All are filled up to `tokens`, so that another batch changes a result by rounding at
+        most. Values beyond float16 become its largest. Raises ValueError, quoting the prompt, for NaN.
+        """
+        text = np.zeros((len(prompts), self.tokens, self.width), np.float16)
+        lengths = np.zeros(len(prompts), np.int64)
+        for start in range(0, len(prompts), BATCH):
+            part = slice(start, start + BATCH)
+            ids, mask = self._tokenize(prompts[part])
+            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            hidden = hidden.float().masked_fill(mask[..., None] == 0, 0).clamp(-FP16_MAX, FP16_MAX)
+            text[part] = hidden.half().cpu().numpy()
+            lengths[part] = mask.sum(1).cpu().numpy()
+        bad = np.isnan(text).any((1, 2))
+        if bad.any():
+            raise ValueError(f"{self.name} gives NaN for {prompts[bad.argmax()][:80]!r}")
+        return text, lengths
+
+    def _tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask (n, tokens), filled up on the right."""
+        self.cut += sum(len(ids) > self.tokens for ids in self.tokenizer(prompts, verbose=False)["input_ids"])
+        found = self.tokenizer(
+            prompts, truncation=True, max_length=self.tokens, padding="max_length", return_tensors="pt"
+        )
+        ids, mask = found["input_ids"].long(), found["attention_mask"].long()
+        known = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        nothing = mask.sum(1) == 0
+        ids[nothing, 0] = next(token for token in known if token is not None)
+        mask[nothing, 0] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+
+def _folder(path: str) -> Path:
+    """The folder itself, or where the files of the hub's model lie once they are downloaded."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=list(FILES)))
+
+
+def _load(folder: Path, device: torch.device) -> tuple[torch.nn.Module, object]:
+    """The text model of `folder` and its tokenizer."""
+    import transformers
+
+    safe = {"trust_remote_code": False, "local_files_only": True}
+    config = transformers.AutoConfig.from_pretrained(folder, **safe)
+    if config.model_type.startswith("clip"):
+        kind = transformers.CLIPTextModel  # also where the folder holds the image model too
+    elif type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
+        kind = transformers.AutoModelForTextEncoding  # of T5 the encoder alone
+    else:
+        kind = transformers.AutoModel
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, info = kind.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe)
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+    if tokenizer.pad_token is None:
+        raise ValueError("its tokenizer has no padding, EOS or BOS token")
+    return model.to(device).eval(), tokenizer
+
+
+def _sha256(folder: Path) -> str:
+    """Over names and contents of the FILES in `folder`, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in FILES for path in folder.glob(pattern)}):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
