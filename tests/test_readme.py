@@ -40,3 +40,11 @@ def test_from_a_folder_of_pictures_to_a_first_sweep(tmp_path):
         (step, nfe, 36) for step in (4, 8) for nfe in (1, 2, 4)
     ]
     assert all(0 < row["frechet_distance"] < float("inf") for row in rows)
+
+
+def test_packages_import_from_the_floors_below_alone():
+    floors = ["kernels", "storage", "recipe", "streaming_convert", "eval", "benchmarks"]
+    for floor, package in enumerate(floors):
+        for file in (ROOT / package).rglob("*.py"):
+            imported = re.findall(r"^\s*(?:from|import) (\w+)", file.read_text(), re.MULTILINE)
+            assert not set(imported) & set(floors[floor + 1 :]), file
