@@ -236,37 +236,34 @@ def shown_rows(
     first = torch.arange(min(10, len(images)))
     rows = images.rows(first)
     names = ["\n".join(textwrap.wrap(row["caption"], 28, max_lines=2)) for row in rows]
-    labels = [min(int(row["label"]), classes) for row in rows]
+    labels = images.labels(first, classes).tolist()
     real = torch.stack([images[i] for i in first.tolist()])
     return names, labels, lambda index: images.text(index // columns, config), real
 
 
-def newest_rows(rows: list[Row]) -> tuple[list[Row], float]:
-    """The rows of the first row's weights, and the w with the lowest distance among them."""
+def compared(rows: list[Row]) -> tuple[list[int], float]:
+    """Each NFE of the first row's weights, and the w of their lowest distance."""
     newest = [r for r in rows if r["weights"] == rows[0]["weights"]]
-    return newest, min(newest, key=lambda r: r["frechet_distance"])["w"]
+    return sorted({r["nfe"] for r in newest}), min(newest, key=lambda r: r["frechet_distance"])["w"]
 
 
 def plot_samples(
     rows: list[Row], images: Dataset | None, generator: Generator, path: Path, columns: int = 8
 ) -> None:
-    """One row per class, or per caption of the reference's first images: real images, then the first row's
-    weights, each NFE from the same noise.
-
-    w is the one with the lowest distance among these weights' rows.
+    """One row per class, or per caption of the reference's first images: real images, then samples of the
+    first row's weights, with each NFE from the same noise.
     """
     names, shown, text, real = shown_rows(images, generator, columns)
-    parts, titles = ([real], ["real"]) if real is not None else ([], [])
+    parts = {} if real is None else {"real": real}
     requested = torch.tensor(shown).repeat_interleave(columns)
-    newest, w = newest_rows(rows)
-    for nfe in sorted({r["nfe"] for r in newest}):
+    steps, w = compared(rows)
+    for nfe in steps:
         drawn = generator.batches(requested, torch.arange(len(requested)), nfe, w, columns, text=text)
-        parts.append(torch.cat([images.cpu() for images, _ in drawn]))
-        titles.append(f"{nfe} step{'s' if nfe > 1 else ''}")
-    pictures = [grid(part, len(part) // len(shown), max(1, 32 // part.shape[-1])) for part in parts]
+        parts[f"{nfe} step{'s' if nfe > 1 else ''}"] = torch.cat([images.cpu() for images, _ in drawn])
+    pictures = [grid(x, len(x) // len(shown), max(1, 32 // x.shape[-1])) for x in parts.values()]
     size = (3.2 * len(parts), 0.42 * len(shown) + 0.5)
     figure, axes = plt.subplots(1, len(parts), figsize=size, squeeze=False, layout="constrained")
-    for axis, picture, title in zip(axes[0], pictures, titles, strict=True):
+    for axis, picture, title in zip(axes[0], pictures, parts, strict=True):
         axis.imshow(picture, interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
@@ -281,16 +278,15 @@ def draw_nearest(
     rows: list[Row], reference: Reference, generator: Generator, path: Path, columns: int = 20
 ) -> None:
     """Samples of the first row's weights, each above its nearest training image; two lines for each NFE."""
-    classes, config = generator.net.config.classes, generator.net.config.text
-    labels, seeds = torch.arange(columns) % max(1, classes), torch.arange(columns)
-    text = None
-    if config is not None:
+    config, seeds, text = generator.net.config, torch.arange(columns), None
+    labels = seeds % max(1, config.classes)
+    if config.text is not None:
         own = seeds % len(reference.images)
-        text = reference.images.text(own, config)
-        labels = torch.tensor([int(row["label"]) for row in reference.images.rows(own)]).clamp(max=classes)
-    newest, w = newest_rows(rows)
+        labels = reference.images.labels(own, config.classes)
+        text = reference.images.text(own, config.text)
+    steps, w = compared(rows)
     lines = []
-    for nfe in sorted({r["nfe"] for r in newest}):
+    for nfe in steps:
         samples = generator(labels, seeds, nfe, w, text).cpu()
         found = nearest(reference.extractor(samples).cpu(), reference.features)[1].tolist()
         lines += [samples, torch.stack([reference.images[i] for i in found]), torch.full_like(samples, 255)]
@@ -360,7 +356,7 @@ def write_report(
     plot_metrics(rows, pictures["Curves"])
     plot_samples(rows, reference.images, generator, pictures["Samples"])
     if "nearer_share" in rows[0]:
-        steps = ", ".join(map(str, sorted({r["nfe"] for r in newest_rows(rows)[0]})))
+        steps = ", ".join(map(str, compared(rows)[0]))
         heading = f"Samples of {steps} steps, each above its nearest training image"
         pictures[heading] = folder / "nearest.png"
         draw_nearest(rows, reference, generator, pictures[heading])

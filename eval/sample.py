@@ -168,7 +168,7 @@ class Generator:
     def noise(self, seeds: Tensor) -> Tensor:
         """(B, C, H, W) from int64 seeds (B,)."""
         config = self.net.config
-        shape = (config.channels, config.size, config.size)
+        shape = config.channels, config.size, config.size
         return initial_noise(seeds.to(self.device), shape, self.dtype)
 
     def __call__(self, label: Tensor, seeds: Tensor, nfe: int, w: float, text: Text | None = None) -> Tensor:
@@ -211,8 +211,8 @@ class Generator:
     def encode(self, prompts: list[str], text_encoder: str | None = None) -> Text:
         """Prompts for this network; those that are too long are cut, with a warning that counts them.
 
-        text_encoder: of stored embeddings, folder or hub name of the model; None for the one that the weights
-        name. Raises ValueError where it is not the one that the network was trained with.
+        text_encoder: of stored embeddings, folder or hub name of the model; None: as the weights say. Raises
+        ValueError where it is not the one that the network was trained with.
         """
         config = self.net.config.text
         if config is None:
@@ -229,9 +229,8 @@ class Generator:
                 )
             text, cut = Text(*map(torch.from_numpy, encoder.encode(prompts))), encoder.cut
         if cut:
-            warnings.warn(
-                f"{cut} of {len(prompts)} prompts are longer than {config.tokens} tokens", stacklevel=2
-            )
+            said = f"{cut} of {len(prompts)} prompts are longer than {config.tokens} tokens"
+            warnings.warn(said, stacklevel=2)
         return text
 
 
@@ -241,20 +240,16 @@ def load_decoder(
     """A function from latents (N, c, h, w), as stored, to pixels (N, 3, H, W) in 0..255 units, not rounded.
 
     It works in fp16 on a GPU, as the published evaluations do, and in fp32 on a CPU, `batch_size` at a time.
-
-    encoder: what the weights say about the autoencoder (`encoder` of the dataset's manifest); vae: folder of
-    a diffusers AutoencoderKL, None for the one that `encoder` names.
-
-    Raises ValueError where diffusers is missing, there is no such autoencoder, or the latents were made with
-    other weights.
+    encoder: of the dataset's manifest, as the weights say; vae: folder of a diffusers AutoencoderKL, None for
+    the one that `encoder` names. Raises ValueError where diffusers is missing, there is no such autoencoder,
+    or the latents were made with other weights.
     """
     model = vae or encoder.get("model") or encoder["name"]
     network = load_vae(model, "fp32", str(device)).requires_grad_(False)
     made_with = encoder.get("hash")
-    if made_with is not None and hash_weights(network) != made_with:
+    if made_with is not None and (found := hash_weights(network)) != made_with:
         raise ValueError(
-            f"vae: the weights of {model} hash to {hash_weights(network)}, "
-            f"the latents were made with {made_with}"
+            f"vae: the weights of {model} hash to {found}, the latents were made with {made_with}"
         )
     network = network.half() if torch.device(device).type == "cuda" else network
     scaling = encoder.get("scaling", 1.0)
@@ -320,9 +315,8 @@ def parse_labels(text: str, net: DiT) -> Tensor:
 
 def parse_prompts(given: list[str], labels: str | None, net: DiT) -> tuple[list[str], Tensor]:
     """Prompts, or the lines of a file of them, and a label for each. Raises OSError, ValueError."""
-    prompts = (
-        Path(given[0]).read_text().splitlines() if len(given) == 1 and Path(given[0]).is_file() else given
-    )
+    file = Path(given[0])
+    prompts = file.read_text().splitlines() if len(given) == 1 and file.is_file() else given
     if not net.config.classes:
         return prompts, torch.zeros(len(prompts), dtype=torch.int64)
     chosen = parse_labels(labels, net) if labels else torch.tensor([])
@@ -383,9 +377,7 @@ def draw_grid(
     generator: Generator, labels: Tensor, prompts: list[str], w: float, options: argparse.Namespace
 ) -> np.ndarray:
     """One row for each label, or prompt: other seeds, or the way from one seed to another."""
-    columns = options.columns
-    repeated = labels.repeat_interleave(columns)
-    size = options.batch_size
+    columns, repeated = options.columns, labels.repeat_interleave(options.columns)
     text = generator.encode(prompts, options.text_encoder) if prompts else None
     if options.interpolate is not None:
         ends = generator.noise(torch.tensor([options.seed, options.interpolate]))
@@ -393,16 +385,16 @@ def draw_grid(
     else:
         noise = generator.noise(options.seed + torch.arange(len(repeated)))
     images = []
-    for index in tqdm(torch.arange(len(repeated)).split(size), "sampling", unit="batch"):
-        rows = None if text is None else Text(*(x[index // columns] for x in text))
-        images.append(generator.from_noise(noise[index], repeated[index], options.nfe, w, rows).cpu())
+    for index in tqdm(torch.arange(len(repeated)).split(options.batch_size), "sampling", unit="batch"):
+        told = None if text is None else Text(*(x[index // columns] for x in text))
+        images.append(generator.from_noise(noise[index], repeated[index], options.nfe, w, told).cpu())
     if text is None:
         return grid(torch.cat(images), columns, options.scale)
-    strips = [grid(row, columns, options.scale) for row in torch.cat(images).split(columns)]
-    below = [
-        captioned(strip.transpose(2, 0, 1), prompt) for strip, prompt in zip(strips, prompts, strict=True)
-    ]
-    return np.concatenate([picture.transpose(1, 2, 0) for picture in below])
+    rows = []
+    for row, prompt in zip(torch.cat(images).split(columns), prompts, strict=True):
+        strip = grid(row, columns, options.scale).transpose(2, 0, 1)
+        rows.append(captioned(strip, prompt).transpose(1, 2, 0))
+    return np.concatenate(rows)
 
 
 def draw_set(generator: Generator, w: float, protocol: str, options: argparse.Namespace) -> None:

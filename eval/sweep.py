@@ -176,7 +176,7 @@ def choose(
     for export in exports:
         facts = export.facts
         if text_encoder(export):
-            labels.append(prompts.labels(facts["model"]["classes"]))
+            labels.append(prompts.images.labels(prompts.own, facts["model"]["classes"]))
             continue
         counts = (facts["data"].get("class_counts") if config.labels is None else None) or read()
         labels.append(choose_labels(config.protocol, facts["model"]["classes"], counts, seeds))
