@@ -46,9 +46,8 @@ def load_extractor(name: str, weights: str | None = None, device: Device = "cpu"
     """The extractor of `EXTRACTORS` called `name`.
 
     weights: for "inception-2015" torch-fidelity's .pth file, for "dinov2-vitl14" a transformers folder, both
-    fetched if no path is given; for "classifier" the path given to `SmallImageClassifier.train`.
-
-    Raises ValueError for an unknown name, FileNotFoundError where the weights are nowhere to be had.
+    fetched if not given; for "classifier" the path given to `SmallImageClassifier.train`. Raises ValueError
+    for an unknown name, FileNotFoundError where the weights are nowhere to be had.
     """
     if name not in EXTRACTORS:
         raise ValueError(f"extractor: {name!r} is not one of {', '.join(EXTRACTORS)}")
@@ -328,8 +327,7 @@ EXTRACTORS: dict[str, Callable[[str | None, Device], FeatureExtractor]] = {
 class FeatureSet:
     """Features of one set of images; every rank adds its share, and all ranks get the same results.
 
-    The Frechet distance needs only moments, whose memory does not grow with the number of images. `keep`
-    names what else is needed: `features` and/or `logits`.
+    Memory grows with the number of images only for what `keep` names beside moments: `features`, `logits`.
     """
 
     def __init__(self, extractor: FeatureExtractor, keep: Collection[str] = ()) -> None:

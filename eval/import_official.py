@@ -91,12 +91,9 @@ def read_snapshot(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Reads a released snapshot, executing nothing.
 
     Returns the float32 parameters by the names of `recipe.dit.DiT` (the fixed position embedding is checked
-    and left out), and a dict of plain values: `model`, the arguments of `recipe.dit.DiTConfig`, and `method`
-    with `objective`, `scaled` and `detach_jvp`. The guidance weight and the normalisation of the latents are
-    not in the file.
-
-    Raises OSError where the file cannot be opened, RefusedPickle where it is damaged, names a global that
-    snapshots do not, or holds another network.
+    and left out), and facts: `model`, the arguments of `recipe.dit.DiTConfig`, and `method` with `objective`,
+    `scaled` and `detach_jvp`. Raises OSError where the file cannot be opened, RefusedPickle where it is
+    damaged, names a global that snapshots do not, or holds another network.
     """
     snapshot = read_file(path, ALLOWED)
     try:
@@ -273,9 +270,8 @@ def weights_facts(
     """What our weights say beside the architecture: `read_snapshot`'s facts and what is not in the file.
 
     mean, std: one number, or one per channel, of what the network was trained on: latents without scaling,
-    or, with 1 or 3 channels, pixels in 0..255 units. None: the authors' published ones.
-
-    Raises RefusedPickle where they do not fit the channels, or none were published for latents of this size.
+    or, with 1 or 3 channels, pixels in 0..255 units; None: as published. Raises RefusedPickle where they do
+    not fit the channels, or none were published for latents of this size.
     """
     size, channels = facts["model"]["size"], facts["model"]["channels"]
     if mean is None or std is None:

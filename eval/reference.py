@@ -295,9 +295,8 @@ def read_statistics(path: str | Path, metric: str = "fid") -> tuple[Tensor, Tens
     """Mean (F,) and covariance (F, F), float64, from a file of reference statistics; executes nothing.
 
     path: an .npz with mu and sigma (ours, ADM's, EDM's), or a .pkl in one of three layouts: {mu, sigma},
-    {metric: {mu, sigma}} (EDM2's), or sums {raw_mean, raw_cov, num_items} (StyleGAN3's FeatureStats).
-
-    Raises OSError where it cannot be opened, ValueError where it is damaged, not finite or something else.
+    {metric: {mu, sigma}} (EDM2's), or sums {raw_mean, raw_cov, num_items} (StyleGAN3's FeatureStats). Raises
+    OSError where it cannot be opened, ValueError where it is damaged, not finite or something else.
     """
     suffix = Path(path).suffix
     if suffix not in (".npz", ".pkl"):

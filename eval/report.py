@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 
 from eval.metrics import nearest
 from eval.reference import MDSImages, Reference
-from eval.sample import Generator, no_text
+from eval.sample import Generator
 from recipe.sampler import grid
 from recipe.text import Text
 
@@ -148,11 +148,8 @@ def plot_losses(axis: Axes, log: dict[str, np.ndarray]) -> None:
 
 def best_curve(rows: list[Row], axis: str) -> tuple[list[float], list[float]]:
     """For each value of `axis` that is known the lowest distance over everything else."""
-    best: dict[float, float] = {}
-    for row in rows:
-        if row[axis] is not None:
-            best[row[axis]] = min(row["frechet_distance"], best.get(row[axis], float("inf")))
-    return list(zip(*sorted(best.items()), strict=True)) or ([], [])
+    known = sorted({row[axis] for row in rows} - {None})
+    return known, [min(row["frechet_distance"] for row in rows if row[axis] == x) for x in known]
 
 
 TITLES = {
@@ -215,24 +212,24 @@ def real_examples(images: Dataset | None, classes: list[int], columns: int) -> T
     found: dict[int, list[Tensor]] = {c: [] for c in classes}
     for i in range(len(images)):
         sample = images.samples[i]
-        chosen = found.get(int(sample["label"]))
-        if chosen is not None and len(chosen) < columns:
-            chosen.append(torch.tensor(sample["image"]))
-            if all(len(c) == columns for c in found.values()):
-                break
-    blank = torch.full_like(torch.tensor(images.samples[0]["image"]), 255)
+        shown = found.get(int(sample["label"]), [])
+        if len(shown) < columns:
+            shown.append(torch.tensor(sample["image"]))
+        if all(len(c) == columns for c in found.values()):
+            break
+    blank = torch.full_like(images[0], 255)
     return torch.stack([image for c in found.values() for image in c + [blank] * (columns - len(c))])
 
 
 def shown_rows(
     images: Dataset | None, generator: Generator, columns: int
-) -> tuple[list[str], list[int], Callable[[Tensor], Text | None], Tensor | None]:
+) -> tuple[list[str], list[int], Callable[[Tensor], Text] | None, Tensor | None]:
     """Names, labels, prompts (see Generator.batches) and real images of the rows to show."""
     classes, config = generator.net.config.classes, generator.net.config.text
     if config is None:
         labels = list(range(min(max(1, classes), 10)))
         names = generator.facts["data"].get("class_names") or list(map(str, labels))
-        return names[: len(labels)], labels, no_text, real_examples(images, labels, columns)
+        return names[: len(labels)], labels, None, real_examples(images, labels, columns)
     first = torch.arange(min(10, len(images)))
     rows = images.rows(first)
     names = ["\n".join(textwrap.wrap(row["caption"], 28, max_lines=2)) for row in rows]
@@ -312,16 +309,13 @@ def html_table(rows: list[Row]) -> str:
     classes = [' class="left"' if title in LEFT_ALIGNED else "" for title in titles]
     best = min(range(len(rows)), key=lambda i: rows[i]["frechet_distance"])
 
-    def line(tag: str, texts: list[str]) -> str:
-        return "".join(
-            f"<{tag}{c}>{html.escape(text)}</{tag}>" for c, text in zip(classes, texts, strict=True)
-        )
+    def line(tag: str, texts: list[str], mark: str = "") -> str:
+        parts = (f"<{tag}{c}>{html.escape(text)}</{tag}>" for c, text in zip(classes, texts, strict=True))
+        return f"<tr{mark}>{''.join(parts)}</tr>"
 
-    body = [
-        f"<tr{' class=best' if i == best else ''}>{line('td', texts)}</tr>" for i, texts in enumerate(cells)
-    ]
-    head = f"<thead><tr>{line('th', titles)}</tr></thead>"
-    return f'<div class="wide"><table>{head}<tbody>{"".join(body)}</tbody></table></div>'
+    body = "".join(line("td", texts, " class=best" * (i == best)) for i, texts in enumerate(cells))
+    head = f"<thead>{line('th', titles)}</thead>"
+    return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
 def html_page(rows: list[Row], protocol: str, title: str, pictures: dict[str, Path]) -> str:
