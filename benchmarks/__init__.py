@@ -31,11 +31,10 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def paired(first: Callable[[], float], second: Callable[[], float], pairs: int) -> tuple[float, float, float]:
-    """Medians of what both measure and of the ratio first / second pair by pair, after one warm-up each."""
+    """Medians of what both measure and of first / second, after one warm-up each.
+
+    Both run back to back and the ratio is taken pair by pair: a machine whose speed drifts does not matter.
+    """
     first(), second()
-    a, b = zip(*((first(), second()) for _ in range(pairs)), strict=True)
-    return (
-        statistics.median(a),
-        statistics.median(b),
-        statistics.median(x / y for x, y in zip(a, b, strict=True)),
-    )
+    measured = [(first(), second()) for _ in range(pairs)]
+    return tuple(map(statistics.median, zip(*((a, b, a / b) for a, b in measured), strict=True)))

@@ -50,14 +50,10 @@ def ours(x: list[Tensor]) -> tuple[Tensor, ...]:
     return kernels.jvp_attention(*x)
 
 
-def sdpa(backend: SDPBackend) -> Function:
+def sdpa(backend: SDPBackend, x: list[Tensor]) -> tuple[Tensor, ...]:
     """torch's fused attention by one of its back ends: no tangent."""
-
-    def run(x: list[Tensor]) -> tuple[Tensor, ...]:
-        with sdpa_kernel(backend):
-            return (kernels.attention(*x[:3]),)
-
-    return run
+    with sdpa_kernel(backend):
+        return (kernels.attention(*x[:3]),)
 
 
 def jvp_flash_attention(x: list[Tensor]) -> tuple[Tensor, ...]:
@@ -71,11 +67,11 @@ def peers(cuda: bool) -> dict[str, tuple[Function, bool]]:
     """Name => function of q, k, v, tq, tk, tv, and whether it has a backward to time."""
     eager = {"ours": (ours, True), "math jvp": (func_jvp, True)}
     if not cuda:
-        return {**eager, "math SDPA": (sdpa(SDPBackend.MATH), True)}
+        return {**eager, "math SDPA": (partial(sdpa, SDPBackend.MATH), True)}
     return {
         **eager,
-        "flash SDPA": (sdpa(SDPBackend.FLASH_ATTENTION), True),
-        "cuDNN SDPA": (sdpa(SDPBackend.CUDNN_ATTENTION), True),
+        "flash SDPA": (partial(sdpa, SDPBackend.FLASH_ATTENTION), True),
+        "cuDNN SDPA": (partial(sdpa, SDPBackend.CUDNN_ATTENTION), True),
         "math jvp compiled": (torch.compile(func_jvp), True),
         "jvp-flash-attention": (jvp_flash_attention, False),
     }
@@ -93,16 +89,14 @@ def largest_error(inputs: list[Tensor]) -> float:
     outputs = ours(inputs)
     gradients = [torch.randn_like(x) for x in outputs]
     actual = [*outputs, *torch.autograd.grad(outputs, inputs, gradients)]
-    worst = 0.0
+    errors = []
     for at in (0, -1):
         exact_inputs = [x[at, at].detach().double().requires_grad_() for x in inputs]
         exact_outputs = func_jvp(exact_inputs)
         exact_gradients = [x[at, at].double() for x in gradients]
         expected = [*exact_outputs, *torch.autograd.grad(exact_outputs, exact_inputs, exact_gradients)]
-        for x, y in zip(actual, expected, strict=True):
-            error = ((x[at, at].double() - y).norm() / y.norm()).item()
-            worst = error if error != error else max(worst, error)  # NaN stays
-    return worst
+        errors += [(x[at, at] - y).norm() / y.norm() for x, y in zip(actual, expected, strict=True)]
+    return torch.stack(errors).max().item()  # NaN, if one is
 
 
 def median_ms(run: Callable[[], object], cuda: bool) -> float:
@@ -166,12 +160,9 @@ def measure(size: tuple[int, ...], device: str, dtype: torch.dtype) -> dict:
 
 def missed_bars(row: dict) -> list[str]:
     """What a row of results lacks, in words."""
-    own, flash = row["times"]["ours"], row["times"]["flash SDPA"]
-    missed = [
-        f"{peer}: {times['note']}"
-        for peer, times in (("ours", own), ("flash SDPA", flash))
-        if "note" in times
-    ]
+    compared = {peer: row["times"][peer] for peer in ("ours", "flash SDPA")}
+    missed = [f"{peer}: {times['note']}" for peer, times in compared.items() if "note" in times]
+    own, flash = compared.values()
     if not missed:
         for part, bar in (("forward_ms", FORWARD_BAR), ("both_ms", BOTH_BAR)):
             if own[part] > bar * flash[part]:
@@ -188,9 +179,7 @@ def print_row(row: dict) -> None:
     """A row of results, one peer a line."""
     print(f"\nB, H, N, D = {row['size']}: error {row['error']:.1e} (at most {row['tolerance']:.0e})")
     for name, times in row.get("times", {}).items():
-        cells = [
-            f"{part} {times[part]:9.3f}" for part in ("forward_ms", "backward_ms", "both_ms") if part in times
-        ]
+        cells = [f"{part} {time:9.3f}" for part, time in times.items() if part != "note"]
         print(f"  {name:20s}", *cells, times.get("note", ""))
     if "memory_ratio" in row:
         print(f"  memory over what inputs, outputs and gradients need: {row['memory_ratio']:.3f}")
@@ -233,9 +222,7 @@ def main() -> int:
     args = parser.parse_args()
     cuda = torch.cuda.is_available() and not args.interpret
     if not cuda and not args.interpret:
-        print(
-            "No CUDA device: nothing measured. --interpret debugs this script without one.", file=sys.stderr
-        )
+        sys.stderr.write("No CUDA device: nothing measured. --interpret debugs this script without one.\n")
         return 2
     if args.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
@@ -251,8 +238,9 @@ def main() -> int:
     for size in sizes:
         rows.append(measure(size, device, dtype))
         print_row(rows[-1])
-    device = environment()["device"] if cuda else "cpu interpreter"
-    results = {**environment(), "device": device, "dtype": str(dtype), "rows": rows}
+    results = {**environment(), "dtype": str(dtype), "rows": rows}
+    if not cuda:
+        results["device"] = "cpu interpreter"
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
         print(f"\nwrote {args.out}")

@@ -37,7 +37,7 @@ from benchmarks import environment
 from benchmarks.attention import BOTH_BAR, FORWARD_BAR
 from benchmarks.step import measure_variants, predicted
 from eval.reference import make_extractor, open_images
-from eval.report import read_log
+from eval.report import read_lines, read_log
 from recipe.config import TrainConfig, load_config
 from recipe.resume import PREEMPTED, newest
 
@@ -103,8 +103,8 @@ def correctness(size: Size, out: Path) -> Result:
     file = out / "correctness.xml"
     python("-m", "pytest", "tests/test_kernels.py", *size.tests, f"--junitxml={file}", expect=None)
     suite = ElementTree.parse(file).getroot().find("testsuite")
-    found = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
-    ran, wrong = found["tests"] - found["skipped"], found["failures"] + found["errors"]
+    tests, skipped, *bad = (int(suite.get(key)) for key in ("tests", "skipped", "failures", "errors"))
+    ran, wrong = tests - skipped, sum(bad)
     missed = [f"{wrong} of {ran} tests failed"] if wrong or not ran else []
     return {"ran": ran, "wrong": wrong, "missed": missed}
 
@@ -164,7 +164,7 @@ def train_and_score(name: str, override: str, size: Size, out: Path) -> Result:
 def summary(run: Path, config: TrainConfig) -> Result:
     """What the log and the sweep say."""
     log = read_log(run / "train.jsonl")
-    results = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    results = read_lines(run / "results.jsonl")
     memory = log.get("memory/peak_allocated_mem")
     return {
         "predicted": predicted(config, environment()["device"]),
@@ -229,16 +229,10 @@ def run_here(stage: str, size: Size, out: Path) -> None:
 
 def attempt(stage: str, out: Path, tiny: bool) -> str:
     """One stage in a process of its own; why it did not finish, or nothing."""
-    options = ["--out", str(out), "--here", *(["--tiny"] if tiny else [])]
-    log = out / f"{stage}.log"
+    command = [sys.executable, "-m", "benchmarks.gpu", stage, "--out", str(out), "--here"]
+    log, both = out / f"{stage}.log", {"stderr": subprocess.STDOUT, "start_new_session": True}
     with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu", stage, *options],
-            cwd=ROOT,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = subprocess.Popen(command + ["--tiny"] * tiny, cwd=ROOT, stdout=file, **both)
         try:
             status = process.wait(LIMIT)
         except subprocess.TimeoutExpired:

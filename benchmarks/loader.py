@@ -3,8 +3,7 @@
 Training loader: shards of [8, 32, 32] float16 latents and labels through Composer's loader, beside a plain
 torch Dataset over the same samples in an uncompressed ZIP of .npy files. Conversion to 256 px with one
 worker, of JPEGs of that size and of ImageNet's usual size, beside the bare loop of decoding, scaling and
-writing. Both sides of a pair run back to back, and the ratio is taken pair by pair, so a machine whose speed
-drifts does not matter. Files come from the page cache.
+writing. Both sides run in pairs (`benchmarks.paired`). Files come from the page cache.
 """
 
 from __future__ import annotations

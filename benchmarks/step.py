@@ -1,7 +1,6 @@
 """What a TVM step costs: `python -m benchmarks.step` prints FLOPs and times, and exits 1 if a bar is missed.
 
-FLOPs are torch's own count on meta tensors. Times are medians of paired runs in one process: each pair runs
-both sides back to back, and the ratio is taken pair by pair, so a machine whose speed drifts does not matter.
+FLOPs are torch's own count on meta tensors. Times are medians of pairs of runs (`benchmarks.paired`).
 
 `python -m benchmarks.step CONFIG.yaml [key=value ...]` times whole steps of that configuration on the device
 at hand: seconds, memory, share of the peak and where the time goes.
@@ -14,7 +13,7 @@ import json
 import statistics
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -159,17 +158,12 @@ def upkeep_share() -> float:
     target, average = (copy.deepcopy(net).requires_grad_(False) for _ in range(2))
     optimizer = torch.optim.AdamW(net.parameters(), 1e-6)
 
-    def upkeep_of_averages() -> None:
+    def then_average(work: Work) -> None:
+        work()
         ema_update(net, [(target, 0.99), (average, 0.9999)])
 
-    def upkeep() -> None:
-        optimizer.step()
-        upkeep_of_averages()
-
-    def step() -> None:
-        training_step(GUIDED, net, target, batch, optimizer)
-        upkeep_of_averages()
-
+    upkeep = partial(then_average, optimizer.step)
+    step = partial(then_average, partial(training_step, GUIDED, net, target, batch, optimizer))
     step()
     return paired_seconds(upkeep, step, 3)[2]
 
@@ -227,11 +221,11 @@ def make_step(config: TrainConfig, device: str) -> Work:
 def measure(step: Work, device: str, steps: int) -> dict[str, Any]:
     """Median seconds of a step after three to warm up, and peak memory in GiB (None on a CPU)."""
     cuda = device == "cuda"
+    finish = torch.cuda.synchronize if cuda else lambda: None
 
     def synchronized() -> None:
         step()
-        if cuda:
-            torch.cuda.synchronize()
+        finish()
 
     for _ in range(3):
         synchronized()
@@ -246,20 +240,17 @@ def time_by_kind(step: Work, device: str, top: int = 12) -> dict[str, Any]:
     activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
         step()
-    spent: dict[str, float] = defaultdict(float)
+    spent: Counter[str] = Counter()
     for event in profiler.key_averages():
         microseconds = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
         if microseconds:
             spent[event.key] += microseconds
-    total, shares = sum(spent.values()), defaultdict(float)
+    shares: Counter[str] = Counter()
     for name, microseconds in spent.items():
         kind = next((k for k, words in KINDS.items() if any(w in name.lower() for w in words)), "elementwise")
-        shares[kind] += microseconds / total
-    largest = sorted(spent.items(), key=lambda item: -item[1])[:top]
-    return {
-        "shares": dict(shares),
-        "largest": [{"kernel": name[:90], "share": spent_us / total} for name, spent_us in largest],
-    }
+        shares[kind] += microseconds / spent.total()
+    largest = [{"kernel": name[:90], "share": us / spent.total()} for name, us in spent.most_common(top)]
+    return {"shares": dict(shares), "largest": largest}
 
 
 def known_gpu(device: str) -> str | None:
@@ -295,12 +286,8 @@ def measure_variants(yaml: str, overrides: list[str], steps: int) -> dict[str, A
         if gpu := known_gpu(environment()["device"]):
             flops_per_step = plan.step_flops(config.model, config.objective) * config.data.batch_size
             row["share_of_peak"] = flops_per_step / row["seconds"] / plan.GPUS[gpu].flops
-    what = {
-        "config": yaml,
-        "overrides": overrides,
-        "batch": config.data.batch_size,
-        "tokens": config.model.tokens,
-    }
+    what = {"config": yaml, "overrides": overrides}
+    what |= {"batch": config.data.batch_size, "tokens": config.model.tokens}
     return {**what, "precision": "bf16 autocast" if device == "cuda" else "fp32", "variants": rows}
 
 

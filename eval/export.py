@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
 from itertools import product
-from operator import getitem
+from operator import getitem, itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -41,6 +41,15 @@ from recipe.weights import load_weights, parse_facts, read_facts, save_weights
 from storage import Folder, StorageError
 
 Facts = dict[str, Any]
+
+
+class Export(NamedTuple):
+    """path: of the JSON; facts: its content."""
+
+    path: Path
+    facts: Facts
+
+
 # Where a checkpoint holds what describes its weights.
 DESCRIPTION = ("state", "callbacks", "ExportWeights", "description")
 STEP = ("state", "timestamp", "Timestamp", "batch")
@@ -112,10 +121,10 @@ def _read_sharded(path: Path, prefix: str) -> tuple[dict[str, Tensor], str, int]
     return {name.removeprefix(prefix): t for name, t in state.items()}, description, int(step)
 
 
-def find_snapshots(folder: Path, step: int | None = None) -> list[tuple[Path, Facts]]:
+def find_snapshots(folder: Path, step: int | None = None) -> list[Export]:
     """The post-hoc averages in a folder of weights, up to a step."""
-    found = [(file, read_facts(file)) for file in sorted(folder.glob("*-posthoc_*.json"))]
-    return [(file, facts) for file, facts in found if step is None or facts["step"] <= step]
+    found = [Export(file, read_facts(file)) for file in sorted(folder.glob("*-posthoc_*.json"))]
+    return [export for export in found if step is None or export.facts["step"] <= step]
 
 
 def synthesize(folder: Path, length: float, step: int | None = None) -> tuple[dict[str, Tensor], Facts]:
@@ -128,7 +137,7 @@ def synthesize(folder: Path, length: float, step: int | None = None) -> tuple[di
         raise ValueError(
             f"{folder} holds no post-hoc averages; training keeps them with ema.posthoc=[0.05,0.1]"
         )
-    _, last = max(snapshots, key=lambda snapshot: snapshot[1]["step"])
+    last = max((facts for _, facts in snapshots), key=itemgetter("step"))
     profiles = [(exponent(length_of(facts["average"])), facts["step"]) for _, facts in snapshots]
     factors = combination(profiles, (exponent(length), last["step"]))
     total: dict[str, Tensor] = {}
@@ -146,18 +155,10 @@ def save(path: str | Path, state: dict[str, Tensor], facts: Facts) -> Path:
     return save_weights(path, state, DiTConfig(**facts.pop("model")), facts)
 
 
-class Export(NamedTuple):
-    """path: of the JSON; facts: its content."""
-
-    path: Path
-    facts: dict[str, Any]
-
-
 def find_weights(names: list[str], averages: list[str], latest: bool, folder: Path) -> list[Export]:
     """All weights asked for, newest first within each name; `latest` keeps the newest step of each.
 
     Buckets are copied to FOLDER/downloads, synthesised averages written to FOLDER/posthoc, on each node.
-
     Raises OSError, ValueError where there are none, or they cannot be read.
     """
     found = []
@@ -202,7 +203,7 @@ def mirror(uri: str, folder: Path, latest: bool) -> Path:
 def synthesized(
     path: Path, stored: list[Export], averages: list[str], latest: bool, folder: Path
 ) -> list[Export]:
-    """Post-hoc averages of the lengths asked for that training did not store itself."""
+    """Post-hoc averages of the lengths asked for that training did not store."""
     known = {"ema", "net", *(export.facts["average"] for export in stored)}
     lengths = [length_of(average) for average in averages if average not in known]
     snapshots = find_snapshots(path) if lengths and path.is_dir() else []

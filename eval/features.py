@@ -3,10 +3,10 @@
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -46,9 +46,8 @@ def load_extractor(name: str, weights: str | None = None, device: Device = "cpu"
     """The extractor of `EXTRACTORS` called `name`.
 
     weights: for "inception-2015" torch-fidelity's .pth file, for "dinov2-vitl14" a transformers folder, both
-    fetched if no path is given; for "classifier" the path given to `SmallImageClassifier.train`.
-
-    Raises ValueError for an unknown name, FileNotFoundError where the weights are nowhere to be had.
+    fetched if not given; for "classifier" the path given to `SmallImageClassifier.train`. Raises ValueError
+    for an unknown name, FileNotFoundError where the weights are nowhere to be had.
     """
     if name not in EXTRACTORS:
         raise ValueError(f"extractor: {name!r} is not one of {', '.join(EXTRACTORS)}")
@@ -64,32 +63,20 @@ def _require_uint8(images: Tensor, channels: int) -> None:
 # ---------------------------------------------------------------- a classifier trained on the spot
 
 
-@dataclass(frozen=True)
-class ClassifierSettings:
-    """Everything that determines a classifier; it is retrained when any of it changes."""
-
-    channels: int
-    size: int
-    num_classes: int
-    num_features: int
-    epochs: int
-    seed: int
-    data_sha256: str
-
-
 class SmallImageClassifier(FeatureExtractor):
-    """A small convolutional network trained on labelled images in seconds, as feature extractor for them.
+    """A small convolutional network, made by `train` from labelled images in seconds, for more of their kind.
 
-    Make one with `train`. Its features are the activations before the last linear layer.
+    Its features are the activations before the last linear layer; it is retrained when any of `settings`, all
+    that determines it, changes.
     """
 
     name = "classifier"
 
-    def __init__(self, settings: ClassifierSettings, network: nn.Module, accuracy: float) -> None:
+    def __init__(self, settings: dict[str, Any], network: nn.Module, accuracy: float) -> None:
         self.settings = settings
         # In float64 the features of an image do not depend on the batch that it is in.
         self.network = network.double().eval().requires_grad_(False)
-        self.num_features = settings.num_features
+        self.num_features = settings["num_features"]
         self.accuracy = accuracy
 
     @classmethod
@@ -104,12 +91,12 @@ class SmallImageClassifier(FeatureExtractor):
     ) -> "SmallImageClassifier":
         """Trains on 80 % of every class; `accuracy` is measured on the rest.
 
-        Training takes about 5 seconds for 1,800 images of 8x8 on one core, leaves torch's global random state
-        alone and is deterministic for a given number of threads. With several ranks, train on one of them.
+        It takes about 5 seconds for 1,800 images of 8x8 on one core, leaves torch's random state alone and is
+        deterministic for a given number of threads. With several ranks, train on one of them.
 
-        images: uint8 (N, C, S, S) with S at least 8; labels: int64 (N,), 0..K-1; path: without suffix,
-        `path.safetensors` and `path.json` are read if they were made from the same images, labels and
-        arguments, and written otherwise. Raises ValueError for images or labels of the wrong kind.
+        images: uint8 (N, C, S, S) with S at least 8; labels: int64 (N,), 0..K-1; path: `path`.safetensors and
+        `path`.json are read if they were made from the same images, labels and arguments, and written
+        otherwise. Raises ValueError for images or labels of the wrong kind.
         """
         _require_uint8(images, images.shape[1] if images.ndim == 4 else 0)
         size = tuple(images.shape[2:])
@@ -120,9 +107,15 @@ class SmallImageClassifier(FeatureExtractor):
         images, labels = images.cpu(), labels.cpu().long()
         digest = hashlib.sha256(images.contiguous().numpy()).hexdigest()
         digest = hashlib.sha256(digest.encode() + labels.contiguous().numpy().tobytes()).hexdigest()
-        num_classes = int(labels.max()) + 1
-        sizes = (images.shape[1], size[0], num_classes, num_features)
-        settings = ClassifierSettings(*sizes, epochs, seed, digest)
+        settings = {
+            "channels": images.shape[1],
+            "size": size[0],
+            "num_classes": int(labels.max()) + 1,
+            "num_features": num_features,
+            "epochs": epochs,
+            "seed": seed,
+            "data_sha256": digest,
+        }
         with suppress(FileNotFoundError, ValueError):  # there is none of use yet
             if (kept := cls.load(path)).settings == settings:
                 return kept
@@ -149,10 +142,9 @@ class SmallImageClassifier(FeatureExtractor):
                 raise FileNotFoundError(f"classifier weights {file} do not exist")
         try:
             facts = json.loads(facts_file.read_text())
-            settings = ClassifierSettings(**facts["settings"])
-            network = _build_network(settings)
+            network = _build_network(facts["settings"])
             network.double().load_state_dict(load_file(weights_file))
-            return cls(settings, network, facts["accuracy"]).to(device)
+            return cls(facts["settings"], network, facts["accuracy"]).to(device)
         except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{path} is not a classifier of this project: {error}") from error
 
@@ -163,7 +155,7 @@ class SmallImageClassifier(FeatureExtractor):
         # An interrupted save must not leave new weights beside the description of old ones.
         facts_file.unlink(missing_ok=True)
         save_file(self.network.state_dict(), weights_file)
-        facts = {"settings": asdict(self.settings), "accuracy": self.accuracy}
+        facts = {"settings": self.settings, "accuracy": self.accuracy}
         facts_file.write_text(json.dumps(facts, indent=2) + "\n")
 
     @property
@@ -179,19 +171,17 @@ class SmallImageClassifier(FeatureExtractor):
     @torch.inference_mode()
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 images (N, C, S, S) => float64 features (N, F) and class scores (N, K)."""
-        features = torch.cat([self.network[:-1](x) for x in self._batches(images)])
+        _require_uint8(images, self.settings["channels"])
+        size = self.settings["size"]
+        if images.shape[2:] != (size, size):
+            raise ValueError(f"expected images of {size}x{size} pixels, got {tuple(images.shape[2:])}")
+        parts = (part.to(self.device, torch.float64) for part in images.split(512))
+        features = torch.cat([self.network[:-1](_to_network(part)) for part in parts])
         return features, self.network[-1](features)
 
     def logits(self, images: Tensor) -> Tensor:
         """The class scores alone."""
         return self.features_and_logits(images)[1]
-
-    def _batches(self, images: Tensor) -> Iterator[Tensor]:
-        _require_uint8(images, self.settings.channels)
-        size = self.settings.size
-        if images.shape[2:] != (size, size):
-            raise ValueError(f"expected images of {size}x{size} pixels, got {tuple(images.shape[2:])}")
-        return (_to_network(part.to(self.device, torch.float64)) for part in images.split(512))
 
 
 def _files(path: str | Path) -> tuple[Path, Path]:
@@ -212,10 +202,10 @@ def _stratified(labels: Tensor, share: float) -> Tensor:
     return chosen
 
 
-def _build_network(settings: ClassifierSettings) -> nn.Sequential:
+def _build_network(settings: dict[str, Any]) -> nn.Sequential:
     """Convolutions, halving the image until at most 3 pixels are left, then two linear layers."""
     layers: list[nn.Module] = []
-    channels, size = settings.channels, settings.size
+    channels, size, features = (settings[name] for name in ("channels", "size", "num_features"))
     while size > 3:
         width = max(16, min(64, 256 // size))
         for _ in range(2):
@@ -223,8 +213,8 @@ def _build_network(settings: ClassifierSettings) -> nn.Sequential:
             channels = width
         layers.append(nn.MaxPool2d(2))
         size //= 2
-    layers += [nn.Flatten(), nn.Linear(channels * size * size, settings.num_features), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(settings.num_features, settings.num_classes))
+    layers += [nn.Flatten(), nn.Linear(channels * size * size, features), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(features, settings["num_classes"]))
 
 
 def _fit(network: nn.Module, images: Tensor, labels: Tensor, epochs: int, batch_size: int = 64) -> None:
@@ -250,7 +240,7 @@ def _fit(network: nn.Module, images: Tensor, labels: Tensor, epochs: int, batch_
 class Inception2015(FeatureExtractor):
     """The Inception-v3 graph of 2015-12-05, 2048 pooled features, by torch-fidelity.
 
-    It resizes as TensorFlow 1 did and takes images of any size. The weights are torch-fidelity's
+    It takes images of any size and resizes as TensorFlow 1 did. weights: torch-fidelity's
     `weights-inception-2015-12-05-6726825d.pth`.
     """
 
@@ -286,10 +276,8 @@ class Inception2015(FeatureExtractor):
 
 
 class DinoV2(FeatureExtractor):
-    """DINOv2 ViT-L/14, the normalised class token (1024 features), by transformers.
-
-    For FD-DINOv2 (Stein et al. 2023). Images are resized to 224x224 pixels, bicubic with antialiasing, and
-    normalised as for ImageNet.
+    """DINOv2 ViT-L/14, the normalised class token (1024 features), by transformers, for FD-DINOv2 (Stein et
+    al. 2023). Images are resized to 224x224 pixels, bicubic with antialiasing.
     """
 
     name = "dinov2-vitl14"
@@ -303,9 +291,8 @@ class DinoV2(FeatureExtractor):
         try:
             model = Dinov2Model.from_pretrained(weights or "facebook/dinov2-large", use_safetensors=True)
         except OSError as error:
-            raise FileNotFoundError(
-                f"DINOv2 weights could not be read or fetched: {str(error).splitlines()[0]}"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise FileNotFoundError(f"DINOv2 weights could not be read or fetched: {reason}") from error
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.num_features = model.config.hidden_size
@@ -340,14 +327,12 @@ EXTRACTORS: dict[str, Callable[[str | None, Device], FeatureExtractor]] = {
 class FeatureSet:
     """Features of one set of images; every rank adds its share, and all ranks get the same results.
 
-    The Frechet distance needs only moments, whose memory does not grow with the number of images. `keep`
-    names what else is needed: `features` and/or `logits`.
+    Memory grows with the number of images only for what `keep` names beside moments: `features`, `logits`.
     """
 
     def __init__(self, extractor: FeatureExtractor, keep: Collection[str] = ()) -> None:
         self.extractor = extractor
-        origin = torch.zeros(extractor.num_features, device=extractor.device)
-        self._moments = FeatureMoments(extractor.num_features, origin)
+        self._moments = FeatureMoments(extractor.num_features).to(extractor.device)
         self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in keep}
         self._matches = torch.zeros(1, dtype=torch.int64, device=extractor.device)
 

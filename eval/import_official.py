@@ -91,16 +91,18 @@ def read_snapshot(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Reads a released snapshot, executing nothing.
 
     Returns the float32 parameters by the names of `recipe.dit.DiT` (the fixed position embedding is checked
-    and left out), and a dict of plain values: `model`, the arguments of `recipe.dit.DiTConfig`, and `method`
-    with `objective`, `scaled` and `detach_jvp`. The guidance weight and the normalisation of the latents are
-    not in the file.
-
-    Raises OSError where the file cannot be opened, RefusedPickle where it is damaged, names a global that
-    snapshots do not, or holds another network.
+    and left out), and facts: `model`, the arguments of `recipe.dit.DiTConfig`, and `method` with `objective`,
+    `scaled` and `detach_jvp`. Raises OSError where the file cannot be opened, RefusedPickle where it is
+    damaged, names a global that snapshots do not, or holds another network.
     """
     snapshot = read_file(path, ALLOWED)
     try:
-        wrapper = _attributes(_network(snapshot), "net")
+        if type(snapshot) is not dict or "net" not in snapshot:
+            raise RefusedPickle("not a snapshot: the pickle is not a dict with the key 'net'")
+        network = snapshot["net"]
+        if type(network) is Node and network.function == COMPILED:
+            network = _arguments(network, COMPILED, "net", 2)[0]
+        wrapper = _attributes(network, "net")
         children = _get(wrapper, "_modules", dict, "net")
         if list(children) != ["model"]:
             raise RefusedPickle("net: its only child has to be 'model'")
@@ -113,16 +115,6 @@ def read_snapshot(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     return state, facts
 
 
-def _network(snapshot: object) -> object:
-    """The network itself, without the wrapper of torch.compile."""
-    if type(snapshot) is not dict or "net" not in snapshot:
-        raise RefusedPickle("not a snapshot: the pickle is not a dict with the key 'net'")
-    network = snapshot["net"]
-    if type(network) is Node and network.function == COMPILED:
-        network = _arguments(network, COMPILED, "net", 2)[0]
-    return network
-
-
 def _arguments(node: object, function: str, where: str, *counts: int) -> tuple:
     """The arguments of `node`, which has to be a call of `function` with one of `counts` of them."""
     if type(node) is not Node or node.function != function or type(node.args) is not tuple:
@@ -132,18 +124,15 @@ def _arguments(node: object, function: str, where: str, *counts: int) -> tuple:
     return node.args
 
 
-def _meta(node: object, where: str) -> dict:
-    """What a persistent object was saved as. Its `module_src` is source code, and of no concern here."""
-    (meta,) = _arguments(node, PERSISTENT, where, 1)
-    if type(meta) is not dict or meta.get("type") != "class" or meta.get("version") != 6:
-        raise RefusedPickle(f"{where}: not a persistent class of version 6")
-    return meta
-
-
 def _attributes(module: object, where: str) -> dict:
     """The `__dict__` of a persistent or ordinary module."""
-    ordinary = type(module) is Node and module.function in MODULES
-    attributes = module.state if ordinary else _meta(module, where).get("state")
+    if type(module) is Node and module.function in MODULES:
+        attributes = module.state
+    else:
+        (meta,) = _arguments(module, PERSISTENT, where, 1)  # its `module_src` is code, of no concern here
+        if type(meta) is not dict or meta.get("type") != "class" or meta.get("version") != 6:
+            raise RefusedPickle(f"{where}: not a persistent class of version 6")
+        attributes = meta.get("state")
     if type(attributes) is not dict:
         raise RefusedPickle(f"{where}: a module without attributes")
     return attributes
@@ -191,7 +180,7 @@ def _use_once(thing: object, where: str, used: set[int]) -> None:
 
 
 def _tensor(parameter: object, where: str, used: set[int]) -> Tensor:
-    """Copies one parameter, freeing its bytes. Only whole, contiguous float32 storages occur in snapshots."""
+    """Copies one parameter, freeing its bytes. Snapshots have whole, contiguous float32 storages alone."""
     tensor = _arguments(parameter, PARAMETER, where, 3)[0]
     storage, offset, size, stride = _arguments(tensor, TENSOR, where, 6, 7)[:4]
     (data,) = _arguments(storage, STORAGE, where, 1)
@@ -243,7 +232,12 @@ def architecture(state: dict[str, Tensor]) -> dict:
 def _facts(wrapper: dict, dit: Node, state: dict[str, Tensor]) -> dict:
     """Architecture and method, from shapes where they tell, from plain attributes where they do not."""
     attributes = _attributes(dit, "model")
-    _require_modulation_norm(attributes)
+    children = _get(attributes, "_modules", dict, "model")
+    blocks = _get(_attributes(children.get("blocks"), "blocks"), "_modules", dict, "blocks")
+    for module in (*blocks.values(), children.get("final_layer")):
+        # Shapes do not show whether the modulation is normalised; our network always does it.
+        if not _get(_attributes(module, "blocks, final_layer"), "do_mod_norm", bool, "blocks, final_layer"):
+            raise RefusedPickle("a network without modulation norm (do_mod_norm is false)")
     try:
         model = architecture(state)
         model["heads"] = model["width"] // len(state["blocks.0.attn.q_norm.weight"])
@@ -256,15 +250,6 @@ def _facts(wrapper: dict, dit: Node, state: dict[str, Tensor]) -> dict:
         raise RefusedPickle(f"not a DiT: {error}") from error
     scaled, detach_jvp = (_get(wrapper, name, bool, "net") for name in ("do_scale_param", "detach_jvp"))
     return {"model": model, "method": {"objective": "tvm", "scaled": scaled, "detach_jvp": detach_jvp}}
-
-
-def _require_modulation_norm(dit: dict) -> None:
-    """Shapes do not show whether the modulation is normalised; our network always does it."""
-    children = _get(dit, "_modules", dict, "model")
-    blocks = _get(_attributes(children.get("blocks"), "blocks"), "_modules", dict, "blocks")
-    for module in (*blocks.values(), children.get("final_layer")):
-        if not _get(_attributes(module, "blocks, final_layer"), "do_mod_norm", bool, "blocks, final_layer"):
-            raise RefusedPickle("a network without modulation norm (do_mod_norm is false)")
 
 
 def _check_against_network(state: dict[str, Tensor], config: DiTConfig) -> None:
@@ -285,17 +270,15 @@ def weights_facts(
     """What our weights say beside the architecture: `read_snapshot`'s facts and what is not in the file.
 
     mean, std: one number, or one per channel, of what the network was trained on: latents without scaling,
-    or, with 1 or 3 channels, pixels in 0..255 units. None: the authors' published ones.
-
-    Raises RefusedPickle where they do not fit the channels, or none were published for latents of this size.
+    or, with 1 or 3 channels, pixels in 0..255 units; None: as published. Raises RefusedPickle where they do
+    not fit the channels, or none were published for latents of this size.
     """
     size, channels = facts["model"]["size"], facts["model"]["channels"]
     if mean is None or std is None:
         if size not in LATENTS or channels != 4:
-            sizes = " or ".join(map(str, LATENTS))
             raise RefusedPickle(
                 f"a network of {channels} channels at {size}x{size}: the normalisation is known for 4 "
-                f"channels at {sizes} pixels only; give --mean and --std"
+                f"channels at {' or '.join(map(str, LATENTS))} pixels only; give --mean and --std"
             )
         mean, std = LATENTS[size]
     for name, values in (("--mean", mean), ("--std", std)):
@@ -313,7 +296,8 @@ def weights_facts(
     }
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m eval.import_official", description=__doc__)
     add = parser.add_argument
     add("snapshot", help="the released network-snapshot-*.pkl")
@@ -322,12 +306,6 @@ def _parser() -> argparse.ArgumentParser:
         text = f"{name} of its training data, one or one per channel; default: as published"
         add(f"--{name}", type=float, nargs="+", help=text)
     add("--out", required=True, help="path of the weights to write, without suffix")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    parser = _parser()
     args = parser.parse_args(argv)
     for name, values in (("guidance", [args.guidance]), ("std", args.std or [])):
         if not all(0 < value < math.inf for value in values):

@@ -34,12 +34,11 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise
+        raise  # as it is, while other OSErrors say what is wrong with the content
     except (UnpicklingError, RuntimeError, OSError, EOFError, KeyError) as error:
         lines = str(error).splitlines() or [repr(error)]
-        named = (line for line in lines if "GLOBAL" in line or "WeightsUnpickler" in line)
-        reason = next(named, lines[0])
-        raise ValueError(f"{path}: refused: {reason.strip()}") from error
+        named = [line for line in lines if "GLOBAL" in line or "WeightsUnpickler" in line]
+        raise ValueError(f"{path}: refused: {(named or lines)[0].strip()}") from error
     state = content.get("ema", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise ValueError(f"{path}: neither a state dict of tensors nor a checkpoint that holds one as `ema`")
@@ -74,11 +73,10 @@ def convert(state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
         embedder = net.get_submodule(name)
         torch.nn.init.zeros_(embedder.mlp[2].weight)
         state |= {f"{name}.{key}": x for key, x in embedder.state_dict().items()}
-    ours = {name: x.shape for name, x in net.state_dict().items()}
-    for name in sorted(ours.keys() | state.keys()):
-        theirs = state[name].shape if name in state else None
-        if theirs != ours.get(name):
-            raise ValueError(f"{name}: shape {theirs}, expected {ours.get(name)}")
+    ours, theirs = ({name: x.shape for name, x in part.items()} for part in (net.state_dict(), state))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise ValueError(f"{name}: shape {theirs.get(name)}, expected {ours.get(name)}")
     return state
 
 

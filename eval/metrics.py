@@ -19,13 +19,11 @@ ALONE = {"sync_on_compute": False}
 class FeatureMoments(Metric):
     """Mean and covariance of a stream of feature vectors, in memory that does not depend on its length.
 
-    The states are float64 sums, which torchmetrics adds up over ranks; any split of the samples into batches
-    and ranks therefore gives the same moments up to the order of additions (1e-9 is tested).
+    The states are float64 sums (centred moments are not additive), which torchmetrics adds up over ranks: any
+    split into batches and ranks gives the same moments up to the order of additions (1e-9 is tested).
 
     Raw second moments lose log10(mean^2 / variance) of float64's 16 digits. Network features lose one or two;
-    for data far from the origin pass `shift`, a point near the mean and the same on every rank, which is
-    subtracted first. Sums were chosen over pairwise-merged centred moments because those are not additive, so
-    torchmetrics could neither reduce nor merge them.
+    for data far from the origin pass `shift`, a point near the mean that every rank subtracts first.
 
     num_features: F; shift: (F,), the origin by default.
     """
@@ -75,13 +73,11 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
         |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1^1/2 cov2 cov1^1/2)^1/2).
 
     With cov = R R' from a symmetric eigendecomposition, the trace of that root is the sum of the singular
-    values of R1' R2. This is real for singular covariances too, and never takes the root of a squared number:
-    the eigenvalues of cov1^1/2 cov2 cov1^1/2 carry rounding errors of 1e-16, hence their roots of 1e-8, for
-    every feature that does not vary.
+    values of R1' R2: real for singular covariances too, and without roots of squared numbers, whose rounding
+    errors of 1e-16 would become 1e-8 for every feature that does not vary.
 
-    Means (F,), covariances (F, F), symmetric; eigenvalues that rounding made negative count as 0.
-
-    Raises ValueError where shapes differ, or a value is not finite.
+    Means (F,), covariances (F, F), symmetric; eigenvalues that rounding made negative count as 0. Raises
+    ValueError where shapes differ, or a value is not finite.
     """
     shapes = [tuple(x.shape) for x in (mean1, cov1, mean2, cov2)]
     if mean1.ndim != 1 or shapes != [(len(mean1),), (len(mean1),) * 2] * 2:
@@ -112,9 +108,8 @@ def resampled_distance(
     distances = []
     for _ in range(draws):
         order = torch.randperm(len(one), generator=generator)
-        if other is None:
-            rest = one[order[count : 2 * count]]
-        else:
+        rest = one[order[count : 2 * count]]
+        if other is not None:
             rest = other[torch.randperm(len(other), generator=generator)[:count]]
         moments = [moment for x in (one[order[:count]], rest) for moment in (x.mean(0), x.T.cov())]
         distances.append(frechet_distance(*moments))
@@ -126,11 +121,8 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Kernel distance (KID, Binkowski et al. 2018): unbiased MMD^2 with the kernel (x.y / F + 1)^3.
 
-    torchmetrics' implementation on given features; its subsets come from `seed` alone, so the result depends
-    on the order of the rows and on nothing else.
-
-    Features and reference, (N, F) and (M, F), at least `subset_size` long => mean and standard deviation over
-    the subsets.
+    By torchmetrics; its subsets come from `seed` alone, so beside it the order of the rows matters. Features
+    (N, F) and reference (M, F), at least `subset_size` long => mean and standard deviation over the subsets.
     """
     shortest = min(len(features), len(reference))
     if shortest < subset_size:
@@ -138,8 +130,7 @@ def kernel_distance(
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
         torch.manual_seed(seed)
-        sizes = {"subsets": subsets, "subset_size": subset_size}
-        metric = KernelInceptionDistance(nn.Identity(), **sizes, **ALONE)
+        metric = KernelInceptionDistance(nn.Identity(), subsets, subset_size, **ALONE)
         metric.update(reference, real=True)
         metric.update(features, real=False)
         mean, std = metric.compute()
@@ -147,10 +138,10 @@ def kernel_distance(
 
 
 def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
-    """Inception score (Salimans et al. 2016): exp E KL(p(y|x) || p(y)), by torchmetrics, on given logits.
+    """Inception score (Salimans et al. 2016): exp E KL(p(y|x) || p(y)), by torchmetrics.
 
-    logits: (N, K), for the 2015 graph the outputs without bias; splits: the score is taken on this many
-    parts, shuffled by `seed` => mean and (unbiased) standard deviation over the parts.
+    logits: (N, K), for the 2015 graph the outputs without bias; shuffled by `seed` and split into `splits`
+    parts => mean and (unbiased) standard deviation over the parts.
     """
     if not 2 <= splits <= len(logits):
         raise ValueError(f"splits must lie between 2 and the number of samples, {len(logits)}; got {splits}")
@@ -169,10 +160,8 @@ def precision_recall(
     """Improved precision and recall (Kynkaanniemi et al. 2019), which torchmetrics does not have.
 
     Precision is the share of samples inside the union of balls around the reference points, each reaching to
-    that point's k-th neighbour in the reference; recall is the same with the roles exchanged.
-
-    Features and reference are (N, F) and (M, F), both longer than k; distances are computed for `rows` at a
-    time, which bounds the memory.
+    that point's k-th neighbour in the reference; recall exchanges the roles. Features (N, F) and reference
+    (M, F) are longer than k; `rows` at a time bound the memory.
     """
     if min(len(features), len(reference)) <= k:
         raise ValueError(f"k = {k} needs more than {k} samples, got {len(features)} and {len(reference)}")

@@ -8,13 +8,9 @@ import argparse
 import hashlib
 import math
 import os
-import struct
 import sys
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Collection
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +38,6 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 NUMPY = {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")}
 NUMPY_GLOBALS = NUMPY | {"numpy.ndarray", "numpy.dtype"}
 MAX_ARRAY_BYTES = 2**28  # a covariance of 5,000 features
-# What zipfile and numpy raise on damaged files.
-NPZ_ERRORS = (ValueError, KeyError, OSError, EOFError, MemoryError, RuntimeError, struct.error, zlib.error)
-NPZ_ERRORS += (NotImplementedError, TypeError, tokenize.TokenError, zipfile.BadZipFile)
 
 
 def unpack(folder: Path, shard: MDSReader) -> None:
@@ -79,6 +72,10 @@ class MDSImages(Dataset):
     def rows(self, index: Tensor) -> list[dict[str, Any]]:
         """All columns of these samples."""
         return [self.samples[i] for i in index.tolist()]
+
+    def labels(self, index: Tensor, classes: int) -> Tensor:
+        """(n,), of these samples; 0 for a network without classes."""
+        return torch.tensor([int(row["label"]) for row in self.rows(index)]).clamp(max=classes)
 
     def text(self, index: Tensor, config: TextConfig) -> Text:
         """The captions of these samples as a network with `config` takes them."""
@@ -125,9 +122,8 @@ def open_images(source: str | Path) -> Dataset:
 class Reference:
     """The real images as the extractor sees them: a folder of them, or a file of statistics.
 
-    digest: of the real images and the classifier, as far as their files say; others give other distances.
-    features: (N, F) if `keep` names them or a floor is wanted, else None.
-    floor: mean Frechet distance between random halves of the images, what perfect samples would score; None
+    digest: see `content_digest`; features: (N, F) if `keep` names them or a floor is wanted, else None;
+    floor: mean Frechet distance between random halves of the images, what perfect samples would score, None
     for a file or with floor_splits 0.
     """
 
@@ -145,10 +141,9 @@ class Reference:
         self.digest = content_digest(source, extractor)
         if images is None:
             self.moments = read_statistics(source)
-            if len(self.moments[0]) != extractor.num_features:
+            if (known := len(self.moments[0])) != (wanted := extractor.num_features):
                 raise ValueError(
-                    f"reference: {source} is of {len(self.moments[0])} features, "
-                    f"extractor {extractor.name} has {extractor.num_features}"
+                    f"reference: {source} is of {known} features, extractor {extractor.name} has {wanted}"
                 )
             return
         keep = {"features"} if floor_splits else {"features"} & set(keep)
@@ -161,15 +156,18 @@ class Reference:
 
 
 def content_digest(source: str, extractor: FeatureExtractor) -> str:
-    """Of a statistics file, a dataset folder's index (it has checksums) or a folder's names and sizes."""
+    """Of the real images and the classifier, as far as their files say; others give other distances.
+
+    A dataset folder's index has checksums; of other folders, names and sizes count.
+    """
     path = Path(source)
-    if path.is_dir():
-        index = path / "index.json"
-        sizes = [] if index.is_file() else sorted((str(p), p.stat().st_size) for p in path.rglob("*"))
-        content = index.read_bytes() if index.is_file() else repr(sizes).encode()
+    if (path / "index.json").is_file():
+        content = (path / "index.json").read_bytes()
+    elif path.is_dir():
+        content = repr(sorted((str(p), p.stat().st_size) for p in path.rglob("*"))).encode()
     else:
         content = path.read_bytes()
-    trained = asdict(extractor.settings) if isinstance(extractor, SmallImageClassifier) else {}
+    trained = getattr(extractor, "settings", {})
     return hashlib.sha256(content + repr(trained).encode()).hexdigest()
 
 
@@ -194,7 +192,7 @@ def labelled(images: Dataset) -> tuple[Tensor, Tensor]:
     """All images (N, C, H, W) and labels (N,) of a dataset folder, in memory. Raises ValueError."""
     if not isinstance(images, MDSImages):
         raise ValueError("reference: labels are needed, which only a dataset folder has")
-    samples = [images.samples[i] for i in range(len(images))]
+    samples = images.rows(torch.arange(len(images)))
     pixels = torch.stack([torch.tensor(s["image"]) for s in samples])
     return pixels, torch.tensor([int(s["label"]) for s in samples])
 
@@ -213,9 +211,8 @@ class HeldOut:
     """Real images that the weights have not seen: is a sample as new as these are, or a copy?
 
     features: (H, F); near: (H,), their distances to the nearest image of the reference, which holds none of
-    them. Distances between sets are means over `draws` random subsets of `count` images, the same number on
-    both sides, so that they can be compared with what real images score: training images against other
-    training images, and against held-out ones.
+    them. Distances between sets are means over `draws` random subsets of `count` images on both sides, to be
+    compared with what training images score against other training images, and against held-out ones.
 
     Raises ValueError where more than half of the held-out images are in the reference, or of another shape.
     """
@@ -278,10 +275,6 @@ class Captions:
         self.stored = (read_manifest(images.folder).text or {}).get("sha256")
         self.clip = None if clip is None else load_clip(clip)
 
-    def labels(self, classes: int) -> Tensor:
-        """(n,), of the images; 0 for a network without classes."""
-        return torch.tensor([int(row["label"]) for row in self.images.rows(self.own)]).clamp(max=classes)
-
     def text(self, prompts: str, config: TextConfig, index: Tensor) -> Text:
         """What the network is told for these samples: own or shuffled captions."""
         return self.images.text(self.asked[prompts][index], config)
@@ -320,9 +313,8 @@ def read_statistics(path: str | Path, metric: str = "fid") -> tuple[Tensor, Tens
     """Mean (F,) and covariance (F, F), float64, from a file of reference statistics; executes nothing.
 
     path: an .npz with mu and sigma (ours, ADM's, EDM's), or a .pkl in one of three layouts: {mu, sigma},
-    {metric: {mu, sigma}} (EDM2's), or sums {raw_mean, raw_cov, num_items} (StyleGAN3's FeatureStats).
-
-    Raises OSError where it cannot be opened, ValueError where it is damaged, not finite or something else.
+    {metric: {mu, sigma}} (EDM2's), or sums {raw_mean, raw_cov, num_items} (StyleGAN3's FeatureStats). Raises
+    OSError where it cannot be opened, ValueError where it is damaged, not finite or something else.
     """
     suffix = Path(path).suffix
     if suffix not in (".npz", ".pkl"):
@@ -351,54 +343,43 @@ def _read_npz(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             if any(array.dtype not in (np.float32, np.float64) for array in statistics):
                 raise ValueError("mu and sigma are not float32 or float64")
             return statistics
-        except NPZ_ERRORS as error:
+        except Exception as error:  # zipfile and numpy raise many kinds on damaged files
             raise ValueError(f"{path}: not .npz statistics ({type(error).__name__}: {error})") from error
 
 
 def _read_pickle(path: str | Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
     content = read_file(path, NUMPY_GLOBALS)
-    try:
-        return _pickled_moments(content, metric)
-    except RefusedPickle as error:
-        raise RefusedPickle(f"{path}: {error}") from error
-
-
-def _pickled_moments(content: object, metric: str) -> tuple[np.ndarray, np.ndarray]:
     if type(content) is dict and metric in content:
         content = content[metric]
     match content:
         case {"mu": mean, "sigma": covariance}:
-            return _array(mean, "mu"), _array(covariance, "sigma")
+            return _array(mean, f"{path}: mu"), _array(covariance, f"{path}: sigma")
         case {"raw_mean": total, "raw_cov": total_outer, "num_items": int(count)} if 0 < count < 2**53:
-            mean, second = _array(total, "raw_mean") / count, _array(total_outer, "raw_cov") / count
+            mean = _array(total, f"{path}: raw_mean") / count
+            second = _array(total_outer, f"{path}: raw_cov") / count
             if second.shape != (mean.size, mean.size):
-                raise RefusedPickle("raw_mean and raw_cov do not belong together")
+                raise RefusedPickle(f"{path}: raw_mean and raw_cov do not belong together")
             return mean, second - np.outer(mean, mean)
-    raise RefusedPickle(f"neither {{mu, sigma}}, alone or under {metric!r}, nor raw sums of features")
+    raise RefusedPickle(f"{path}: neither {{mu, sigma}}, alone or under {metric!r}, nor raw sums of features")
 
 
-def _array(node: object, name: str) -> np.ndarray:
+def _array(node: object, where: str) -> np.ndarray:
     """The array that a pickled numpy array of little-endian floats describes."""
     match node:
-        case Node(
-            function, (Global("numpy.ndarray"), (0,), b"b"), (1, tuple(shape), dtype, bool(fortran), data)
-        ):
-            known = function in NUMPY and type(data) is bytes
+        case Node(name, (Global("numpy.ndarray"), (0,), b"b"), (1, tuple(shape), dtype, bool(fortran), data)):
+            known = name in NUMPY and type(data) is bytes
         case _:
             known = False
     if not known:
-        raise RefusedPickle(f"{name}: not a numpy array")
+        raise RefusedPickle(f"{where}: not a numpy array")
     match dtype:
         case Node("numpy.dtype", (("f4" | "f8") as kind, False, True), (3, "<", None, None, None, -1, -1, 0)):
-            itemsize = int(kind[1])
+            size = int(kind[1])
         case _:
-            raise RefusedPickle(f"{name}: not little-endian float32 or float64")
-    if (
-        len(shape) > 2
-        or any(type(n) is not int or n < 1 for n in shape)
-        or math.prod(shape) * itemsize != len(data)
-    ):
-        raise RefusedPickle(f"{name}: the shape does not fit the data")
+            raise RefusedPickle(f"{where}: not little-endian float32 or float64")
+    whole = all(type(n) is int and n > 0 for n in shape)
+    if len(shape) > 2 or not whole or math.prod(shape) * size != len(data):
+        raise RefusedPickle(f"{where}: the shape does not fit the data")
     return np.frombuffer(data, f"<{kind}").reshape(shape, order="F" if fortran else "C")
 
 

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 
 from eval.metrics import nearest
 from eval.reference import MDSImages, Reference
-from eval.sample import Generator, no_text
+from eval.sample import Generator
 from recipe.sampler import grid
 from recipe.text import Text
 
@@ -148,11 +148,8 @@ def plot_losses(axis: Axes, log: dict[str, np.ndarray]) -> None:
 
 def best_curve(rows: list[Row], axis: str) -> tuple[list[float], list[float]]:
     """For each value of `axis` that is known the lowest distance over everything else."""
-    best: dict[float, float] = {}
-    for row in rows:
-        if row[axis] is not None:
-            best[row[axis]] = min(row["frechet_distance"], best.get(row[axis], float("inf")))
-    return list(zip(*sorted(best.items()), strict=True)) or ([], [])
+    known = sorted({row[axis] for row in rows} - {None})
+    return known, [min(row["frechet_distance"] for row in rows if row[axis] == x) for x in known]
 
 
 TITLES = {
@@ -215,58 +212,55 @@ def real_examples(images: Dataset | None, classes: list[int], columns: int) -> T
     found: dict[int, list[Tensor]] = {c: [] for c in classes}
     for i in range(len(images)):
         sample = images.samples[i]
-        chosen = found.get(int(sample["label"]))
-        if chosen is not None and len(chosen) < columns:
-            chosen.append(torch.tensor(sample["image"]))
-            if all(len(c) == columns for c in found.values()):
-                break
-    blank = torch.full_like(torch.tensor(images.samples[0]["image"]), 255)
+        shown = found.get(int(sample["label"]), [])
+        if len(shown) < columns:
+            shown.append(torch.tensor(sample["image"]))
+        if all(len(c) == columns for c in found.values()):
+            break
+    blank = torch.full_like(images[0], 255)
     return torch.stack([image for c in found.values() for image in c + [blank] * (columns - len(c))])
 
 
 def shown_rows(
     images: Dataset | None, generator: Generator, columns: int
-) -> tuple[list[str], list[int], Callable[[Tensor], Text | None], Tensor | None]:
+) -> tuple[list[str], list[int], Callable[[Tensor], Text] | None, Tensor | None]:
     """Names, labels, prompts (see Generator.batches) and real images of the rows to show."""
     classes, config = generator.net.config.classes, generator.net.config.text
     if config is None:
         labels = list(range(min(max(1, classes), 10)))
         names = generator.facts["data"].get("class_names") or list(map(str, labels))
-        return names[: len(labels)], labels, no_text, real_examples(images, labels, columns)
+        return names[: len(labels)], labels, None, real_examples(images, labels, columns)
     first = torch.arange(min(10, len(images)))
     rows = images.rows(first)
     names = ["\n".join(textwrap.wrap(row["caption"], 28, max_lines=2)) for row in rows]
-    labels = [min(int(row["label"]), classes) for row in rows]
+    labels = images.labels(first, classes).tolist()
     real = torch.stack([images[i] for i in first.tolist()])
     return names, labels, lambda index: images.text(index // columns, config), real
 
 
-def newest_rows(rows: list[Row]) -> tuple[list[Row], float]:
-    """The rows of the first row's weights, and the w with the lowest distance among them."""
+def compared(rows: list[Row]) -> tuple[list[int], float]:
+    """Each NFE of the first row's weights, and the w of their lowest distance."""
     newest = [r for r in rows if r["weights"] == rows[0]["weights"]]
-    return newest, min(newest, key=lambda r: r["frechet_distance"])["w"]
+    return sorted({r["nfe"] for r in newest}), min(newest, key=lambda r: r["frechet_distance"])["w"]
 
 
 def plot_samples(
     rows: list[Row], images: Dataset | None, generator: Generator, path: Path, columns: int = 8
 ) -> None:
-    """One row per class, or per caption of the reference's first images: real images, then the first row's
-    weights, each NFE from the same noise.
-
-    w is the one with the lowest distance among these weights' rows.
+    """One row per class, or per caption of the reference's first images: real images, then samples of the
+    first row's weights, with each NFE from the same noise.
     """
     names, shown, text, real = shown_rows(images, generator, columns)
-    parts, titles = ([real], ["real"]) if real is not None else ([], [])
+    parts = {} if real is None else {"real": real}
     requested = torch.tensor(shown).repeat_interleave(columns)
-    newest, w = newest_rows(rows)
-    for nfe in sorted({r["nfe"] for r in newest}):
+    steps, w = compared(rows)
+    for nfe in steps:
         drawn = generator.batches(requested, torch.arange(len(requested)), nfe, w, columns, text=text)
-        parts.append(torch.cat([images.cpu() for images, _ in drawn]))
-        titles.append(f"{nfe} step{'s' if nfe > 1 else ''}")
-    pictures = [grid(part, len(part) // len(shown), max(1, 32 // part.shape[-1])) for part in parts]
+        parts[f"{nfe} step{'s' if nfe > 1 else ''}"] = torch.cat([images.cpu() for images, _ in drawn])
+    pictures = [grid(x, len(x) // len(shown), max(1, 32 // x.shape[-1])) for x in parts.values()]
     size = (3.2 * len(parts), 0.42 * len(shown) + 0.5)
     figure, axes = plt.subplots(1, len(parts), figsize=size, squeeze=False, layout="constrained")
-    for axis, picture, title in zip(axes[0], pictures, titles, strict=True):
+    for axis, picture, title in zip(axes[0], pictures, parts, strict=True):
         axis.imshow(picture, interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
@@ -281,16 +275,15 @@ def draw_nearest(
     rows: list[Row], reference: Reference, generator: Generator, path: Path, columns: int = 20
 ) -> None:
     """Samples of the first row's weights, each above its nearest training image; two lines for each NFE."""
-    classes, config = generator.net.config.classes, generator.net.config.text
-    labels, seeds = torch.arange(columns) % max(1, classes), torch.arange(columns)
-    text = None
-    if config is not None:
+    config, seeds, text = generator.net.config, torch.arange(columns), None
+    labels = seeds % max(1, config.classes)
+    if config.text is not None:
         own = seeds % len(reference.images)
-        text = reference.images.text(own, config)
-        labels = torch.tensor([int(row["label"]) for row in reference.images.rows(own)]).clamp(max=classes)
-    newest, w = newest_rows(rows)
+        labels = reference.images.labels(own, config.classes)
+        text = reference.images.text(own, config.text)
+    steps, w = compared(rows)
     lines = []
-    for nfe in sorted({r["nfe"] for r in newest}):
+    for nfe in steps:
         samples = generator(labels, seeds, nfe, w, text).cpu()
         found = nearest(reference.extractor(samples).cpu(), reference.features)[1].tolist()
         lines += [samples, torch.stack([reference.images[i] for i in found]), torch.full_like(samples, 255)]
@@ -316,16 +309,13 @@ def html_table(rows: list[Row]) -> str:
     classes = [' class="left"' if title in LEFT_ALIGNED else "" for title in titles]
     best = min(range(len(rows)), key=lambda i: rows[i]["frechet_distance"])
 
-    def line(tag: str, texts: list[str]) -> str:
-        return "".join(
-            f"<{tag}{c}>{html.escape(text)}</{tag}>" for c, text in zip(classes, texts, strict=True)
-        )
+    def line(tag: str, texts: list[str], mark: str = "") -> str:
+        parts = (f"<{tag}{c}>{html.escape(text)}</{tag}>" for c, text in zip(classes, texts, strict=True))
+        return f"<tr{mark}>{''.join(parts)}</tr>"
 
-    body = [
-        f"<tr{' class=best' if i == best else ''}>{line('td', texts)}</tr>" for i, texts in enumerate(cells)
-    ]
-    head = f"<thead><tr>{line('th', titles)}</tr></thead>"
-    return f'<div class="wide"><table>{head}<tbody>{"".join(body)}</tbody></table></div>'
+    body = "".join(line("td", texts, " class=best" * (i == best)) for i, texts in enumerate(cells))
+    head = f"<thead>{line('th', titles)}</thead>"
+    return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
 def html_page(rows: list[Row], protocol: str, title: str, pictures: dict[str, Path]) -> str:
@@ -360,7 +350,7 @@ def write_report(
     plot_metrics(rows, pictures["Curves"])
     plot_samples(rows, reference.images, generator, pictures["Samples"])
     if "nearer_share" in rows[0]:
-        steps = ", ".join(map(str, sorted({r["nfe"] for r in newest_rows(rows)[0]})))
+        steps = ", ".join(map(str, compared(rows)[0]))
         heading = f"Samples of {steps} steps, each above its nearest training image"
         pictures[heading] = folder / "nearest.png"
         draw_nearest(rows, reference, generator, pictures[heading])

@@ -23,7 +23,6 @@ CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE"}
 LITERALS |= {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
 EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "EMPTY_TUPLE": tuple}
-TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 # Tuples are refused as keys because hashing one that contains itself 2^n times never ends; large integers and
 # floats because multiples of 2^61 - 1 all have the same hash.
 KEY_TYPES = (str, int, bool, type(None))
@@ -82,7 +81,7 @@ def read_stream(
             if count >= max_operations:
                 raise RefusedPickle(f"more than {max_operations} pickle operations")
             if opcode.name == "STOP":
-                return machine.pop()
+                return machine.stack.pop()
             machine.step(opcode.name, argument)
     except RefusedPickle:
         raise
@@ -95,7 +94,7 @@ def read_stream(
 
 
 class _Machine:
-    """The stack machine; each method `do_opcode` carries out the OPCODE of its name, no other is known."""
+    """The stack machine; it knows no opcode but those of `step`."""
 
     def __init__(self, allowed: frozenset[str]) -> None:
         self.allowed = allowed
@@ -103,40 +102,74 @@ class _Machine:
         self.below: list[list] = []  # the stacks under each MARK
         self.memo: dict[int, object] = {}
 
-    def step(self, name: str, argument: object) -> None:
-        if name in LITERALS:
-            self.stack.append(argument)
-        elif name in CONSTANTS:
-            self.stack.append(CONSTANTS[name])
-        elif name in EMPTY:
-            self.stack.append(EMPTY[name]())
-        elif name in TUPLES:
-            self.stack.append(tuple(reversed([self.pop() for _ in range(TUPLES[name])])))
-        elif operation := getattr(self, f"do_{name.lower()}", None):
-            operation(argument)
-        elif name not in ("PROTO", "FRAME"):
-            raise RefusedPickle(f"refused pickle opcode {name}")
+    def step(self, opcode: str, argument: object) -> None:
+        pop = self.stack.pop
+        match opcode:
+            case "PROTO" | "FRAME":
+                pass
+            case _ if opcode in LITERALS:
+                self.push(argument)
+            case _ if opcode in CONSTANTS:
+                self.push(CONSTANTS[opcode])
+            case _ if opcode in EMPTY:
+                self.push(EMPTY[opcode]())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                items = [pop() for _ in range(int(opcode[-1]))]
+                self.push(tuple(reversed(items)))
+            case "MARK":
+                self.below.append(self.stack)
+                self.stack = []
+            case "TUPLE":
+                self.push(tuple(self.pop_mark()))
+            case "APPEND":
+                self.extend([pop()])
+            case "APPENDS":
+                self.extend(self.pop_mark())
+            case "SETITEM":
+                value, key = pop(), pop()
+                self.update([key, value])
+            case "SETITEMS":
+                self.update(self.pop_mark())
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = self.stack[-1]
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = self.stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                self.push(self.memo[argument])
+            case "GLOBAL":
+                self.push_global(argument.replace(" ", "."))
+            case "STACK_GLOBAL":
+                name, module = pop(), pop()
+                if type(name) is not str or type(module) is not str:
+                    raise RefusedPickle("a global whose name is not text")
+                self.push_global(f"{module}.{name}")
+            case "BINPERSID":
+                self.push(Node("persistent id", pop()))
+            case "REDUCE" | "NEWOBJ":
+                args, function = pop(), pop()
+                if type(function) is not Global or type(args) is not tuple:
+                    raise RefusedPickle("a call of something that is not a global")
+                empty = function.name == "collections.OrderedDict" and not args
+                self.push({} if empty else Node(function.name, args))
+            case "BUILD":
+                state = pop()
+                if type(self.stack[-1]) is not Node:
+                    raise RefusedPickle(f"state set on a {type(self.stack[-1]).__name__}")
+                self.stack[-1].state = state
+            case _:
+                raise RefusedPickle(f"refused pickle opcode {opcode}")
 
-    def pop(self) -> object:
-        return self.stack.pop()
+    def push(self, value: object) -> None:
+        self.stack.append(value)
+
+    def push_global(self, name: str) -> None:
+        if name not in self.allowed:
+            raise RefusedPickle(f"refused global {name[:200]!r}")
+        self.push(Global(name))
 
     def pop_mark(self) -> list:
         items, self.stack = self.stack, self.below.pop()
         return items
-
-    def do_mark(self, _: None) -> None:
-        self.below.append(self.stack)
-        self.stack = []
-
-    def do_tuple(self, _: None) -> None:
-        items = self.pop_mark()
-        self.stack.append(tuple(items))
-
-    def do_append(self, _: None) -> None:
-        self.extend([self.pop()])
-
-    def do_appends(self, _: None) -> None:
-        self.extend(self.pop_mark())
 
     def extend(self, items: list) -> None:
         target = self.stack[-1]
@@ -144,13 +177,6 @@ class _Machine:
             target.extend(items)
         elif type(target) is not Node:
             raise RefusedPickle(f"items appended to a {type(target).__name__}")
-
-    def do_setitem(self, _: None) -> None:
-        value, key = self.pop(), self.pop()
-        self.update([key, value])
-
-    def do_setitems(self, _: None) -> None:
-        self.update(self.pop_mark())
 
     def update(self, items: list) -> None:
         target, keys = self.stack[-1], items[::2]
@@ -162,48 +188,3 @@ class _Machine:
             if type(key) not in KEY_TYPES or (type(key) is int and abs(key) > MAX_KEY):
                 raise RefusedPickle(f"refused a {type(key).__name__} as key of a dict")
         target.update(zip(keys, items[1::2], strict=True))
-
-    def do_memoize(self, _: None) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
-
-    def do_binput(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
-
-    do_long_binput = do_binput
-
-    def do_binget(self, index: int) -> None:
-        self.stack.append(self.memo[index])
-
-    do_long_binget = do_binget
-
-    def do_stack_global(self, _: None) -> None:
-        name, module = self.pop(), self.pop()
-        if type(name) is not str or type(module) is not str:
-            raise RefusedPickle("a global whose name is not text")
-        self.push_global(f"{module}.{name}")
-
-    def do_global(self, argument: str) -> None:
-        self.push_global(argument.replace(" ", "."))
-
-    def push_global(self, name: str) -> None:
-        if name not in self.allowed:
-            raise RefusedPickle(f"refused global {name[:200]!r}")
-        self.stack.append(Global(name))
-
-    def do_binpersid(self, _: None) -> None:
-        self.stack.append(Node("persistent id", self.pop()))
-
-    def do_reduce(self, _: None) -> None:
-        args, function = self.pop(), self.pop()
-        if type(function) is not Global or type(args) is not tuple:
-            raise RefusedPickle("a call of something that is not a global")
-        empty = function.name == "collections.OrderedDict" and not args
-        self.stack.append({} if empty else Node(function.name, args))
-
-    do_newobj = do_reduce
-
-    def do_build(self, _: None) -> None:
-        state = self.pop()
-        if type(self.stack[-1]) is not Node:
-            raise RefusedPickle(f"state set on a {type(self.stack[-1]).__name__}")
-        self.stack[-1].state = state

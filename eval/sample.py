@@ -63,38 +63,11 @@ PROTOCOLS = {
 }
 
 
-def spread_labels(class_counts: list[int], seeds: Tensor) -> Tensor:
-    """Labels in the proportions of class_counts, in order; exactly the counts where n is their sum."""
-    positions = torch.arange(len(seeds), dtype=torch.float64) + 0.5
-    return _at_quantiles(class_counts, positions / len(seeds))
-
-
-def draw_labels(class_counts: list[int], seeds: Tensor) -> Tensor:
-    """Independent labels with probabilities proportional to class_counts, each from its sample's seed."""
-    key = keys(0, torch.zeros_like(seeds), seeds, Stream.LABEL_DROP)
-    return _at_quantiles(class_counts, uniform(key, 1)[:, 0])
-
-
-def _at_quantiles(class_counts: list[int], quantiles: Tensor) -> Tensor:
-    shares = torch.tensor(class_counts, dtype=torch.float64).cumsum(0)
-    return torch.searchsorted(shares, quantiles * shares[-1], right=True)
-
-
-def balance_labels(class_counts: list[int], seeds: Tensor) -> Tensor:
-    """0, 1, ..., K-1, 0, 1, ...: equally many of each. Raises ValueError where K does not divide n."""
-    if len(seeds) % len(class_counts):
-        raise ValueError(
-            f"samples: {len(seeds)} is not a multiple of the {len(class_counts)} classes, as `balanced` needs"
-        )
-    return torch.arange(len(seeds)) % len(class_counts)
-
-
-# Labels of samples with these seeds from the training samples of each class, and what to call them.
-LABELS: dict[str, tuple[Callable[[list[int], Tensor], Tensor], str]] = {
-    "matched": (spread_labels, "labels in the proportions of the training data"),
-    "drawn": (draw_labels, "labels drawn from the training distribution"),
-    "balanced": (balance_labels, "equally many samples of every class"),
-    "uniform": (lambda counts, seeds: draw_labels([1] * len(counts), seeds), "labels drawn uniformly"),
+LABELS = {
+    "matched": "labels in the proportions of the training data",
+    "drawn": "labels drawn from the training distribution",
+    "balanced": "equally many samples of every class",
+    "uniform": "labels drawn uniformly",
 }
 
 
@@ -103,7 +76,7 @@ def describe(name: str, samples: int) -> str:
     protocol = PROTOCOLS[name]
     usual = f" (the protocol's number is {protocol.samples:,})" if samples != protocol.samples > 0 else ""
     return (
-        f"Protocol `{name}`: {samples:,} samples{usual}, {LABELS[protocol.labels][1]}, "
+        f"Protocol `{name}`: {samples:,} samples{usual}, {LABELS[protocol.labels]}, "
         f"pixels rounded {protocol.rounding}, against {protocol.reference}."
     )
 
@@ -111,18 +84,30 @@ def describe(name: str, samples: int) -> str:
 def choose_labels(name: str, classes: int, class_counts: list[int], seeds: Tensor) -> Tensor:
     """int64 labels (n,) of the protocol for samples with these seeds; 0 for a network without classes.
 
-    class_counts: training samples of each class. Raises ValueError where the protocol needs them and they are
-    not known (an empty list).
+    Drawn labels depend on the samples' seeds alone, the others are in order. class_counts: training samples
+    of each class. Raises ValueError where the protocol needs them and they are not known (an empty list), or
+    where it needs a multiple of the classes.
     """
-    kind = PROTOCOLS[name].labels
+    kind, n = PROTOCOLS[name].labels, len(seeds)
     if classes == 0:
         return torch.zeros_like(seeds)
-    if kind in ("matched", "drawn") and len(class_counts) != classes:
+    if kind == "balanced":
+        if n % classes:
+            raise ValueError(f"samples: {n} is not a multiple of the {classes} classes, as `balanced` needs")
+        return torch.arange(n) % classes
+    if kind == "uniform":
+        class_counts = [1] * classes
+    elif len(class_counts) != classes:
         raise ValueError(
             f"protocol {name} needs the number of training samples of each of the {classes} classes, "
             f"{len(class_counts)} are known"
         )
-    return LABELS[kind][0](class_counts or [1] * classes, seeds)
+    if kind == "matched":  # exactly the counts where n is their sum
+        quantiles = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    else:
+        quantiles = uniform(keys(0, torch.zeros_like(seeds), seeds, Stream.LABEL_DROP), 1)[:, 0]
+    shares = torch.tensor(class_counts, dtype=torch.float64).cumsum(0)
+    return torch.searchsorted(shares, quantiles * shares[-1], right=True)
 
 
 def quantize(values: Tensor, rounding: str) -> Tensor:
@@ -131,10 +116,6 @@ def quantize(values: Tensor, rounding: str) -> Tensor:
 
 
 # ---------------------------------------------------------------- weights that make images
-
-
-def no_text(index: Tensor) -> None:
-    """The prompts of these samples: none, or empty ones."""
 
 
 class Generator:
@@ -168,7 +149,7 @@ class Generator:
     def noise(self, seeds: Tensor) -> Tensor:
         """(B, C, H, W) from int64 seeds (B,)."""
         config = self.net.config
-        shape = (config.channels, config.size, config.size)
+        shape = config.channels, config.size, config.size
         return initial_noise(seeds.to(self.device), shape, self.dtype)
 
     def __call__(self, label: Tensor, seeds: Tensor, nfe: int, w: float, text: Text | None = None) -> Tensor:
@@ -199,20 +180,20 @@ class Generator:
         batch_size: int,
         rank: int = 0,
         world: int = 1,
-        text: Callable[[Tensor], Text | None] = no_text,
+        text: Callable[[Tensor], Text] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, index) of every world-th batch, beginning with the rank's; index: which of the samples.
 
-        text: from an index to these samples' prompts.
+        text: from an index to these samples' prompts; None for empty ones.
         """
         for index in torch.arange(len(seeds)).split(batch_size)[rank::world]:
-            yield self(label[index], seeds[index], nfe, w, text(index)), index
+            yield self(label[index], seeds[index], nfe, w, text and text(index)), index
 
     def encode(self, prompts: list[str], text_encoder: str | None = None) -> Text:
         """Prompts for this network; those that are too long are cut, with a warning that counts them.
 
-        text_encoder: of stored embeddings, folder or hub name of the model; None for the one that the weights
-        name. Raises ValueError where it is not the one that the network was trained with.
+        text_encoder: of stored embeddings, folder or hub name of the model; None: as the weights say. Raises
+        ValueError where it is not the one that the network was trained with.
         """
         config = self.net.config.text
         if config is None:
@@ -229,9 +210,8 @@ class Generator:
                 )
             text, cut = Text(*map(torch.from_numpy, encoder.encode(prompts))), encoder.cut
         if cut:
-            warnings.warn(
-                f"{cut} of {len(prompts)} prompts are longer than {config.tokens} tokens", stacklevel=2
-            )
+            said = f"{cut} of {len(prompts)} prompts are longer than {config.tokens} tokens"
+            warnings.warn(said, stacklevel=2)
         return text
 
 
@@ -241,20 +221,16 @@ def load_decoder(
     """A function from latents (N, c, h, w), as stored, to pixels (N, 3, H, W) in 0..255 units, not rounded.
 
     It works in fp16 on a GPU, as the published evaluations do, and in fp32 on a CPU, `batch_size` at a time.
-
-    encoder: what the weights say about the autoencoder (`encoder` of the dataset's manifest); vae: folder of
-    a diffusers AutoencoderKL, None for the one that `encoder` names.
-
-    Raises ValueError where diffusers is missing, there is no such autoencoder, or the latents were made with
-    other weights.
+    encoder: of the dataset's manifest, as the weights say; vae: folder of a diffusers AutoencoderKL, None for
+    the one that `encoder` names. Raises ValueError where diffusers is missing, there is no such autoencoder,
+    or the latents were made with other weights.
     """
     model = vae or encoder.get("model") or encoder["name"]
     network = load_vae(model, "fp32", str(device)).requires_grad_(False)
     made_with = encoder.get("hash")
-    if made_with is not None and hash_weights(network) != made_with:
+    if made_with is not None and (found := hash_weights(network)) != made_with:
         raise ValueError(
-            f"vae: the weights of {model} hash to {hash_weights(network)}, "
-            f"the latents were made with {made_with}"
+            f"vae: the weights of {model} hash to {found}, the latents were made with {made_with}"
         )
     network = network.half() if torch.device(device).type == "cuda" else network
     scaling = encoder.get("scaling", 1.0)
@@ -308,9 +284,10 @@ def write_npz(path: Path, batches: Iterable[tuple[Tensor, Tensor]], labels: Tens
             np.lib.format.write_array(file, labels.numpy())
 
 
-def parse_labels(text: str, net: DiT) -> Tensor:
-    """`0,1,2` => int64 labels; `none` is the unconditional index. Raises ValueError."""
+def parse_labels(text: str | None, net: DiT) -> Tensor:
+    """`0,1,2` => int64 labels; `none` is the unconditional index; None: the first ten. Raises ValueError."""
     classes = net.config.classes
+    text = text or ",".join(map(str, range(min(classes, 10)))) or "none"
     known = {"none": net.config.null, **{str(label): label for label in range(classes)}}
     for part in text.split(","):
         if part.strip() not in known:
@@ -320,9 +297,8 @@ def parse_labels(text: str, net: DiT) -> Tensor:
 
 def parse_prompts(given: list[str], labels: str | None, net: DiT) -> tuple[list[str], Tensor]:
     """Prompts, or the lines of a file of them, and a label for each. Raises OSError, ValueError."""
-    prompts = (
-        Path(given[0]).read_text().splitlines() if len(given) == 1 and Path(given[0]).is_file() else given
-    )
+    file = Path(given[0])
+    prompts = file.read_text().splitlines() if len(given) == 1 and file.is_file() else given
     if not net.config.classes:
         return prompts, torch.zeros(len(prompts), dtype=torch.int64)
     chosen = parse_labels(labels, net) if labels else torch.tensor([])
@@ -331,32 +307,6 @@ def parse_prompts(given: list[str], labels: str | None, net: DiT) -> tuple[list[
             f"--labels: one for all prompts, or one for each of {len(prompts)}, since there are classes"
         )
     return prompts, chosen.expand(len(prompts))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.sample",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("weights", help="NAME, NAME.json or NAME.safetensors")
-    add("--nfe", type=int, default=1, help="network evaluations (steps)")
-    add("--w", type=float, help="guidance weight; default: the one of training")
-    add("--labels", help="comma-separated classes or `none`; default: the first ten")
-    add("--prompts", nargs="+", help="a row for each; one name of a file: a prompt a line")
-    add("--text-encoder", help="folder or hub name, for stored embeddings; default: as the weights say")
-    add("--columns", type=int, default=8, help="samples of each label, or interpolation steps")
-    add("--samples", type=int, help="for .npz and folders; default: the protocol's number")
-    add("--protocol", choices=sorted(PROTOCOLS), help="labels and rounding; default: balanced")
-    add("--seed", type=int, default=0)
-    add("--interpolate", type=int, metavar="SEED", help="the seed that every row ends at")
-    add("--batch-size", type=int, default=64)
-    add("--dtype", choices=DTYPES, default="fp32")
-    add("--vae", help="folder of a diffusers AutoencoderKL; default: as the weights say")
-    add("--scale", type=int, default=4, help="pixels of a grid per pixel")
-    add("--out", type=Path, default=Path("grid.png"), help=".png, .npz or a folder")
-    return parser
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -383,9 +333,7 @@ def draw_grid(
     generator: Generator, labels: Tensor, prompts: list[str], w: float, options: argparse.Namespace
 ) -> np.ndarray:
     """One row for each label, or prompt: other seeds, or the way from one seed to another."""
-    columns = options.columns
-    repeated = labels.repeat_interleave(columns)
-    size = options.batch_size
+    columns, repeated = options.columns, labels.repeat_interleave(options.columns)
     text = generator.encode(prompts, options.text_encoder) if prompts else None
     if options.interpolate is not None:
         ends = generator.noise(torch.tensor([options.seed, options.interpolate]))
@@ -393,16 +341,16 @@ def draw_grid(
     else:
         noise = generator.noise(options.seed + torch.arange(len(repeated)))
     images = []
-    for index in tqdm(torch.arange(len(repeated)).split(size), "sampling", unit="batch"):
-        rows = None if text is None else Text(*(x[index // columns] for x in text))
-        images.append(generator.from_noise(noise[index], repeated[index], options.nfe, w, rows).cpu())
+    for index in tqdm(torch.arange(len(repeated)).split(options.batch_size), "sampling", unit="batch"):
+        told = None if text is None else Text(*(x[index // columns] for x in text))
+        images.append(generator.from_noise(noise[index], repeated[index], options.nfe, w, told).cpu())
     if text is None:
         return grid(torch.cat(images), columns, options.scale)
-    strips = [grid(row, columns, options.scale) for row in torch.cat(images).split(columns)]
-    below = [
-        captioned(strip.transpose(2, 0, 1), prompt) for strip, prompt in zip(strips, prompts, strict=True)
-    ]
-    return np.concatenate([picture.transpose(1, 2, 0) for picture in below])
+    rows = []
+    for row, prompt in zip(torch.cat(images).split(columns), prompts, strict=True):
+        strip = grid(row, columns, options.scale).transpose(2, 0, 1)
+        rows.append(captioned(strip, prompt).transpose(1, 2, 0))
+    return np.concatenate(rows)
 
 
 def draw_set(generator: Generator, w: float, protocol: str, options: argparse.Namespace) -> None:
@@ -424,7 +372,28 @@ def draw_set(generator: Generator, w: float, protocol: str, options: argparse.Na
 
 def main(arguments: list[str]) -> None:
     """Command line."""
-    parser = _parser()
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("weights", help="NAME, NAME.json or NAME.safetensors")
+    add("--nfe", type=int, default=1, help="network evaluations (steps)")
+    add("--w", type=float, help="guidance weight; default: the one of training")
+    add("--labels", help="comma-separated classes or `none`; default: the first ten")
+    add("--prompts", nargs="+", help="a row for each; one name of a file: a prompt a line")
+    add("--text-encoder", help="folder or hub name, for stored embeddings; default: as the weights say")
+    add("--columns", type=int, default=8, help="samples of each label, or interpolation steps")
+    add("--samples", type=int, help="for .npz and folders; default: the protocol's number")
+    add("--protocol", choices=sorted(PROTOCOLS), help="labels and rounding; default: balanced")
+    add("--seed", type=int, default=0)
+    add("--interpolate", type=int, metavar="SEED", help="the seed that every row ends at")
+    add("--batch-size", type=int, default=64)
+    add("--dtype", choices=DTYPES, default="fp32")
+    add("--vae", help="folder of a diffusers AutoencoderKL; default: as the weights say")
+    add("--scale", type=int, default=4, help="pixels of a grid per pixel")
+    add("--out", type=Path, default=Path("grid.png"), help=".png, .npz or a folder")
     options = parser.parse_args(arguments)
     protocol = options.protocol or "balanced"
     try:
@@ -432,12 +401,10 @@ def main(arguments: list[str]) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         rounding = PROTOCOLS[protocol].rounding
         generator = Generator(options.weights, device, options.dtype, rounding, options.vae)
-        classes = generator.net.config.classes
-        default = ",".join(map(str, range(min(classes, 10)))) or "none"
         if options.prompts:
             prompts, labels = parse_prompts(options.prompts, options.labels, generator.net)
         else:
-            prompts, labels = [], parse_labels(options.labels or default, generator.net)
+            prompts, labels = [], parse_labels(options.labels, generator.net)
         w = generator.objective.default_w if options.w is None else options.w
         check_guidance(generator.objective, w)
         if options.out.suffix == ".png":

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import MISSING, dataclass
 from datetime import datetime, timezone
 from functools import cache, partial
 from itertools import product
@@ -33,7 +33,7 @@ from eval.features import EXTRACTORS, FeatureExtractor, FeatureSet
 from eval.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from eval.reference import Captions, HeldOut, Reference, make_extractor, open_images
 from eval.report import read_lines, write_report
-from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, choose_labels, describe, no_text
+from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, choose_labels, describe
 from recipe.algorithms import MAX_LENGTH, length_of
 from recipe.config import ConfigError, load_config
 from recipe.objectives import from_facts
@@ -57,23 +57,22 @@ average = Rule(
 
 @dataclass
 class SweepConfig:
-    """weights: files, or folders or buckets of exports; latest: only the newest of each; averages: `ema`,
-    `net` and/or `posthoc:LENGTH` (recipe/algorithms.py); w: empty for the guidance weight of training.
+    """weights: files, folders or buckets of exports; latest: only the newest of each; averages: `ema`, `net`
+    and/or `posthoc:LENGTH` (recipe/algorithms.py); w: empty for the guidance weight of training.
 
     protocol: one of eval/sample.py's; samples: 0 for the protocol's number; reference: dataset folder or
     folder of the real images, or a file of statistics; labels: dataset folder whose class counts the protocol
     means (null: as the weights say, or the reference); metrics: of `fd`, `kid`, `is`, `precision_recall`;
     extractor: see eval/features.py, `classifier` is trained on the reference; dtype: of the sampling network;
-    vae: folder of the autoencoder, for latents. The floor is the distance between halves of the reference,
-    averaged over `floor_splits` (0: none).
+    vae: folder of the autoencoder, for latents; floor_splits: over how many random halvings of the reference
+    the floor, the distance between halves, is averaged (0: none).
 
     prompts: what weights with prompts are asked for, a cell each: `own`, for sample i the caption of image i
-    of the reference; `shuffled`, that of another image; `empty`. See eval/reference.py, Captions, for what
-    rows then say, those of weights without prompts too; clip: folder or hub name of a CLIP for its score.
+    of the reference; `shuffled`, that of another image; `empty`; clip: folder or hub name of a CLIP for its
+    score. Weights without prompts get the scores of prompts too (eval/reference.py: Captions).
 
-    held_out: dataset folder or folder of real images of the same kind that are neither in the reference nor
-    in what the weights were trained on; the reference is then what they were trained on, and the sweep says
-    whether samples are new or copied (eval/reference.py: HeldOut).
+    held_out: folder of real images that the weights were not trained on, and that are not in the reference,
+    which is then what they were trained on: are samples new or copied (eval/reference.py: HeldOut)?
     """
 
     folder: str = rule(MISSING, local)
@@ -114,42 +113,38 @@ class SweepConfig:
         return kept | {"features"} if self.held_out or self.prompts else kept
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One point of the grid and all that its numbers depend on; a row with the same values is finished.
-    The digests make a cell be scored again when weights, reference, classifier or labels have changed.
+def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, dict[str, Any]]]:
+    """The grid, newest weights first, then w, then NFE: the weights, labels (n,) of the samples, and all that
+    the numbers of this cell depend on.
+
+    A row of results with the same values is finished; the digests make a cell be scored again when weights,
+    reference, classifier or labels have changed.
     """
-
-    weights: str
-    sha256: str
-    nfe: int
-    w: float
-    prompts: str
-    encoder: str
-    protocol: str
-    samples: int
-    seed: int
-    dtype: str
-    reference: str
-    extractor: str
-    metrics: str
-    floor_splits: int
-    inputs: str
-
-
-def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, Cell]]:
-    """The grid, with the labels (n,) of its samples: the newest weights first, then w, then NFE."""
-    shared = (config.protocol, setup.samples, config.seed, config.dtype, config.reference, config.extractor)
-    shared += (",".join(sorted(config.metrics)), config.floor_splits)
     asked = "none" if config.prompts else ""  # of weights without prompts
     digest = setup.reference.digest + (setup.held_out.digest if setup.held_out else "") + (config.clip or "")
     for export, labels in zip(setup.exports, setup.labels, strict=True):
         inputs = hashlib.sha256(digest.encode() + labels.numpy().tobytes()).hexdigest()
-        stem, encoder = str(export.path.with_suffix("")), text_encoder(export)
-        for w in config.w or [from_facts(export.facts["method"]).default_w]:
-            for nfe, prompts in product(config.nfe, config.prompts if encoder else [asked]):
-                what = stem, export.facts["sha256"], nfe, w, prompts, encoder
-                yield export, labels, Cell(*what, *shared, inputs)
+        encoder = text_encoder(export)
+        guidance = config.w or [from_facts(export.facts["method"]).default_w]
+        for w, nfe, prompts in product(guidance, config.nfe, config.prompts if encoder else [asked]):
+            cell = {
+                "weights": str(export.path.with_suffix("")),
+                "sha256": export.facts["sha256"],
+                "nfe": nfe,
+                "w": w,
+                "prompts": prompts,
+                "encoder": encoder,
+                "protocol": config.protocol,
+                "samples": setup.samples,
+                "seed": config.seed,
+                "dtype": config.dtype,
+                "reference": config.reference,
+                "extractor": config.extractor,
+                "metrics": ",".join(sorted(config.metrics)),
+                "floor_splits": config.floor_splits,
+                "inputs": inputs,
+            }
+            yield export, labels, cell
 
 
 def text_encoder(export: Export) -> str:
@@ -164,9 +159,8 @@ def text_encoder(export: Export) -> str:
 def choose(
     config: SweepConfig, exports: list[Export], samples: int, prompts: Captions | None
 ) -> list[Tensor]:
-    """Labels (n,) for each export; class counts come from `labels`, else the weights, else the reference.
-
-    With prompts they are those of the images whose captions are asked for.
+    """Labels (n,) for each export: with prompts, those of the images whose captions are asked for; else the
+    protocol's, with class counts from `labels`, else the weights, else the reference.
     """
     source = config.labels or config.reference
     known = config.labels or Path(source, "manifest.json").is_file()
@@ -174,39 +168,39 @@ def choose(
     seeds = config.seed + torch.arange(samples)
     labels = []
     for export in exports:
-        facts = export.facts
+        facts, classes = export.facts, export.facts["model"]["classes"]
         if text_encoder(export):
-            labels.append(prompts.labels(facts["model"]["classes"]))
+            labels.append(prompts.images.labels(prompts.own, classes))
             continue
         counts = (facts["data"].get("class_counts") if config.labels is None else None) or read()
-        labels.append(choose_labels(config.protocol, facts["model"]["classes"], counts, seeds))
+        labels.append(choose_labels(config.protocol, classes, counts, seeds))
     return labels
 
 
 def score(
-    config: SweepConfig, setup: Setup, cell: Cell, generator: Generator, labels: Tensor
+    config: SweepConfig, setup: Setup, cell: dict[str, Any], generator: Generator, labels: Tensor
 ) -> dict[str, Any]:
     """One row of results; the samples are shared among the ranks."""
     began, facts, extractor = time.time(), generator.facts, setup.reference.extractor
-    seeds = cell.seed + torch.arange(cell.samples)
+    network, prompts = generator.net.config, cell["prompts"]
     found = FeatureSet(extractor, config.keep)
-    ranks = dist.get_global_rank(), dist.get_world_size()
-    is_classifier = config.extractor == "classifier" and facts["model"]["classes"] > 0
-    asked = torch.full_like(labels, generator.net.config.null) if cell.prompts == "empty" else labels
-    text = partial(setup.prompts.text, cell.prompts, generator.net.config.text) if cell.encoder else no_text
-    for images, index in generator.batches(asked, seeds, cell.nfe, cell.w, config.batch_size, *ranks, text):
+    is_classifier = config.extractor == "classifier" and network.classes > 0
+    asked = torch.full_like(labels, network.null) if prompts == "empty" else labels
+    text = partial(setup.prompts.text, prompts, network.text) if cell["encoder"] else None
+    what = asked, config.seed + torch.arange(setup.samples), cell["nfe"], cell["w"], config.batch_size
+    for images, index in generator.batches(*what, dist.get_global_rank(), dist.get_world_size(), text):
         found.add(images, index, labels[index] if is_classifier else None)
         if setup.prompts is not None:
             setup.prompts.see(images, index)
     return {
-        **asdict(cell),
+        **cell,
         **compare(found, setup, config),
-        "class_agreement": found.matches() / cell.samples if is_classifier else None,
+        "class_agreement": found.matches() / setup.samples if is_classifier else None,
         "floor": setup.reference.floor,
         "held_out": config.held_out,
         "classifier_accuracy": getattr(extractor, "accuracy", None),
-        "labels": PROTOCOLS[cell.protocol].labels,
-        "rounding": PROTOCOLS[cell.protocol].rounding,
+        "labels": PROTOCOLS[config.protocol].labels,
+        "rounding": PROTOCOLS[config.protocol].rounding,
         "objective": facts["method"]["objective"],
         "average": facts["average"],
         "step": facts["step"],
@@ -218,7 +212,7 @@ def score(
 
 
 def compare(found: FeatureSet, setup: Setup, config: SweepConfig) -> dict[str, float]:
-    """The metrics of a set of samples, by the names of their columns in results.jsonl.
+    """The metrics of a set of samples, by their columns in results.jsonl.
 
     Kernel distance on 100 subsets of 1000 (or of all, if there are fewer); precision and recall against at
     most as many real images as there are samples, picked by the seed.
@@ -303,11 +297,8 @@ def check_prompts(exports: list[Export], prompts: Captions | None) -> None:
         text = facts["model"].get("text")
         if text and prompts is None:
             raise ValueError(f"prompts: {path} takes some: own, shuffled and/or empty")
-        if (
-            text
-            and text["encoder"] == "dataset"
-            and prompts.stored != (wanted := facts["data"]["text"]["sha256"])
-        ):
+        if text and text["encoder"] == "dataset" and prompts.stored != facts["data"]["text"]["sha256"]:
+            wanted = facts["data"]["text"]["sha256"]
             raise ValueError(
                 f"reference: its text encoder has the hash {prompts.stored}, that of {path} {wanted}"
             )
@@ -336,12 +327,11 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     results = Path(config.folder) / "results.jsonl"
     finished = [read_lines(results)]
     dist.broadcast_object_list(finished, src=0)  # each node may have a folder of its own
-    done = {tuple(r.get(k) for k in Cell.__dataclass_fields__): r for r in finished[0]}
     rows, generator, loaded, main_rank = [], None, None, dist.get_global_rank() == 0
     grid = list(cells(config, setup))
     with wandb_run(config) as run:
         for export, labels, cell in tqdm(grid, "sweep", unit="cell", disable=not main_rank):
-            row = done.get(tuple(asdict(cell).values()))
+            row = next((r for r in reversed(finished[0]) if cell.items() <= r.items()), None)
             if row is None:
                 if loaded != export.path:
                     generator, loaded = make_generator(config, export.path, device), export.path

@@ -347,7 +347,7 @@ def test_weights_in_a_bucket_are_found_and_copied_once(tiny_run, tmp_path, bucke
 
 def test_a_curve_takes_the_lowest_distance_and_leaves_out_unknown_steps():
     rows = [{"step": s, "frechet_distance": d} for s, d in ((2, 5.0), (1, 4.0), (2, 3.0), (None, 1.0))]
-    assert best_curve(rows, "step") == [(1, 2), (4.0, 3.0)]
+    assert best_curve(rows, "step") == ([1, 2], [4.0, 3.0])
     assert best_curve(rows[3:], "step") == ([], [])
 
 
