@@ -229,10 +229,12 @@ def run_here(stage: str, size: Size, out: Path) -> None:
 
 def attempt(stage: str, out: Path, tiny: bool) -> str:
     """One stage in a process of its own; why it did not finish, or nothing."""
-    command = [sys.executable, "-m", "benchmarks.gpu", stage, "--out", str(out), "--here"]
-    log, both = out / f"{stage}.log", {"stderr": subprocess.STDOUT, "start_new_session": True}
+    options = ["--out", str(out), "--here", *(["--tiny"] if tiny else [])]
+    command, log = [sys.executable, "-m", "benchmarks.gpu", stage, *options], out / f"{stage}.log"
     with log.open("w") as file:
-        process = subprocess.Popen(command + ["--tiny"] * tiny, cwd=ROOT, stdout=file, **both)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             status = process.wait(LIMIT)
         except subprocess.TimeoutExpired:
