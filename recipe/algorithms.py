@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from recipe.objectives.base import Loss
+from recipe.rules import Rule, below_one, each, not_negative, positive, rule
 
 log = logging.getLogger(__name__)
 GROUP = 12  # tensors that are averaged by one kernel
@@ -126,22 +127,31 @@ def length_of(average: str) -> float:
     return length
 
 
-class EMA(Algorithm):
-    """Keeps the target average (the teacher of the loss) and the evaluation average of the student.
+a_length = Rule(
+    lambda x: 0.001 <= x <= MAX_LENGTH and round(x, 3) == x,
+    f"must be in [0.001, {MAX_LENGTH:.3f}], in thousandths",
+)
 
-    Both are modules of the model, so they are sharded and checkpointed like it; the decays are those of the
-    paper (0.99 and 0.9999). `ramp` lets the evaluation average start short, for short runs. `posthoc` asks
-    for further averages of these lengths (see `exponent`), which become modules of the model too.
+
+@dataclass
+class EMAConfig:
+    """target_decay, decay: of the teacher (target) and of the weights that are evaluated (0.99 and 0.9999 are
+    the paper's); ramp: let the latter start short, for short runs (see `ema_decay`); posthoc: lengths of
+    power-function averages to keep and export besides, e.g. [0.05, 0.1], from which any length can be had
+    after training (see `exponent`). Each costs one more copy of the weights.
     """
 
-    def __init__(
-        self,
-        target_decay: float = 0.99,
-        decay: float = 0.9999,
-        ramp: bool = False,
-        posthoc: Sequence[float] = (),
-    ) -> None:
-        self.target_decay, self.decay, self.ramp, self.posthoc = target_decay, decay, ramp, posthoc
+    target_decay: float = rule(0.99, below_one)
+    decay: float = rule(0.9999, below_one)
+    ramp: bool = False
+    posthoc: list[float] = rule([], each(a_length))
+
+
+class EMA(Algorithm):
+    """Keeps the averages of the student: modules of the model, so sharded and checkpointed like it."""
+
+    def __init__(self, config: EMAConfig) -> None:
+        self.config = config
 
     def match(self, event: Event, state: State) -> bool:
         """Before the model is sharded, and after each optimizer step."""
@@ -151,7 +161,7 @@ class EMA(Algorithm):
         """Add the post-hoc averages; update all averages in place. A skipped step changes none of them."""
         model = unwrap(state.model)
         if event == Event.INIT:
-            for length in self.posthoc:
+            for length in self.config.posthoc:
                 model.add_module(child_name(length), copy.deepcopy(model.ema))
             return
         if not stepped(model.net):
@@ -159,11 +169,11 @@ class EMA(Algorithm):
         step = int(state.timestamp.batch)
         averages = [
             (getattr(model, child_name(length)), posthoc_decay(exponent(length), step))
-            for length in self.posthoc
+            for length in self.config.posthoc
         ]
-        averages.append((model.ema, ema_decay(self.decay, step - 1, self.ramp)))
+        averages.append((model.ema, ema_decay(self.config.decay, step - 1, self.config.ramp)))
         if model.target is not None:
-            averages.append((model.target, self.target_decay))
+            averages.append((model.target, self.config.target_decay))
         ema_update(model.net, averages)
 
 
@@ -197,27 +207,28 @@ def check_finite(net: nn.Module, step: int) -> None:
         raise DivergedError(f"step {step}: the weights are not finite, so they are not saved", step)
 
 
-class StepGuard(Algorithm):
-    """Warms a run up and guards every step.
-
-    flow_matching_first: so long plain velocities are matched, e.g. 1500ba (None: not at all). tangent_warmup:
-    over that many steps the derivative grows from 0 to its full size (0: off). clip: largest global gradient
-    norm (None: off, TVM's choice at 256 px). A step whose gradient is not finite is no step at all: weights,
-    averages and optimizer state stay as they are, and the ids of the samples with a non-finite loss are
-    logged; after `max_skipped` in a row, or where the weights themselves are not finite, the run stops with
-    DivergedError.
+@dataclass
+class StepConfig:
+    """tangent_warmup: steps over which the derivative grows from 0 to its full size (0: off); clip: largest
+    global gradient norm (None: off, TVM's choice at 256 px); max_skipped: steps in a row without a finite
+    gradient that end the run.
     """
 
-    def __init__(
-        self,
-        flow_matching_first: str | None = None,
-        tangent_warmup: int = 0,
-        clip: float | None = None,
-        max_skipped: int = 5,
-    ) -> None:
-        self.flow_matching_first = Time.from_input(flow_matching_first or "0ba")
-        self.tangent_warmup = tangent_warmup
-        self.clip, self.max_skipped = clip, max_skipped
+    tangent_warmup: int = rule(0, not_negative)
+    clip: float | None = rule(None, positive)
+    max_skipped: int = rule(5, positive)
+
+
+class StepGuard(Algorithm):
+    """Warms a run up and guards every step; flow_matching_first: how long plain velocities are matched.
+
+    A step whose gradient is not finite is no step at all: weights, averages and optimizer state stay as they
+    are, and the ids of the samples with a non-finite loss are logged; after `max_skipped` in a row, or where
+    the weights themselves are not finite, the run stops with DivergedError.
+    """
+
+    def __init__(self, config: StepConfig, flow_matching_first: str | None = None) -> None:
+        self.config, self.flow_matching_first = config, Time.from_input(flow_matching_first or "0ba")
         self.skipped = self.skipped_in_row = 0
         self.bad_samples: list[int] = []
 
@@ -239,7 +250,7 @@ class StepGuard(Algorithm):
         if event == Event.BATCH_START:
             self.losses: list[tuple[Tensor, Tensor]] = []
             step = int(state.timestamp.batch)
-            model.tangent = min(1.0, step / self.tangent_warmup) if self.tangent_warmup else 1.0
+            model.tangent = min(1.0, step / self.config.tangent_warmup) if self.config.tangent_warmup else 1.0
             model.flow_matching = state.timestamp < self.flow_matching_first
         elif event == Event.AFTER_LOSS:
             self.losses.append((state.batch["sample"], state.outputs.total.detach()))
@@ -252,8 +263,8 @@ class StepGuard(Algorithm):
         norm = gradient_norm(parameters)
         if torch.isfinite(norm):
             self.skipped_in_row = 0
-            if self.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+            if self.config.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
         else:
             for p in parameters:
                 p.grad = None
@@ -273,9 +284,9 @@ class StepGuard(Algorithm):
             f"samples with a non-finite loss: {self.bad_samples or 'none'}"
         )
         log.warning(message)
-        if self.skipped_in_row >= self.max_skipped:
+        if self.skipped_in_row >= self.config.max_skipped:
             begin = int(state.timestamp.batch) + 1 - self.skipped_in_row
-            raise DivergedError(f"{message}; step.max_skipped is {self.max_skipped}", begin)
+            raise DivergedError(f"{message}; step.max_skipped is {self.config.max_skipped}", begin)
 
 
 def residuals(loss: Loss) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from recipe.algorithms import MAX_LENGTH
+from recipe.algorithms import EMAConfig, StepConfig
 from recipe.data import DataConfig
 from recipe.dit import DiTConfig
 from recipe.objectives import OBJECTIVES, TVM, Objective
@@ -60,35 +60,6 @@ class OptimizerConfig:
     betas: list[float] = rule([0.9, 0.95], Rule(lambda b: len(b) == 2, "must be two"), each(below_one))
     eps: float = rule(1e-8, positive)
     weight_decay: float = rule(0.0, not_negative)
-
-
-length = Rule(
-    lambda x: 0.001 <= x <= MAX_LENGTH and round(x, 3) == x,
-    f"must be in [0.001, {MAX_LENGTH:.3f}], in thousandths",
-)
-
-
-@dataclass
-class EMAConfig:
-    """Decays of the teacher (target) and of the evaluated weights; ramp: see `algorithms.ema_decay`.
-
-    posthoc: lengths of power-function averages to keep and export besides, e.g. [0.05, 0.1]; from these two
-    any length can be had after training (recipe/algorithms.py). Each costs one more copy of the weights.
-    """
-
-    target_decay: float = rule(0.99, below_one)
-    decay: float = rule(0.9999, below_one)
-    ramp: bool = False
-    posthoc: list[float] = rule([], each(length))
-
-
-@dataclass
-class StepConfig:
-    """Guards of a step: see `algorithms.StepGuard`."""
-
-    tangent_warmup: int = rule(0, not_negative)
-    clip: float | None = rule(None, positive)
-    max_skipped: int = rule(5, positive)
 
 
 @dataclass

@@ -36,7 +36,7 @@ from recipe.draws import Stream, keys, normal
 from recipe.rules import Number, Rule, check, each, local, place, positive, rule, whole
 from recipe.text import TextConfig, byte_tokens
 from storage import attempt
-from storage.manifest import DatasetError, Manifest, check_inside, read_manifest
+from storage.manifest import DatasetError, Manifest, check_inside
 
 SHUFFLE_WINDOW = 1 << 18  # samples of each canonical node among which the order is drawn; Streaming's default
 
@@ -305,6 +305,3 @@ def normalizer(config: DataConfig, manifest: Manifest) -> Normalizer:
     if len(mean) != channels or len(std) != channels:
         raise ValueError(f"data.normalize: needs {channels} values of mean and std, one per channel")
     return Normalizer(list(mean), list(std))
-
-
-__all__ = ["DataConfig", "Normalizer", "normalizer", "read_manifest", "to_uint8", "train_loader"]

@@ -30,11 +30,10 @@ from omegaconf import OmegaConf
 if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from recipe.algorithms import EMA, DivergedError, StepGuard
+from recipe.algorithms import EMA, DivergedError, EMAConfig, StepGuard
 from recipe.callbacks import ExportWeights, JSONLines, LossByTime, MetricsToWandB, SampleGrid, Throughput
 from recipe.config import (
     ConfigError,
-    EMAConfig,
     GridConfig,
     LogConfig,
     OptimizerConfig,
@@ -138,7 +137,7 @@ def build_trainer(
     optimizer = torch.optim.AdamW(trained, o.lr, tuple(o.betas), o.eps, o.weight_decay, fused=True)
     data = {name: getattr(manifest, name) for name in ("column", "class_names", "class_counts", "encoder")}
     data["source"] = config.data.source
-    guard = StepGuard(config.objective.flow_matching_first, **vars(config.step))
+    guard = StepGuard(config.step, config.objective.flow_matching_first)
     if config.model.text is not None:
         data["text"] = manifest.text
     loader = train_loader(config.data, config.seed, config.model.text)
@@ -149,7 +148,7 @@ def build_trainer(
         optimizers=optimizer,
         schedulers=build_schedule(o),
         max_duration=config.duration,
-        algorithms=[guard, EMA(**vars(config.ema))],
+        algorithms=[guard, EMA(config.ema)],
         callbacks=build_callbacks(config, data, device, preemption),
         loggers=build_loggers(config.log, config.run_name, config.folder),
         run_name=config.run_name,

@@ -73,8 +73,8 @@ def run(digits, dtype, overrides):
         optimizers=optimizer,
         max_duration=f"{STEPS}ba",
         algorithms=[
-            StepGuard(config.objective.flow_matching_first, **vars(config.step)),
-            EMA(**vars(config.ema)),
+            StepGuard(config.step, config.objective.flow_matching_first),
+            EMA(config.ema),
         ],
         callbacks=[StepKey(), losses],
         parallelism_config=sharding,

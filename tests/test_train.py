@@ -53,13 +53,13 @@ def fit(digits, steps, *overrides, recorder=None, **trainer):
     model = build_model(config, check_data(config)).double()
     recorder = recorder or Recorder()
     optimizer = torch.optim.AdamW([p for p in model.net.parameters() if p.requires_grad], lr=1e-3)
-    guard = StepGuard(config.objective.flow_matching_first, **vars(config.step))
+    guard = StepGuard(config.step, config.objective.flow_matching_first)
     Trainer(
         model=model,
         train_dataloader=train_loader(config.data, config.seed, config.model.text),
         optimizers=optimizer,
         max_duration=f"{steps}ba",
-        algorithms=[guard, EMA(**vars(config.ema))],
+        algorithms=[guard, EMA(config.ema)],
         callbacks=[StepKey(), recorder],
         device="cpu",
         device_train_microbatch_size=config.microbatch,
