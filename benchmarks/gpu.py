@@ -86,7 +86,7 @@ TINY = Size(
     pictures=("digits",),
     train=("yamls/digits.yaml", *TINY_MODEL),
     sweep=("yamls/eval/digits.yaml", "nfe=[1,2]", "samples=100"),
-    minutes=0.1,
+    minutes=0.4,
     agree_steps=20,
 )
 
