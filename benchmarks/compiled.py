@@ -293,7 +293,11 @@ def trace_pass(config: TrainConfig, one: Pass, images: int) -> Graphs:
     grad = one.gradient != "none"
 
     def make() -> tuple[Callable, tuple]:
-        block = Block(model).to(torch.bfloat16 if gathered else torch.float32).requires_grad_(grad)
+        torch.set_default_dtype(torch.bfloat16 if gathered else torch.float32)  # torch 2.11 casts no fakes
+        try:
+            block = Block(model).requires_grad_(grad)
+        finally:
+            torch.set_default_dtype(torch.float32)
         shapes = (images, model.tokens, model.width), (images, model.width)
         values = [torch.empty(shape, requires_grad=grad) for shape in shapes]
         tangents = [torch.empty(shape, requires_grad=grad) if one.dual else None for shape in shapes]
