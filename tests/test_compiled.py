@@ -180,7 +180,7 @@ def test_the_planner_s_table_is_what_inductor_makes_of_xl(overrides):
         kind = one.dual, one.gradient
         stored = np.add(plan.BLOCK_BYTES[kind], plan.TEXT_BYTES[kind] if config.model.text else 0)
         stored = stored.flatten()[: len(mine)].tolist()
-        # The table is that of 2.7; backward kernels of 2.11 are cut otherwise and move 9% more (docs/scale.md)
+        # The table is that of 2.7; backward kernels of 2.11 move 9% more (docs/scale.md)
         close = 0.02 if torch.__version__.startswith("2.7.") else 0.1
         assert mine == pytest.approx(stored, rel=close), one
         if one.gradient == "both":
