@@ -42,7 +42,8 @@ MAX_ARRAY_BYTES = 2**28  # a covariance of 5,000 features
 
 def unpack(folder: Path, shard: MDSReader) -> None:
     """Gives a compressed shard its plain file, where there is none; several ranks may do it at once."""
-    check_inside([shard.raw_data.basename], f"{folder}/index.json")
+    files = [info.basename for pair in shard.file_pairs for info in pair if info]
+    check_inside(files, f"{folder}/index.json")
     target = folder / shard.raw_data.basename
     if shard.compression and not target.is_file():
         part = target.with_suffix(f".{os.getpid()}.part")

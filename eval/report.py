@@ -212,11 +212,11 @@ def real_examples(images: Dataset | None, classes: list[int], columns: int) -> T
     found: dict[int, list[Tensor]] = {c: [] for c in classes}
     for i in range(len(images)):
         sample = images.samples[i]
-        shown = found.get(int(sample["label"]), [])
-        if len(shown) < columns:
+        shown = found.get(int(sample["label"]))
+        if shown is not None and len(shown) < columns:
             shown.append(torch.tensor(sample["image"]))
-        if all(len(c) == columns for c in found.values()):
-            break
+            if all(len(c) == columns for c in found.values()):
+                break
     blank = torch.full_like(images[0], 255)
     return torch.stack([image for c in found.values() for image in c + [blank] * (columns - len(c))])
 

@@ -6,6 +6,7 @@ import json
 import tempfile
 import textwrap
 from collections import Counter
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -168,7 +169,9 @@ def _problems(folder: Folder, manifest: Manifest, entries: list[dict]) -> list[s
                 moments.add(sample[manifest.column][None])
                 if manifest.caption_bytes is not None:
                     lengths[str(len(sample["caption"].encode()))] += 1
-    rejected = len(folder.read(REJECTED).splitlines()) if REJECTED in folder.names() else 0
+    rejected = 0
+    with suppress(MissingError):
+        rejected = len(folder.read(REJECTED).splitlines())
     return problems or _check_totals(manifest, counts, lengths, rejected, moments)
 
 

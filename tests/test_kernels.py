@@ -203,7 +203,8 @@ def test_keys_beyond_the_length_are_never_seen(device):
     for garbage, extra in ((1e4, 0), (-3.0, 0), (7.0, 23)):
         again = with_lengths(device, garbage, extra)[-1]
         again[3:5] = (x[:, :, :40] for x in again[3:5])
-        if extra and kernels._backend == "reference":  # torch 2.11 sums more keys in another order
+        # more keys: torch 2.11's products sum them in another order
+        if extra and kernels._backend == "reference" and not torch.__version__.startswith("2.7."):
             assert max(errors(again, [x.double() for x in found])) < 1e-6
         else:
             assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True)), (garbage, extra)

@@ -20,7 +20,7 @@ from recipe.model import StepKey
 from recipe.preflight import check_data
 from recipe.train import build_model, short_for_average
 from recipe.weights import load_weights
-from tests.conftest import EACH, PATIENCE, ROOT, TINY, run
+from tests.conftest import EACH, ROOT, TINY, run
 
 
 class Recorder(Callback):
@@ -164,7 +164,7 @@ def test_sigterm_ends_a_run_whose_loader_yields_nothing_more(digits, tmp_path):
         )
         assert process.stdout.readline() == "stuck\n"
         process.terminate()
-        _, errors = process.communicate(timeout=PATIENCE)
+        _, errors = process.communicate(timeout=60)
         assert process.returncode == 143
         assert "ended by SIGTERM without saving: no step has ended" in errors
         assert len(last_rows(tmp_path) if steps else []) == steps
