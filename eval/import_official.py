@@ -21,6 +21,7 @@ from torch import Tensor
 
 from eval.restricted import Global, Node, RefusedPickle, read_file, read_stream
 from recipe.dit import DiTConfig, position_embedding
+from recipe.settings import make
 from recipe.weights import save_weights, shapes
 
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
@@ -243,7 +244,7 @@ def _facts(wrapper: dict, dit: Node, state: dict[str, Tensor]) -> dict:
         model["heads"] = model["width"] // len(state["blocks.0.attn.q_norm.weight"])
         model["time_init"] = "spectral" if _get(attributes, "time_specinit", bool, "model") else "normal"
         model["patch_init"] = "xavier"
-        DiTConfig(**model)
+        make(DiTConfig, model, "model")
     except KeyError as error:
         raise RefusedPickle(f"not a DiT: there is no parameter {error}") from error
     except ValueError as error:

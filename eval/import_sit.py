@@ -22,6 +22,7 @@ from torch import Tensor
 from eval.import_official import architecture
 from recipe.dit import PRESETS, DiT, DiTConfig, position_embedding
 from recipe.objectives import FlowMatching
+from recipe.settings import make
 from recipe.weights import save_weights
 
 SCALE = 0.18215  # of the latents of sd-vae-ft-ema that SiT is trained on
@@ -56,7 +57,7 @@ def configuration(state: dict[str, Tensor], heads: int | None) -> DiTConfig:
     if heads is None and not published:
         raise ValueError(f"--heads: needed, width {width} and depth {depth} are not those of a published SiT")
     unlike = {"norm": "layer", "modulation_norm": False, "qk_norm": False, "reverse_time": True}
-    return DiTConfig(**model, heads=heads or published[0], **unlike)
+    return make(DiTConfig, {**model, "heads": heads or published[0], **unlike}, "model")
 
 
 def convert(state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:

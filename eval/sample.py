@@ -17,11 +17,12 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,14 +31,14 @@ from recipe.dit import DiT
 from recipe.draws import Stream, keys, uniform
 from recipe.objectives import Objective, from_facts
 from recipe.pretrained import TextEncoder, hash_weights, load_vae
-from recipe.rules import obeys, positive, whole
 from recipe.sampler import grid, initial_noise, sample
+from recipe.settings import Count, Positive, make
 from recipe.text import Prompts, Text, byte_tokens
 from recipe.weights import load_weights
 from streaming_convert.reader import captioned
 
 DTYPES = ("fp32", "fp64", "amp_bf16")
-SEED = whole(0, 2**62)  # sample i has the seed + i, an int64
+Seed = Annotated[int, Field(ge=0, le=2**62)]  # sample i has the seed + i, an int64
 
 
 # ---------------------------------------------------------------- what must be said beside a distance
@@ -310,12 +311,11 @@ def parse_prompts(given: list[str], labels: str | None, net: DiT) -> tuple[list[
 
 
 def _check(options: argparse.Namespace) -> None:
-    rules = dict.fromkeys(("nfe", "columns", "batch_size", "scale", "samples"), whole(1, 10**9))
-    rules |= {"w": positive, "seed": SEED, "interpolate": SEED}
-    for name, rule in rules.items():
-        value = getattr(options, name)
-        if value is not None and not obeys(value, rule):
-            raise ValueError(f"--{name.replace('_', '-')}: {value} {rule.says}")
+    kinds = dict.fromkeys(("nfe", "columns", "batch_size", "scale", "samples"), Count)
+    kinds |= {"w": Positive, "seed": Seed, "interpolate": Seed}
+    for name, kind in kinds.items():
+        if (value := getattr(options, name)) is not None:
+            make(kind, value, f"--{name.replace('_', '-')}")
     grid_only = [n for n in ("interpolate", "labels", "prompts") if getattr(options, n) is not None]
     if options.out.suffix != ".png" and grid_only:
         raise ValueError(f"--{grid_only[0]} makes a grid: --out {options.out} must end in .png")

@@ -12,15 +12,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import MISSING, dataclass
 from datetime import datetime, timezone
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from composer.utils import dist, get_device
+from pydantic import AfterValidator, Field, model_validator
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -37,7 +38,19 @@ from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, choose_lab
 from recipe.algorithms import MAX_LENGTH, length_of
 from recipe.config import ConfigError, load_config
 from recipe.objectives import from_facts
-from recipe.rules import Rule, check, each, file_name, filled, local, one_of, place, positive, rule, whole
+from recipe.settings import (
+    CountOrZero,
+    FileName,
+    Filled,
+    LocalPath,
+    Many,
+    Place,
+    Positive,
+    Says,
+    Seed,
+    Settings,
+    Wandb,
+)
 from recipe.weights import commit
 from storage.manifest import DatasetError, read_manifest
 
@@ -45,66 +58,106 @@ METRICS = {"fd": 2, "kid": 2, "is": 10, "precision_recall": 4}  # and the sample
 KEEP = {"kid": "features", "precision_recall": "features", "is": "logits"}
 STATISTICS = (".npz", ".pkl")
 
-metrics = Rule(
-    lambda names: "fd" in names and set(names) <= set(METRICS),
-    f"must hold fd, and may hold {', '.join(name for name in METRICS if name != 'fd')}",
-)
-average = Rule(
-    lambda name: name in ("ema", "net") or length_of(name),
-    f"may hold ema, net and posthoc:LENGTH with a length in (0, {MAX_LENGTH:.3f}]",
-)
+
+def average(name: str) -> str:
+    """`ema`, `net` or `posthoc:LENGTH`. Raises ValueError."""
+    if name not in ("ema", "net"):
+        length_of(name)
+    return name
+
+
+def with_distance(names: list[str]) -> list[str]:
+    """Metrics, the distance among them. Raises ValueError."""
+    if "fd" not in names:
+        raise ValueError
+    return names
+
+
+Average = Annotated[
+    str,
+    AfterValidator(average),
+    Says(f"must be ema, net or posthoc:LENGTH with a length in (0, {MAX_LENGTH:.3f}]"),
+]
+Metrics = Annotated[
+    Many[Literal[tuple(METRICS)]],
+    AfterValidator(with_distance),
+    Says(f"must hold fd, and may hold {', '.join(name for name in METRICS if name != 'fd')}"),
+]
 
 
 @dataclass
-class SweepConfig:
-    """weights: files, folders or buckets of exports; latest: only the newest of each; averages: `ema`, `net`
-    and/or `posthoc:LENGTH` (recipe/algorithms.py); w: empty for the guidance weight of training.
+class SweepConfig(Settings):
+    """One table of scores: weights by guidance weights by numbers of steps."""
 
-    protocol: one of eval/sample.py's; samples: 0 for the protocol's number; reference: dataset folder or
-    folder of the real images, or a file of statistics; labels: dataset folder whose class counts the protocol
-    means (null: as the weights say, or the reference); metrics: of `fd`, `kid`, `is`, `precision_recall`;
-    extractor: see eval/features.py, `classifier` is trained on the reference; dtype: of the sampling network;
-    vae: folder of the autoencoder, for latents; floor_splits: over how many random halvings of the reference
-    the floor, the distance between halves, is averaged (0: none).
+    folder: LocalPath = Field(description="Folder of the results, the report and what is fetched for them.")
+    weights: Filled[Place] = Field(description="Files, folders or buckets of exported weights.")
+    reference: Place = Field(
+        description="Dataset folder or folder of the real images, or a file of their statistics."
+    )
+    latest: bool = Field(False, description="Whether only the newest weights of each folder are scored.")
+    averages: Filled[Average] = Field(
+        ["ema"], description="Which averages of the weights are scored: ema, net, posthoc:LENGTH."
+    )
+    nfe: Filled[Annotated[int, Field(ge=1, le=10_000)]] = Field(
+        [1, 2, 4], description="Numbers of sampling steps."
+    )
+    w: Many[Positive] = Field(
+        [], description="Guidance weights of sampling; empty means that of training, or the nearest to 1."
+    )
+    protocol: Literal[tuple(PROTOCOLS)] = Field(
+        "matched", description="How many samples, of which labels, and how pixels are rounded."
+    )
+    samples: CountOrZero = Field(0, description="Number of samples of a cell; 0 means the protocol's.")
+    labels: Place | None = Field(
+        None,
+        description="Dataset folder whose class counts the protocol means; null takes those of the weights, "
+        "or of the reference.",
+    )
+    held_out: Place | None = Field(
+        None,
+        description="Folder of real images that the weights were not trained on, to tell whether samples are "
+        "new or copied; reference is then what they were trained on.",
+    )
+    prompts: Many[Literal["own", "shuffled", "empty"]] = Field(
+        [],
+        description="What weights with prompts are asked for, a cell each: the caption of the sample's own "
+        "reference image, that of another image, or nothing.",
+    )
+    clip: LocalPath | None = Field(
+        None, description="Folder or hub name of a CLIP that scores samples against their prompts."
+    )
+    metrics: Metrics = Field(["fd"], description="What is measured; fd is the Frechet distance.")
+    batch_size: int = Field(256, ge=1, le=10**6, description="Samples drawn at once on each rank.")
+    seed: Seed = Field(0, description="Seed of the first sample; sample i has the seed plus i.")
+    dtype: Literal[tuple(DTYPES)] = Field("fp32", description="Arithmetic of the sampling network.")
+    vae: LocalPath | None = Field(
+        None, description="Folder of the autoencoder that decodes latents; null takes that of the weights."
+    )
+    extractor: Literal[tuple(EXTRACTORS)] = Field(
+        "classifier",
+        description="Network whose features are compared; the classifier is trained on the reference.",
+    )
+    extractor_weights: LocalPath | None = Field(
+        None, description="Weights of the extractor; null fetches or, for the classifier, trains them."
+    )
+    floor_splits: int = Field(
+        20,
+        ge=0,
+        le=10**6,
+        description="Number of random halvings of the reference over which the distance between the halves, "
+        "the floor, is averaged; 0 for no floor.",
+    )
+    wandb: Wandb = Field("off", description="Whether the table is logged to Weights & Biases, and how.")
+    wandb_project: FileName = Field("terminal-velocity", description="Project in Weights & Biases.")
 
-    prompts: what weights with prompts are asked for, a cell each: `own`, for sample i the caption of image i
-    of the reference; `shuffled`, that of another image; `empty`; clip: folder or hub name of a CLIP for its
-    score. Weights without prompts get the scores of prompts too (eval/reference.py: Captions).
-
-    held_out: folder of real images that the weights were not trained on, and that are not in the reference,
-    which is then what they were trained on: are samples new or copied (eval/reference.py: HeldOut)?
-    """
-
-    folder: str = rule(MISSING, local)
-    weights: list[str] = rule(MISSING, filled, each(place))
-    reference: str = rule(MISSING, place)
-    latest: bool = False
-    averages: list[str] = rule(["ema"], filled, each(average))
-    nfe: list[int] = rule([1, 2, 4], filled, each(whole(1, 10_000)))
-    w: list[float] = rule([], each(positive))
-    protocol: str = rule("matched", one_of(*PROTOCOLS))
-    samples: int = rule(0, whole(0, 10**9))
-    labels: str | None = rule(None, place)
-    held_out: str | None = rule(None, place)
-    prompts: list[str] = rule([], each(one_of("own", "shuffled", "empty")))
-    clip: str | None = rule(None, local)
-    metrics: list[str] = rule(["fd"], metrics)
-    batch_size: int = rule(256, whole(1, 10**6))
-    seed: int = rule(0, whole(0, 2**31 - 1))
-    dtype: str = rule("fp32", one_of(*DTYPES))
-    vae: str | None = rule(None, local)
-    extractor: str = rule("classifier", one_of(*EXTRACTORS))
-    extractor_weights: str | None = rule(None, local)
-    floor_splits: int = rule(20, whole(0, 10**6))
-    wandb: str = rule("off", one_of("off", "online", "offline"))
-    wandb_project: str = rule("terminal-velocity", file_name)
-
-    def __post_init__(self) -> None:
-        check(self)
+    @model_validator(mode="after")
+    def combinations(self) -> SweepConfig:
+        """Raises ConfigError for settings that need others."""
         if self.clip and not self.prompts:
-            raise ValueError("clip: scores prompts, of which there are none")
+            raise ConfigError("clip: scores prompts, of which there are none")
         if self.held_out is not None and not self.floor_splits:
-            raise ValueError("held_out: needs floor_splits of at least 1")
+            raise ConfigError("held_out: needs floor_splits of at least 1")
+        return self
 
     @property
     def keep(self) -> set[str]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from composer.core import Algorithm, Event, State, Time
 from composer.loggers import Logger
 from composer.utils import dist
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from recipe.objectives.base import Loss
-from recipe.rules import Rule, below_one, each, not_negative, positive, rule
+from recipe.settings import BelowOne, Count, CountOrZero, Many, Positive, Says, Settings
 
 log = logging.getLogger(__name__)
 GROUP = 12  # tensors that are averaged by one kernel
@@ -127,24 +129,37 @@ def length_of(average: str) -> float:
     return length
 
 
-a_length = Rule(
-    lambda x: 0.001 <= x <= MAX_LENGTH and round(x, 3) == x,
-    f"must be in [0.001, {MAX_LENGTH:.3f}], in thousandths",
-)
+def thousandths(length: float) -> float:
+    """A length that has a name, see `child_name`. Raises ValueError."""
+    if round(length, 3) != length:
+        raise ValueError
+    return length
+
+
+Length = Annotated[
+    float,
+    Field(ge=0.001, le=MAX_LENGTH),
+    AfterValidator(thousandths),
+    Says(f"must be in [0.001, {MAX_LENGTH:.3f}], in thousandths"),
+]
 
 
 @dataclass
-class EMAConfig:
-    """target_decay, decay: of the teacher (target) and of the weights that are evaluated (0.99 and 0.9999 are
-    the paper's); ramp: let the latter start short, for short runs (see `ema_decay`); posthoc: lengths of
-    power-function averages to keep and export besides, e.g. [0.05, 0.1], from which any length can be had
-    after training (see `exponent`). Each costs one more copy of the weights.
-    """
+class EMAConfig(Settings):
+    """Averages of the weights over training; each costs one more copy of the weights."""
 
-    target_decay: float = rule(0.99, below_one)
-    decay: float = rule(0.9999, below_one)
-    ramp: bool = False
-    posthoc: list[float] = rule([], each(a_length))
+    target_decay: BelowOne = Field(
+        0.99, description="Decay per step of the teacher's average, the target of TVM's loss."
+    )
+    decay: BelowOne = Field(0.9999, description="Decay per step of the average that is evaluated.")
+    ramp: bool = Field(
+        False, description="Whether the evaluated average starts short and grows, which short runs need."
+    )
+    posthoc: Many[Length] = Field(
+        [],
+        description="Lengths, relative to the training, of further averages to keep and export, from which "
+        "any length can be had afterwards, such as [0.05, 0.1].",
+    )
 
 
 class EMA(Algorithm):
@@ -208,15 +223,18 @@ def check_finite(net: nn.Module, step: int) -> None:
 
 
 @dataclass
-class StepConfig:
-    """tangent_warmup: steps over which the derivative grows from 0 to its full size (0: off); clip: largest
-    global gradient norm (None: off, TVM's choice at 256 px); max_skipped: steps in a row without a finite
-    gradient that end the run.
-    """
+class StepConfig(Settings):
+    """What guards a step of training."""
 
-    tangent_warmup: int = rule(0, not_negative)
-    clip: float | None = rule(None, positive)
-    max_skipped: int = rule(5, positive)
+    tangent_warmup: CountOrZero = Field(
+        0, description="Steps over which the derivative in the loss grows to its full size; 0 turns this off."
+    )
+    clip: Positive | None = Field(
+        None, description="Largest global norm of the gradient; null turns clipping off."
+    )
+    max_skipped: Count = Field(
+        5, description="Number of steps in a row without a finite gradient after which the run ends."
+    )
 
 
 class StepGuard(Algorithm):

@@ -1,162 +1,193 @@
 """Configuration: a YAML, the YAML that it names as `base`, and key=value overrides, checked before any work.
 
-Every section is a dataclass beside the code that reads it. An unknown key, a wrong type or an impossible
-combination is a ConfigError of one line that names the key.
+Every section is a class of settings (recipe/settings.py) beside the code that reads it. An unknown key, a
+wrong type or an impossible combination is a ConfigError of one line that names the key.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING, dataclass, field, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
 from yaml import YAMLError
 
 from recipe.algorithms import EMAConfig, StepConfig
 from recipe.data import DataConfig
 from recipe.dit import DiTConfig
-from recipe.objectives import OBJECTIVES, TVM, Objective
+from recipe.objectives import TVM, AnyObjective
 from recipe.parallel import ParallelConfig
-from recipe.rules import (
-    Rule,
-    below_one,
-    check,
-    describe,
-    each,
-    file_name,
-    filled,
-    local,
-    no_clock,
-    not_negative,
-    one_of,
-    place,
-    positive,
-    positive_time,
-    rule,
-    time_or_zero,
-    whole,
+from recipe.settings import (
+    BelowOne,
+    ConfigError,
+    Count,
+    Duration,
+    DurationOrZero,
+    FileName,
+    Filled,
+    LocalPath,
+    Many,
+    NotNegative,
+    Place,
+    Positive,
+    Says,
+    Seconds,
+    Seed,
+    Settings,
+    Time,
+    Wandb,
+    defaults,
+    make,
 )
-from storage import normalize_uri
 
 T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be: the message names the key, what it was and what is allowed."""
+MISSING = "???"  # what a YAML writes for a key that another one, or the command line, must give
 
 
 @dataclass
-class OptimizerConfig:
-    """AdamW; the defaults are the paper's. schedule: constant, linear or cosine (both to zero at the end of
-    `duration`), after a linear warmup of e.g. 100ba.
-    """
+class OptimizerConfig(Settings):
+    """AdamW, its learning rate over time; the defaults are the paper's."""
 
-    lr: float = rule(1e-4, positive)
-    schedule: str = rule("constant", one_of("constant", "linear", "cosine"))
-    warmup: str = rule("0ba", time_or_zero, no_clock)
-    betas: list[float] = rule([0.9, 0.95], Rule(lambda b: len(b) == 2, "must be two"), each(below_one))
-    eps: float = rule(1e-8, positive)
-    weight_decay: float = rule(0.0, not_negative)
-
-
-@dataclass
-class GridConfig:
-    """Samples of the evaluation average every `interval` (null: never), always from the same noise.
-
-    labels: one row each (empty: the first ten classes); columns: samples of a label; nfe: steps, one picture
-    each; vae: folder or hub name of the autoencoder of latents (null: false colours).
-    """
-
-    interval: str | None = rule("1000ba", positive_time)
-    labels: list[int] = rule([], each(whole(0, 10**7)))
-    columns: int = rule(8, whole(1, 100))
-    nfe: list[int] = rule([1], filled, each(whole(1, 1000)))
-    vae: str | None = rule(None, local)
-
-
-@dataclass
-class LogConfig:
-    """interval: batches between lines of train.jsonl, which throughput and losses by time are averaged over;
-    wandb: off, online or offline; peak_tflops: of one device, for the MFU (null: Composer's table of GPUs).
-    """
-
-    interval: int = rule(10, positive)
-    peak_tflops: float | None = rule(None, positive)
-    progress_bar: bool = True
-    wandb: str = rule("off", one_of("off", "online", "offline"))
-    wandb_project: str = rule("terminal-velocity", file_name)
-
-
-@dataclass
-class TrainConfig:
-    """One training run. Times are Composer's: 2400ba, 3ep, 600sec (but for the duration).
-
-    folder: local; holds weights/, samples/, train.jsonl and what is on its way to a bucket; save_folder:
-    where checkpoints are, local or s3://, gs://, oci:// (then weights and log are copied there too);
-    save_keep: how many stay, -1 for all; fork_from: the checkpoint, SAVE_FOLDER/ep0-ba40, from which a new
-    run starts; init_from: exported or imported weights, or a folder of exports, that a new run begins with
-    (recipe/warm_start.py); time_limit: save and exit with status 75 so long after the start, e.g. 86000sec;
-    export: which weights are written to weights/, `ema` and/or `net`, every export_interval; microbatch:
-    samples per rank and forward pass (null: all of them).
-    """
-
-    run_name: str = rule(MISSING, file_name)
-    folder: str = rule(MISSING, local)
-    duration: str = rule(MISSING, positive_time, no_clock)
-    save_folder: str = rule("${folder}/checkpoints", place)
-    save_interval: str = rule("1000ba", positive_time)
-    save_keep: int = rule(
-        2, Rule(lambda n: 0 < n <= 1000 or n == -1, "must be from 1 to 1000, or -1 for all")
+    lr: Positive = Field(1e-4, description="Learning rate after the warm-up.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="How the learning rate goes on after the warm-up; linear and cosine reach zero at the "
+        "end of duration.",
     )
-    fork_from: str | None = rule(None, place)
-    init_from: str | None = rule(None, place)
-    time_limit: str | None = rule(
-        None, time_or_zero, Rule(lambda x: x.endswith("sec"), "must be in seconds, e.g. 86000sec")
+    warmup: DurationOrZero = Field(
+        "0ba", description="Time over which the learning rate grows linearly from zero, in duration's unit."
     )
-    export_interval: str = rule("10000ba", positive_time)
-    export: list[str] = rule(["ema"], Rule(lambda x: set(x) <= {"ema", "net"}, "may hold ema and net only"))
-    seed: int = rule(0, whole(0, 2**31 - 1))
-    precision: str = rule("fp32", one_of("fp32", "amp_bf16"))
-    microbatch: int | None = rule(None, positive)
-    data: DataConfig = field(default_factory=DataConfig)
-    model: DiTConfig = field(default_factory=DiTConfig)
-    objective: Objective = field(default_factory=TVM)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    ema: EMAConfig = field(default_factory=EMAConfig)
-    step: StepConfig = field(default_factory=StepConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    grid: GridConfig = field(default_factory=GridConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    betas: list[BelowOne] = Field(
+        [0.9, 0.95],
+        min_length=2,
+        max_length=2,
+        description="Decay per step of AdamW's running means of the gradient and of its square.",
+    )
+    eps: Positive = Field(
+        1e-8, description="Number that AdamW adds to the root of the second moment before it divides by it."
+    )
+    weight_decay: NotNegative = Field(
+        0.0, description="AdamW's decoupled weight decay, which is multiplied by the learning rate."
+    )
 
-    def __post_init__(self) -> None:
-        check(self)
-        for section in ("optimizer", "ema", "step", "grid", "log"):
-            check(getattr(self, section), section)
+
+@dataclass
+class GridConfig(Settings):
+    """Pictures of samples of the evaluation average while the run goes on, always from the same noise."""
+
+    interval: Time | None = Field("1000ba", description="Time between two grids; null draws none.")
+    labels: Many[Annotated[int, Field(ge=0, le=10**7)]] = Field(
+        [], description="Labels of the grid, one row each; empty means the first ten classes."
+    )
+    columns: int = Field(8, ge=1, le=100, description="Number of samples of each label.")
+    nfe: Filled[Annotated[int, Field(ge=1, le=1000)]] = Field(
+        [1], description="Numbers of sampling steps, for each of which one picture is drawn."
+    )
+    vae: LocalPath | None = Field(
+        None,
+        description="Folder or hub name of the autoencoder that decodes latents; null shows them in false "
+        "colours.",
+    )
+
+
+@dataclass
+class LogConfig(Settings):
+    """What a run says of itself while it goes on."""
+
+    interval: Count = Field(
+        10,
+        description="Batches between lines of train.jsonl, over which throughput and losses by time are "
+        "averaged.",
+    )
+    peak_tflops: Positive | None = Field(
+        None, description="Peak TFLOP/s of one device, for the MFU; null asks Composer's table of GPUs."
+    )
+    progress_bar: bool = Field(True, description="Whether a progress bar is shown.")
+    wandb: Wandb = Field("off", description="Whether the run is logged to Weights & Biases, and how.")
+    wandb_project: FileName = Field("terminal-velocity", description="Project in Weights & Biases.")
+
+
+@dataclass
+class TrainConfig(Settings):
+    """One training run. Times are Composer's: 2400ba (batches), 3ep (epochs), 32000sp (samples), 600sec."""
+
+    run_name: FileName = Field(
+        description="Name of the run, which tells its checkpoints from those of others."
+    )
+    folder: LocalPath = Field(
+        description="Local folder of the run, which holds weights/, samples/, train.jsonl and what is on its "
+        "way to a bucket."
+    )
+    duration: Duration = Field(description="Length of the whole training, such as 2400ba or 3ep.")
+    save_folder: Place = Field(
+        "${folder}/checkpoints",
+        description="Folder of the checkpoints; weights and log are copied there, too, if it is in a bucket.",
+    )
+    save_interval: Time = Field("1000ba", description="Time between two checkpoints.")
+    save_keep: Annotated[
+        int, Field(ge=-1, le=1000), Says("must be a whole number from 1 to 1000, or -1 for all")
+    ] = Field(2, description="Number of newest checkpoints that are kept; -1 keeps all.")
+    fork_from: Place | None = Field(
+        None,
+        description="Checkpoint, as SAVE_FOLDER/ep0-ba40, with whose whole state this new run goes on.",
+    )
+    init_from: Place | None = Field(
+        None, description="Exported or imported weights, or a folder of exports, that a new run begins with."
+    )
+    time_limit: Seconds | None = Field(
+        None, description="Time after the start at which the run saves and exits with status 75."
+    )
+    export_interval: Time = Field("10000ba", description="Time between two exports of weights for inference.")
+    export: Many[Literal["ema", "net"]] = Field(
+        ["ema"],
+        description="Which weights are exported: the evaluation average (ema), the student as it is (net).",
+    )
+    seed: Seed = Field(0, description="Seed of everything random: initial weights, order of samples, draws.")
+    precision: Literal["fp32", "amp_bf16"] = Field(
+        "fp32", description="Arithmetic of the network: float32, or bfloat16 by autocast."
+    )
+    microbatch: Count | None = Field(
+        None, description="Samples of a rank in one forward pass; null takes all of the rank at once."
+    )
+    data: DataConfig = Field(default_factory=DataConfig, description=DataConfig.__doc__)
+    model: DiTConfig = Field(default_factory=DiTConfig, description=DiTConfig.__doc__)
+    objective: AnyObjective = Field(default_factory=TVM, description="What is trained, chosen by its name.")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description=OptimizerConfig.__doc__)
+    ema: EMAConfig = Field(default_factory=EMAConfig, description=EMAConfig.__doc__)
+    step: StepConfig = Field(default_factory=StepConfig, description=StepConfig.__doc__)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description=ParallelConfig.__doc__)
+    grid: GridConfig = Field(default_factory=GridConfig, description=GridConfig.__doc__)
+    log: LogConfig = Field(default_factory=LogConfig, description=LogConfig.__doc__)
+
+    @model_validator(mode="after")
+    def combinations(self) -> TrainConfig:
+        """Raises ConfigError for settings that exclude each other."""
+        if self.save_keep == 0:
+            raise ConfigError("save_keep: 0 must be a whole number from 1 to 1000, or -1 for all")
         if self.microbatch is not None and self.microbatch > self.data.batch_size:
-            raise ValueError(
+            raise ConfigError(
                 f"microbatch: {self.microbatch} is more than data.batch_size, {self.data.batch_size}; "
                 f"null takes a rank's whole batch at once"
             )
         if self.optimizer.warmup.endswith("sp") != self.duration.endswith("sp"):
-            raise ValueError(
+            raise ConfigError(
                 f"optimizer.warmup: {self.optimizer.warmup} must be in the unit of duration, {self.duration}"
             )
-        self.save_folder = normalize_uri(self.save_folder)
-        self.fork_from = normalize_uri(self.fork_from) if self.fork_from else None
-        self.init_from = normalize_uri(self.init_from) if self.init_from else None
         if self.init_from and self.fork_from:
-            raise ValueError(
+            raise ConfigError(
                 "init_from: begins a new run, and fork_from goes on with another: give one of them"
             )
-        self.data.remote = normalize_uri(self.data.remote) if self.data.remote else None
-        if not all(0 <= label <= self.model.classes for label in self.grid.labels):
-            raise ValueError(f"grid.labels: {self.grid.labels} must be in 0..{self.model.classes}")
+        if not all(label <= self.model.classes for label in self.grid.labels):
+            raise ConfigError(f"grid.labels: {self.grid.labels} must be in 0..{self.model.classes}")
+        return self
 
 
-def read_yaml(schema: type, path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
+def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The YAML at `path` over the one that its key `base` names (relative to it), and so on."""
     files = (*above, path.resolve())
     if files[-1] in above:
@@ -169,87 +200,86 @@ def read_yaml(schema: type, path: Path, above: tuple[Path, ...] = ()) -> DictCon
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path}: must be a mapping of keys to values")
-    look_over(OmegaConf.to_container(config), schema)
+    config = OmegaConf.to_container(config)
+    check_references(config)
     base = config.pop("base", None)
     if base is None:
         return config
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: {base} is not the name of one YAML")
-    return overlay(read_yaml(schema, path.parent / base, files), config)
+    return overlay(read_yaml(path.parent / base, files), config)
 
 
-def overlay(under: DictConfig, over: DictConfig) -> DictConfig:
-    """`over` on `under`; where it names another objective, that section begins anew."""
-    name = objective_name(over, "")
-    if name and name != objective_name(under, TVM.name):
-        under = OmegaConf.masked_copy(under, [key for key in under if key != "objective"])
-    return OmegaConf.merge(under, over)
-
-
-def objective_name(config: DictConfig, default: str) -> str:
-    """What it sets as objective.name, else the default."""
-    section = config.get("objective")
-    return str(section.get("name", default)) if isinstance(section, DictConfig) else default
-
-
-def check_objective(config: DictConfig) -> type[Objective]:
-    """The class of its objective. Raises ConfigError for an unknown one, and for settings of another one."""
-    name = objective_name(config, TVM.name)
-    if name not in OBJECTIVES:
-        raise ConfigError(f"objective.name: {name!r} is not one of {', '.join(OBJECTIVES)}")
-    section = config.get("objective")
-    for key in section if isinstance(section, DictConfig) else ():
-        owners = [other for other, cls in OBJECTIVES.items() if key in cls.__dataclass_fields__]
-        if owners and name not in owners:
-            raise ConfigError(f"objective.{key}: a setting of {', '.join(owners)}, not of {name}")
-    return OBJECTIVES[name]
-
-
-def read_overrides(schema: type, overrides: list[str]) -> DictConfig:
+def read_overrides(overrides: list[str]) -> dict[str, Any]:
     """key=value arguments as a configuration."""
+    given: dict[str, Any] = {}
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise ConfigError(f"{override}: overrides are written key=value")
         try:
-            look_over(OmegaConf.to_container(OmegaConf.from_dotlist([override])), schema)
+            one = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
         except (YAMLError, RecursionError) as error:
             raise ConfigError(f"{override}: not valid YAML: {' '.join(str(error).split())}") from error
-    return OmegaConf.from_dotlist(overrides)
+        check_references(one)
+        given = merge(given, one)
+    return given
 
 
-def look_over(value: Any, hint: Any, key: str = "") -> None:  # noqa: ANN401
-    """Refuses what OmegaConf would take, or name no key of. Raises ConfigError.
+def check_references(value: Any, key: str = "") -> None:  # noqa: ANN401
+    """Raises ConfigError for what OmegaConf would compute.
 
     A value may refer to another key, ${folder}; but what a resolver computes or reads from the environment
     may not end up in a name that goes to a bucket.
     """
-    hints = get_type_hints(hint) if is_dataclass(hint) else {}
-    if hints and not isinstance(value, dict | None):
-        raise ConfigError(f"{key}: {value!r} is not a section, that is keys and their values")
-    if get_origin(hint) is list and isinstance(value, dict):
-        raise ConfigError(f"{key}: {value!r} is not a list")
     if isinstance(value, dict | list):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            look_over(item, hints.get(name), f"{key}.{name}" if key else str(name))
+            check_references(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, str) and "${" in re.sub(r"\$\{[\w.\[\]-]+\}", "", value):
         raise ConfigError(f"{key}: {value!r} may refer to other keys only, as in ${{folder}}")
 
 
+def overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on `under`, section by section; where it names another objective, that section begins anew."""
+    name = objective_name(over, "")
+    if name and name != objective_name(under, TVM.name):
+        under = {key: value for key, value in under.items() if key != "objective"}
+    return merge(under, over)
+
+
+def objective_name(config: dict[str, Any], default: str) -> str:
+    """What it sets as objective.name, else the default."""
+    section = config.get("objective")
+    return str(section.get("name", default)) if isinstance(section, dict) else default
+
+
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on `under`, both of plain containers; a key that still has to be given replaces nothing."""
+    merged = dict(under)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge(merged[key], value)
+        elif value != MISSING or key not in merged:
+            merged[key] = value
+    return merged
+
+
 def load_config(schema: type[T], path: str | None, overrides: list[str]) -> T:
-    """The configuration as an instance of `schema`; path None: its defaults. Raises ConfigError."""
+    """The configuration as an instance of `schema`; path None: its defaults. Raises ConfigError.
+
+    OmegaConf reads the user's own YAML and overrides, and resolves their references; it sees nothing else.
+    """
+    given = overlay(read_yaml(Path(path)) if path else {}, read_overrides(overrides))
+    config = OmegaConf.create(overlay(defaults(schema), given))
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError(f"{missing[0]}: must be given")
     try:
-        given = read_yaml(schema, Path(path)) if path else OmegaConf.create()
-        given = overlay(given, read_overrides(schema, overrides))
-        typed = OmegaConf.structured(schema)
-        if "objective" in typed:
-            typed.objective = OmegaConf.structured(check_objective(given))
-        return OmegaConf.to_object(OmegaConf.merge(typed, given))
+        values = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(describe(error)) from error
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+        key, text = error.full_key or error.key, str(error.msg or error).splitlines()[0]
+        raise ConfigError(f"{key}: {text}" if key else text) from error
+    return make(schema, values)
 
 
 def as_dict(config: Any) -> dict[str, Any]:  # noqa: ANN401
-    """The resolved configuration as plain containers, to log and to print."""
-    return OmegaConf.to_container(OmegaConf.structured(config))
+    """The configuration as plain containers, to log and to print."""
+    return asdict(config)

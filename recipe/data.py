@@ -12,28 +12,29 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import math
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 import streaming
 import torch
 from composer.utils import dist
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
 from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
 from streaming.base.util import bytes_to_int
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from recipe import patches
 from recipe.draws import Stream, keys, normal
-from recipe.rules import Number, Rule, check, each, local, place, positive, rule, whole
+from recipe.settings import ConfigError, Count, LocalPath, Number, Place, Says, Settings
 from recipe.text import TextConfig, byte_tokens
 from storage import attempt
 from storage.manifest import DatasetError, Manifest, check_inside
@@ -41,44 +42,60 @@ from storage.manifest import DatasetError, Manifest, check_inside
 SHUFFLE_WINDOW = 1 << 18  # samples of each canonical node among which the order is drawn; Streaming's default
 
 
-def is_normalization(value: str | dict[str, list[float]]) -> bool:
-    """Of the three kinds that `DataConfig` names, the third in finite numbers, deviations positive."""
-    if isinstance(value, str):
-        return value in ("pixels", "manifest")
-    return (
-        sorted(value) == ["mean", "std"]
-        and all(map(math.isfinite, value["mean"]))
-        and each(positive).holds(value["std"])
-    )
+def size_of(text: str) -> str:
+    """A size in bytes that is more than none. Raises ValueError."""
+    if bytes_to_int(text) <= 0:
+        raise ValueError
+    return text
+
+
+class Statistics(TypedDict):
+    """Mean and standard deviation of each channel."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    mean: list[Number]
+    std: list[Annotated[Number, Field(gt=0)]]
 
 
 @dataclass
-class DataConfig:
-    """Where the samples are and how they become network input.
+class DataConfig(Settings):
+    """Where the samples are, and how they become the network's input."""
 
-    remote: folder or s3://, gs://, oci:// of the dataset, None when `local` holds it already; local: cache
-    folder; batch_size: global, over all ranks; normalize: `pixels` (x / 127.5 - 1), `manifest` (the dataset's
-    own per-channel mean and deviation), or {mean: [...], std: [...]}; canonical_nodes fixes the sample order
-    for any number of nodes; cache_limit: e.g. 100gb.
-    """
-
-    local: str = rule("data/digits/train", local)
-    remote: str | None = rule(None, place)
-    batch_size: int = rule(256, positive)
-    workers: int = rule(1, whole(0, 1024))
-    normalize: str | dict[str, list[Number]] = rule(
-        "pixels", Rule(is_normalization, "is not pixels, manifest or {mean: [...], std: [...]}")
+    local: LocalPath = Field(
+        "data/digits/train", description="Folder of the dataset, or of its cache if remote is set."
     )
-    shuffle: bool = True
-    canonical_nodes: int = rule(64, whole(1, 65536))
-    cache_limit: str | None = rule(None, Rule(lambda x: bytes_to_int(x) > 0, "is not a size such as 100gb"))
+    remote: Place | None = Field(
+        None, description="Folder or bucket of the dataset; null if local holds all of it."
+    )
+    batch_size: Count = Field(256, description="Samples in a step, over all ranks together.")
+    workers: int = Field(1, ge=0, le=1024, description="Processes of each rank that read samples.")
+    normalize: Annotated[
+        Literal["pixels", "manifest"] | Statistics,
+        Says("must be pixels, manifest or {mean: [...], std: [...]} with std positive"),
+    ] = Field(
+        "pixels",
+        description="What makes samples the network's input: x / 127.5 - 1 (pixels), the dataset's own mean "
+        "and standard deviation of each channel (manifest), or those given.",
+    )
+    shuffle: bool = Field(True, description="Whether each epoch has an order of its own.")
+    canonical_nodes: int = Field(
+        64,
+        ge=1,
+        le=65536,
+        description="Number of parts that the order of samples is made of, whatever the number of nodes.",
+    )
+    cache_limit: Annotated[str, AfterValidator(size_of), Says("must be a size such as 100gb")] | None = Field(
+        None, description="Largest size of the local copy of remote; null for no limit."
+    )
 
-    def __post_init__(self) -> None:
-        check(self, "data")
+    @model_validator(mode="after")
+    def combinations(self) -> DataConfig:
+        """Raises ConfigError for a limit of nothing."""
         if self.cache_limit and not self.remote:
-            raise ValueError(
-                f"data.cache_limit: {self.cache_limit} limits the copy of data.remote, which is not set"
+            raise ConfigError(
+                f"cache_limit: {self.cache_limit} limits the copy of data.remote, which is not set"
             )
+        return self
 
     @property
     def cache_bytes(self) -> int | None:

@@ -12,14 +12,16 @@ of text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from recipe import dual
 from recipe.dual import Dual
-from recipe.rules import Rule, check, one_of, rule, whole
+from recipe.settings import ConfigError, Settings
 from recipe.text import BEGIN, Text, TextConfig
 
 PRESETS = {
@@ -36,48 +38,57 @@ HEAD, TEXT_LAYERS = 32, 2  # head dimension and depth of the encoder of bytes
 
 
 @dataclass
-class DiTConfig:
-    """Architecture. `preset` (S/2, B/2, L/2, XL/2, XL/2-18) fills in width, depth and heads with patch 2.
+class DiTConfig(Settings):
+    """The network's architecture."""
 
-    size: image or latent side in pixels; classes: 0 for unconditional; label_std: standard deviation of the
-    initial class embeddings; time_init: `normal` (N(0, 0.02^2)) or `spectral`; patch_init: `spectral` (the
-    paper) or `xavier` (the released code); norm: `rms` or `layer`; modulation_norm, qk_norm: whether
-    modulation, and queries and keys, are RMS-normed; reverse_time: the network is told 1 - t, as SiT is;
-    text: what prompts are made of, null for none.
-    """
+    preset: Literal[tuple(PRESETS)] | None = Field(
+        None, description="Name of a published size, which sets width, depth, heads, and patch to 2."
+    )
+    size: int = Field(32, ge=1, le=8192, description="Height and width of an image, or of its latents.")
+    channels: int = Field(4, ge=1, le=1024, description="Channels of an image, or of its latents.")
+    classes: int = Field(1000, ge=0, le=10**7, description="Number of classes; 0 is unconditional.")
+    patch: int = Field(2, ge=1, le=8192, description="Height and width of the patch that makes a token.")
+    width: int = Field(384, ge=1, le=65536, description="Width of a token, a multiple of 4 and of heads.")
+    depth: int = Field(12, ge=1, le=1000, description="Number of transformer blocks.")
+    heads: int = Field(6, ge=1, le=65536, description="Number of attention heads.")
+    mlp_ratio: float = Field(4.0, gt=0, le=100, description="Hidden width of the MLP in units of width.")
+    label_std: float = Field(
+        0.02, ge=0, le=100, description="Standard deviation of the initial class embeddings."
+    )
+    time_init: Literal["normal", "spectral"] = Field(
+        "normal",
+        description="How the embedders of times begin: N(0, 0.02^2) (normal), or scaled to their spectral "
+        "norm (spectral).",
+    )
+    patch_init: Literal["spectral", "xavier"] = Field(
+        "spectral",
+        description="How the embedder of patches begins: as in the paper (spectral), or as in the released "
+        "code (xavier).",
+    )
+    norm: Literal[tuple(NORMS)] = Field("rms", description="Normalisation of tokens: RMS norm or layer norm.")
+    modulation_norm: bool = Field(True, description="Whether the conditioning's modulation is RMS-normed.")
+    qk_norm: bool = Field(True, description="Whether queries and keys are RMS-normed.")
+    reverse_time: bool = Field(False, description="Whether the network is told 1 - t for t, as SiT is.")
+    text: TextConfig | None = Field(
+        None, description="What prompts are made of; null is a network without prompts."
+    )
 
-    preset: str | None = rule(None, one_of(*PRESETS))
-    size: int = rule(32, whole(1, 8192))
-    channels: int = rule(4, whole(1, 1024))
-    classes: int = rule(1000, whole(0, 10**7))
-    patch: int = rule(2, whole(1, 8192))
-    width: int = rule(384, whole(1, 65536))
-    depth: int = rule(12, whole(1, 1000))
-    heads: int = rule(6, whole(1, 65536))
-    mlp_ratio: float = rule(4.0, Rule(lambda x: 0 < x <= 100, "must be in (0, 100]"))
-    label_std: float = rule(0.02, Rule(lambda x: 0 <= x <= 100, "must be from 0 to 100"))
-    time_init: str = rule("normal", one_of("normal", "spectral"))
-    patch_init: str = rule("spectral", one_of("spectral", "xavier"))
-    norm: str = rule("rms", one_of(*NORMS))
-    modulation_norm: bool = True
-    qk_norm: bool = True
-    reverse_time: bool = False
-    text: TextConfig | None = None
-
-    def __post_init__(self) -> None:
-        check(self, "model")
+    @model_validator(mode="after")
+    def combinations(self) -> DiTConfig:
+        """Fills in the preset. Raises ConfigError for sizes that do not divide each other."""
         if self.preset is not None:
             vars(self).update(PRESETS[self.preset], patch=2)
         if self.width % self.heads:
-            raise ValueError(f"model.heads: {self.heads} does not divide model.width {self.width}")
+            raise ConfigError(f"heads: {self.heads} does not divide model.width {self.width}")
         if self.width % 4:
-            raise ValueError(f"model.width: {self.width} must be a multiple of 4 (2-D position embedding)")
+            raise ConfigError(f"width: {self.width} must be a multiple of 4 (2-D position embedding)")
         if self.size % self.patch:
-            raise ValueError(f"model.patch: {self.patch} does not divide model.size {self.size}")
+            raise ConfigError(f"patch: {self.patch} does not divide model.size {self.size}")
         if int(self.width * self.mlp_ratio) < 1:
-            raise ValueError(
-                f"model.mlp_ratio: {self.mlp_ratio} leaves the MLP of model.width {self.width} nothing"
+            raise ConfigError(
+                f"mlp_ratio: {self.mlp_ratio} leaves the MLP of model.width {self.width} nothing"
             )
+        return self
 
     @property
     def tokens(self) -> int:

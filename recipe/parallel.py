@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch._functorch.config
 import torch._inductor.config
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,35 +19,49 @@ from torch.utils.checkpoint import checkpoint
 
 from recipe import patches
 from recipe.dit import Block, DiT
-from recipe.rules import check, not_negative, one_of, positive, rule, share
+from recipe.settings import ConfigError, Count, CountOrZero, Settings, Share
 
 
 @dataclass
-class ParallelConfig:
-    """How a model is spread over ranks and how its blocks are run.
+class ParallelConfig(Settings):
+    """How the model is spread over ranks, and how its blocks are run."""
 
-    fsdp2: shard student and averages block by block (false: DDP, whole copies); replicas: with fsdp2, shard
-    within groups of world / replicas ranks and replicate across them (hybrid sharding);
-    reshard_after_forward: free gathered weights between forward and backward; mixed_precision: DEFAULT
-    (gather weights in the run's precision, reduce gradients in float32), PURE (both in the run's precision)
-    or FULL (both in float32); compile: torch.compile of every block; activation_budget: with compile, share
-    of what a block would keep for the backward pass that it may keep (1: all; from 0.7 to below 1: what costs
-    no matrix product is computed again); checkpoint_every: recompute every k-th block of the student in the
-    backward pass (0: none, 1: all).
-    """
+    fsdp2: bool = Field(
+        False,
+        description="Whether student and averages are sharded block by block (FSDP2); otherwise every rank "
+        "holds whole copies (DDP).",
+    )
+    replicas: Count = Field(
+        1,
+        description="With fsdp2, number of groups of ranks that each hold a whole sharded copy (hybrid "
+        "sharding).",
+    )
+    reshard_after_forward: bool = Field(
+        True, description="Whether gathered weights are freed between forward and backward pass."
+    )
+    mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = Field(
+        "DEFAULT",
+        description="What is sent in bf16 under amp_bf16: gathered weights (DEFAULT), reduced gradients, too "
+        "(PURE), or nothing (FULL).",
+    )
+    compile: bool = Field(False, description="Whether every block is compiled by torch.compile.")
+    activation_budget: Share = Field(
+        0.9,
+        description="With compile, share of a block's activations that is kept for the backward pass; 1 "
+        "keeps all, and from 0.7 on no matrix product is computed again.",
+    )
+    checkpoint_every: CountOrZero = Field(
+        0,
+        description="Every how many blocks of the student one is computed again in the backward pass; 0 for "
+        "none, 1 for all.",
+    )
 
-    fsdp2: bool = False
-    replicas: int = rule(1, positive)
-    reshard_after_forward: bool = True
-    mixed_precision: str = rule("DEFAULT", one_of("DEFAULT", "PURE", "FULL"))
-    compile: bool = False
-    activation_budget: float = rule(0.9, share)
-    checkpoint_every: int = rule(0, not_negative)
-
-    def __post_init__(self) -> None:
-        check(self, "parallel")
+    @model_validator(mode="after")
+    def combinations(self) -> ParallelConfig:
+        """Raises ConfigError for hybrid sharding without sharding."""
         if self.replicas > 1 and not self.fsdp2:
-            raise ValueError(f"parallel.replicas: {self.replicas} needs parallel.fsdp2: true")
+            raise ConfigError(f"replicas: {self.replicas} needs parallel.fsdp2: true")
+        return self
 
 
 class AddProducts(CustomGraphPass):

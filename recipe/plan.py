@@ -13,41 +13,38 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields, replace
-from typing import NamedTuple
+from dataclasses import fields, replace
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
 from composer.core import Time, TimeUnit
+from pydantic import Discriminator, Field, Tag
+from pydantic.dataclasses import dataclass
 
 from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.dit import TEXT_LAYERS, DiT, DiTConfig
 from recipe.objectives.base import Objective, Pass
 from recipe.parallel import ParallelConfig
 from recipe.preflight import divisible
-from recipe.rules import Rule, check, each, filled, not_negative, positive, rule, whole
+from recipe.settings import Filled, NotNegative, Positive, Says, Settings
 
 GIB = 2**30
 FP32, BF16 = 4, 2
 DDP_BUCKET = 25 * 2**20  # DistributedDataParallel's default
 
 
-@dataclass(frozen=True)
-class GPU:
-    """Data sheet: dense bf16 FLOP/s; bytes of memory; bytes/s of memory, of NVLink (one GPU, one direction)
-    and of a whole node's network cards; compute capability (90 for 9.0) and multiprocessors.
-    """
+@dataclass
+class GPU(Settings):
+    """Data sheet of a GPU."""
 
-    flops: float = rule(MISSING, positive)
-    memory: float = rule(MISSING, positive)
-    memory_rate: float = rule(MISSING, positive)
-    node_rate: float = rule(MISSING, positive)
-    network_rate: float = rule(MISSING, positive)
-    arch: int = rule(90, whole(80, 200))
-    multiprocessors: int = rule(132, whole(1, 10**4))
-
-    def __post_init__(self) -> None:
-        check(self, "gpu")
+    flops: Positive = Field(description="Dense bf16 FLOP/s.")
+    memory: Positive = Field(description="Bytes of memory.")
+    memory_rate: Positive = Field(description="Bytes/s of memory.")
+    node_rate: Positive = Field(description="Bytes/s of one GPU's NVLink in one direction.")
+    network_rate: Positive = Field(description="Bytes/s of all network cards of a node together.")
+    arch: int = Field(90, ge=80, le=200, description="Compute capability times ten, 90 for 9.0.")
+    multiprocessors: int = Field(132, ge=1, le=10**4, description="Number of multiprocessors.")
 
 
 GPUS = {
@@ -58,12 +55,19 @@ GPUS = {
 }
 
 
-reached = Rule(lambda x: 0 < x <= 1, "must be in (0, 1]")
-known = Rule(
-    lambda gpu: isinstance(gpu, GPU) or gpu in GPUS,
-    f"is not one of {', '.join(GPUS)}; add it to GPUS in recipe/plan.py, or give its data sheet: "
-    f"gpu={{{', '.join(f'{f.name}: ...' for f in fields(GPU))}}}",
-)
+Reached = Annotated[float, Field(gt=0, le=1)]
+Sheet = Annotated[
+    Annotated[
+        Literal[tuple(GPUS)],
+        Says(
+            f"must be one of {', '.join(GPUS)}; add it to GPUS in recipe/plan.py, or give its data sheet: "
+            f"gpu={{{', '.join(f'{f.name}: ...' for f in fields(GPU))}}}"
+        ),
+        Tag("name"),
+    ]
+    | Annotated[GPU, Tag("sheet")],
+    Discriminator(lambda gpu: "sheet" if isinstance(gpu, dict | GPU) else "name"),
+]
 
 # Bytes that kernels of one block move, for each token and unit of width, by (dual, gradient) of a pass:
 # forward and backward, each (between products and attention, in attention). What benchmarks.compiled has for
@@ -85,20 +89,14 @@ TEXT_BYTES = {
 
 
 @dataclass
-class Roofline:
-    """What times are predicted from, all assumed: shares of a data sheet that matrix products (gemm) and
-    attention reach of `flops`, and kernels of `memory_rate` (bandwidth); launch: seconds that any kernel
-    takes at least. gpu: a name of `GPUS`, or the numbers of a data sheet.
-    """
+class Roofline(Settings):
+    """What times are predicted from, all assumed."""
 
-    gpu: str | GPU = rule("h100", known)
-    gemm: float = rule(0.65, reached)
-    attention: float = rule(0.45, reached)
-    bandwidth: float = rule(0.80, reached)
-    launch: float = rule(3e-6, not_negative)
-
-    def __post_init__(self) -> None:
-        check(self)
+    gpu: Sheet = Field("h100", description="Name of a GPU, or the numbers of its data sheet.")
+    gemm: Reached = Field(0.65, description="Share of the data sheet's FLOP/s that matrix products reach.")
+    attention: Reached = Field(0.45, description="Share of the data sheet's FLOP/s that attention reaches.")
+    bandwidth: Reached = Field(0.80, description="Share of the memory's bytes/s that kernels reach.")
+    launch: NotNegative = Field(3e-6, description="Seconds that any kernel takes at least.")
 
     @property
     def sheet(self) -> GPU:
@@ -126,13 +124,13 @@ class Roofline:
 
 @dataclass
 class Cluster(Roofline):
-    """Where the run is planned. gpus: one or more counts, one column each; hop: seconds that one rank adds to
-    a collective's latency, assumed as well.
-    """
+    """Where the run is planned."""
 
-    gpus: list[int] = rule([8, 64, 512], filled, each(whole(1, 10**6)))
-    per_node: int = rule(8, whole(1, 10**6))
-    hop: float = rule(2e-6, not_negative)
+    gpus: Filled[Annotated[int, Field(ge=1, le=10**6)]] = Field(
+        [8, 64, 512], description="Numbers of GPUs, one column of the table each, as gpus=8,64."
+    )
+    per_node: int = Field(8, ge=1, le=10**6, description="Number of GPUs in a node.")
+    hop: NotNegative = Field(2e-6, description="Seconds that each rank adds to a collective's latency.")
 
 
 def parameter_counts(model: DiTConfig) -> tuple[int, int]:
@@ -377,8 +375,7 @@ def communication_time(collectives: list[Collective], cluster: Cluster) -> tuple
     return bandwidth, latency
 
 
-@dataclass(frozen=True)
-class Times:
+class Times(NamedTuple):
     """Seconds of one step."""
 
     compute: float

@@ -9,33 +9,38 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from recipe.dual import Dual
-from recipe.rules import check, one_of, rule, whole
+from recipe.settings import ConfigError, Settings
 
 BEGIN = 256  # the token before the bytes; alone it is the empty prompt
 
 
 @dataclass
-class TextConfig:
-    """encoder: `bytes` (UTF-8, an embedding and two transformer layers of this width, trained with the
-    network) or `dataset` (stored embeddings of this width); tokens: of a prompt at most, the rest is cut.
-    """
+class TextConfig(Settings):
+    """What prompts are made of, for a network that takes them."""
 
-    encoder: str = rule("bytes", one_of("bytes", "dataset"))
-    tokens: int = rule(64, whole(1, 4096))
-    width: int = rule(128, whole(1, 65536))
+    encoder: Literal["bytes", "dataset"] = Field(
+        "bytes",
+        description="Where embeddings come from: UTF-8 bytes, an embedding and two transformer layers that "
+        "are trained with the network (bytes), or those stored in the dataset (dataset).",
+    )
+    tokens: int = Field(64, ge=1, le=4096, description="Longest prompt in tokens; what is longer is cut.")
+    width: int = Field(128, ge=1, le=65536, description="Width of a token's embedding.")
 
-    def __post_init__(self) -> None:
-        check(self, "model.text")
+    @model_validator(mode="after")
+    def combinations(self) -> TextConfig:
+        """Raises ConfigError for a width that the encoder of bytes cannot divide into heads."""
         if self.encoder == "bytes" and self.width % 32:
-            raise ValueError(f"model.text.width: {self.width} must be a multiple of 32")
+            raise ConfigError(f"width: {self.width} must be a multiple of 32")
+        return self
 
 
 class Text(NamedTuple):

@@ -23,6 +23,7 @@ from recipe.model import GenerativeModel
 from recipe.objectives import from_facts
 from recipe.objectives.base import Objective
 from recipe.resume import INIT_ONLY
+from recipe.settings import make
 from recipe.weights import load_weights, parse_facts
 from storage import Folder
 
@@ -48,8 +49,8 @@ def check_weights(config: TrainConfig, normalizer: Normalizer) -> tuple[Folder, 
     folder, name = find(config.init_from)
     try:
         facts = parse_facts(folder.read(f"{name}.json"), f"{folder.uri}/{name}.json")
-        theirs = asdict(DiTConfig(**facts["model"]))
-    except (ValueError, TypeError) as error:
+        theirs = asdict(make(DiTConfig, facts["model"], "model"))
+    except ValueError as error:
         raise ConfigError(f"init_from: {error}") from error
     mine = {k: v for k, v in asdict(config.model).items() if k not in INIT_ONLY}
     if theirs["text"] is None:

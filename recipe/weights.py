@@ -9,39 +9,47 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from recipe.dit import DiT, DiTConfig
 from recipe.objectives import from_facts
-from recipe.rules import Rule, describe, obeys, one_of
+from recipe.settings import make
 
 FORMAT = 1
-text = Rule(lambda x: isinstance(x, str), "is not a text")
-numbers = Rule(lambda x: len(x) > 0 and all(map(math.isfinite, x)), "must be a list of finite numbers")
-FACTS = {
-    "model": Rule(lambda x: isinstance(x, dict), "must be a mapping"),
-    "method": Rule(lambda x: isinstance(x, dict), "must be a mapping"),
-    "data.column": one_of("image", "latents"),
-    "data.mean": numbers,
-    "data.std": numbers,
-    "step": Rule(lambda x: x is None or x >= 0, "must be a number, or null"),
-    "average": text,
-    "commit": text,
-    "sha256": text,
-}
+
+
+class DataFacts(TypedDict):
+    """What weights say of their data: what is normalised, by which mean and deviation of each channel."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    column: Literal["image", "latents"]
+    mean: Annotated[list[float], Field(min_length=1)]
+    std: Annotated[list[float], Field(min_length=1)]
+
+
+class Facts(TypedDict):
+    """What must be in the JSON of weights, and of which kind; more may be there (see above)."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model: DiTConfig
+    method: dict[str, Any]
+    data: DataFacts
+    step: Annotated[int, Field(ge=0)] | None
+    average: str
+    commit: str
+    sha256: str
 
 
 def commit() -> str:
@@ -98,15 +106,8 @@ def parse_facts(text: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"weights: {where} is not a description of weights: {error}") from error
     if facts.get("format") != FORMAT:
         raise ValueError(f"weights: {where} has format {facts.get('format')}, expected {FORMAT}")
-    for key, rule in FACTS.items():
-        section, _, name = key.partition(".")
-        value = facts.get(section)
-        if section not in facts or (name and not (isinstance(value, dict) and name in value)):
-            raise ValueError(f"weights: {where} lacks {key}")
-        value = value[name] if name else value
-        if not obeys(value, rule):
-            raise ValueError(f"weights: {where}: {key}: {value!r} {rule.says}")
     try:
+        make(Facts, facts)
         from_facts(facts["method"])
     except ValueError as error:
         raise ValueError(f"weights: {where}: {error}") from error
@@ -126,11 +127,9 @@ def described(facts: dict[str, Any], path: Path) -> DiTConfig:
     Nothing is believed before it has been compared with the file's header, so no JSON can fill the memory.
     """
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DiTConfig), facts["model"]))
+        config = make(DiTConfig, facts["model"], "model")
         with safe_open(path, "pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except OmegaConfBaseException as error:
-        raise ValueError(f"weights: {path}: model.{describe(error)}") from error
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"weights: {path}: {error}") from error
     expected = shapes(config)

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from recipe import dual
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
+from recipe.settings import make
 
 
 def network(classes=5, **sizes):
@@ -95,14 +96,14 @@ def test_low_precision_norms_are_taken_in_float32():
     [
         ({"heads": 5, "width": 384}, "model.heads: 5 does not divide model.width 384"),
         ({"patch": 3, "size": 32}, "model.patch: 3 does not divide model.size 32"),
-        ({"preset": "XXL"}, "model.preset: 'XXL' is not one of S/2"),
-        ({"classes": -1}, "model.classes: -1"),
-        ({"time_init": "zero"}, "model.time_init: 'zero' is not one of normal, spectral"),
+        ({"preset": "XXL"}, "model.preset: 'XXL' must be 'S/2'"),
+        ({"classes": -1}, "model.classes: -1 must be at least 0"),
+        ({"time_init": "zero"}, "model.time_init: 'zero' must be 'normal' or 'spectral'"),
     ],
 )
 def test_impossible_architectures_name_the_key(settings, message):
     with pytest.raises(ValueError, match=message):
-        DiTConfig(**settings)
+        make(DiTConfig, settings, "model")
 
 
 @pytest.mark.parametrize(

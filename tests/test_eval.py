@@ -165,12 +165,12 @@ def test_bad_sampling_options_are_named(tiny_run, options, message, capsys):
             2,
             "blocks.1.attn.qkv.weight is nothing, the JSON's `model` makes it (48, 16)",
         ),
-        ("model", "colour", 1, "model.colour: Key 'colour' not in 'DiTConfig'"),
-        ("model", "heads", "x", "model.heads: Value 'x' of type 'str' could not be converted to Integer"),
-        ("data", "mean", "x", "data.mean: 'x' must be a list of finite numbers"),
+        ("model", "colour", 1, "model.colour: is not a setting"),
+        ("model", "heads", "x", "model.heads: 'x' must be a whole number"),
+        ("data", "mean", "x", "data.mean: 'x' must be a list"),
         ("data", "mean", [1.0], "data.mean and data.std must have 2 numbers"),
-        ("method", "guidance", None, "method.guidance: Value 'None' is incompatible"),
-        ("method", None, None, "method: None must be a mapping"),
+        ("method", "guidance", None, "method.guidance: None must be w > 0"),
+        ("method", None, None, "method: None must be a mapping of keys to values"),
     ],
 )
 def test_a_description_is_not_believed_before_it_fits_the_tensors(tmp_path, section, key, value, message):
@@ -198,7 +198,7 @@ def test_weights_that_are_not_finite_make_no_pictures(tiny_run, tmp_path, capsys
         ("w.safetensors", b"", "is not the file that its JSON describes"),
         ("w.json", b"[1]", "is not a description of weights"),
         ("w.json", b"{", "is not a description of weights"),
-        ("w.json", b'{"format": 1}', "lacks model"),
+        ("w.json", b'{"format": 1}', "model: must be given"),
     ],
 )
 def test_damaged_weights_are_named(tiny_run, tmp_path, name, content, message):

@@ -131,14 +131,14 @@ def test_facts_of_weights_bring_the_objective_back(name):
         ),
         (["objective.name=imf", "objective.times=gap"], "objective.times: a setting of tvm, not of imf"),
         (["objective.name=ddpm"], "objective.name: 'ddpm' is not one of tvm, flow_matching, meanflow, imf"),
-        (["objective.name=meanflow", "objective.kappa=1"], "objective.kappa: 1.0 must be in"),
+        (["objective.name=meanflow", "objective.kappa=1"], "objective.kappa: 1 must be less than 1"),
         (["objective.name=imf", "objective.guidance=[4,1]"], r"objective.guidance: \[4, 1\] must be"),
         (["objective.name=imf", "objective.guidance=[]"], "objective.guidance"),
         (
             ["objective.name=flow_matching", "objective.flow_matching_first=2ba"],
             "objective.flow_matching_first",
         ),
-        (["objective.flow_matching_first=soon"], "objective.flow_matching_first: 'soon' is not a time"),
+        (["objective.flow_matching_first=soon"], "objective.flow_matching_first: 'soon' must be a time"),
         (["init_from=a", "fork_from=b/ep0-ba1"], "init_from"),
     ],
 )

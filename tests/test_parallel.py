@@ -15,6 +15,7 @@ from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow
 from recipe.objectives.base import draw
 from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
 from recipe.sampler import sample
+from recipe.settings import make
 from recipe.text import Prompts, TextConfig, byte_tokens
 from tests.conftest import EACH, run
 
@@ -124,7 +125,7 @@ def test_averages_differ_from_the_student_and_from_each_other(results):
 )
 def test_impossible_settings_name_the_key(options, message):
     with pytest.raises(ValueError, match=message):
-        ParallelConfig(**options)
+        make(ParallelConfig, options, "parallel")
 
 
 def compiled_and_plain(monkeypatch, checkpoint_every, text):

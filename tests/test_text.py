@@ -20,6 +20,7 @@ from recipe.dual import Dual
 from recipe.model import GenerativeModel
 from recipe.objectives import IMF, TVM, FlowMatching, MeanFlow
 from recipe.preflight import check_data
+from recipe.settings import make
 from recipe.text import BEGIN, Prompts, Text, TextConfig, byte_tokens, empty_prompt
 from recipe.train import build_model
 from recipe.warm_start import warm_start
@@ -214,14 +215,14 @@ def test_captions_that_nothing_asks_for_are_left_out():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ({"encoder": "clip"}, "model.text.encoder: 'clip' is not one of bytes, dataset"),
+        ({"encoder": "clip"}, "model.text.encoder: 'clip' must be 'bytes' or 'dataset'"),
         ({"tokens": 0}, "model.text.tokens: 0"),
         ({"width": 100}, "model.text.width: 100 must be a multiple of 32"),
     ],
 )
 def test_a_bad_setting_is_named(text, message):
     with pytest.raises(ValueError, match=message):
-        TextConfig(**text)
+        make(TextConfig, text, "model.text")
 
 
 CONFIG = [
@@ -307,7 +308,7 @@ def test_a_sweep_asks_for_own_shuffled_and_no_captions(trained, named, tiny_run,
         sweep_main(["yamls/eval/digits.yaml", *common, f"reference={digits}"])
     with pytest.raises(SystemExit, match=f"clip: cannot load {tmp_path}/none"):
         sweep_main(["yamls/eval/digits.yaml", *common, f"clip={tmp_path}/none"])
-    with pytest.raises(SystemExit, match="prompts: 'mine'|prompts: .*is not one of own, shuffled, empty"):
+    with pytest.raises(SystemExit, match="prompts.*: 'mine' must be 'own', 'shuffled' or 'empty'"):
         sweep_main(["yamls/eval/digits.yaml", *common, "prompts=[mine]"])
 
 

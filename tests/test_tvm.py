@@ -14,6 +14,7 @@ from recipe.objectives import FlowMatching
 from recipe.objectives.base import Batch, draw
 from recipe.objectives.tvm import SAMPLERS, TVM
 from recipe.sampler import initial_noise, sample
+from recipe.settings import make
 
 SIGMA = 0.6
 
@@ -122,7 +123,7 @@ def test_terms_of_equal_times_vanish_and_options_are_checked():
         ({"label_dropout": 1.5}, "objective.label_dropout"),
     ):
         with pytest.raises(ValueError, match=message):
-            TVM(**options)
+            make(TVM, options, "objective")
 
 
 def test_draws_depend_on_the_sample_alone_and_follow_the_options():

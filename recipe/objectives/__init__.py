@@ -1,16 +1,15 @@
 """Objectives by name. To add one: its file, and its line here (docs/objectives.md)."""
 
-from typing import Any
+from typing import Annotated, Any, Union
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pydantic import BeforeValidator, Discriminator, Tag
 
 from recipe.objectives.base import Objective
 from recipe.objectives.flow_matching import FlowMatching
 from recipe.objectives.imf import IMF
 from recipe.objectives.meanflow import MeanFlow
 from recipe.objectives.tvm import TVM
-from recipe.rules import describe
+from recipe.settings import ConfigError, make
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "tvm": TVM,
@@ -20,13 +19,34 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
+def name_of(given: Any) -> str | None:  # noqa: ANN401
+    """The name of an objective or of the settings of one, where TVM needs none; None for anything else."""
+    return given.get("name", TVM.name) if isinstance(given, dict) else getattr(given, "name", None)
+
+
+def refuse_others(given: Any) -> Any:  # noqa: ANN401
+    """Raises ConfigError for an unknown name, and for a setting of another objective, saying whose it is."""
+    name = name_of(given)
+    if isinstance(given, dict) and name not in OBJECTIVES:
+        raise ConfigError(f"name: {name!r} is not one of {', '.join(OBJECTIVES)}")
+    for key in given if isinstance(given, dict) else ():
+        owners = [other for other, cls in OBJECTIVES.items() if key in cls.__dataclass_fields__]
+        if owners and name not in owners:
+            raise ConfigError(f"{key}: a setting of {', '.join(owners)}, not of {name}")
+    return given
+
+
+AnyObjective = Annotated[
+    Union[tuple(Annotated[cls, Tag(name)] for name, cls in OBJECTIVES.items())],  # noqa: UP007
+    Discriminator(name_of),
+    BeforeValidator(refuse_others),
+]
+
+
 def from_facts(method: dict[str, Any]) -> Objective:
-    """The objective of weights, from the `method` of their description. Raises ValueError."""
+    """The objective of weights, from the `method` of their description. Raises ConfigError."""
     name = method.get("objective")
     if name not in OBJECTIVES:
-        raise ValueError(f"method.objective: {name!r} is not one of {', '.join(OBJECTIVES)}")
-    settings = {key: value for key, value in method.items() if key != "objective"}
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(OBJECTIVES[name]), settings))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"method.{describe(error)}") from error
+        raise ConfigError(f"method.objective: {name!r} is not one of {', '.join(OBJECTIVES)}")
+    settings = {"name" if key == "objective" else key: value for key, value in method.items()}
+    return make(AnyObjective, settings, "method")

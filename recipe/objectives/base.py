@@ -14,15 +14,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import asdict
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from recipe.draws import Stream, keys, normal, uniform
 from recipe.dual import Dual
-from recipe.rules import Number, Rule, check, positive_time, rule, share
+from recipe.settings import Number, Says, Settings, Share, Time
 
 Network = Callable[..., Dual]
 
@@ -81,27 +83,23 @@ class Pass(NamedTuple):
 
 
 @dataclass
-class Objective(ABC):
+class Objective(Settings, ABC):
     """Settings of an objective (the fields) and what is particular to it (the methods).
 
-    label_dropout: share of samples trained without label; flow_matching_first: how long a run matches plain
-    velocities, in the objective's own parameterisation, before it goes on with the objective: 1500ba.
     Of the class: teacher: whether the loss needs the target average of the weights; guidance_input: whether
     the network is told beta.
     """
 
     name: str
-    label_dropout: float = rule(0.1, share)
-    flow_matching_first: str | None = rule(None, positive_time)
+    label_dropout: Share = Field(0.1, description="Share of samples that are trained without label.")
+    flow_matching_first: Time | None = Field(
+        None,
+        description="Time that a run matches plain velocities, in the objective's own parameterisation, "
+        "before it goes on with the objective.",
+    )
 
     teacher: ClassVar[bool] = False
     guidance_input: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Raises ValueError that names the setting."""
-        if self.name != type(self).name:
-            raise ValueError(f"objective.name: {self.name!r} is not {type(self).name}")
-        check(self, "objective")
 
     @abstractmethod
     def sample_times(self, u: Tensor) -> tuple[Tensor, ...]:
@@ -162,15 +160,25 @@ class Objective(ABC):
         return {"objective": settings.pop("name"), **settings}
 
 
-guidance_weights = Rule(
-    lambda w: 0 < ends(w)[0] <= ends(w)[1] < math.inf, "must be w > 0, or [low, high] with 0 < low <= high"
-)
-
-
 def ends(w: Number | list[Number]) -> tuple[float, float]:
     """The range of guidance weights that `w` or `[low, high]` means. Raises ValueError."""
     low, high = (w, w) if isinstance(w, Number) else w if len(w) == 2 else (*w, *w)
     return float(low), float(high)
+
+
+def guidance_weights(w: Number | list[Number]) -> Number | list[Number]:
+    """A weight or a range of weights that are positive. Raises ValueError."""
+    low, high = ends(w)
+    if not 0 < low <= high < math.inf:
+        raise ValueError
+    return w
+
+
+Guidance = Annotated[
+    Number | list[Number],
+    AfterValidator(guidance_weights),
+    Says("must be w > 0, or [low, high] with 0 < low <= high"),
+]
 
 
 def draw(

@@ -6,9 +6,11 @@ Also how every other objective can begin: `objective.flow_matching_first`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from recipe.objectives.base import (
@@ -22,23 +24,23 @@ from recipe.objectives.base import (
     logit_normal,
     mean_square,
 )
-from recipe.rules import finite, positive, rule
+from recipe.settings import ConfigError, Positive
 
 
 @dataclass
 class FlowMatching(Objective):
-    """t_mean, t_std: of the logit-normal law of t."""
+    """Flow matching: the velocity alone."""
 
-    name: str = "flow_matching"
-    t_mean: float = rule(-0.4, finite)
-    t_std: float = rule(1.0, positive)
+    name: Literal["flow_matching"] = Field("flow_matching", description="Flow matching.")
+    t_mean: float = Field(-0.4, description="Mean of the logit-normal law of t.")
+    t_std: Positive = Field(1.0, description="Deviation of the logit-normal law of t.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    @model_validator(mode="after")
+    def combinations(self) -> FlowMatching:
+        """Raises ConfigError for a time after which flow matching would become flow matching."""
         if self.flow_matching_first is not None:
-            raise ValueError(
-                "objective.flow_matching_first: flow_matching is that from the first step to the last"
-            )
+            raise ConfigError("flow_matching_first: flow_matching is that from the first step to the last")
+        return self
 
     def sample_times(self, u: Tensor) -> tuple[Tensor]:
         """(t,), logit-normal."""

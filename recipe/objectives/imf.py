@@ -8,31 +8,35 @@ conditioning by tokens in context.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from recipe.objectives.base import Batch, Loss, Network, Objective, Pass, Term, ends, guidance_weights, image
+from recipe.objectives.base import Batch, Guidance, Loss, Network, Objective, Pass, Term, ends, image
 from recipe.objectives.meanflow import adaptive, average_velocity_along, ordered_times
-from recipe.rules import Number, finite, not_negative, positive, rule, share
+from recipe.settings import NotNegative, Positive, Share
 
 
 @dataclass
 class IMF(Objective):
-    """guidance: [low, high], the range of w, drawn for each sample by the power law low (high / low)^U;
-    equal_share: probability of r = t; t_mean, t_std: of the logit-normal law of both times; norm_p,
-    norm_eps: power and offset of the adaptive weight (norm_p 0: none).
-    """
+    """Improved MeanFlow: guidance is chosen after training."""
 
-    name: str = "imf"
-    guidance: Number | list[Number] = rule(1.0, guidance_weights)
-    equal_share: float = rule(0.5, share)
-    t_mean: float = rule(-0.4, finite)
-    t_std: float = rule(1.0, positive)
-    norm_p: float = rule(1.0, not_negative)
-    norm_eps: float = rule(0.01, positive)
+    name: Literal["imf"] = Field("imf", description="Improved MeanFlow.")
+    guidance: Guidance = Field(
+        1.0,
+        description="Guidance weight w, or [low, high] for a w that is drawn for each sample by the power "
+        "law low (high / low)^U.",
+    )
+    equal_share: Share = Field(0.5, description="Probability of r = t.")
+    t_mean: float = Field(-0.4, description="Mean of the logit-normal law of both times.")
+    t_std: Positive = Field(1.0, description="Deviation of the logit-normal law of both times.")
+    norm_p: NotNegative = Field(
+        1.0, description="Power of the adaptive weight of a sample's error; 0 weighs all samples alike."
+    )
+    norm_eps: Positive = Field(0.01, description="Offset of the error in the adaptive weight.")
 
     guidance_input: ClassVar[bool] = True
 

@@ -5,35 +5,41 @@ identity  u(x_t, t, r) = v - (t - r) du/dt,   du/dt along (x, t, r) -> (v, 1, 0)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from recipe import dual
 from recipe.dual import Dual
 from recipe.objectives.base import Batch, Loss, Network, Objective, Pass, Term, image, logit_normal
-from recipe.rules import below_one, finite, not_negative, positive, rule, share
+from recipe.settings import BelowOne, NotNegative, Positive, Share
 
 
 @dataclass
 class MeanFlow(Objective):
-    """omega, kappa: weights of v and of the labelled velocity in the guided target, in force for
-    t_start <= t <= t_end (effective guidance omega / (1 - kappa); omega 1 and kappa 0: none); equal_share:
-    probability of r = t; t_mean, t_std: of the logit-normal law of both times; norm_p, norm_eps: power and
-    offset of the adaptive weight (norm_p 0: none).
-    """
+    """MeanFlow: the average velocity by its own identity, guidance fixed at training."""
 
-    name: str = "meanflow"
-    omega: float = rule(1.0, finite)
-    kappa: float = rule(0.0, below_one)
-    t_start: float = rule(0.0, share)
-    t_end: float = rule(1.0, share)
-    equal_share: float = rule(0.75, share)
-    t_mean: float = rule(-0.4, finite)
-    t_std: float = rule(1.0, positive)
-    norm_p: float = rule(1.0, not_negative)
-    norm_eps: float = rule(0.01, positive)
+    name: Literal["meanflow"] = Field("meanflow", description="MeanFlow.")
+    omega: float = Field(
+        1.0, description="Weight of v in the guided target; omega 1 and kappa 0 are no guidance."
+    )
+    kappa: BelowOne = Field(
+        0.0,
+        description="Weight of the velocity with label in the guided target; the effective guidance weight "
+        "is omega / (1 - kappa).",
+    )
+    t_start: Share = Field(0.0, description="Earliest t at which the target is guided.")
+    t_end: Share = Field(1.0, description="Latest t at which the target is guided.")
+    equal_share: Share = Field(0.75, description="Probability of r = t.")
+    t_mean: float = Field(-0.4, description="Mean of the logit-normal law of both times.")
+    t_std: Positive = Field(1.0, description="Deviation of the logit-normal law of both times.")
+    norm_p: NotNegative = Field(
+        1.0, description="Power of the adaptive weight of a sample's error; 0 weighs all samples alike."
+    )
+    norm_eps: Positive = Field(0.01, description="Offset of the error in the adaptive weight.")
 
     def sample_times(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """(t, r), see `ordered_times`."""

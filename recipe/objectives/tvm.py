@@ -9,51 +9,58 @@ In the notation of `base.py`, with k = w in the scaled parameterisation and 1 ot
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from recipe.dual import Dual
 from recipe.objectives.base import (
     Batch,
+    Guidance,
     Loss,
     Network,
     Objective,
     Pass,
     Term,
     ends,
-    guidance_weights,
     image,
     logit_normal,
     mean_square,
 )
-from recipe.rules import Number, finite, one_of, positive, rule, share
+from recipe.settings import Positive, Share
 
 SAMPLERS = ("gap*", "gap", "trunc", "clamp")
 
 
 @dataclass
 class TVM(Objective):
-    """guidance: constant w, or [low, high] for w drawn uniformly for each sample (1 where the label is
-    dropped); scaled: k = w; times: gap*, gap, trunc or clamp; equal_share: probability of t = s; the means
-    and deviations belong to the logit-normal laws of the gap t - s, of s, and (trunc, clamp) of t;
-    detach_jvp: no gradient through dF/ds.
-    """
+    """Terminal Velocity Matching: one network for any number of steps, with a teacher's average."""
 
-    name: str = "tvm"
-    guidance: Number | list[Number] = rule(1.0, guidance_weights)
-    scaled: bool = True
-    times: str = rule("gap*", one_of(*SAMPLERS))
-    equal_share: float = rule(0.0, share)
-    gap_mean: float = rule(-0.8, finite)
-    gap_std: float = rule(1.0, positive)
-    s_mean: float = rule(-0.4, finite)
-    s_std: float = rule(1.0, positive)
-    t_mean: float = rule(-0.4, finite)
-    t_std: float = rule(1.0, positive)
-    detach_jvp: bool = False
+    name: Literal["tvm"] = Field("tvm", description="Terminal Velocity Matching, the default.")
+    guidance: Guidance = Field(
+        1.0,
+        description="Guidance weight w, or [low, high] for a w that is drawn uniformly for each sample; "
+        "without label it is 1.",
+    )
+    scaled: bool = Field(True, description="Whether the network's output is multiplied by w (k = w).")
+    times: Literal[SAMPLERS] = Field(
+        "gap*",
+        description="Law of the times: of gap t - s and s, with s' independent (gap*) or equal to s (gap), "
+        "or of t and s, with s drawn below t (trunc) or cut there (clamp).",
+    )
+    equal_share: Share = Field(0.0, description="Probability of t = s.")
+    gap_mean: float = Field(-0.8, description="Mean of the logit-normal law of the gap t - s.")
+    gap_std: Positive = Field(1.0, description="Deviation of the logit-normal law of the gap t - s.")
+    s_mean: float = Field(-0.4, description="Mean of the logit-normal law of s.")
+    s_std: Positive = Field(1.0, description="Deviation of the logit-normal law of s.")
+    t_mean: float = Field(-0.4, description="Mean of the logit-normal law of t, for trunc and clamp.")
+    t_std: Positive = Field(1.0, description="Deviation of the logit-normal law of t, for trunc and clamp.")
+    detach_jvp: bool = Field(
+        False, description="Whether no gradient goes through the derivative dF/ds, which saves time."
+    )
 
     teacher: ClassVar[bool] = True
     guidance_input: ClassVar[bool] = True
