@@ -146,7 +146,11 @@ def test_an_inductor_that_changed_is_one_line_and_status_3(capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [(["gpu=b300"], "gpu: 'b300' is not one of"), (["gemm=0"], "gemm: 0.0"), (["modle.depth=2"], "modle")],
+    [
+        (["gpu=b300"], "gpu: 'b300' must be one of"),
+        (["gemm=0"], "gemm: 0 must be more than 0"),
+        (["modle.depth=2"], "modle"),
+    ],
 )
 def test_a_wrong_key_is_one_line_that_names_it(overrides, message):
     with pytest.raises(SystemExit) as error:

@@ -9,8 +9,10 @@ import pytest
 from eval.sweep import SweepConfig
 from recipe import plan, preflight
 from recipe.config import ConfigError, TrainConfig, load_config
+from recipe.manual import rows
 from recipe.objectives import OBJECTIVES
 from recipe.plan import Cluster
+from recipe.settings import keys
 from recipe.train import dry_run
 
 HUGE, NONE = str(10**30), ["[]", "{}", "null"]
@@ -163,6 +165,58 @@ def test_a_number_is_a_number_everywhere(small):
         1.0,
         2.5,
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr='\"1\"'", "optimizer.lr: '1' must be a number"),
+        ("optimizer.lr=true", "optimizer.lr: True must be a number"),
+        ("seed=true", "seed: True must be a whole number"),
+        ("seed=1.0", "seed: 1.0 must be a whole number"),
+        ("ema.ramp=1", "ema.ramp: 1 must be true or false"),
+        ("optimizer.betas=0.9", "optimizer.betas: 0.9 must be a list"),
+        ("optimizer.betas=[0.9]", "optimizer.betas: [0.9] must have at least 2 items"),
+        ("grid.nfe=0", "grid.nfe: 0 must be at least 1"),
+        ("grid.nfe=[1,0]", "grid.nfe[1]: 0 must be at least 1"),
+        ("optimizer.warm_up=1ba", "optimizer.warm_up: is not a setting; did you mean warmup?"),
+        ("weight_decy=1", "weight_decy: is not a setting; did you mean optimizer.weight_decay?"),
+        ("step.colour=1", "step.colour: is not a setting; only tangent_warmup, clip, max_skipped are"),
+        ("run_name=???", "run_name: must be given"),
+    ],
+)
+def test_a_value_is_taken_as_it_is_written(small, override, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(TrainConfig, None, ["run_name=x", "folder=x", "duration=9ba", override])
+    assert str(error.value).startswith(message)
+
+
+def test_what_yaml_reads_as_a_number_or_as_false_may_be_a_name(small):
+    config = load_config(TrainConfig, small, ["run_name=2026", "log.wandb=off"])
+    assert (config.run_name, config.log.wandb) == ("2026", "off")
+
+
+def test_a_list_of_one_needs_no_brackets(small):
+    given = ["grid.nfe=4", "grid.labels=3", "export=net", "ema.posthoc=0.05"]
+    config = load_config(TrainConfig, small, given)
+    assert (config.grid.nfe, config.grid.labels) == ([4], [3])
+    assert (config.export, config.ema.posthoc) == (["net"], [0.05])
+    config = load_config(SweepConfig, None, ["folder=x", "weights=runs/x/weights", "reference=x", "w=2"])
+    assert (config.weights, config.w) == (["runs/x/weights"], [2.0])
+
+
+@pytest.mark.parametrize("schema", [TrainConfig, SweepConfig, Cluster])
+def test_every_setting_is_described_by_a_sentence(schema):
+    found = list(rows(schema))
+    assert {row.key.partition(" ")[0] for row in found} >= set(keys(schema)) - set(SECTIONS)
+    for row in found:
+        assert row.meaning[0].isupper(), row
+        assert row.meaning.endswith("."), row
+        assert row.allowed, row
+
+
+def test_an_objective_that_is_no_settings_class_would_not_be_checked():
+    assert all("__pydantic_fields__" in vars(objective) for objective in OBJECTIVES.values())
 
 
 def test_keys_may_refer_to_keys(small):

@@ -133,9 +133,15 @@ def test_samples_at_the_command_line(tiny_run, tmp_path):
         (["--labels", "1", "--out", "nowhere/x.png"], "--out: folder nowhere does not exist"),
         (["--samples", "10", "--out", "recipe"], "--out: recipe is not empty"),
         (["--nfe", "0"], "--nfe: 0"),
-        (["--seed", "9" * 20], "--seed: 99999999999999999999 must be a whole number from 0"),
-        (["--interpolate", "9" * 20], "--interpolate: 99999999999999999999 must be a whole number from 0"),
-        (["--samples", "9" * 20, "--out", "x.npz"], "--samples: 99999999999999999999 must be a whole number"),
+        (["--seed", "9" * 20], "--seed: 99999999999999999999 must be at most 4611686018427387904"),
+        (
+            ["--interpolate", "9" * 20],
+            "--interpolate: 99999999999999999999 must be at most 4611686018427387904",
+        ),
+        (
+            ["--samples", "9" * 20, "--out", "x.npz"],
+            "--samples: 99999999999999999999 must be at most 1000000000",
+        ),
         (["--w", "0"], "--w: 0"),
         (["--interpolate", "0"], "--interpolate: 0 is the seed"),
         (["--samples", "9"], "--samples and --protocol need --out"),
@@ -152,7 +158,7 @@ def test_bad_sampling_options_are_named(tiny_run, options, message, capsys):
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("model", "width", 10**7, "model.width: 10000000 must be a whole number from 1 to 65536"),
+        ("model", "width", 10**7, "model.width: 10000000 must be at most 65536"),
         (
             "model",
             "width",
@@ -181,6 +187,19 @@ def test_a_description_is_not_believed_before_it_fits_the_tensors(tmp_path, sect
     file.write_text(json.dumps(facts))
     with pytest.raises(ValueError, match=f"^weights: .*{re.escape(message)}"):
         load_weights(file)
+
+
+@pytest.mark.parametrize(("section", "key"), [("model", "norm"), ("method", "times"), ("data", "column")])
+def test_a_description_cannot_read_the_environment(tmp_path, monkeypatch, section, key):
+    monkeypatch.setenv("SECRET", "swordfish")
+    net = DiT(DiTConfig(size=4, channels=2, classes=3, width=16, depth=1, heads=2))
+    file = save_weights(tmp_path / "w", net.state_dict(), net.config, {**FACTS, "step": 3})
+    facts = json.loads(file.read_text())
+    facts[section][key] = "${oc.env:SECRET}"
+    file.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=rf"{section}\.{key}: '\$\{{oc\.env:SECRET\}}' must be") as error:
+        load_weights(file)
+    assert "swordfish" not in str(error.value)
 
 
 def test_weights_that_are_not_finite_make_no_pictures(tiny_run, tmp_path, capsys):

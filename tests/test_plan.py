@@ -272,11 +272,11 @@ def test_the_plan_of_a_run_shards_what_is_sharded_and_says_what_does_not_fit(cap
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["gpu=b300"], "gpu: 'b300' is not one of a100, h100, h200, b200"),
+        (["gpu=b300"], "gpu: 'b300' must be one of a100, h100, h200, b200"),
         (["gpus=0"], "gpus"),
         (["gpus=3"], "data.batch_size: 2048 is not a multiple of the 3 ranks"),
         (["gpus=8", "parallel.replicas=3"], "parallel.replicas: 3 does not divide the 8 ranks"),
-        (["gemm=2"], "gemm: 2.0"),
+        (["gemm=2"], "gemm: 2 must be at most 1"),
         (["duration=3ep"], "duration: 3ep must be in batches"),
     ],
 )
