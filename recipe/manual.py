@@ -1,4 +1,4 @@
-"""Settings for people and editors, from the classes that check them: --help, docs/settings.md, JSON Schema."""
+"""Settings for people: all keys, what they may be and what they mean, from the classes that check them."""
 
 from __future__ import annotations
 

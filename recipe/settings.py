@@ -32,6 +32,7 @@ from pydantic_core import ArgsKwargs, CoreSchema, core_schema
 from storage import normalize_uri
 
 T = TypeVar("T")
+MISSING = "???"  # what OmegaConf writes for a key that must be given
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -91,11 +92,10 @@ def keys(section: type[Settings]) -> Iterator[str]:
 
 
 def defaults(section: type[Settings]) -> dict[str, Any]:
-    """Its default values as plain containers, without the fields that must be given."""
+    """Its default values as plain containers; of the fields that must be given, MISSING."""
     given = {
-        name: field.get_default(call_default_factory=True)
+        name: MISSING if field.is_required() else field.get_default(call_default_factory=True)
         for name, field in section.__pydantic_fields__.items()
-        if not field.is_required()
     }
     return {name: asdict(value) if is_dataclass(value) else value for name, value in given.items()}
 

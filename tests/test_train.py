@@ -328,7 +328,10 @@ def test_a_network_without_classes_trains_on_labelled_data_and_its_labels_change
         (["duration=soon"], "duration: 'soon' must be a time"),
         (["save_interval=10"], "save_interval: 10 must be a time"),
         (["optimizer.warmup=3"], "optimizer.warmup: 3 must be a time"),
-        (["fork_from=http://x/ep0-ba1"], "neither a local path nor"),
+        (
+            ["fork_from=http://x/ep0-ba1"],
+            "fork_from: 'http://x/ep0-ba1' must be a local path or a place in s3://",
+        ),
         (["log.wandb=yes"], "log.wandb"),
     ],
 )
