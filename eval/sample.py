@@ -154,19 +154,25 @@ class Generator:
         return initial_noise(seeds.to(self.device), shape, self.dtype)
 
     def __call__(self, label: Tensor, seeds: Tensor, nfe: int, w: float, text: Text | None = None) -> Tensor:
-        """label, seeds: int64 (B,); the label K stands for none; text: of B prompts, None for empty ones."""
+        """Return images; label, seeds: int64 (B,), the label K stands for none; text: see `from_noise`."""
         return self.from_noise(self.noise(seeds), label, nfe, w, text)
 
     def from_noise(
         self, noise: Tensor, label: Tensor, nfe: int, w: float, text: Text | None = None
     ) -> Tensor:
-        """noise: (B, C, H, W), label: int64 (B,)."""
-        net, null = self.net, self.net.config.null
+        """Return images from noise (B, C, H, W), for labels int64 (B,).
+
+        text: B prompts. A network with prompts takes None for no prompts, and no labels either: it was never
+        trained with a label alone.
+        """
+        net, null, label = self.net, self.net.config.null, label.to(self.device)
         if self.prompts is not None:
+            label = torch.full_like(label, null) if text is None else label
             text = self.prompts.empty(len(label)) if text is None else text.to(self.device)
+            label = label if net.config.classes else self.prompts.unlabelled(label, text, null)
             net = self.prompts(net, text, null)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            x0 = sample(net, noise, label.to(self.device), nfe, w, self.objective, null)
+            x0 = sample(net, noise, label, nfe, w, self.objective, null)
         values = self.normalizer.invert(x0)
         if not values.isfinite().all():
             raise FloatingPointError(f"the network's output is not finite with {nfe} steps at w = {w:g}")

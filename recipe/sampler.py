@@ -18,11 +18,18 @@ def initial_noise(seeds: Tensor, shape: tuple[int, int, int], dtype: torch.dtype
 
 @torch.no_grad()
 def sample(
-    net: Network, noise: Tensor, label: Tensor, nfe: int, w: float, objective: Objective, null: int
+    net: Network,
+    noise: Tensor,
+    label: Tensor,
+    nfe: int,
+    w: float | Tensor,
+    objective: Objective,
+    null: int,
 ) -> Tensor:
     """Normalised images (B, C, H, W) from noise of that shape in nfe steps, accumulated in float64.
 
-    label: (B,) int64, `null` meaning no label; w: guidance weight, see the objective's `average_velocity`.
+    label: (B,) int64, `null` meaning no label; w: guidance weight of all or of each (B,), which the objective
+    may change for samples without label (`Objective.guide`).
     """
     x = noise.double()
     for i in range(nfe):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from scipy.integrate import quad
 
-from eval.export import find_weights
+from eval.export import export_program, find_weights
 from eval.export import main as export_main
 from eval.sample import Generator
 from recipe import algorithms
@@ -115,6 +115,24 @@ def test_the_program_is_the_sampler_and_takes_any_batch(tiny_run, tmp_path):
         expected = generator(label, seeds, 2, 1.25)
         assert found.dtype == torch.uint8
         assert (found.int() - expected.int()).abs().max() <= 1
+
+
+def test_a_program_guides_each_sample_by_its_own_label(tmp_path):
+    """TVM's rule, w = 1 without label, is in the graph: of a mixed batch, to the bit."""
+    torch.manual_seed(0)
+    net = DiT(DiTConfig(size=4, channels=1, classes=2, width=16, depth=1, heads=2))
+    state = {name: x + 0.2 * torch.randn_like(x) for name, x in net.state_dict().items()}
+    facts = {"method": {"objective": "tvm", "guidance": [1.0, 4.0]}, "average": "ema", "step": 1}
+    facts["data"] = {"column": "image", "mean": [127.5], "std": [63.75]}
+    save_weights(tmp_path / "w", state, net.config, facts)
+    one, four = (export_program(tmp_path / "w", 2, w).module() for w in (1.0, 4.0))
+    noise = torch.randn(6, 1, 4, 4)
+    label = torch.tensor([0, 2, 1, 2, 2, 0])
+    plain, guided = one(noise, label), four(noise, label)
+    assert torch.equal(guided[label == 2], plain[label == 2])
+    assert not torch.equal(guided[0], plain[0])
+    drawn = Generator(tmp_path / "w").from_noise(noise, label, 2, 4.0)
+    assert (drawn.int() - guided.int()).abs().max() <= 1
 
 
 def profile(gamma, step, tau):

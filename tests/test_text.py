@@ -24,7 +24,7 @@ from recipe.settings import make
 from recipe.text import BEGIN, Prompts, Text, TextConfig, byte_tokens, empty_prompt
 from recipe.train import build_model
 from recipe.warm_start import warm_start
-from recipe.weights import load_weights
+from recipe.weights import load_weights, save_weights
 from storage.manifest import read_manifest
 from tests.conftest import TINY, run
 from tests.test_text_encoder import save_clip, save_t5
@@ -185,6 +185,24 @@ def test_every_objective_trains_and_a_sample_does_not_depend_on_its_batch(name, 
         "blocks.1.text_adaLN_modulation.1.weight",
     ):
         assert net.get_parameter(key).grad.any(), key
+
+
+def test_the_empty_prompt_is_sampled_at_w_1_and_no_prompts_mean_no_labels(tmp_path):
+    """TVM has seen it there alone, whatever w is asked for; named, left out, or among others."""
+    for classes in (0, 3):
+        net = network(classes=classes, **BYTES)
+        facts = {"method": TVM(guidance=[1.0, 4.0]).facts(), "average": "ema", "step": 1}
+        facts["data"] = {"column": "image", "mean": [127.5], "std": [63.75]}
+        save_weights(tmp_path / "w", net.state_dict(), net.config, facts)
+        generator, seeds, null = Generator(tmp_path / "w", dtype="fp64"), torch.arange(4), net.config.null
+        label, none = 0 * seeds, torch.full((4,), null)
+        text = byte_tokens(["red heart", "", "green apple", ""], BYTES["tokens"])[0]
+        nothing = generator(none, seeds, 2, 1.0)
+        assert torch.equal(generator(label, seeds, 2, 4.0), nothing)
+        guided, plain = (generator(label, seeds, 2, w, text) for w in (4.0, 1.0))
+        assert not torch.equal(guided[0], plain[0])
+        if not classes:  # with a class, a prompt that is empty is not all that is known
+            assert torch.equal(guided[1::2], nothing[1::2])
 
 
 @either
