@@ -29,7 +29,7 @@ class GenerativeModel(ComposerModel):
     A batch holds `image` or `latents`, `label`, `sample` (dataset ids) and `step` (see `StepKey`), all of
     length B, and `text` and `text_length` for a network with prompts. Every random draw is keyed by (seed,
     step, sample), so ranks, microbatches and resumes change nothing. A network without classes takes every
-    label for its only one; if it has no prompts either, that one means none. tangent, flow_matching: the state of the warm-ups, set before each step
+    label for its only one. tangent, flow_matching: the state of the warm-ups, set before each step
     (`StepGuard`).
     """
 
