@@ -35,7 +35,7 @@ from recipe.algorithms import combination, exponent, length_of
 from recipe.data import Normalizer
 from recipe.dit import DiTConfig
 from recipe.objectives import from_facts
-from recipe.sampler import sample
+from recipe.sampler import check_steps, sample
 from recipe.weights import load_tensors, load_weights, parse_facts, read_facts, save_weights
 from storage import Folder, StorageError
 
@@ -242,6 +242,7 @@ class Sampler(nn.Module):
         self.normalizer = Normalizer(self.facts["data"]["mean"], self.facts["data"]["std"])
         self.objective = from_facts(self.facts["method"])
         self.nfe, self.w = nfe, self.objective.default_w if w is None else w
+        check_steps(nfe)
         check_guidance(self.objective, self.w)
 
     def forward(self, noise: Tensor, label: Tensor) -> Tensor:
@@ -277,9 +278,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nfe", type=int, default=1, help="steps of the program's sampler")
     parser.add_argument("--w", type=float, help="its guidance weight; default: the one of training")
     args = parser.parse_args(argv)
-    if args.nfe < 1:
-        parser.error(f"--nfe: {args.nfe} must be at least 1")
+    if args.program is not None and Path(args.program).suffix != ".pt2":
+        parser.error(f"--program: {args.program} must end in .pt2, a torch.export program; no other is made")
     try:
+        check_steps(args.nfe, "--nfe")
         weights = args.source
         if args.out is not None:
             posthoc = args.average not in ("ema", "net")

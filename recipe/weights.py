@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -167,6 +168,21 @@ def load_weights(path: str | Path, device: str | torch.device = "cpu") -> tuple[
     net = DiT(described(facts, _files(path)[0]), initialize=False).to(device)
     net.load_state_dict(load_file(_files(path)[0], device=str(device)))
     return net.eval().requires_grad_(False), facts
+
+
+def newest(path: str | Path) -> Path:
+    """Return `path`; of a folder of exports its newest weights, of one step the evaluation average first.
+
+    Raises FileNotFoundError where a folder has none.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder
+    found = [re.fullmatch(r"ba(\d+)-(\w+)\.json", file.name) for file in folder.iterdir()]
+    exported = [(int(name[1]), name[2] == "ema", name[0]) for name in found if name]
+    if not exported:
+        raise FileNotFoundError(f"weights: {folder} is a folder without weights of a run (ba*-ema.json)")
+    return folder / max(exported)[2]
 
 
 def _files(path: str | Path) -> tuple[Path, Path]:

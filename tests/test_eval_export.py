@@ -117,6 +117,13 @@ def test_the_program_is_the_sampler_and_takes_any_batch(tiny_run, tmp_path):
         assert (found.int() - expected.int()).abs().max() <= 1
 
 
+def test_a_program_of_another_kind_is_refused_before_any_work(tmp_path, capsys):
+    for name in ("x.onnx", "x"):
+        with pytest.raises(SystemExit):
+            export_main(["nowhere", "--program", str(tmp_path / name)])
+        assert f"--program: {tmp_path / name} must end in .pt2" in capsys.readouterr().err
+
+
 def test_a_program_guides_each_sample_by_its_own_label(tmp_path):
     """TVM's rule, w = 1 without label, is in the graph: of a mixed batch, to the bit."""
     torch.manual_seed(0)

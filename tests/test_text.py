@@ -1,5 +1,8 @@
 """Prompts in the network and in training: no tangent, no trace of padding, nothing before the first step."""
 
+import csv
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -284,9 +287,23 @@ def test_samples_of_prompts_at_the_command_line(trained, tmp_path, capsys):
         assert picture.height > 3 * (4 * 8 + 2 * 2)
     (tmp_path / "prompts.txt").write_text("one\n\nnine\n")
     sample_main([weights, "--prompts", str(tmp_path / "prompts.txt"), "--columns", "1", "--out", out])
+    folder = str(tmp_path / "some")
+    sample_main(
+        [weights, "--prompts", "one", "eight, nine", "--samples", "3", "--dtype", "fp64", "--out", folder]
+    )
+    rows = list(csv.DictReader((tmp_path / "some/samples.csv").open(encoding="utf-8")))
+    assert [(row["prompt"], row["label"]) for row in rows] == [("one", "")] * 3 + [("eight, nine", "")] * 3
+    generator = Generator(weights, dtype="fp64")
+    text, seeds = generator.encode(["one"] * 3 + ["eight, nine"] * 3), torch.arange(6)
+    expected = generator(0 * seeds, seeds, 1, generator.objective.default_w, text)
+    for row, image in zip(rows, expected.permute(0, 2, 3, 1).numpy(), strict=True):
+        assert np.array_equal(np.array(Image.open(tmp_path / "some" / row["file"])), image)
+    sample_main([weights, "--samples", "2", "--out", str(tmp_path / "free")])
+    assert "000001.png,1,none," in (tmp_path / "free/samples.csv").read_text()
     for options, message in (
-        ([weights, "--prompts", "one", "--out", str(tmp_path / "x.npz")], "--prompts makes a grid"),
-        ([weights, "--labels", "1"], "--labels: '1' is not in"),
+        ([weights, "--prompts", "one", "--out", str(tmp_path / "x.npz")], "has no place for prompts"),
+        ([weights, "--labels", "1"], "--labels: '1' is not `none`"),
+        ([weights, "--labels", "0"], "--labels: '0' is not `none`"),
     ):
         with pytest.raises(SystemExit):
             sample_main(options)
