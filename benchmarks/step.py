@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import environment, paired, seconds
 from recipe import plan
-from recipe.algorithms import ema_update
+from recipe.algorithms import average_names, ema_update
 from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
@@ -204,7 +204,8 @@ def make_step(config: TrainConfig, device: str) -> Work:
     net = DiT(config.model, initialize=False).to(device)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.02)
-    averages = [copy.deepcopy(net).requires_grad_(False) for _ in range(plan.averages(config.objective))]
+    names = average_names(config.ema, config.objective)
+    averages = [copy.deepcopy(net).requires_grad_(False) for _ in names]
     prepare_blocks(net, config.parallel, trained=True)
     prepare_blocks(averages[-1], config.parallel, trained=False)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-4, (0.9, 0.95), fused=True)

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import torch
 from composer.utils import dist
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -36,8 +35,8 @@ from recipe.algorithms import combination, exponent, length_of
 from recipe.data import Normalizer
 from recipe.dit import DiTConfig
 from recipe.objectives import from_facts
-from recipe.sampler import sample
-from recipe.weights import load_weights, parse_facts, read_facts, save_weights
+from recipe.sampler import check_steps, sample
+from recipe.weights import load_tensors, load_weights, parse_facts, read_facts, save_weights
 from storage import Folder, StorageError
 
 Facts = dict[str, Any]
@@ -122,15 +121,24 @@ def _read_sharded(path: Path, prefix: str) -> tuple[dict[str, Tensor], str, int]
 
 
 def find_snapshots(folder: Path, step: int | None = None) -> list[Export]:
-    """The post-hoc averages in a folder of weights, up to a step."""
+    """Return the post-hoc averages in a folder of weights, up to a step.
+
+    Raises ValueError where they do not say their step, or are not of one network.
+    """
     found = [Export(file, read_facts(file)) for file in sorted(folder.glob("*-posthoc_*.json"))]
+    for file, facts in found:
+        if not facts["step"]:
+            raise ValueError(f"weights: {file}: step: {facts['step']} must be at least 1 for an average")
+        if facts["model"] != found[0].facts["model"]:
+            raise ValueError(f"weights: {file}: model: differs from that of {found[0].path}")
     return [export for export in found if step is None or export.facts["step"] <= step]
 
 
 def synthesize(folder: Path, length: float, step: int | None = None) -> tuple[dict[str, Tensor], Facts]:
     """The average of any length at a step (None: the last), from the folder's snapshots up to there.
 
-    One snapshot is read at a time; sums are in float64. Raises ValueError where there are no snapshots.
+    One snapshot is read at a time; sums are in float64. Raises ValueError where there are no snapshots,
+    or one of them is damaged or not finite.
     """
     snapshots = find_snapshots(folder, step)
     if not snapshots:
@@ -142,7 +150,9 @@ def synthesize(folder: Path, length: float, step: int | None = None) -> tuple[di
     factors = combination(profiles, (exponent(length), last["step"]))
     total: dict[str, Tensor] = {}
     for factor, (file, _) in zip(factors, snapshots, strict=True):
-        for name, tensor in load_file(file.with_suffix(".safetensors")).items():
+        for name, tensor in load_tensors(file).items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"weights: {file}: {name} is not finite, so no average is made of it")
             total[name] = total.get(name, 0) + float(factor) * tensor.double()
     digests = [facts["sha256"] for _, facts in snapshots]
     facts = {**last, "average": f"posthoc:{length:g}", "snapshots": digests}
@@ -150,8 +160,13 @@ def synthesize(folder: Path, length: float, step: int | None = None) -> tuple[di
 
 
 def save(path: str | Path, state: dict[str, Tensor], facts: Facts) -> Path:
-    """Writes weights with a description read elsewhere; returns the JSON's path."""
+    """Write weights with a description read elsewhere; return the JSON's path.
+
+    Raises ValueError where the weights are not finite: nobody can use them.
+    """
     facts = dict(facts)
+    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"average {facts['average']}: {bad[0]} is not finite, so {path} is not written")
     return save_weights(path, state, DiTConfig(**facts.pop("model")), facts)
 
 
@@ -227,6 +242,7 @@ class Sampler(nn.Module):
         self.normalizer = Normalizer(self.facts["data"]["mean"], self.facts["data"]["std"])
         self.objective = from_facts(self.facts["method"])
         self.nfe, self.w = nfe, self.objective.default_w if w is None else w
+        check_steps(nfe)
         check_guidance(self.objective, self.w)
 
     def forward(self, noise: Tensor, label: Tensor) -> Tensor:
@@ -262,9 +278,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nfe", type=int, default=1, help="steps of the program's sampler")
     parser.add_argument("--w", type=float, help="its guidance weight; default: the one of training")
     args = parser.parse_args(argv)
-    if args.nfe < 1:
-        parser.error(f"--nfe: {args.nfe} must be at least 1")
+    if args.program is not None and Path(args.program).suffix != ".pt2":
+        parser.error(f"--program: {args.program} must end in .pt2, a torch.export program; no other is made")
     try:
+        check_steps(args.nfe, "--nfe")
         weights = args.source
         if args.out is not None:
             posthoc = args.average not in ("ema", "net")

@@ -19,15 +19,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.restricted import Global, Node, RefusedPickle, read_file, read_stream
+from eval.restricted import (
+    PARAMETER,
+    TENSOR,
+    Global,
+    Node,
+    RefusedPickle,
+    arguments,
+    check_layout,
+    read_file,
+    read_stream,
+)
 from recipe.dit import DiTConfig, position_embedding
 from recipe.settings import make
 from recipe.weights import save_weights, shapes
 
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
-PARAMETER = "torch._utils._rebuild_parameter"
-TENSOR = "torch._utils._rebuild_tensor_v2"
 STORAGE = "torch.storage._load_from_bytes"
 FLOAT_STORAGE = "torch.FloatStorage"
 
@@ -102,7 +110,7 @@ def read_snapshot(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             raise RefusedPickle("not a snapshot: the pickle is not a dict with the key 'net'")
         network = snapshot["net"]
         if type(network) is Node and network.function == COMPILED:
-            network = _arguments(network, COMPILED, "net", 2)[0]
+            network = arguments(network, COMPILED, "net", 2)[0]
         wrapper = _attributes(network, "net")
         children = _get(wrapper, "_modules", dict, "net")
         if list(children) != ["model"]:
@@ -116,21 +124,12 @@ def read_snapshot(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     return state, facts
 
 
-def _arguments(node: object, function: str, where: str, *counts: int) -> tuple:
-    """The arguments of `node`, which has to be a call of `function` with one of `counts` of them."""
-    if type(node) is not Node or node.function != function or type(node.args) is not tuple:
-        raise RefusedPickle(f"{where}: not a call of {function}")
-    if len(node.args) not in counts:
-        raise RefusedPickle(f"{where}: {len(node.args)} arguments of {function}")
-    return node.args
-
-
 def _attributes(module: object, where: str) -> dict:
     """The `__dict__` of a persistent or ordinary module."""
     if type(module) is Node and module.function in MODULES:
         attributes = module.state
     else:
-        (meta,) = _arguments(module, PERSISTENT, where, 1)  # its `module_src` is code, of no concern here
+        (meta,) = arguments(module, PERSISTENT, where, 1)  # its `module_src` is code, of no concern here
         if type(meta) is not dict or meta.get("type") != "class" or meta.get("version") != 6:
             raise RefusedPickle(f"{where}: not a persistent class of version 6")
         attributes = meta.get("state")
@@ -182,18 +181,14 @@ def _use_once(thing: object, where: str, used: set[int]) -> None:
 
 def _tensor(parameter: object, where: str, used: set[int]) -> Tensor:
     """Copies one parameter, freeing its bytes. Snapshots have whole, contiguous float32 storages alone."""
-    tensor = _arguments(parameter, PARAMETER, where, 3)[0]
-    storage, offset, size, stride = _arguments(tensor, TENSOR, where, 6, 7)[:4]
-    (data,) = _arguments(storage, STORAGE, where, 1)
+    tensor = arguments(parameter, PARAMETER, where, 3)[0]
+    storage, offset, size, stride = arguments(tensor, TENSOR, where, 6, 7)[:4]
+    (data,) = arguments(storage, STORAGE, where, 1)
     if type(data) is not bytes:
         raise RefusedPickle(f"{where}: a storage that is not bytes")
     _use_once(data, where, used)
     values = _storage(data, where)
-    if type(size) is not tuple or not 1 <= len(size) <= 4 or any(type(n) is not int or n < 1 for n in size):
-        raise RefusedPickle(f"{where}: not the size of a parameter")
-    contiguous = tuple(math.prod(size[i + 1 :]) for i in range(len(size)))
-    if offset != 0 or stride != contiguous or contiguous[0] * size[0] != len(values):
-        raise RefusedPickle(f"{where}: size, stride and offset do not cover the storage exactly")
+    check_layout(offset, size, stride, len(values), where)
     storage.args = None
     return torch.from_numpy(values.astype(np.float32).reshape(size))
 

@@ -1,49 +1,47 @@
 """`python -m eval.import_sit FILE --out WEIGHTS`: a published SiT (arXiv 2401.08740), nothing in it executed.
 
-FILE is a state dict, or a training checkpoint whose `ema` is taken; both by torch's reader of tensors alone,
-which makes no other objects (the arguments of a training run are passed over) and refuses the rest by name.
+FILE is a state dict, or a training checkpoint whose `ema` is taken; both read as data (`eval.torch_file`).
+The arguments of a training run are passed over, and what such files do not hold is refused by name.
 SiT's time runs from noise (0) to data (1) and its velocity with it: F(x, t, 0) = -SiT(x, 1 - t). The sign
 goes into the last layer, the time is an option of our network. The second time and the guidance weight, which
-SiT does not know, change nothing to begin with.
+SiT does not know, change nothing to begin with; their weights are drawn with a fixed seed, so that one file
+always gives the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from argparse import Namespace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eval.import_official import architecture
-from recipe.dit import PRESETS, DiT, DiTConfig, position_embedding
+from eval.restricted import Node, RefusedPickle
+from eval.torch_file import open_torch_file
+from recipe.dit import PRESETS, DiTConfig, ScalarEmbedder, position_embedding
 from recipe.objectives import FlowMatching
 from recipe.settings import make
-from recipe.weights import save_weights
+from recipe.weights import save_weights, shapes
 
 SCALE = 0.18215  # of the latents of sd-vae-ft-ema that SiT is trained on
 NEW = ("s_embedder", "guidance_embedder")
+NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in the file, or its `ema`. Raises FileNotFoundError, ValueError."""
-    try:
-        with torch.serialization.safe_globals([Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise  # as it is, while other OSErrors say what is wrong with the content
-    except (UnpicklingError, RuntimeError, OSError, EOFError, KeyError) as error:
-        lines = str(error).splitlines() or [repr(error)]
-        named = [line for line in lines if "GLOBAL" in line or "WeightsUnpickler" in line]
-        raise ValueError(f"{path}: refused: {(named or lines)[0].strip()}") from error
-    state = content.get("ema", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise ValueError(f"{path}: neither a state dict of tensors nor a checkpoint that holds one as `ema`")
-    return {name.removeprefix("module."): x for name, x in state.items()}
+    """Return the state dict in the file, or its `ema`, in float32. Raises OSError, RefusedPickle."""
+    with open_torch_file(path) as file:
+        content = file.content
+        state = content.get("ema", content) if type(content) is dict else None
+        if type(state) is not dict or not all(type(x) is Node for x in state.values()):
+            raise RefusedPickle("neither a state dict of tensors nor a checkpoint that holds one as `ema`")
+        if wrong := [name for name in state if type(name) is not str or not NAME.fullmatch(name)]:
+            raise RefusedPickle(f"{str(wrong[0])[:50]!r} is not the name of a parameter")
+        return {name.removeprefix("module."): file.tensor(node, name) for name, node in state.items()}
 
 
 def configuration(state: dict[str, Tensor], heads: int | None) -> DiTConfig:
@@ -61,23 +59,37 @@ def configuration(state: dict[str, Tensor], heads: int | None) -> DiTConfig:
 
 
 def convert(state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
-    """The weights of our network that give the negative of SiT's output. Raises ValueError by name."""
-    state = {name: x.float() for name, x in state.items()}
-    table = position_embedding(config.width, config.size // config.patch)
-    if not torch.allclose(state.pop("pos_embed"), table, atol=1e-5):
-        raise ValueError("pos_embed: not the fixed sine-cosine embedding of DiT")
-    features = (config.patch, config.patch, -1, config.channels)  # -1: 2 where a variance is predicted, too
+    """Return weights of our network that give the negative of SiT's output. Raises ValueError by name."""
+    side, features = config.size // config.patch, (config.patch, config.patch, -1, config.channels)
+    state, table, rows = dict(state), state["pos_embed"], config.patch**2 * config.channels
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        state[name] = -state[name].unflatten(0, features)[:, :, 0].flatten(0, 2)
-    net = DiT(config)
-    for name in NEW:
-        embedder = net.get_submodule(name)
-        torch.nn.init.zeros_(embedder.mlp[2].weight)
-        state |= {f"{name}.{key}": x for key, x in embedder.state_dict().items()}
-    ours, theirs = ({name: x.shape for name, x in part.items()} for part in (net.state_dict(), state))
+        if name not in state or len(state[name]) not in (rows, 2 * rows):
+            raise ValueError(f"{name}: does not give {config.channels} channels, nor twice as many")
+        state[name] = -state[name].unflatten(0, features)[:, :, 0].flatten(0, 2)  # drops a variance
+    state |= new_embedders(config.width)
+    theirs = {name: tuple(x.shape) for name, x in state.items()}
+    ours = {**shapes(config), "pos_embed": (1, side**2, config.width)}
     for name in sorted(ours.keys() | theirs.keys()):
         if theirs.get(name) != ours.get(name):
             raise ValueError(f"{name}: shape {theirs.get(name)}, expected {ours.get(name)}")
+    if not torch.allclose(table, position_embedding(config.width, side), atol=1e-5):
+        raise ValueError("pos_embed: not the fixed sine-cosine embedding of DiT")
+    del state["pos_embed"]
+    return state
+
+
+def new_embedders(width: int) -> dict[str, Tensor]:
+    """Return the weights of what SiT does not have, as `DiT.init_weights` makes them; their output is zero.
+
+    They are drawn with a fixed seed.
+    """
+    state, generator = {}, torch.Generator().manual_seed(0)
+    for name in NEW:
+        embedder = ScalarEmbedder(width).requires_grad_(False)
+        for parameter in embedder.parameters():
+            parameter.zero_()
+        embedder.mlp[0].weight.normal_(std=0.02, generator=generator)
+        state |= {f"{name}.{key}": x for key, x in embedder.state_dict().items()}
     return state
 
 

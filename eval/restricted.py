@@ -9,6 +9,7 @@ Memory besides the mapped file stays below its size (four times that for text) p
 of at most `max_operations` opcodes; a declared length reserves nothing beyond what is left of the file.
 """
 
+import math
 import mmap
 import pickletools
 import struct
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+PARAMETER = "torch._utils._rebuild_parameter"
+TENSOR = "torch._utils._rebuild_tensor_v2"
 MAX_OPERATIONS = 1_000_000
 MAX_BYTES = 2**34  # the largest released snapshot has a fifth of it
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -153,9 +156,10 @@ class _Machine:
                 self.push({} if empty else Node(function.name, args))
             case "BUILD":
                 state = pop()
-                if type(self.stack[-1]) is not Node:
+                if type(self.stack[-1]) is Node:
+                    self.stack[-1].state = state
+                elif type(self.stack[-1]) is not dict:  # attributes of an OrderedDict are dropped
                     raise RefusedPickle(f"state set on a {type(self.stack[-1]).__name__}")
-                self.stack[-1].state = state
             case _:
                 raise RefusedPickle(f"refused pickle opcode {opcode}")
 
@@ -188,3 +192,27 @@ class _Machine:
             if type(key) not in KEY_TYPES or (type(key) is int and abs(key) > MAX_KEY):
                 raise RefusedPickle(f"refused a {type(key).__name__} as key of a dict")
         target.update(zip(keys, items[1::2], strict=True))
+
+
+def arguments(node: object, function: str, where: str, *counts: int) -> tuple:
+    """Return the arguments of `node`, which has to be a call of `function` with one of `counts` of them.
+
+    where: what is read, for messages. Raises RefusedPickle.
+    """
+    if type(node) is not Node or node.function != function or type(node.args) is not tuple:
+        raise RefusedPickle(f"{where}: not a call of {function}")
+    if len(node.args) not in counts:
+        raise RefusedPickle(f"{where}: {len(node.args)} arguments of {function}")
+    return node.args
+
+
+def check_layout(offset: object, size: object, stride: object, numel: int, where: str) -> None:
+    """Raise RefusedPickle unless a tensor is contiguous and covers its storage of `numel` elements exactly.
+
+    With other strides, such as 0, a tensor of any declared size could have a storage of one element.
+    """
+    if type(size) is not tuple or not 1 <= len(size) <= 4 or any(type(n) is not int or n < 1 for n in size):
+        raise RefusedPickle(f"{where}: not the size of a parameter")
+    contiguous = tuple(math.prod(size[i + 1 :]) for i in range(len(size)))
+    if offset != 0 or stride != contiguous or contiguous[0] * size[0] != numel:
+        raise RefusedPickle(f"{where}: size, stride and offset do not cover the storage exactly")

@@ -1,16 +1,19 @@
 """Draw samples: `python -m eval.sample WEIGHTS --nfe 1 --w 2 --labels 0,1,2 --seed 0 --out grid.png`.
 
 OUT.png is a grid with a row for each label, or for each of --prompts "red heart" "flag: Japan"; OUT.npz holds
-arr_0 (N, H, W, C) uint8 and arr_1 (N,) labels, as ADM's evaluator reads them; any other OUT is a folder of N
-files SEED.png. N comes from --samples. With --interpolate SEED each row goes from the noise of --seed to that
-of SEED. Sample i has the seed `--seed` + i and depends on nothing else: neither on the batch size nor on the
-number of ranks.
+arr_0 (N, H, W, C) uint8 and arr_1 (N,) labels, as ADM's evaluator reads them; any other OUT is a folder
+of files SEED.png, and of samples.csv: file, seed, label and prompt of each. A folder or .npz holds
+--samples of each of --labels or --prompts, or so many in all with the labels of a --protocol. With
+--interpolate SEED each row of a grid goes from the noise of --seed to that of SEED. Sample i has the
+seed `--seed` + i and depends on nothing else: neither on the batch size nor on the number of ranks.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import math
+import re
 import sys
 import warnings
 import zipfile
@@ -27,14 +30,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recipe.data import Normalizer, to_uint8
-from recipe.dit import DiT
 from recipe.draws import Stream, keys, uniform
 from recipe.objectives import Objective, from_facts
 from recipe.pretrained import TextEncoder, hash_weights, load_vae
-from recipe.sampler import grid, initial_noise, sample
+from recipe.sampler import check_steps, grid, initial_noise, sample
 from recipe.settings import Count, Positive, make
 from recipe.text import Prompts, Text, byte_tokens
-from recipe.weights import load_weights
+from recipe.weights import load_weights, newest
 from streaming_convert.reader import captioned
 
 DTYPES = ("fp32", "fp64", "amp_bf16")
@@ -62,6 +64,7 @@ PROTOCOLS = {
     "balanced": Protocol(50_000, "balanced", "nearest", "the full training set"),
     "adm": Protocol(50_000, "uniform", "down", "ADM's published statistics"),
 }
+DEFAULT = "balanced"
 
 
 LABELS = {
@@ -120,7 +123,7 @@ def quantize(values: Tensor, rounding: str) -> Tensor:
 
 
 class Generator:
-    """Weights ready to make images: uint8 (B, C, H, W) from labels and seeds.
+    """Weights ready to make images: uint8 (B, C, H, W) from labels and seeds. A folder means its newest.
 
     dtype: of the network's arithmetic; in fp64 an image does not depend on its batch, in fp32 some pixels
     may change by 1 with the batch size. vae: see `load_decoder`.
@@ -134,7 +137,7 @@ class Generator:
         rounding: str = "nearest",
         vae: str | None = None,
     ) -> None:
-        self.net, self.facts = load_weights(path, device)
+        self.net, self.facts = load_weights(newest(path), device)
         self.device, self.rounding = torch.device(device), rounding
         self.dtype = torch.float64 if dtype == "fp64" else torch.float32
         self.autocast = dtype == "amp_bf16"
@@ -154,19 +157,27 @@ class Generator:
         return initial_noise(seeds.to(self.device), shape, self.dtype)
 
     def __call__(self, label: Tensor, seeds: Tensor, nfe: int, w: float, text: Text | None = None) -> Tensor:
-        """label, seeds: int64 (B,); the label K stands for none; text: of B prompts, None for empty ones."""
+        """Return images; label, seeds: int64 (B,), the label K stands for none; text: see `from_noise`."""
         return self.from_noise(self.noise(seeds), label, nfe, w, text)
 
     def from_noise(
         self, noise: Tensor, label: Tensor, nfe: int, w: float, text: Text | None = None
     ) -> Tensor:
-        """noise: (B, C, H, W), label: int64 (B,)."""
-        net, null = self.net, self.net.config.null
+        """Return images from noise (B, C, H, W), for labels int64 (B,).
+
+        text: B prompts. A network with prompts takes None for no prompts, and no labels either: it was never
+        trained with a label alone. Raises ValueError for a label or a number of steps that cannot be,
+        FloatingPointError where the output is not finite.
+        """
+        check_labels(label, self.net.config.null)
+        net, null, label = self.net, self.net.config.null, label.to(self.device)
         if self.prompts is not None:
+            label = torch.full_like(label, null) if text is None else label
             text = self.prompts.empty(len(label)) if text is None else text.to(self.device)
+            label = label if net.config.classes else self.prompts.unlabelled(label, text, null)
             net = self.prompts(net, text, null)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            x0 = sample(net, noise, label.to(self.device), nfe, w, self.objective, null)
+            x0 = sample(net, noise, label, nfe, w, self.objective, null)
         values = self.normalizer.invert(x0)
         if not values.isfinite().all():
             raise FloatingPointError(f"the network's output is not finite with {nfe} steps at w = {w:g}")
@@ -216,6 +227,28 @@ class Generator:
         return text
 
 
+def check_labels(label: Tensor, null: int) -> None:
+    """Raise ValueError unless all labels are from 0 to `null`, which means none."""
+    wrong = label[(label < 0) | (label > null)]
+    if len(wrong):
+        raise ValueError(f"label: {wrong[0]} must be from 0 to {null}, where {null} means none")
+
+
+def autoencoder(encoder: dict[str, Any], vae: str | None) -> str:
+    """Return the folder or hub name of the autoencoder: `vae`, or else what the weights say.
+
+    Their word counts where it is a folder that exists or a hub name such as stabilityai/sd-vae-ft-ema. The
+    hub is not asked for other names, such as `precomputed`. Raises ValueError.
+    """
+    model = vae or encoder.get("model") or encoder["name"]
+    if vae is None and not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+        raise ValueError(
+            f"the weights make latents, and their autoencoder ({model!r}) is not known here: give --vae "
+            f"FOLDER, in a sweep vae=FOLDER"
+        )
+    return model
+
+
 def load_decoder(
     encoder: dict[str, Any], vae: str | None, device: str | torch.device, batch_size: int = 16
 ) -> Callable[[Tensor], Tensor]:
@@ -226,7 +259,7 @@ def load_decoder(
     the one that `encoder` names. Raises ValueError where diffusers is missing, there is no such autoencoder,
     or the latents were made with other weights.
     """
-    model = vae or encoder.get("model") or encoder["name"]
+    model = autoencoder(encoder, vae)
     network = load_vae(model, "fp32", str(device)).requires_grad_(False)
     made_with = encoder.get("hash")
     if made_with is not None and (found := hash_weights(network)) != made_with:
@@ -262,12 +295,19 @@ def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
     return (torch.sin((1 - fraction) * angle) * start + torch.sin(fraction * angle) * end) / torch.sin(angle)
 
 
-def write_pngs(folder: Path, batches: Iterable[tuple[Tensor, Tensor]], seeds: Tensor) -> None:
-    """One file SEED.png for each sample."""
+def write_pngs(
+    folder: Path, batches: Iterable[tuple[Tensor, Tensor]], seeds: Tensor, about: list[tuple[str, str]]
+) -> None:
+    """Write a file SEED.png for each sample, then samples.csv; about: label and prompt of each, for it."""
     folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{seed:06d}.png" for seed in seeds.tolist()]
     for images, index in batches:
-        for image, seed in zip(images.permute(0, 2, 3, 1).cpu().numpy(), seeds[index].tolist(), strict=True):
-            Image.fromarray(image.squeeze()).save(folder / f"{seed:06d}.png")
+        for image, i in zip(images.permute(0, 2, 3, 1).cpu().numpy(), index.tolist(), strict=True):
+            Image.fromarray(image.squeeze()).save(folder / names[i])
+    with (folder / "samples.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(("file", "seed", "label", "prompt"))
+        rows.writerows(zip(names, seeds.tolist(), *zip(*about, strict=True), strict=True))
 
 
 def write_npz(path: Path, batches: Iterable[tuple[Tensor, Tensor]], labels: Tensor) -> None:
@@ -285,48 +325,84 @@ def write_npz(path: Path, batches: Iterable[tuple[Tensor, Tensor]], labels: Tens
             np.lib.format.write_array(file, labels.numpy())
 
 
-def parse_labels(text: str | None, net: DiT) -> Tensor:
-    """`0,1,2` => int64 labels; `none` is the unconditional index; None: the first ten. Raises ValueError."""
-    classes = net.config.classes
-    text = text or ",".join(map(str, range(min(classes, 10)))) or "none"
-    known = {"none": net.config.null, **{str(label): label for label in range(classes)}}
-    for part in text.split(","):
+def parse_labels(text: str | None, generator: Generator) -> Tensor:
+    """Return int64 labels for `0,cat,none`: numbers, names of classes, and `none` for no label.
+
+    A name with a comma is quoted, as in CSV. None means the first ten, or no label where the network takes
+    prompts. Raises ValueError.
+    """
+    config = generator.net.config
+    names = generator.facts["data"].get("class_names", [])[: config.classes]
+    first = range(0 if config.text else min(config.classes, 10))
+    known = {str(name): label for label, name in enumerate(names)}
+    known |= {"none": config.null, **{str(label): label for label in range(config.classes)}}
+    try:
+        parts = [str(i) for i in first] or ["none"] if text is None else next(csv.reader([text])) or [""]
+    except csv.Error as error:
+        raise ValueError(f"--labels: {error}") from error
+    for part in parts:
         if part.strip() not in known:
-            raise ValueError(f"--labels: {part!r} is not in 0..{classes - 1}, nor `none`")
-    return torch.tensor([known[part.strip()] for part in text.split(",")])
+            allowed = f"in 0..{config.classes - 1}, nor `none`" if config.classes else "`none`"
+            named = f", nor a class such as {names[0]!r}" if names else ""
+            raise ValueError(f"--labels: {part!r} is not {allowed}{named}")
+    return torch.tensor([known[part.strip()] for part in parts])
 
 
-def parse_prompts(given: list[str], labels: str | None, net: DiT) -> tuple[list[str], Tensor]:
-    """Prompts, or the lines of a file of them, and a label for each. Raises OSError, ValueError."""
+def parse_prompts(given: list[str], labels: str | None, generator: Generator) -> tuple[Tensor, list[str]]:
+    """Return a label for each prompt, and the prompts, or the lines of a file. Raises OSError, ValueError."""
+    if generator.prompts is None:
+        raise ValueError("--prompts: these weights take none")
     file = Path(given[0])
     prompts = file.read_text().splitlines() if len(given) == 1 and file.is_file() else given
-    if not net.config.classes:
-        return prompts, torch.zeros(len(prompts), dtype=torch.int64)
-    chosen = parse_labels(labels, net) if labels else torch.tensor([])
+    if not prompts:
+        raise ValueError(f"--prompts: {file} is empty")
+    if not generator.net.config.classes:
+        return torch.zeros(len(prompts), dtype=torch.int64), prompts
+    chosen = parse_labels(labels, generator) if labels else torch.tensor([])
     if len(chosen) not in (1, len(prompts)):
         raise ValueError(
             f"--labels: one for all prompts, or one for each of {len(prompts)}, since there are classes"
         )
-    return prompts, chosen.expand(len(prompts))
+    return chosen.expand(len(prompts)), prompts
+
+
+def parse_rows(generator: Generator, options: argparse.Namespace) -> tuple[Tensor, list[str]]:
+    """Return the labels (R,) that --labels or --prompts ask for, and the R prompts, or none.
+
+    Raises OSError, ValueError.
+    """
+    if options.prompts:
+        return parse_prompts(options.prompts, options.labels, generator)
+    labels = parse_labels(options.labels, generator)
+    if generator.prompts is not None and (labels != generator.net.config.null).any():
+        raise ValueError("--labels: these weights take prompts too, and know no label alone: give --prompts")
+    return labels, []
 
 
 def _check(options: argparse.Namespace) -> None:
-    kinds = dict.fromkeys(("nfe", "columns", "batch_size", "scale", "samples"), Count)
+    check_steps(options.nfe, "--nfe")
+    kinds = dict.fromkeys(("columns", "batch_size", "scale", "samples"), Count)
     kinds |= {"w": Positive, "seed": Seed, "interpolate": Seed}
     for name, kind in kinds.items():
         if (value := getattr(options, name)) is not None:
             make(kind, value, f"--{name.replace('_', '-')}")
-    grid_only = [n for n in ("interpolate", "labels", "prompts") if getattr(options, n) is not None]
-    if options.out.suffix != ".png" and grid_only:
-        raise ValueError(f"--{grid_only[0]} makes a grid: --out {options.out} must end in .png")
-    if not options.out.parent.is_dir():
-        raise ValueError(f"--out: folder {options.out.parent} does not exist")
-    if options.out.is_dir() and any(options.out.iterdir()):
-        raise ValueError(f"--out: {options.out} is not empty")
+    out, grid_wanted = options.out, options.out.suffix == ".png"
+    if out.suffix not in (".png", ".npz") and re.fullmatch(r"\.[A-Za-z]\w*", out.suffix) and not out.is_dir():
+        raise ValueError(f"--out: {out} ends in {out.suffix}: give .png, .npz, or a folder (no suffix)")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: folder {out.parent} does not exist")
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"--out: {out} is not empty")
+    if options.interpolate is not None and not grid_wanted:
+        raise ValueError(f"--interpolate makes a grid: --out {out} must end in .png")
     if options.interpolate == options.seed:
         raise ValueError(f"--interpolate: {options.seed} is the seed that the rows start from")
-    if options.out.suffix == ".png" and (options.samples or options.protocol):
-        raise ValueError(f"--samples and --protocol need --out NAME.npz or a folder, not {options.out}")
+    if grid_wanted and (options.samples or options.protocol):
+        raise ValueError(f"--samples and --protocol need --out NAME.npz or a folder, not {out}")
+    if options.protocol and (options.labels or options.prompts):
+        raise ValueError("--protocol chooses the labels itself: leave out --labels and --prompts")
+    if options.prompts and out.suffix == ".npz":
+        raise ValueError(f"--prompts: {out} has no place for prompts: give a .png or a folder")
 
 
 def draw_grid(
@@ -353,21 +429,47 @@ def draw_grid(
     return np.concatenate(rows)
 
 
-def draw_set(generator: Generator, w: float, protocol: str, options: argparse.Namespace) -> None:
-    """Samples of a protocol, as .npz or as a folder of PNGs."""
+def protocol_labels(generator: Generator, options: argparse.Namespace) -> tuple[Tensor, str]:
+    """Return the labels of a protocol's samples, and a line that describes them. Raises ValueError."""
+    protocol = options.protocol or DEFAULT
     class_counts = generator.facts["data"].get("class_counts", [])
-    count = options.samples or PROTOCOLS[protocol].samples or sum(class_counts)
+    own = (PROTOCOLS[protocol].samples or sum(class_counts)) if options.protocol else 0
+    count = options.samples or own
     if count == 0:
-        raise ValueError(f"--samples: needed, as the weights do not say what number {protocol} means")
+        raise ValueError(
+            f"--samples: say how many, or --protocol NAME for the protocol's own number "
+            f"({DEFAULT}: {PROTOCOLS[DEFAULT].samples:,}; matched: as many as the weights know real images)"
+        )
     seeds = options.seed + torch.arange(count)
     labels = choose_labels(protocol, generator.net.config.classes, class_counts, seeds)
-    batches = generator.batches(labels, seeds, options.nfe, w, options.batch_size)
-    bar = tqdm(batches, "sampling", math.ceil(count / options.batch_size), unit="batch")
+    return labels, describe(protocol, count)
+
+
+def draw_set(generator: Generator, w: float, options: argparse.Namespace) -> None:
+    """Write samples of labels, prompts or a protocol, as .npz or as a folder of PNGs. Raises ValueError."""
+    config, text, prompts = generator.net.config, None, []
+    if options.labels or options.prompts or generator.prompts is not None:
+        labels, prompts = parse_rows(generator, options)
+        each = options.samples or options.columns
+        said = f"{each} samples of each of {len(labels)} {'prompts' if prompts else 'labels'}."
+        row = torch.arange(len(labels)).repeat_interleave(each)
+        labels = labels[row]
+    else:
+        labels, said = protocol_labels(generator, options)
+    if prompts:
+        encoded = generator.encode(prompts, options.text_encoder)
+        text = lambda index: Text(*(x[row[index]] for x in encoded))  # noqa: E731
+    seeds = options.seed + torch.arange(len(labels))
+    batches = generator.batches(labels, seeds, options.nfe, w, options.batch_size, text=text)
+    bar = tqdm(batches, "sampling", math.ceil(len(labels) / options.batch_size), unit="batch")
     if options.out.suffix == ".npz":
         write_npz(options.out, bar, labels)
     else:
-        write_pngs(options.out, bar, seeds)
-    tqdm.write(describe(protocol, count))
+        names = {config.null: "none"} if config.classes or not config.text else {0: "", config.null: "none"}
+        told = [names.get(label, str(label)) for label in labels.tolist()]
+        asked = [prompts[i] for i in row.tolist()] if prompts else [""] * len(labels)
+        write_pngs(options.out, bar, seeds, list(zip(told, asked, strict=True)))
+    tqdm.write(said)
 
 
 def main(arguments: list[str]) -> None:
@@ -378,39 +480,39 @@ def main(arguments: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("weights", help="NAME, NAME.json or NAME.safetensors")
-    add("--nfe", type=int, default=1, help="network evaluations (steps)")
-    add("--w", type=float, help="guidance weight; default: the one of training")
-    add("--labels", help="comma-separated classes or `none`; default: the first ten")
-    add("--prompts", nargs="+", help="a row for each; one name of a file: a prompt a line")
-    add("--text-encoder", help="folder or hub name, for stored embeddings; default: as the weights say")
-    add("--columns", type=int, default=8, help="samples of each label, or interpolation steps")
-    add("--samples", type=int, help="for .npz and folders; default: the protocol's number")
-    add("--protocol", choices=sorted(PROTOCOLS), help="labels and rounding; default: balanced")
-    add("--seed", type=int, default=0)
-    add("--interpolate", type=int, metavar="SEED", help="the seed that every row ends at")
-    add("--batch-size", type=int, default=64)
-    add("--dtype", choices=DTYPES, default="fp32")
-    add("--vae", help="folder of a diffusers AutoencoderKL; default: as the weights say")
-    add("--scale", type=int, default=4, help="pixels of a grid per pixel")
-    add("--out", type=Path, default=Path("grid.png"), help=".png, .npz or a folder")
+    add("weights", help="NAME, NAME.json or NAME.safetensors; of a folder of weights the newest is taken")
+    add("--nfe", type=int, default=1, help="network evaluations, i.e. steps (default: %(default)s)")
+    add("--w", type=float, help="guidance weight (default: the one of training)")
+    add("--labels", help="numbers or names of classes, or `none`, with commas (default: the first ten)")
+    add("--prompts", nargs="+", help="prompts, or one name of a file that holds one a line")
+    add("--text-encoder", help="folder or hub name, for stored embeddings (default: as the weights say)")
+    add("--columns", type=int, default=8, help="samples of each row of a grid, or interpolation steps (8)")
+    add(
+        "--samples",
+        type=int,
+        help="in a folder or .npz: of each label or prompt (8), or in all",
+    )
+    add("--protocol", choices=sorted(PROTOCOLS), help="labels, number and rounding (see docs/evaluation.md)")
+    add("--seed", type=int, default=0, help="seed of the first sample; each further one adds 1 (0)")
+    add("--interpolate", type=int, metavar="SEED", help="the seed that every row of a grid ends at")
+    add("--batch-size", type=int, default=64, help="samples drawn at once (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="fp32", help="arithmetic of the network (default: %(default)s)")
+    add("--vae", help="folder of a diffusers AutoencoderKL, for latents (default: as the weights say)")
+    add("--scale", type=int, default=4, help="side of a pixel in a grid (default: %(default)s)")
+    add("--out", type=Path, default=Path("grid.png"), help="NAME.png, NAME.npz, or a folder (grid.png)")
     options = parser.parse_args(arguments)
-    protocol = options.protocol or "balanced"
     try:
         _check(options)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        rounding = PROTOCOLS[protocol].rounding
+        rounding = PROTOCOLS[options.protocol or DEFAULT].rounding
         generator = Generator(options.weights, device, options.dtype, rounding, options.vae)
-        if options.prompts:
-            prompts, labels = parse_prompts(options.prompts, options.labels, generator.net)
-        else:
-            prompts, labels = [], parse_labels(options.labels, generator.net)
         w = generator.objective.default_w if options.w is None else options.w
         check_guidance(generator.objective, w)
         if options.out.suffix == ".png":
-            Image.fromarray(draw_grid(generator, labels, prompts, w, options)).save(options.out)
+            picture = draw_grid(generator, *parse_rows(generator, options), w, options)
+            Image.fromarray(picture).save(options.out)
         else:
-            draw_set(generator, w, protocol, options)
+            draw_set(generator, w, options)
     except (OSError, ValueError, FloatingPointError) as error:
         parser.error(str(error))
     tqdm.write(str(options.out))

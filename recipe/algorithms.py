@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from recipe.objectives.base import Loss
+from recipe.objectives.base import Loss, Objective
 from recipe.settings import BelowOne, Count, CountOrZero, Many, Positive, Says, Settings
 
 log = logging.getLogger(__name__)
@@ -103,9 +103,17 @@ def inner_product(a: Profile, b: Profile) -> float:
 
 
 def combination(snapshots: list[Profile], target: Profile) -> np.ndarray:
-    """Factors of the snapshots whose sum has the profile closest to the target's, in the mean square."""
+    """Return factors of the snapshots, whose sum has the profile closest to the target's in the mean square.
+
+    They are divided by their sum (EDM2, appendix C), as every profile is an average: with few snapshots the
+    closest sum would shrink the weights. Raises ValueError where two snapshots have the same profile.
+    """
     gram = np.array([[inner_product(a, b) for b in snapshots] for a in snapshots])
-    return np.linalg.solve(gram, [inner_product(a, target) for a in snapshots])
+    try:
+        factors = np.linalg.solve(gram, [inner_product(a, target) for a in snapshots])
+    except np.linalg.LinAlgError as error:
+        raise ValueError("two of the post-hoc averages have the same length and step") from error
+    return factors / factors.sum()
 
 
 def child_name(length: float) -> str:
@@ -162,6 +170,12 @@ class EMAConfig(Settings):
     )
 
 
+def average_names(config: EMAConfig, objective: Objective) -> list[str]:
+    """Return the names of the model's averages of the weights; each is one more copy of them."""
+    posthoc = dict.fromkeys(map(child_name, config.posthoc))
+    return [*posthoc, "ema", *(["target"] if objective.teacher else [])]
+
+
 class EMA(Algorithm):
     """Keeps the averages of the student: modules of the model, so sharded and checkpointed like it."""
 
@@ -182,14 +196,11 @@ class EMA(Algorithm):
         if not stepped(model.net):
             return
         step = int(state.timestamp.batch)
-        averages = [
-            (getattr(model, child_name(length)), posthoc_decay(exponent(length), step))
-            for length in self.config.posthoc
-        ]
-        averages.append((model.ema, ema_decay(self.config.decay, step - 1, self.config.ramp)))
-        if model.target is not None:
-            averages.append((model.target, self.config.target_decay))
-        ema_update(model.net, averages)
+        decays = {child_name(x): posthoc_decay(exponent(x), step) for x in self.config.posthoc}
+        decays["ema"] = ema_decay(self.config.decay, step - 1, self.config.ramp)
+        decays["target"] = self.config.target_decay
+        names = average_names(self.config, model.objective)
+        ema_update(model.net, [(getattr(model, name), decays[name]) for name in names])
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -26,6 +26,7 @@ from recipe.plan import step_flops
 from recipe.pretrained import load_vae
 from recipe.resume import Preemption
 from recipe.sampler import grid, initial_noise, sample
+from recipe.text import Text
 from recipe.weights import save_weights
 
 
@@ -131,7 +132,9 @@ class SampleGrid(Callback):
             rows = {
                 k: x.repeat_interleave(columns, 0).to(device) for k, x in loader.collate_fn(first).items()
             }
-            label, ema = rows["label"].clamp(max=net.classes), model.prompted(model.ema, rows)
+            text, ema = Text(rows["text"], rows["text_length"]), model.prompted(model.ema, rows)
+            label = rows["label"].clamp(max=net.classes)
+            label = label if net.classes else model.prompts.unlabelled(label, text, net.null)
         seeds, dtype = torch.arange(len(label), device=device), model.normalizer.mean.dtype
         noise = initial_noise(seeds, (net.channels, net.size, net.size), dtype)
         objective = model.objective

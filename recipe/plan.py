@@ -22,6 +22,7 @@ from composer.core import Time, TimeUnit
 from pydantic import Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
+from recipe.algorithms import average_names
 from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.dit import TEXT_LAYERS, DiT, DiTConfig
 from recipe.objectives.base import Objective, Pass
@@ -202,11 +203,6 @@ def trained_passes(objective: Objective) -> list[Pass]:
     return [one for one in objective.passes() if one.gradient != "none"]
 
 
-def averages(objective: Objective) -> int:
-    """Copies of the weights beside the student: evaluation average and, for some, target."""
-    return 1 + objective.teacher
-
-
 def checkpointed_blocks(model: DiTConfig, every: int) -> int:
     """Number of blocks 0, every, 2 every, ... (0: none)."""
     return math.ceil(model.depth / every) if every else 0
@@ -288,13 +284,16 @@ def gathered_size(config: TrainConfig) -> int:
 
 
 def memory(config: TrainConfig, gpus: int) -> dict[str, float]:
-    """Bytes on each GPU, by part. Gathered: what is not in blocks, and two blocks (one is prefetched)."""
+    """Bytes on each GPU, by part. Gathered: what is not in blocks, of student and target, and two blocks
+    (one is prefetched).
+    """
     blocks, rest = parameter_counts(config.model)
     P, parallel = blocks + rest, config.parallel
     shards = gpus // parallel.replicas if parallel.fsdp2 else 1
-    copies, passes = averages(config.objective), len(trained_passes(config.objective))
+    copies = len(average_names(config.ema, config.objective))
+    passes = len(trained_passes(config.objective))
     sharded = parallel.fsdp2 and shards > 1
-    gathered = copies * rest + 2 * blocks / config.model.depth if sharded else 0
+    gathered = (1 + config.objective.teacher) * rest + 2 * blocks / config.model.depth if sharded else 0
     autocast = config.precision == "amp_bf16" and not (sharded and gathered_size(config) == BF16)
     unchecked = 1 - checkpointed_blocks(config.model, parallel.checkpoint_every) / config.model.depth
     rounded = blocks * unchecked * (passes if parallel.compile else 1) if autocast else 0
@@ -399,7 +398,8 @@ def updated_bytes(config: TrainConfig, gpus: int) -> float:
     kernel of the averages reads the weights, and reads and writes each average.
     """
     shards = gpus // config.parallel.replicas if config.parallel.fsdp2 else 1
-    return FP32 * (7 + 1 + 2 * averages(config.objective)) * sum(parameter_counts(config.model)) / shards
+    copies = len(average_names(config.ema, config.objective))
+    return FP32 * (7 + 1 + 2 * copies) * sum(parameter_counts(config.model)) / shards
 
 
 def compute_time(config: TrainConfig, roofline: Roofline) -> float:

@@ -21,6 +21,7 @@ from tempfile import gettempdir
 import torch
 from composer.utils import dist, parse_uri
 
+from recipe.algorithms import average_names
 from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.data import SHUFFLE_WINDOW, normalizer
 from recipe.dit import DiT
@@ -180,10 +181,10 @@ def oci_agreement(config: TrainConfig) -> Iterator[str]:
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
-    """Student, averages, two moments of Adam, in float32."""
+    """Return the bytes of a checkpoint: the student, its averages and two moments of Adam, in float32."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in DiT(config.model).parameters())
-    return 4 * parameters * (4 + config.objective.teacher)
+    return 4 * parameters * (3 + len(average_names(config.ema, config.objective)))
 
 
 def held(folder: str | Path) -> int:

@@ -10,6 +10,14 @@ from torchvision.utils import make_grid
 from recipe.draws import Stream, keys, normal
 from recipe.objectives.base import Network, Objective
 
+MAX_STEPS = 10_000
+
+
+def check_steps(nfe: int, name: str = "nfe") -> None:
+    """Raise ValueError unless a number of sampling steps can be; name: of the option, for the message."""
+    if not isinstance(nfe, int) or not 1 <= nfe <= MAX_STEPS:
+        raise ValueError(f"{name}: {nfe!r} must be a whole number from 1 to {MAX_STEPS}")
+
 
 def initial_noise(seeds: Tensor, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal noise (B, C, H, W); row i depends on seeds[i] (int64) alone, not on its neighbours."""
@@ -18,12 +26,21 @@ def initial_noise(seeds: Tensor, shape: tuple[int, int, int], dtype: torch.dtype
 
 @torch.no_grad()
 def sample(
-    net: Network, noise: Tensor, label: Tensor, nfe: int, w: float, objective: Objective, null: int
+    net: Network,
+    noise: Tensor,
+    label: Tensor,
+    nfe: int,
+    w: float | Tensor,
+    objective: Objective,
+    null: int,
 ) -> Tensor:
     """Normalised images (B, C, H, W) from noise of that shape in nfe steps, accumulated in float64.
 
-    label: (B,) int64, `null` meaning no label; w: guidance weight, see the objective's `average_velocity`.
+    label: (B,) int64, `null` meaning no label; w: guidance weight of all or of each (B,), which the objective
+    may change for samples without label (`Objective.guide`).
+    Raises ValueError for an impossible number of steps.
     """
+    check_steps(nfe)
     x = noise.double()
     for i in range(nfe):
         t, s = 1 - i / nfe, 1 - (i + 1) / nfe

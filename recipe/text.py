@@ -85,9 +85,17 @@ class Prompts(nn.Module):
         self.register_buffer("length", length, persistent=False)
 
     def empty(self, count: int) -> Text:
-        """So many empty prompts."""
+        """Return a batch of `count` empty prompts."""
         ones = [1] * (self.tokens.dim() - 1)
         return Text(self.tokens.repeat(count, *ones), self.length.repeat(count))
+
+    def unlabelled(self, label: Tensor, text: Text, null: int) -> Tensor:
+        """Return the labels (B,) of prompts for a network without classes: `null` where a prompt is empty.
+
+        Sampling asks so, as training has seen the empty prompt where it dropped a prompt (label `null`).
+        """
+        same = (text.tokens == self.tokens).flatten(1).all(1)
+        return torch.where(same & (text.length == self.length), null, label)
 
     def forward(self, net: Callable[..., Dual], text: Text, null: int) -> Callable[..., Dual]:
         """`net` as objectives call it, (x, t, d, label, ...); they may call it for n batches at once."""

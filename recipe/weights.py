@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -142,17 +143,46 @@ def described(facts: dict[str, Any], path: Path) -> DiTConfig:
     return config
 
 
+def check_digest(path: str | Path, facts: dict[str, Any]) -> None:
+    """Raise ValueError unless the tensors' file has the checksum that the JSON, `facts`, says."""
+    file = _files(path)[0]
+    if file_digest(file, hashlib.sha256()) != facts["sha256"]:
+        raise ValueError(f"weights: {file} is not the file that its JSON describes (sha256)")
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of weights by name. Raises FileNotFoundError, ValueError as `load_weights` does."""
+    facts, file = read_facts(path), _files(path)[0]
+    check_digest(path, facts)
+    described(facts, file)
+    return load_file(file)
+
+
 def load_weights(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, dict[str, Any]]:
     """The network in evaluation mode, without gradients, and its facts.
 
     Raises FileNotFoundError or ValueError, the latter also where tensors and JSON do not belong together.
     """
     facts = read_facts(path)
-    if file_digest(_files(path)[0], hashlib.sha256()) != facts["sha256"]:
-        raise ValueError(f"weights: {_files(path)[0]} is not the file that its JSON describes (sha256)")
+    check_digest(path, facts)
     net = DiT(described(facts, _files(path)[0]), initialize=False).to(device)
     net.load_state_dict(load_file(_files(path)[0], device=str(device)))
     return net.eval().requires_grad_(False), facts
+
+
+def newest(path: str | Path) -> Path:
+    """Return `path`; of a folder of exports its newest weights, of one step the evaluation average first.
+
+    Raises FileNotFoundError where a folder has none.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder
+    found = [re.fullmatch(r"ba(\d+)-(\w+)\.json", file.name) for file in folder.iterdir()]
+    exported = [(int(name[1]), name[2] == "ema", name[0]) for name in found if name]
+    if not exported:
+        raise FileNotFoundError(f"weights: {folder} is a folder without weights of a run (ba*-ema.json)")
+    return folder / max(exported)[2]
 
 
 def _files(path: str | Path) -> tuple[Path, Path]:

@@ -225,15 +225,19 @@ def check_training(table: Table, case: str, parts: dict) -> None:
 
 
 def check_sampler(table: Table, case: str, parts: dict) -> None:
+    """The published sampler takes w without label too, as if no label (-1) meant none; ours takes 1 there."""
     io, config = tensors(parts["io"]), parts["config"]
     net = build(config, parts["weights_student"])
     options, null = objective(config), config["num_classes"]
     z, label = io["in/samp_z"], index(io["in/samp_labels"])
     for nfe in (1, 2, 4):
-        got = sample(net, z, label, nfe, config["samp_cfg"], options, null)
+        got = sample(net, z, label, nfe, config["samp_cfg"], options, -1)
         table.check(f"{case} samp_out_{nfe}step", got, io[f"out/samp_out_{nfe}step"])
-    got = sample(net, z, label, 1, 1.0, options, null)
-    table.check(f"{case} samp_out_default_1step_w1", got, io["out/samp_out_default_1step_w1"])
+    got, unguided = sample(net, z, label, 1, 1.0, options, null), io["out/samp_out_default_1step_w1"]
+    table.check(f"{case} samp_out_default_1step_w1", got, unguided)
+    want = torch.where((label == null)[:, None, None, None], unguided, io["out/samp_out_1step"])
+    got = sample(net, z, label, 1, config["samp_cfg"], options, null)
+    table.check(f"{case} samp_out_1step, w = 1 without label", got, want)
 
 
 def check_times(table: Table, folder: Path) -> None:

@@ -454,6 +454,8 @@ class TestPreflight:
 
         config = config_of(digits, tmp_path / "save", f"folder={tmp_path}", "save_keep=2")
         size = preflight.checkpoint_bytes(config)
+        more = config_of(digits, tmp_path / "save", "ema.posthoc=[0.05,0.1]")
+        assert preflight.checkpoint_bytes(more) * 5 == size * 7  # of 5 tensors of that size, to 7
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * size))
         assert re.match(r"save_folder: .* MB needed, .* MB free\. To mend: df", *disk_space(config))
         Folder(config.save_folder).write("ep0-ba4/rank0.pt", bytes(size))

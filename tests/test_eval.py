@@ -1,5 +1,6 @@
 """Weights, protocols and samples."""
 
+import csv
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from eval.sample import PROTOCOLS, Generator, choose_labels, describe, interpola
 from eval.sample import main as sample_main
 from recipe.dit import DiT, DiTConfig
 from recipe.sampler import grid
-from recipe.weights import load_weights, read_facts, save_weights
+from recipe.weights import load_weights, newest, read_facts, save_weights
 
 FACTS = {"method": {"objective": "tvm", "scaled": True, "guidance": [1.0]}, "average": "ema"}
 FACTS["data"] = {"column": "image", "mean": [127.5] * 2, "std": [127.5] * 2}
@@ -121,7 +122,58 @@ def test_samples_at_the_command_line(tiny_run, tmp_path):
         sample_main([weights, "--w", "2", "--labels", "1", "--out", str(tmp_path / "other.png")])
     files = sorted((tmp_path / "samples").iterdir())
     assert [file.name for file in files[:2]] == ["000005.png", "000006.png"]
+    table = files.pop().read_text().splitlines()
+    assert (len(table), table[0], table[12]) == (21, "file,seed,label,prompt", "000016.png,16,1,")
     assert np.array_equal(np.stack([np.array(Image.open(f)) for f in files]), arrays["arr_0"][..., 0])
+
+
+def test_labels_by_number_and_name_with_so_many_files_each(tiny_run, tmp_path):
+    net, facts = load_weights(tiny_run / "weights/ba0000008-ema")
+    facts["data"]["class_names"] = ["zero", "one, too", "2", "8", *"456789"]
+    facts = {k: v for k, v in facts.items() if k not in ("model", "format")}
+    save_weights(tmp_path / "w", net.state_dict(), net.config, facts)
+    options = ["--labels", 'zero,"one, too",none, 8', "--seed", "3", "--dtype", "fp64", "--out"]
+    sample_main([str(tmp_path / "w"), *options, str(tmp_path / "some"), "--samples", "2"])
+    rows = list(csv.DictReader((tmp_path / "some/samples.csv").open()))
+    assert [row["label"] for row in rows] == ["0", "0", "1", "1", "none", "none", "8", "8"]  # a number first
+    assert [row["seed"] for row in rows] == [str(3 + i) for i in range(8)]
+    labels = torch.tensor([0, 0, 1, 1, 10, 10, 8, 8])
+    expected = Generator(tmp_path / "w", dtype="fp64")(labels, 3 + torch.arange(8), 1, 1.25)
+    for row, image in zip(rows, expected, strict=True):
+        assert np.array_equal(np.array(Image.open(tmp_path / "some" / row["file"])), image[0])
+    sample_main([str(tmp_path / "w"), *options, str(tmp_path / "x.npz"), "--samples", "2"])
+    assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == labels.tolist()
+    with pytest.raises(SystemExit):
+        sample_main([str(tmp_path / "w"), "--labels", "zebra", "--out", str(tmp_path / "y.png")])
+
+
+def test_a_folder_of_weights_means_its_newest_average(tiny_run, tmp_path):
+    folder = tiny_run / "weights"
+    assert newest(folder) == folder / "ba0000008-ema.json"
+    assert newest(folder / "ba0000004-net") == folder / "ba0000004-net"
+    assert Generator(folder).facts["step"] == 8
+    with pytest.raises(FileNotFoundError, match="is a folder without weights of a run"):
+        newest(tmp_path)
+
+
+def test_impossible_labels_and_steps_are_one_line_in_python_too(tiny_run):
+    generator, seeds = Generator(tiny_run / "weights"), torch.arange(2)
+    for label in (-1, 11):
+        with pytest.raises(ValueError, match=f"^label: {label} must be from 0 to 10, where 10 means none$"):
+            generator(torch.tensor([0, label]), seeds, 1, 1.25)
+    for nfe in (0, 1.5, 10**6):
+        with pytest.raises(ValueError, match=f"^nfe: {nfe} must be a whole number from 1 to 10000$"):
+            generator(0 * seeds, seeds, nfe, 1.25)
+
+
+def test_every_option_says_what_it_means(capsys):
+    with pytest.raises(SystemExit):
+        sample_main(["--help"])
+    said = capsys.readouterr().out.partition("\noptions:")[2]
+    options = re.split(r"^  (?=\S)", said, flags=re.MULTILINE)[1:]
+    assert len(options) == 16
+    for option in options:  # more than its name and what it takes
+        assert len(re.sub(r"^(-\S+,? ?)+(\{.*?\}|[A-Z_]+)?( \[.*?\])?", "", option).split()) >= 3, option
 
 
 @pytest.mark.parametrize(
@@ -145,7 +197,13 @@ def test_samples_at_the_command_line(tiny_run, tmp_path):
         (["--w", "0"], "--w: 0"),
         (["--interpolate", "0"], "--interpolate: 0 is the seed"),
         (["--samples", "9"], "--samples and --protocol need --out"),
-        (["--labels", "1", "--out", "x.npz"], "--out x.npz must end in .png"),
+        (["--interpolate", "1", "--out", "x.npz"], "--out x.npz must end in .png"),
+        (["--samples", "9", "--out", "x.jpg"], "--out: x.jpg ends in .jpg: give .png, .npz, or a folder"),
+        (["--out", "x.npz"], "--samples: say how many, or --protocol NAME"),
+        (["--out", "some"], "--samples: say how many, or --protocol NAME"),
+        (["--protocol", "tvm", "--labels", "1", "--out", "some"], "--protocol chooses the labels itself"),
+        (["--prompts", "a", "--out", "x.npz"], "--prompts: x.npz has no place for prompts"),
+        (["--prompts", "a", "--out", "some"], "--prompts: these weights take none"),
         (["--samples", "9", "--out", "x.npz"], "9 is not a multiple of the 10 classes"),
     ],
 )

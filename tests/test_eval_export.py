@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from scipy.integrate import quad
 
-from eval.export import find_weights
+from eval.export import export_program, find_weights
 from eval.export import main as export_main
 from eval.sample import Generator
 from recipe import algorithms
@@ -117,6 +117,31 @@ def test_the_program_is_the_sampler_and_takes_any_batch(tiny_run, tmp_path):
         assert (found.int() - expected.int()).abs().max() <= 1
 
 
+def test_a_program_of_another_kind_is_refused_before_any_work(tmp_path, capsys):
+    for name in ("x.onnx", "x"):
+        with pytest.raises(SystemExit):
+            export_main(["nowhere", "--program", str(tmp_path / name)])
+        assert f"--program: {tmp_path / name} must end in .pt2" in capsys.readouterr().err
+
+
+def test_a_program_guides_each_sample_by_its_own_label(tmp_path):
+    """TVM's rule, w = 1 without label, is in the graph: of a mixed batch, to the bit."""
+    torch.manual_seed(0)
+    net = DiT(DiTConfig(size=4, channels=1, classes=2, width=16, depth=1, heads=2))
+    state = {name: x + 0.2 * torch.randn_like(x) for name, x in net.state_dict().items()}
+    facts = {"method": {"objective": "tvm", "guidance": [1.0, 4.0]}, "average": "ema", "step": 1}
+    facts["data"] = {"column": "image", "mean": [127.5], "std": [63.75]}
+    save_weights(tmp_path / "w", state, net.config, facts)
+    one, four = (export_program(tmp_path / "w", 2, w).module() for w in (1.0, 4.0))
+    noise = torch.randn(6, 1, 4, 4)
+    label = torch.tensor([0, 2, 1, 2, 2, 0])
+    plain, guided = one(noise, label), four(noise, label)
+    assert torch.equal(guided[label == 2], plain[label == 2])
+    assert not torch.equal(guided[0], plain[0])
+    drawn = Generator(tmp_path / "w").from_noise(noise, label, 2, 4.0)
+    assert (drawn.int() - guided.int()).abs().max() <= 1
+
+
 def profile(gamma, step, tau):
     return (gamma + 1) * tau**gamma / step ** (gamma + 1)
 
@@ -163,6 +188,58 @@ def test_a_synthesised_average_is_the_one_that_tracking_gives():
         made = algorithms.combination(profiles, (algorithms.exponent(length), 2000)) @ stored
         error = np.linalg.norm(made - tracked(values, length)[-1]) / scale
         assert error < allowed, (length, error)
+
+
+@pytest.mark.parametrize("steps", [[1000], range(125, 1001, 125)], ids=["one", "eight"])
+@pytest.mark.parametrize("length", [0.03, 0.075, 0.15, 0.25])
+def test_factors_of_few_snapshots_still_make_an_average(steps, length):
+    """Their sum is 1, so weights that never changed stay as they are; the closest sum shrinks them."""
+    profiles = [(algorithms.exponent(0.1), step) for step in steps]
+    assert algorithms.combination(profiles, (algorithms.exponent(length), 1000)).sum() == pytest.approx(1)
+
+
+def test_equal_snapshots_are_one_line():
+    with pytest.raises(ValueError, match="have the same length and step"):
+        algorithms.combination([(7.0, 8), (7.0, 8)], (6.0, 8))
+
+
+def snapshots(folder, values, **facts):
+    """One post-hoc average of length 0.1 for each step and value of all its weights."""
+    net = DiT(DiTConfig(size=4, channels=1, classes=2, width=16, depth=1, heads=2))
+    facts = {"method": {"objective": "tvm"}, "average": "posthoc:0.1", "train_seconds": 0.0, **facts}
+    facts["data"] = {"column": "image", "mean": [127.5], "std": [127.5]}
+    for step, value in values.items():
+        state = {name: torch.full_like(x, value) for name, x in net.state_dict().items()}
+        save_weights(folder / f"ba{step:07d}-posthoc_100", state, net.config, {**facts, "step": step})
+
+
+@pytest.mark.parametrize("steps", [[8], range(1, 9)], ids=["one", "eight"])
+def test_weights_that_never_changed_are_their_own_average(tmp_path, steps):
+    snapshots(tmp_path, dict.fromkeys(steps, 0.5))
+    assert export_main([str(tmp_path), "--average", "posthoc:0.2", "--out", str(tmp_path / "w")]) == 0
+    for tensor in load_file(tmp_path / "w.safetensors").values():
+        torch.testing.assert_close(tensor, torch.full_like(tensor, 0.5), rtol=1e-6, atol=0)
+
+
+def test_no_average_is_made_of_damaged_snapshots(tmp_path, capsys):
+    def refused(message):
+        assert export_main([str(tmp_path), "--average", "posthoc:0.2", "--out", str(tmp_path / "w")]) == 1
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+        assert not (tmp_path / "w.json").exists()
+        with pytest.raises(ValueError, match=message.split(":")[0]):
+            find_weights([str(tmp_path)], ["posthoc:0.2"], True, tmp_path / "sweep")
+
+    snapshots(tmp_path, {4: 0.5, 8: 0.5})
+    file = tmp_path / "ba0000004-posthoc_100.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"!")
+    refused("ba0000004-posthoc_100.safetensors is not the file that its JSON describes")
+    snapshots(tmp_path, {4: float("nan")})
+    refused("is not finite, so no average is made of it")
+    snapshots(tmp_path, {0: 0.5})
+    refused("step: 0 must be at least 1")
 
 
 def test_training_tracks_power_function_averages(digits):

@@ -1,7 +1,11 @@
 """Published SiT weights: what is taken, what is refused, and a run that begins with them."""
 
 import os
+import random
+import re
+import zipfile
 from argparse import Namespace
+from contextlib import suppress
 
 import pytest
 import torch
@@ -102,6 +106,76 @@ def test_damaged_files_and_unknown_sizes_are_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([*arguments, "--out", str(tmp_path / "out")])
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_two_imports_give_the_same_bytes(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        torch.manual_seed(seed)
+        main([str(PLAIN), "--out", str(tmp_path / name), "--heads", "4"])
+    for suffix in ("safetensors", "json"):
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+    weights, _ = import_sit(PLAIN, 4)
+    assert weights["s_embedder.mlp.0.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert not weights["s_embedder.mlp.2.weight"].any()
+
+
+def blocks(state, number):
+    """The blocks of a network repeated: as many distinct names as that."""
+    first = {k: x for k, x in state.items() if k.startswith("blocks.0.")}
+    return state | {k.replace(".0.", f".{i}.", 1): x for i in range(number) for k, x in first.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s | {"pos_embed": torch.zeros(1).expand(1, 16 * 10**6, 10**3)}, "pos_embed: size, stride"),
+        (lambda s: s | {"x": torch.zeros(4)[:2]}, "x: size, stride and offset do not cover"),
+        (lambda s: s | {"x": s["pos_embed"]}, "x: shared with another tensor"),
+        (lambda s: s | {"x": torch.zeros(2, dtype=torch.int64)}, "x: of torch.LongStorage"),
+        (lambda s: blocks(s, 100), "blocks.1.attn.qkv.weight: shared with another tensor"),
+        (lambda s: s | {f"blocks.{i}.x": torch.zeros(1) for i in range(200)}, "blocks.0.x: shape (1,)"),
+        (lambda s: s | {f"blocks.{i}.x": torch.zeros(1) for i in range(2000)}, "model.depth: 2000"),
+        (lambda s: s | {"blocks.\n.x": torch.zeros(1)}, "is not the name of a parameter"),
+        (lambda s: {k: x for k, x in s.items() if k != "final_layer.linear.bias"}, "final_layer.linear.bias"),
+    ],
+)
+def test_declared_sizes_and_numbers_are_bounded_by_the_file(tmp_path, change, message):
+    torch.save(change(dict(state())), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=f"x.pt: .*{re.escape(message)}"):
+        import_sit(tmp_path / "x.pt", 4)
+
+
+def rewritten(source, target, change, how=zipfile.ZIP_STORED):
+    """A file of torch.save whose data.pkl is another, stored or compressed."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", how) as new:
+        for info in old.infolist():
+            content = old.read(info)
+            new.writestr(info.filename, change(content) if info.filename.endswith("data.pkl") else content)
+
+
+def test_a_pickle_that_is_compressed_or_endless_is_refused_before_it_is_read(tmp_path):
+    rewritten(PLAIN, tmp_path / "bomb.pt", lambda _: b"\x80\x02" + b"(" * 10**7, zipfile.ZIP_DEFLATED)
+    assert (tmp_path / "bomb.pt").stat().st_size < 10**6
+    with pytest.raises(ValueError, match="bomb.pt: refused: .* is compressed, which torch.save never does"):
+        import_sit(tmp_path / "bomb.pt", 4)
+    rewritten(PLAIN, tmp_path / "long.pt", lambda _: b"\x80\x02" + b"N0" * 10**6)
+    with pytest.raises(ValueError, match="long.pt: refused: "):
+        import_sit(tmp_path / "long.pt", 4)
+    rewritten(PLAIN, tmp_path / "same.pt", lambda content: content)
+    assert import_sit(tmp_path / "same.pt", 4)[1] == import_sit(PLAIN, 4)[1]
+
+
+def test_no_damage_is_a_traceback(tmp_path):
+    """Bytes changed where the ZIP's directory and the pickle are."""
+    whole, chance = PLAIN.read_bytes(), random.Random(0)
+    ends = [*range(5000), *range(len(whole) - 5000, len(whole))]
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for place in chance.sample(ends, chance.choice((1, 10, 300))):
+            damaged[place] = chance.randrange(256)
+        (tmp_path / "x.pt").write_bytes(damaged)
+        with suppress(ValueError):
+            import_sit(tmp_path / "x.pt", 4)
 
 
 def test_arguments_and_optimizer_state_of_a_checkpoint_are_passed_over(tmp_path):

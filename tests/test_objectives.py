@@ -283,3 +283,48 @@ def test_the_objective_of_the_documentation_trains(monkeypatch):
         errors.append(loss.terms["error"].value.mean().item())
     assert sum(errors[-10:]) / 10 < 0.7 * errors[0]
     assert sample(net, x0, 0 * ids, 2, 1.0, objective, 1).shape == x0.shape
+
+
+def disturbed(objective):
+    """A network in float64 whose output is not zero, for labels 0 to 2 and 3 for none, and noise for it."""
+    model = model_of(objective).double()
+    with torch.no_grad():
+        for p in model.net.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model.net, initial_noise(torch.arange(4), (2, 4, 4), torch.float64)
+
+
+@pytest.mark.parametrize("objective", [FlowMatching(), *GUIDED], ids=lambda o: f"{o.name}")
+def test_each_sample_is_guided_by_its_own_label_and_weight(objective):
+    net, noise = disturbed(objective)
+    label, w = torch.tensor([0, 3, 2, 3]), torch.tensor([2.0, 2.0, 1.5, 1.0])
+    together = sample(net, noise, label, 2, w, objective, 3)
+    alone = [
+        sample(net, noise[i : i + 1], label[i : i + 1], 2, w[i].item(), objective, 3)
+        for i in range(len(label))
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", [FlowMatching(), *GUIDED], ids=lambda o: f"{o.name}")
+def test_without_label_sampling_asks_for_what_training_has_shown(objective):
+    """TVM trains "none" at w = 1 alone, iMF at every w; the others are not told w, or guide by nothing."""
+    net, noise = disturbed(objective)
+    label = torch.tensor([0, 3, 2, 3])
+    guided, plain = (sample(net, noise, label, 2, w, objective, 3) for w in (2.0, 1.0))
+    kept = isinstance(objective, IMF)
+    assert torch.equal(guided[1::2], plain[1::2]) != kept
+    assert torch.equal(guided[::2], plain[::2]) == isinstance(objective, MeanFlow)
+    ids = torch.arange(200)
+    x0 = torch.zeros(200, 2, 4, 4, dtype=torch.float64)
+    trained = draw(x0, ids % 3, 0 * ids, ids, 0, objective, 3)
+    unlabelled = trained.label == 3
+    assert unlabelled.any()
+    assert torch.equal(trained.w, objective.guide(trained.w, unlabelled))  # the rule of both is one
+
+
+def test_a_network_that_knows_no_classes_is_trained_and_sampled_at_w_1():
+    ids = torch.arange(64)
+    objective = TVM(guidance=[2.0, 3.0])
+    batch = draw(torch.zeros(64, 1, 2, 2), 0 * ids, 0 * ids, ids, 0, objective, null=0)
+    assert (batch.w == 1).all()

@@ -257,6 +257,11 @@ def test_the_plan_of_a_run_shards_what_is_sharded_and_says_what_does_not_fit(cap
     state = 4 * 678068496 / 2**30
     assert [float(x) for x in sharded["weights, GiB"]] == pytest.approx([state / 8, state / 64], abs=0.005)
     assert [float(x) for x in whole["averages, GiB"]] == pytest.approx([2 * state] * 2, abs=0.005)
+    kept = table("gpus=8", "ema.posthoc=[0.05,0.1]")  # two more copies, never gathered
+    assert float(kept["averages, GiB"][0]) == pytest.approx(4 * state / 8, abs=0.005)
+    assert kept["gathered weights, GiB"][0] == sharded["gathered weights, GiB"][0]
+    update = "optimizer and averages, ms, predicted"
+    assert float(kept[update][0]) / float(sharded[update][0]) == pytest.approx(16 / 12, rel=0.05)
     assert sharded["activations, GiB"] == whole["activations, GiB"]
     assert sharded["batch per GPU"] == ["8 x 32", "1 x 32"]
     # Half the efficiencies of products and of attention, half the memory's: everything takes twice as long

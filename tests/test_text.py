@@ -1,5 +1,8 @@
 """Prompts in the network and in training: no tangent, no trace of padding, nothing before the first step."""
 
+import csv
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,7 +27,7 @@ from recipe.settings import make
 from recipe.text import BEGIN, Prompts, Text, TextConfig, byte_tokens, empty_prompt
 from recipe.train import build_model
 from recipe.warm_start import warm_start
-from recipe.weights import load_weights
+from recipe.weights import load_weights, save_weights
 from storage.manifest import read_manifest
 from tests.conftest import TINY, run
 from tests.test_text_encoder import save_clip, save_t5
@@ -187,6 +190,24 @@ def test_every_objective_trains_and_a_sample_does_not_depend_on_its_batch(name, 
         assert net.get_parameter(key).grad.any(), key
 
 
+def test_the_empty_prompt_is_sampled_at_w_1_and_no_prompts_mean_no_labels(tmp_path):
+    """TVM has seen it there alone, whatever w is asked for; named, left out, or among others."""
+    for classes in (0, 3):
+        net = network(classes=classes, **BYTES)
+        facts = {"method": TVM(guidance=[1.0, 4.0]).facts(), "average": "ema", "step": 1}
+        facts["data"] = {"column": "image", "mean": [127.5], "std": [63.75]}
+        save_weights(tmp_path / "w", net.state_dict(), net.config, facts)
+        generator, seeds, null = Generator(tmp_path / "w", dtype="fp64"), torch.arange(4), net.config.null
+        label, none = 0 * seeds, torch.full((4,), null)
+        text = byte_tokens(["red heart", "", "green apple", ""], BYTES["tokens"])[0]
+        nothing = generator(none, seeds, 2, 1.0)
+        assert torch.equal(generator(label, seeds, 2, 4.0), nothing)
+        guided, plain = (generator(label, seeds, 2, w, text) for w in (4.0, 1.0))
+        assert not torch.equal(guided[0], plain[0])
+        if not classes:  # with a class, a prompt that is empty is not all that is known
+            assert torch.equal(guided[1::2], nothing[1::2])
+
+
 @either
 def test_without_label_the_prompt_is_the_empty_one(text):
     net = network(**text)
@@ -266,9 +287,23 @@ def test_samples_of_prompts_at_the_command_line(trained, tmp_path, capsys):
         assert picture.height > 3 * (4 * 8 + 2 * 2)
     (tmp_path / "prompts.txt").write_text("one\n\nnine\n")
     sample_main([weights, "--prompts", str(tmp_path / "prompts.txt"), "--columns", "1", "--out", out])
+    folder = str(tmp_path / "some")
+    sample_main(
+        [weights, "--prompts", "one", "eight, nine", "--samples", "3", "--dtype", "fp64", "--out", folder]
+    )
+    rows = list(csv.DictReader((tmp_path / "some/samples.csv").open(encoding="utf-8")))
+    assert [(row["prompt"], row["label"]) for row in rows] == [("one", "")] * 3 + [("eight, nine", "")] * 3
+    generator = Generator(weights, dtype="fp64")
+    text, seeds = generator.encode(["one"] * 3 + ["eight, nine"] * 3), torch.arange(6)
+    expected = generator(0 * seeds, seeds, 1, generator.objective.default_w, text)
+    for row, image in zip(rows, expected.permute(0, 2, 3, 1).numpy(), strict=True):
+        assert np.array_equal(np.array(Image.open(tmp_path / "some" / row["file"])), image)
+    sample_main([weights, "--samples", "2", "--out", str(tmp_path / "free")])
+    assert "000001.png,1,none," in (tmp_path / "free/samples.csv").read_text()
     for options, message in (
-        ([weights, "--prompts", "one", "--out", str(tmp_path / "x.npz")], "--prompts makes a grid"),
-        ([weights, "--labels", "1"], "--labels: '1' is not in"),
+        ([weights, "--prompts", "one", "--out", str(tmp_path / "x.npz")], "has no place for prompts"),
+        ([weights, "--labels", "1"], "--labels: '1' is not `none`"),
+        ([weights, "--labels", "0"], "--labels: '0' is not `none`"),
     ):
         with pytest.raises(SystemExit):
             sample_main(options)

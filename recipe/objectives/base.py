@@ -105,9 +105,17 @@ class Objective(Settings, ABC):
     def sample_times(self, u: Tensor) -> tuple[Tensor, ...]:
         """Uniform numbers (B, 4) to times, each (B,)."""
 
-    def sample_guidance(self, u: Tensor, dropped: Tensor) -> Tensor:
-        """Uniform numbers (B,) to guidance weights; dropped (B,): the sample has lost its label."""
+    def sample_guidance(self, u: Tensor, unlabelled: Tensor) -> Tensor:
+        """Map uniform numbers (B,) to the guidance weights of training; unlabelled (B,): see `guide`."""
         return torch.ones_like(u)
+
+    def guide(self, w: Tensor, unlabelled: Tensor) -> Tensor:
+        """Return the guidance weights (B,) in force where w (B,) are asked for, in training and in sampling.
+
+        unlabelled (B,): whether the sample's label means none. What that does to w is up to the objective;
+        here it does nothing.
+        """
+        return w
 
     def flow_time(self, times: tuple[Tensor, ...]) -> Tensor:
         """The time at which plain velocities are matched."""
@@ -147,12 +155,17 @@ class Objective(Settings, ABC):
         return 1 / w if self.guidance_input else None
 
     def average_velocity(
-        self, net: Network, x: Tensor, t: float, s: float, label: Tensor, w: float, null: int
+        self, net: Network, x: Tensor, t: float, s: float, label: Tensor, w: float | Tensor, null: int
     ) -> Tensor:
-        """u(x, t, s) = k F of one step of sampling, in float64; see the objectives for what w may be."""
+        """Return u(x, t, s) = k F of one step of sampling, in float64.
+
+        w: one guidance weight for all samples, or (B,), one for each; where the label is `null`, `guide` says
+        which weight is in force instead. See the objectives for what w may be.
+        """
         ones = x.new_ones(x.shape[0])  # len() would fix the batch under torch.export
-        velocity = net(x, t * ones, (t - s) * ones, label, self.beta(w * ones)).value.double()
-        return velocity * self.scale(w)
+        each = self.guide(w * ones.double(), label == null)
+        velocity = net(x, t * ones, (t - s) * ones, label, self.beta(each.to(x.dtype))).value.double()
+        return image(self.scale(each) * torch.ones_like(each)) * velocity
 
     def facts(self) -> dict[str, Any]:
         """The settings, as exported weights describe their `method`; `objective` is the name."""
@@ -194,10 +207,11 @@ def draw(
 
     times = objective.sample_times(uniform(key(Stream.TIMES), 4))
     dropped = uniform(key(Stream.LABEL_DROP), 1)[:, 0] < objective.label_dropout
-    w = objective.sample_guidance(uniform(key(Stream.GUIDANCE), 1)[:, 0], dropped)
+    told = torch.where(dropped, null, label)
+    w = objective.sample_guidance(uniform(key(Stream.GUIDANCE), 1)[:, 0], told == null)
     noise = normal(key(Stream.NOISE), *x0.shape[1:]).to(x0.dtype)
     times = tuple(t.to(x0.dtype) for t in times)
-    return Batch(x0, noise, times, torch.where(dropped, null, label), w.to(x0.dtype), label)
+    return Batch(x0, noise, times, told, w.to(x0.dtype), label)
 
 
 def image(u: Tensor) -> Tensor:

@@ -56,14 +56,17 @@ class FlowMatching(Objective):
         return flow_matching_loss(self, student, batch)
 
     def average_velocity(
-        self, net: Network, x: Tensor, t: float, s: float, label: Tensor, w: float, null: int
+        self, net: Network, x: Tensor, t: float, s: float, label: Tensor, w: float | Tensor, null: int
     ) -> Tensor:
-        """u(x, t | none) + w (u(x, t | label) - u(x, t | none)), held over the step; one pass for w = 1."""
+        """Return u(x, t | none) + w (u(x, t | label) - u(x, t | none)), held over the step.
+
+        One pass is enough where w is the number 1. Without label both u are the same, so w changes nothing.
+        """
         velocity = super().average_velocity(net, x, t, t, label, w, null)
-        if w == 1:
+        if isinstance(w, int | float) and w == 1:
             return velocity
         free = super().average_velocity(net, x, t, t, torch.full_like(label, null), w, null)
-        return free + w * (velocity - free)
+        return free + image(w * torch.ones_like(label, dtype=torch.float64)) * (velocity - free)
 
     def passes(self) -> list[Pass]:
         """Plain student."""

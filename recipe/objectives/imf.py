@@ -44,8 +44,8 @@ class IMF(Objective):
         """(t, r), see `ordered_times`."""
         return ordered_times(u, self.t_mean, self.t_std, self.equal_share)
 
-    def sample_guidance(self, u: Tensor, dropped: Tensor) -> Tensor:
-        """Power law in the range, with or without label."""
+    def sample_guidance(self, u: Tensor, unlabelled: Tensor) -> Tensor:
+        """Draw w by the power law in the range. It stays where the label is dropped (`guide` of the base)."""
         low, high = self.guidance_range
         return low * (high / low) ** u
 

@@ -90,10 +90,14 @@ class TVM(Objective):
         """s'."""
         return times[2]
 
-    def sample_guidance(self, u: Tensor, dropped: Tensor) -> Tensor:
-        """Uniform in the range, 1 without label."""
+    def sample_guidance(self, u: Tensor, unlabelled: Tensor) -> Tensor:
+        """Sample w uniformly from the guidance range; use 1 where there is no label."""
         low, high = self.guidance_range
-        return torch.where(dropped, 1.0, low + (high - low) * u)
+        return self.guide(low + (high - low) * u, unlabelled)
+
+    def guide(self, w: Tensor, unlabelled: Tensor) -> Tensor:
+        """Return w, or 1 where there is no label: the only weight at which "none" is trained."""
+        return torch.where(unlabelled, 1.0, w)
 
     @property
     def guidance_range(self) -> tuple[float, float]:
