@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from composer.utils import dist
-from PIL import Image, UnidentifiedImageError
 from scipy.stats import mannwhitneyu
 from streaming import LocalDataset
 from streaming.base.compression import decompress
@@ -33,8 +32,9 @@ from eval.restricted import Global, Node, RefusedPickle, read_file
 from recipe.data import collate
 from recipe.text import Text, TextConfig
 from storage.manifest import check_inside, read_manifest
+from streaming_convert.images import Rejected, decode
+from streaming_convert.sources import Archive, list_images
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 NUMPY = {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")}
 NUMPY_GLOBALS = NUMPY | {"numpy.ndarray", "numpy.dtype"}
 MAX_ARRAY_BYTES = 2**28  # a covariance of 5,000 features
@@ -85,28 +85,28 @@ class MDSImages(Dataset):
 
 
 class ImageFiles(Dataset):
-    """Every image below a folder, as RGB; all of one size."""
+    """Every image below a folder, as RGB, opened as the converter opens it; all of one size."""
 
     def __init__(self, folder: Path) -> None:
-        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not self.files:
-            raise ValueError(f"{folder}: no index.json and no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        with Image.open(self.files[0]) as image:
-            self.size = image.size
+        self.files = Archive(str(folder))
+        self.names = list_images(self.files)
+        self.shape = self[0].shape
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> Tensor:
-        file = self.files[index]
+        file = self.files.path / self.names[index]
         try:
-            with Image.open(file) as image:
-                pixels = np.array(image.convert("RGB"))
-        except (UnidentifiedImageError, OSError) as error:
+            pixels = decode(
+                self.files.read(self.names[index]), note=lambda said: tqdm.write(f"{file}: {said}")
+            )
+        except Rejected as error:
             raise ValueError(f"{file}: not a readable image ({error})") from error
-        if pixels.shape[1::-1] != self.size:
-            raise ValueError(f"{file}: is {pixels.shape[1::-1]} pixels, the first image is {self.size}")
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        if index and pixels.shape != self.shape:
+            sizes = [f"{width}x{height}" for _, height, width in (pixels.shape, self.shape)]
+            raise ValueError(f"{file}: is {sizes[0]} pixels, the first image is {sizes[1]}")
+        return torch.from_numpy(pixels)
 
 
 def open_images(source: str | Path) -> Dataset:
@@ -117,6 +117,8 @@ def open_images(source: str | Path) -> Dataset:
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"{source}: no such folder")
+    if not (folder / "index.json").is_file() and (folder / "train" / "index.json").is_file():
+        raise ValueError(f"{source}: the dataset is in its splits, so name one of them: {folder / 'train'}")
     return MDSImages(folder) if (folder / "index.json").is_file() else ImageFiles(folder)
 
 

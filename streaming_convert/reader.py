@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from storage import Folder, MissingError
 from storage.manifest import MANIFEST, STORED_DTYPE, DatasetError, Manifest, check_inside, read_manifest
-from streaming_convert.images import ADM_CROP, to_array, to_image
+from streaming_convert.images import ADM_CROP, Note, ignore, to_array, to_image
 from streaming_convert.sources import Source, scaled
 from streaming_convert.writer import REJECTED, Moments, list_shards, stored_file
 
@@ -95,7 +95,7 @@ def mds(uri: str, size: int | None = None) -> Source:
         texts += [sample["caption"] for sample in shard(i) if manifest.caption_bytes is not None]
         versions += [stored_file(entry)["hashes"]["xxh64"]] * entry["samples"]
 
-    def load(key: str) -> np.ndarray:
+    def load(key: str, note: Note = ignore) -> np.ndarray:
         i, j = map(int, key.split("/"))
         return scaled(shard(i)[j][manifest.column], size)
 

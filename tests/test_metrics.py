@@ -28,6 +28,8 @@ from eval.metrics import (
     precision_recall,
     resampled_distance,
 )
+from streaming_convert.__main__ import main as convert
+from tests.test_convert import DISPLAY_P3, icc_profile
 
 
 def samples(n, f, seed=0, rank=None):
@@ -454,14 +456,54 @@ def test_image_folders_are_read_whole(tmp_path):
     images = reference.open_images(tmp_path)
     assert torch.equal(torch.stack(list(images)), torch.from_numpy(pixels).permute(0, 3, 1, 2))
     Image.fromarray(pixels[0, :4]).save(tmp_path / "c.png")
-    with pytest.raises(ValueError, match=r"c\.png: is \(8, 4\) pixels"):
+    with pytest.raises(ValueError, match=r"c\.png: is 8x4 pixels, the first image is 8x8"):
         list(reference.open_images(tmp_path))
     (tmp_path / "c.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"c\.png: not a readable image"):
         list(reference.open_images(tmp_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="holds no .jpg, .jpeg, .png, .webp files"):
         reference.open_images(tmp_path / "empty")
+
+
+def test_a_plain_folder_has_the_pixels_of_its_conversion(tmp_path, capsys):
+    rng, folder = np.random.default_rng(0), tmp_path / "in"
+    image, exif = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    deep = Image.fromarray(np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16))
+    seen = image.copy()
+    seen.putalpha(Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)))
+    folder.mkdir()
+    deep.save(folder / "deep.png")
+    seen.save(folder / "transparent.png")
+    image.save(folder / "rotated.jpg", exif=exif, quality=95)
+    image.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    image.quantize(16).save(folder / "palette.png", transparency=3)
+    image.save(folder / "wide.png", icc_profile=icc_profile(DISPLAY_P3, 2.2))
+    image.save(folder / "damaged.png", icc_profile=b"no profile")
+    moving = {"save_all": True, "append_images": [image.rotate(90)], "duration": 100}
+    image.save(folder / "moving.webp", lossless=True, **moving)
+    image.save(folder / "moving.png", **moving)
+    assert (
+        convert(["images", str(folder), "--size", "16", "--unlabelled", "--out", str(tmp_path / "out")]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "2 pictures: animated, the first frame was taken" in printed
+    assert "1 pictures: its ICC profile is damaged: the colours were taken for sRGB" in printed
+    files, stored = reference.open_images(folder), reference.open_images(tmp_path / "out/train")
+    assert len(files) == len(stored) == 9
+    for name, here, there in zip(files.names, files, stored, strict=True):
+        assert torch.equal(here, there), name
+    written = dict(zip(files.names, files, strict=True))
+    levels = np.rint(np.asarray(deep) / 257)
+    assert np.array_equal(written["deep.png"], np.broadcast_to(levels, (3, 16, 16)))
+    plain = np.asarray(image).transpose(2, 0, 1)
+    for name in ("damaged.png", "moving.webp", "moving.png"):
+        assert np.array_equal(written[name], plain), name
+    unturned = np.asarray(Image.open(folder / "rotated.jpg")).transpose(2, 0, 1)
+    assert np.array_equal(written["rotated.jpg"], np.rot90(unturned, -1, (1, 2)))
+    said = capsys.readouterr().out
+    assert f"{folder}/moving.png: animated, the first frame was taken" in said
 
 
 @pytest.mark.parametrize("compression", [None, "zstd:3"])
