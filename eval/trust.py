@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eval.features import SmallImageClassifier
 
-PROBED = 2000  # real images at most, drawn at random
+PROBED = 1000  # real images at most, drawn at random
 FEWEST_PER_FEATURE, FEWEST_PER_CLASS = 5, 10
 TOO_MUCH = 0.5  # of what separates the worst case from the best
 
