@@ -166,7 +166,7 @@ def test_text_of_files_is_shown_as_it_stands():
     head, rule, line, *_ = text.splitlines()
     assert head.count("|") == rule.count("|") == line.count("|") - line.count(r"\|")
     page = html_page([row], [script], script, {})
-    assert "<script" not in page and page.count("&lt;script&gt;") == 5
+    assert "<script" not in page and page.count("&lt;script&gt;") == 4
     usual = "digits_cpu/ba0002400-ema, w = 1.25: 0.612 (0.5) +- 0.1, `tvm`."
     assert plain(usual) == usual
 
