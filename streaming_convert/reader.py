@@ -18,7 +18,6 @@ from tqdm import tqdm
 from storage import Folder, MissingError
 from storage.manifest import MANIFEST, STORED_DTYPE, DatasetError, Manifest, check_inside, read_manifest
 from streaming_convert.images import ADM_CROP, Note, ignore, to_array, to_image
-from streaming_convert.lettering import lettering
 from streaming_convert.sources import Source, scaled
 from streaming_convert.writer import REJECTED, Moments, list_shards, stored_file
 
@@ -253,6 +252,8 @@ def sample_grid(uri: str, columns: int = 10, rows: int = 10, vae: str | None = N
 
 def captioned(pixels: np.ndarray, caption: str) -> np.ndarray:
     """The picture (C, H, W), enlarged, above the first lines of its caption."""
+    from streaming_convert.lettering import lettering  # here, as importing matplotlib takes a second
+
     picture = to_image(pixels)
     times = max(1, CAPTION_WIDTH // picture.width)
     picture = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)

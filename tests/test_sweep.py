@@ -181,7 +181,7 @@ def test_the_hash_in_a_snapshots_json_leads_nowhere(tiny_run, tmp_path):
         file.write_text(file.read_text().replace(json.loads(file.read_text())["sha256"], "/../../e"))
     (tmp_path / "sweep/posthoc/run-").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match="sha256: '/../../e' must be 64 hexadecimal digits"):
+    with pytest.raises(ValueError, match="sha256: '/../../e' must match"):
         find_weights([str(folder)], ["posthoc:0.075"], False, tmp_path / "sweep")
     assert sorted(tmp_path.rglob("*")) == before
 
