@@ -12,6 +12,7 @@ open only your own.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import pickle
 import sys
@@ -226,7 +227,8 @@ def synthesized(
     exports = []
     for step, length in product(steps[:1] if latest else steps, lengths):
         digests = [facts["sha256"] for _, facts in snapshots if facts["step"] <= step]
-        file = folder / f"{path.parent.name}-{digests[-1][:8]}-ba{step:07d}-posthoc_{length:g}.json"
+        mark = hashlib.sha256(repr(digests).encode()).hexdigest()[:8]  # no text of the files in a path
+        file = folder / f"{path.parent.name}-{mark}-ba{step:07d}-posthoc_{length:g}.json"
         if not file.is_file() or json.loads(file.read_text()).get("snapshots") != digests:
             save(file, *synthesize(path, length, step))
         exports.append(Export(file, read_facts(file)))

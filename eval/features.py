@@ -28,6 +28,7 @@ class FeatureExtractor:
     name: str
     num_features: int
     device: torch.device
+    network: nn.Module
     has_logits = True
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -265,13 +266,13 @@ class Inception2015(FeatureExtractor):
         except URLError as error:
             raise FileNotFoundError(f"Inception-2015: no path to weights given, and {error}") from error
         self.device = torch.device(device)
-        self.graph = graph.to(self.device)
+        self.network = graph.to(self.device)
 
     @torch.inference_mode()
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, 2048) and, from the same pass, the logits (N, 1008) for the Inception score."""
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            features, logits = self.graph(_to_rgb(images).to(self.device))
+            features, logits = self.network(_to_rgb(images).to(self.device))
         return features.double(), logits.double()
 
 
@@ -294,7 +295,7 @@ class DinoV2(FeatureExtractor):
             reason = str(error).splitlines()[0]
             raise FileNotFoundError(f"DINOv2 weights could not be read or fetched: {reason}") from error
         self.device = torch.device(device)
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.network = model.to(self.device).eval().requires_grad_(False)
         self.num_features = model.config.hidden_size
         self.mean = 255 * torch.tensor(IMAGENET_MEAN, device=self.device).view(1, 3, 1, 1)
         self.std = 255 * torch.tensor(IMAGENET_STD, device=self.device).view(1, 3, 1, 1)
@@ -304,7 +305,7 @@ class DinoV2(FeatureExtractor):
         """uint8 RGB or grey images (N, C, H, W) => float64 features (N, 1024)."""
         pixels = _to_rgb(images).to(self.device, torch.float32)
         pixels = F.interpolate(pixels, (224, 224), mode="bicubic", antialias=True)
-        return self.model((pixels - self.mean) / self.std).pooler_output.double(), None
+        return self.network((pixels - self.mean) / self.std).pooler_output.double(), None
 
 
 def _to_rgb(images: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Real images, to measure samples by; `python -m eval.reference SOURCE --extractor NAME --out stats.npz`
-writes a file of their statistics, `read_statistics` reads it and those that others publish.
+writes a file of their statistics, `read_statistics` reads it and those that others publish; with `--against
+OTHER` it prints the Frechet distance of two sets of images.
 
-SOURCE is a dataset folder of `streaming_convert` with an image column, or any folder of images.
+SOURCE is a dataset folder of `streaming_convert` with an image column, or any folder of images; to measure a
+distance, SOURCE and OTHER may also be files of statistics.
 """
 
 import argparse
@@ -17,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from composer.utils import dist
-from PIL import Image, UnidentifiedImageError
 from scipy.stats import mannwhitneyu
 from streaming import LocalDataset
 from streaming.base.compression import decompress
@@ -28,15 +29,20 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 from tqdm import tqdm
 
 from eval.features import EXTRACTORS, FeatureExtractor, FeatureSet, SmallImageClassifier, load_extractor
-from eval.metrics import nearest, resampled_distance, retrieval
+from eval.metrics import frechet_distance, nearest, resampled_distance, retrieval
 from eval.restricted import Global, Node, RefusedPickle, read_file
+from eval.trust import PROBED, doubts
 from recipe.data import collate
+from recipe.pretrained import hash_weights
 from recipe.text import Text, TextConfig
 from storage.manifest import check_inside, read_manifest
+from streaming_convert.images import Rejected, decode
+from streaming_convert.sources import Archive, list_images
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+Moments = tuple[Tensor, Tensor]  # mean (F,) and covariance (F, F)
 NUMPY = {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")}
 NUMPY_GLOBALS = NUMPY | {"numpy.ndarray", "numpy.dtype"}
+STATISTICS = (".npz", ".pkl")
 MAX_ARRAY_BYTES = 2**28  # a covariance of 5,000 features
 
 
@@ -85,28 +91,28 @@ class MDSImages(Dataset):
 
 
 class ImageFiles(Dataset):
-    """Every image below a folder, as RGB; all of one size."""
+    """Every image below a folder, as RGB, opened as the converter opens it; all of one size."""
 
     def __init__(self, folder: Path) -> None:
-        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not self.files:
-            raise ValueError(f"{folder}: no index.json and no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        with Image.open(self.files[0]) as image:
-            self.size = image.size
+        self.files = Archive(str(folder))
+        self.names = list_images(self.files)
+        self.shape = self[0].shape
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> Tensor:
-        file = self.files[index]
+        file = self.files.path / self.names[index]
         try:
-            with Image.open(file) as image:
-                pixels = np.array(image.convert("RGB"))
-        except (UnidentifiedImageError, OSError) as error:
+            pixels = decode(
+                self.files.read(self.names[index]), note=lambda said: tqdm.write(f"{file}: {said}")
+            )
+        except Rejected as error:
             raise ValueError(f"{file}: not a readable image ({error})") from error
-        if pixels.shape[1::-1] != self.size:
-            raise ValueError(f"{file}: is {pixels.shape[1::-1]} pixels, the first image is {self.size}")
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        if index and pixels.shape != self.shape:
+            sizes = [f"{width}x{height}" for _, height, width in (pixels.shape, self.shape)]
+            raise ValueError(f"{file}: is {sizes[0]} pixels, the first image is {sizes[1]}")
+        return torch.from_numpy(pixels)
 
 
 def open_images(source: str | Path) -> Dataset:
@@ -117,6 +123,8 @@ def open_images(source: str | Path) -> Dataset:
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"{source}: no such folder")
+    if not (folder / "index.json").is_file() and (folder / "train" / "index.json").is_file():
+        raise ValueError(f"{source}: the dataset is in its splits, so name one of them: {folder / 'train'}")
     return MDSImages(folder) if (folder / "index.json").is_file() else ImageFiles(folder)
 
 
@@ -125,7 +133,8 @@ class Reference:
 
     digest: see `content_digest`; features: (N, F) if `keep` names them or a floor is wanted, else None;
     floor: mean Frechet distance between random halves of the images, what perfect samples would score, None
-    for a file or with floor_splits 0.
+    for a file or with floor_splits 0; doubts: sentences that say why a classifier's features are not to be
+    trusted (eval/trust.py).
     """
 
     def __init__(
@@ -139,13 +148,10 @@ class Reference:
         seed: int = 0,
     ) -> None:
         self.extractor, self.images, self.features, self.floor = extractor, images, None, None
+        self.doubts = find_doubts(extractor, images, seed)
         self.digest = content_digest(source, extractor)
         if images is None:
-            self.moments = read_statistics(source)
-            if (known := len(self.moments[0])) != (wanted := extractor.num_features):
-                raise ValueError(
-                    f"reference: {source} is of {known} features, extractor {extractor.name} has {wanted}"
-                )
+            self.moments = statistics_for(source, extractor)
             return
         keep = {"features"} if floor_splits else {"features"} & set(keep)
         found = measure(images, extractor, batch_size, keep)
@@ -157,7 +163,7 @@ class Reference:
 
 
 def content_digest(source: str, extractor: FeatureExtractor) -> str:
-    """Of the real images and the classifier, as far as their files say; others give other distances.
+    """Of the real images and the extractor's weights, as far as files say; others give other distances.
 
     A dataset folder's index has checksums; of other folders, names and sizes count.
     """
@@ -168,8 +174,23 @@ def content_digest(source: str, extractor: FeatureExtractor) -> str:
         content = repr(sorted((str(p), p.stat().st_size) for p in path.rglob("*"))).encode()
     else:
         content = path.read_bytes()
-    trained = getattr(extractor, "settings", {})
-    return hashlib.sha256(content + repr(trained).encode()).hexdigest()
+    return hashlib.sha256(content + hash_weights(extractor.network).encode()).hexdigest()
+
+
+def find_doubts(extractor: FeatureExtractor, images: Dataset | None, seed: int) -> list[str]:
+    """What speaks against a classifier, by a random part of the images of a dataset folder."""
+    if not isinstance(extractor, SmallImageClassifier) or not isinstance(images, MDSImages):
+        return []
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return doubts(extractor, *labelled(images, order[:PROBED]), len(images))
+
+
+def statistics_for(path: str, extractor: FeatureExtractor) -> tuple[Tensor, Tensor]:
+    """Those in a file, which must be of the extractor's features. Raises OSError, ValueError."""
+    moments = read_statistics(path)
+    if (known := len(moments[0])) != (wanted := extractor.num_features):
+        raise ValueError(f"reference: {path} is of {known} features, extractor {extractor.name} has {wanted}")
+    return moments
 
 
 def measure(
@@ -189,11 +210,9 @@ def measure(
     return found
 
 
-def labelled(images: Dataset) -> tuple[Tensor, Tensor]:
-    """All images (N, C, H, W) and labels (N,) of a dataset folder, in memory. Raises ValueError."""
-    if not isinstance(images, MDSImages):
-        raise ValueError("reference: labels are needed, which only a dataset folder has")
-    samples = images.rows(torch.arange(len(images)))
+def labelled(images: MDSImages, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) and labels (N,) of a dataset folder, all or those of `index`, in memory."""
+    samples = images.rows(torch.arange(len(images)) if index is None else index)
     pixels = torch.stack([torch.tensor(s["image"]) for s in samples])
     return pixels, torch.tensor([int(s["label"]) for s in samples])
 
@@ -201,9 +220,20 @@ def labelled(images: Dataset) -> tuple[Tensor, Tensor]:
 def make_extractor(
     name: str, weights: str | None, images: Dataset | None, folder: str, device: str | torch.device
 ) -> FeatureExtractor:
-    """The extractor of that name; without `weights` a `classifier` is trained on the reference and kept."""
-    if name != "classifier" or images is None or weights is not None:
+    """The extractor of that name; without `weights` a `classifier` is trained on the reference and kept.
+
+    Raises ValueError where the reference has no labels to train it on.
+    """
+    if name != "classifier" or weights is not None:
         return load_extractor(name, weights, device)
+    if not isinstance(images, MDSImages):
+        what = "file of statistics" if images is None else "plain folder of pictures"
+        others = " or ".join(f"extractor={other}" for other in EXTRACTORS if other != "classifier")
+        raise ValueError(
+            "extractor: `classifier` is trained on the labels of a dataset folder, and the reference is a "
+            f"{what}. Fix: set {others}, or extractor_weights to a classifier that was trained before, or "
+            "convert the pictures (python -m streaming_convert images)"
+        )
     with dist.run_local_rank_zero_first():
         return SmallImageClassifier.train(*labelled(images), path=f"{folder}/classifier").to(device)
 
@@ -318,7 +348,7 @@ def read_statistics(path: str | Path, metric: str = "fid") -> tuple[Tensor, Tens
     OSError where it cannot be opened, ValueError where it is damaged, not finite or something else.
     """
     suffix = Path(path).suffix
-    if suffix not in (".npz", ".pkl"):
+    if suffix not in STATISTICS:
         raise ValueError(f"{path}: reference statistics are .npz or .pkl")
     mean, covariance = _read_npz(path) if suffix == ".npz" else _read_pickle(path, metric)
     mean, covariance = (torch.from_numpy(x.astype(np.float64)) for x in (mean, covariance))
@@ -384,30 +414,62 @@ def _array(node: object, where: str) -> np.ndarray:
     return np.frombuffer(data, f"<{kind}").reshape(shape, order="F" if fortran else "C")
 
 
+def read_side(source: str, extractor: FeatureExtractor, args: argparse.Namespace) -> tuple[Moments, int]:
+    """The moments of a folder's images, and how many there are; of a file of statistics, and 0."""
+    if Path(source).suffix in STATISTICS:
+        return statistics_for(source, extractor), 0
+    images = open_images(source)
+    found = measure(images, extractor, args.batch_size, workers=args.workers)
+    if len(images) <= extractor.num_features:
+        sys.stderr.write(
+            f"warning: {source} holds {len(images)} images, too few for the covariance of "
+            f"{extractor.num_features} features: distances come out too large\n"
+        )
+    return found.moments(), len(images)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the statistics and prints the distance, as far as asked for. Raises OSError, ValueError."""
+    extractor = load_extractor(args.extractor, args.weights, args.device)
+    moments, count = read_side(args.source, extractor, args)
+    if args.out:
+        mean, covariance = (moment.cpu().numpy() for moment in moments)
+        about = {"num_samples": count, "extractor": args.extractor, "source": args.source}
+        np.savez(args.out, mu=mean, sigma=covariance, **about)
+        print(f"wrote the statistics of {count:,} images to {args.out}")
+    if args.against:
+        other, number = read_side(args.against, extractor, args)
+        sides = [
+            f"{source} ({f'{images:,} images' if images else 'statistics'})"
+            for source, images in ((args.source, count), (args.against, number))
+        ]
+        distance = frechet_distance(*moments, *other)
+        print(f"Frechet distance {distance:.6f}, {args.extractor} features, of {' to '.join(sides)}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m eval.reference", description=__doc__)
-    parser.add_argument("source", help="dataset folder or folder of images")
+    parser.add_argument("source", help="dataset folder, folder of images or (with --against) statistics file")
+    parser.add_argument("--against", metavar="OTHER", help="the same, to print the distance of both")
     parser.add_argument("--extractor", choices=sorted(EXTRACTORS), required=True)
     parser.add_argument("--weights", help="the extractor's weights; fetched if possible when not given")
-    parser.add_argument("--out", required=True, help="the .npz to write")
+    parser.add_argument("--out", help="the .npz to write")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    if not args.out.endswith(".npz"):
+    if not (args.out or args.against):
+        parser.error("nothing to do: give --out FILE.npz, --against OTHER or both")
+    if args.out and not args.out.endswith(".npz"):
         parser.error(f"--out: {args.out} must end in .npz")
+    if args.out and Path(args.source).suffix in STATISTICS:
+        parser.error(f"--out: {args.source} is a file of statistics already")
     try:
-        extractor = load_extractor(args.extractor, args.weights, args.device)
-        images = open_images(args.source)
-        found = measure(images, extractor, args.batch_size, workers=args.workers)
-        mean, covariance = (moment.cpu().numpy() for moment in found.moments())
-        about = {"num_samples": len(images), "extractor": args.extractor, "source": args.source}
-        np.savez(args.out, mu=mean, sigma=covariance, **about)
+        run(args)
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"wrote the statistics of {len(images):,} images to {args.out}")
     return 0
 
 

@@ -6,10 +6,10 @@ import base64
 import html
 import json
 import math
+import re
 import sys
 import textwrap
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from itertools import product, zip_longest
 from pathlib import Path
@@ -22,6 +22,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.font_manager import FontProperties
+from matplotlib.text import Text as MatplotlibText
 from matplotlib.ticker import NullLocator
 from PIL import Image
 from torch import Tensor
@@ -32,6 +34,7 @@ from eval.reference import MDSImages, Reference
 from eval.sample import Generator
 from recipe.sampler import grid
 from recipe.text import Text
+from streaming_convert.lettering import lettering
 
 Row = dict[str, Any]
 
@@ -77,14 +80,14 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     return titles, [[cells[title][i] for title in titles] for i in range(len(rows))]
 
 
-def notes(rows: list[Row], protocol: str) -> list[str]:
-    """Everything a reader needs to know to compare these numbers with others."""
+def notes(rows: list[Row], protocol: str, doubts: list[str]) -> list[str]:
+    """Everything a reader needs to know to compare these numbers with others, or not to trust them."""
     first = rows[0]
     features = f"Features: {first['extractor']}"
     if (accuracy := first["classifier_accuracy"]) is not None:
         features += f", of held-out accuracy {accuracy:.4f}"
     features += f". Reference: {first['reference']}. Network in {first['dtype']}, seed {first['seed']}."
-    lines = [protocol, features]
+    lines = [*(f"Warning: {doubt}" for doubt in doubts), protocol, features]
     if (floor := first["floor"]) is not None:
         lines.append(f"Floor: {floor:.3f}, the mean distance between random halves of the real data.")
     if "retrieval" in first:
@@ -109,26 +112,55 @@ def copying_note(row: Row) -> str:
     )
 
 
-def markdown(rows: list[Row], protocol: str) -> str:
+def markdown(rows: list[Row], protocol: str, doubts: list[str]) -> str:
     """The rows as a table, and the notes below."""
     titles, cells = table(rows)
     rule = ["---" if title in LEFT_ALIGNED else "---:" for title in titles]
-    lines = [f"| {' | '.join(line)} |" for line in (titles, rule, *cells)]
-    return "\n".join([*lines, "", *notes(rows, protocol), ""])
+    lines = [f"| {' | '.join(map(plain, line))} |" for line in (titles, rule, *cells)]
+    return "\n".join([*lines, "", *map(plain, notes(rows, protocol, doubts)), ""])
+
+
+def plain(text: str) -> str:
+    """Text that says the same in markdown, in HTML made of it and on a terminal: no tags, links or tables."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return re.sub(r"([\\*\[\]|~])", r"\\\1", html.escape(text, quote=False))
+
+
+def parse_lines(path: Path) -> list[tuple[int, Row | None]]:
+    """Numbers and rows of a .jsonl file's lines, none if it does not exist; None for a row that is no JSON
+    object, such as one that a kill cut short.
+    """
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else [], 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if line.strip():
+            found.append((number, row if isinstance(row, dict) else None))
+    return found
 
 
 def read_lines(path: Path) -> list[Row]:
-    """Rows of a .jsonl file, none if it does not exist; a line cut short by a kill does not count."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+    """Rows of a .jsonl file; lines that are no JSON objects do not count."""
+    return [row for _, row in parse_lines(path) if row is not None]
+
+
+def reportable(row: Row | None) -> bool:
+    """Return True if a report can be made of this row of a results.jsonl, whoever wrote it."""
+    try:
+        table([row]), notes([row], "", [])
+        texts = [row[name] for name in ("weights", "objective", "average", "time", "commit")]
+        numbers = [row["frechet_distance"], row["w"], row["nfe"], row["train_seconds"] or 0, row["step"] or 0]
+        return all(isinstance(text, str) for text in texts) and all(map(math.isfinite, numbers))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return False
 
 
 def read_log(path: Path) -> dict[str, np.ndarray]:
-    """Columns of a train.jsonl; of steps that a resume repeated, the last line counts."""
-    by_step = {row["step"]: row for row in read_lines(path)}
+    """Columns of numbers of a train.jsonl; of steps that a resume repeated, the last line counts."""
+    numbers = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in read_lines(path)]
+    by_step = {row["step"]: row for row in numbers if "step" in row}
     rows = [by_step[step] for step in sorted(by_step)]
     names = {name for row in rows for name in row}
     return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
@@ -228,7 +260,8 @@ def shown_rows(
     classes, config = generator.net.config.classes, generator.net.config.text
     if config is None:
         labels = list(range(min(max(1, classes), 10)))
-        names = generator.facts["data"].get("class_names") or list(map(str, labels))
+        named = generator.facts["data"].get("class_names") if classes else None
+        names = named or list(map(str, labels))
         return names[: len(labels)], labels, None, real_examples(images, labels, columns)
     first = torch.arange(min(10, len(images)))
     rows = images.rows(first)
@@ -264,11 +297,22 @@ def plot_samples(
         axis.imshow(picture, interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    figure.supxlabel(f"{Path(rows[0]['weights']).name}, w = {w:g}, the same noise in every column of samples")
+    title = f"{Path(rows[0]['weights']).name}, w = {w:g}, the same noise in every column of samples"
+    write(figure.supxlabel("-"), title)
     step = pictures[0].shape[0] / len(shown)
-    axes[0, 0].set_yticks([(i + 0.5) * step for i in range(len(shown))], names)
+    axes[0, 0].set_yticks([(i + 0.5) * step for i in range(len(shown))], ["-"] * len(shown))
+    for label, name in zip(axes[0, 0].get_yticklabels(), names, strict=True):
+        write(label, name)
     figure.savefig(path, dpi=120 if max(p.shape[1] for p in pictures) < 1000 else 300)
     plt.close(figure)
+
+
+def write(label: MatplotlibText, text: str) -> None:
+    """Sets the text of a label as it stands, in a font that has its letters; `$` begins no formula."""
+    text, file = lettering(text)
+    label.set(text=text, parse_math=False)
+    if file is not None:
+        label.set_fontproperties(FontProperties(fname=file, size=label.get_size()))
 
 
 def draw_nearest(
@@ -318,9 +362,9 @@ def html_table(rows: list[Row]) -> str:
     return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
-def html_page(rows: list[Row], protocol: str, title: str, pictures: dict[str, Path]) -> str:
-    """One file that needs no other: the notes, the table, and the pictures, by their headings, inlined."""
-    text = "".join(f"<p>{html.escape(note).replace('`', '')}</p>" for note in notes(rows, protocol))
+def html_page(rows: list[Row], said: list[str], title: str, pictures: dict[str, Path]) -> str:
+    """One file that needs no other: what is said of the rows, the table, the pictures by their headings."""
+    text = "".join(f"<p>{html.escape(note).replace('`', '')}</p>" for note in said)
     figures = ""
     for heading, path in pictures.items():
         data = base64.b64encode(path.read_bytes()).decode()
@@ -344,7 +388,7 @@ def write_report(
 
     generator: of the first row's weights; protocol: in words.
     """
-    text = markdown(rows, protocol)
+    text = markdown(rows, protocol, reference.doubts)
     (folder / "results.md").write_text(text)
     pictures = {"Curves": folder / "metrics.png", "Samples": folder / "samples.png"}
     plot_metrics(rows, pictures["Curves"])
@@ -354,7 +398,8 @@ def write_report(
         heading = f"Samples of {steps} steps, each above its nearest training image"
         pictures[heading] = folder / "nearest.png"
         draw_nearest(rows, reference, generator, pictures[heading])
-    page = html_page(rows, protocol, f"Sweep {folder.name}", pictures)
+    said = notes(rows, protocol, reference.doubts)
+    page = html_page(rows, said, f"Sweep {folder.name}", pictures)
     (folder / "report.html").write_text(page)
     names = ", ".join(["results.md", *(path.name for path in pictures.values())])
     sys.stdout.write(f"{text}\n{folder / 'report.html'} ({names})\n")

@@ -30,10 +30,10 @@ if __name__ == "__main__":  # run by path, too, this checkout's code goes before
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.export import Export, find_weights
-from eval.features import EXTRACTORS, FeatureExtractor, FeatureSet
+from eval.features import EXTRACTORS, FeatureExtractor, FeatureSet, SmallImageClassifier
 from eval.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
-from eval.reference import Captions, HeldOut, Reference, make_extractor, open_images
-from eval.report import read_lines, write_report
+from eval.reference import STATISTICS, Captions, HeldOut, Reference, make_extractor, open_images
+from eval.report import parse_lines, reportable, write_report
 from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, choose_labels, describe
 from recipe.algorithms import MAX_LENGTH, length_of
 from recipe.config import ConfigError, load_config
@@ -56,7 +56,6 @@ from storage.manifest import DatasetError, read_manifest
 
 METRICS = {"fd": 2, "kid": 2, "is": 10, "precision_recall": 4}  # and the samples that each needs
 KEEP = {"kid": "features", "precision_recall": "features", "is": "logits"}
-STATISTICS = (".npz", ".pkl")
 
 
 def average(name: str) -> str:
@@ -289,6 +288,15 @@ def compare(found: FeatureSet, setup: Setup, config: SweepConfig) -> dict[str, f
     return values if setup.held_out is None else {**values, **setup.held_out.compare(features)}
 
 
+def read_finished(path: Path) -> list[dict[str, Any]]:
+    """The rows of finished cells; names on stderr the lines that are none, whose cells are scored again."""
+    found = parse_lines(path)
+    for number, row in found:
+        if not reportable(row):
+            sys.stderr.write(f"warning: {path}, line {number} is damaged: its cell is scored again\n")
+    return [row for _, row in found if reportable(row)]
+
+
 def append_result(path: Path, row: dict[str, Any]) -> None:
     """Adds a line; first ends one that a kill cut short."""
     with path.open("a+b") as file:
@@ -331,6 +339,8 @@ def prepare(config: SweepConfig, device: torch.device) -> Setup:
         check_metrics(config, images, extractor, samples)
         prompts = Captions(images, samples, config.clip, config.seed) if config.prompts else None
         check_prompts(exports, prompts)
+        check_class_names(exports)
+        check_shapes(exports, extractor)
         labels = choose(config, exports, samples, prompts)
         for _, facts in exports:
             objective = from_facts(facts["method"])
@@ -357,6 +367,30 @@ def check_prompts(exports: list[Export], prompts: Captions | None) -> None:
             )
 
 
+def check_class_names(exports: list[Export]) -> None:
+    """Raises ValueError for weights whose names of classes are not one text for each class."""
+    for path, facts in exports:
+        names, classes = facts["data"].get("class_names"), facts["model"]["classes"]
+        fit = isinstance(names, list) and len(names) == classes and all(isinstance(x, str) for x in names)
+        if names and classes and not fit:
+            found = f"{len(names)} of them" if isinstance(names, list) else type(names).__name__
+            raise ValueError(f"weights: {path}: data.class_names must name {classes} classes, found {found}")
+
+
+def check_shapes(exports: list[Export], extractor: FeatureExtractor) -> None:
+    """Raises ValueError for weights that make pictures of another shape than the classifier takes."""
+    if not isinstance(extractor, SmallImageClassifier):
+        return
+    wanted = extractor.settings["channels"], extractor.settings["size"]
+    for path, facts in exports:
+        found = facts["model"]["channels"], facts["model"]["size"]
+        if facts["data"]["column"] == "image" and found != wanted:
+            sides = "of {} channels and {} pixels".format
+            raise ValueError(
+                f"weights: {path} makes pictures {sides(*found)}, the classifier takes those {sides(*wanted)}"
+            )
+
+
 def check_metrics(
     config: SweepConfig, images: Dataset | None, extractor: FeatureExtractor, samples: int
 ) -> None:
@@ -378,10 +412,12 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     device = torch.device("cuda", dist.get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     setup = prepare(config, device)
     results = Path(config.folder) / "results.jsonl"
-    finished = [read_lines(results)]
+    finished = [read_finished(results) if dist.get_global_rank() == 0 else None]
     dist.broadcast_object_list(finished, src=0)  # each node may have a folder of its own
     rows, generator, loaded, main_rank = [], None, None, dist.get_global_rank() == 0
     grid = list(cells(config, setup))
+    for doubt in setup.reference.doubts if main_rank else ():
+        sys.stderr.write(f"warning: {doubt}\n")
     with wandb_run(config) as run:
         for export, labels, cell in tqdm(grid, "sweep", unit="cell", disable=not main_rank):
             row = next((r for r in reversed(finished[0]) if cell.items() <= r.items()), None)

@@ -50,7 +50,7 @@ class Facts(TypedDict):
     step: Annotated[int, Field(ge=0)] | None
     average: str
     commit: str
-    sha256: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def commit() -> str:

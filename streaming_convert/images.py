@@ -1,14 +1,23 @@
-"""From an image file's bytes to uint8 pixels of the requested size, or a stated reason why not."""
+"""From an image file's bytes to uint8 pixels of the requested size, or a stated reason why not.
+
+Every picture that this project reads from a file is opened here: the converter's and those of a plain folder
+that samples are compared with.
+"""
 
 import io
 import warnings
+from collections.abc import Callable
+from functools import lru_cache, partial
+from operator import methodcaller
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million: a larger picture is taken for a decompression bomb
 ADM_CROP = "ADM centre crop"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PROFILED = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # modes of pixels, by an ICC profile's colour space
 UPRIGHT = {  # what undoes each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -26,12 +35,20 @@ class Rejected(Exception):
     """This sample cannot be converted; the message is the reason that `rejected.jsonl` gives."""
 
 
-def decode(data: bytes, size: int | None = None, keep_grey: bool = False) -> np.ndarray:
-    """Decodes a JPEG, PNG or WebP file to (3, size, size) uint8, or (3, H, W) without `size`.
+Note = Callable[[str], object]  # takes a sentence about a picture that was read all the same
 
-    EXIF orientation is applied; CMYK, palette and grey become RGB, 16 bit becomes 8 by rounding, transparency
-    becomes white; `keep_grey` makes a grey image (1, ...). Raises Rejected for anything but one whole image
-    of at most MAX_PIXELS pixels.
+
+def ignore(text: str) -> None:
+    """Take a note of nothing."""
+
+
+def decode(data: bytes, size: int | None = None, keep_grey: bool = False, note: Note = ignore) -> np.ndarray:
+    """Decodes a JPEG, PNG or WebP file to (3, size, size) uint8 in sRGB, or (3, H, W) without `size`.
+
+    EXIF orientation is applied; an embedded ICC profile is converted to sRGB; CMYK, palette and grey become
+    RGB, 16 bit becomes 8 by rounding, transparency becomes white; `keep_grey` makes a grey image (1, ...).
+    `note` is told of an animation, whose first frame is taken, and of a profile that cannot be used. Raises
+    Rejected for anything but one whole image of at most MAX_PIXELS pixels.
     """
     if not data:
         raise Rejected("empty file")
@@ -44,10 +61,13 @@ def decode(data: bytes, size: int | None = None, keep_grey: bool = False) -> np.
     _refuse_bomb(image.width, image.height)
     try:
         grey = keep_grey and Image.getmodebase(image.mode) == "L"
+        frames = getattr(image, "n_frames", 1)
         image.load()
-        image = to_mode(_upright(image), "L" if grey else "RGB")
+        image = to_mode(_upright(image), "L" if grey else "RGB", note)
     except Exception as error:  # a damaged file can raise nearly anything from inside its decoder
         raise Rejected(f"truncated or damaged: {error}") from error
+    if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview or a depth map behind it
+        note("animated, the first frame was taken")
     return to_array(centre_crop(image, size) if size else image)
 
 
@@ -65,16 +85,55 @@ def _refuse_bomb(width: int, height: int) -> None:
         raise Rejected(f"decompression bomb: {width}x{height} pixels, at most {MAX_PIXELS} allowed")
 
 
-def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Converts to 8-bit "RGB" or "L", compositing transparency on white."""
+def to_mode(image: Image.Image, mode: str, note: Note = ignore) -> Image.Image:
+    """Converts to 8-bit "RGB" or "L" in sRGB, compositing transparency on white."""
+    profile = image.info.get("icc_profile", b"")  # None where the file's own is damaged
+    grey = Image.getmodebase(image.mode) == "L"
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip instead of scale
         levels = np.asarray(image).astype(np.uint32)
         levels[levels == image.info.get("transparency", -1)] = 65535  # white
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode != "CMYK":
+        image = image.convert("L" if grey else "RGB")
+    if profile != b"":
+        image = _to_srgb(image, profile, note)
+    if alpha is not None:
+        image = Image.composite(image.convert("RGB"), Image.new("RGB", image.size, "white"), alpha)
     return image if image.mode == mode else image.convert(mode)  # which would copy
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None, note: Note) -> Image.Image:
+    """The "L", "RGB" or "CMYK" image in sRGB; as it is, with a note, where its profile cannot be used."""
+    try:
+        mode, transform = _transform(profile)
+    except Exception:  # a damaged profile can raise nearly anything
+        note("its ICC profile is damaged: the colours were taken for sRGB")
+        return image
+    if image.mode != mode:
+        note(f"its ICC profile is for {mode} and the pixels are {image.mode}: they were taken for sRGB")
+        return image
+    return image if transform is None else transform(image)
+
+
+@lru_cache(maxsize=64)
+def _transform(profile: bytes) -> tuple[str, Callable[[Image.Image], Image.Image] | None]:
+    """The mode of pixels that an ICC profile is for, and what takes them to sRGB; None for sRGB itself.
+
+    sRGB is what changes no colour by more than one level of 255, whatever the profile calls itself.
+    """
+    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    mode = PROFILED[opened.profile.xcolor_space.strip()]
+    flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.HIGHRESPRECALC
+    transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB", flags=flags)
+    convert = partial(ImageCms.applyTransform, transform=transform)
+    levels = np.linspace(0, 255, 18).round().astype(np.uint8)
+    probe = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 18, 3))
+    if mode == "L":  # little CMS interpolates dark greys badly, and 256 levels are soon converted one by one
+        probe = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+        convert = methodcaller("point", list(convert(probe).convert("L").tobytes()))
+    same = mode != "CMYK" and np.abs(np.subtract(convert(probe), probe, dtype=int)).max() <= 1
+    return mode, None if same else convert
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from storage import Folder, MissingError
 from storage.manifest import MANIFEST, STORED_DTYPE, DatasetError, Manifest, check_inside, read_manifest
-from streaming_convert.images import ADM_CROP, to_array, to_image
+from streaming_convert.images import ADM_CROP, Note, ignore, to_array, to_image
 from streaming_convert.sources import Source, scaled
 from streaming_convert.writer import REJECTED, Moments, list_shards, stored_file
 
@@ -95,7 +95,7 @@ def mds(uri: str, size: int | None = None) -> Source:
         texts += [sample["caption"] for sample in shard(i) if manifest.caption_bytes is not None]
         versions += [stored_file(entry)["hashes"]["xxh64"]] * entry["samples"]
 
-    def load(key: str) -> np.ndarray:
+    def load(key: str, note: Note = ignore) -> np.ndarray:
         i, j = map(int, key.split("/"))
         return scaled(shard(i)[j][manifest.column], size)
 
@@ -251,14 +251,19 @@ def sample_grid(uri: str, columns: int = 10, rows: int = 10, vae: str | None = N
 
 
 def captioned(pixels: np.ndarray, caption: str) -> np.ndarray:
-    """The picture (C, H, W), enlarged, above the first lines of its caption; letters may lack in the font."""
+    """The picture (C, H, W), enlarged, above the first lines of its caption."""
+    from streaming_convert.lettering import lettering  # here, as importing matplotlib takes a second
+
     picture = to_image(pixels)
     times = max(1, CAPTION_WIDTH // picture.width)
     picture = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
     canvas = Image.new(picture.mode, (picture.width, picture.height + CAPTION_LINES * LINE_HEIGHT), "white")
     canvas.paste(picture)
-    lines = textwrap.wrap(caption, picture.width // 6, max_lines=CAPTION_LINES, placeholder=" ...")
-    font = ImageFont.load_default(size=LINE_HEIGHT - 2)
+    caption, file = lettering(caption)
+    size = LINE_HEIGHT - 2
+    font = ImageFont.load_default(size) if file is None else ImageFont.truetype(file, size)
+    letters = picture.width // (6 if caption.isascii() else size)
+    lines = textwrap.wrap(caption, letters, max_lines=CAPTION_LINES, placeholder=" ...")
     for i, line in enumerate(lines):
         ImageDraw.Draw(canvas).text((1, picture.height + i * LINE_HEIGHT), line, "black", font)
     return to_array(canvas)

@@ -3,10 +3,11 @@
 import io
 import os
 import re
+import stat
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,21 +17,35 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from storage.manifest import DatasetError
 from streaming_convert import captions, labels
-from streaming_convert.images import ADM_CROP, Rejected, centre_crop, decode, to_array, to_image
+from streaming_convert.images import (
+    ADM_CROP,
+    SUFFIXES,
+    Note,
+    Rejected,
+    centre_crop,
+    decode,
+    ignore,
+    to_array,
+    to_image,
+)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".txt")  # labels or captions, which may lie among the images
 EMOJI_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_LIST = "/usr/share/unicode/emoji/emoji-test.txt"
 EMOJI_STRIKE = 109  # pixels per em of the only bitmaps that the font holds
 EMOJI_WIDTH = 136  # of these bitmaps
 FP16_MAX = 65504.0
+PICTURES = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".ppm", ".svg")
+PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}  # no names of classes
+MAX_FILE_BYTES = 2**28  # of one picture, array or caption, as stored and once unpacked
+PLAIN_ZIP = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # other methods unpack without a bound
 
 
 @dataclass(frozen=True)
 class Source:
     """A listed input: `load(keys[i])` returns a `shape` array with label `labels[i]`, or raises Rejected.
 
+    load: takes a function, too, that is told what is unusual about a picture that was read all the same.
     column: "image" (uint8, C,H,W) or "latents" (float16, 2c,h,w) as `load` returns it.
     versions: sizes or checksums of the inputs, so that changed files are noticed.
     crop: how an image was brought to `shape`, in words; "none" where it already had it.
@@ -44,7 +59,7 @@ class Source:
     labels: np.ndarray
     class_names: list[str]
     shape: tuple[int, ...]
-    load: Callable[[str], np.ndarray]
+    load: Callable[..., np.ndarray]
     versions: list[str] | None = None
     column: str = "image"
     crop: str = "none"
@@ -90,7 +105,7 @@ def digits() -> Source:
         labels=data.target.astype(np.int64),
         class_names=[str(name) for name in data.target_names],
         shape=pixels.shape[1:],
-        load=lambda key: pixels[int(key)],
+        load=lambda key, note=ignore: pixels[int(key)],
     )
 
 
@@ -115,7 +130,7 @@ def image_folder(
     if not root.is_dir():
         raise DatasetError(f"{folder} is not a folder")
     files = Archive(folder)
-    keys = _list_images(files)
+    keys = list_images(files)
     own = (str(root / name) for name in labels.LABEL_FILES if (root / name).is_file())
     label_file = label_file or next(own, None)
     if unlabelled or (caption_file and not label_file and not any("/" in key for key in keys)):
@@ -125,6 +140,8 @@ def image_folder(
             given, names = labels.from_file(label_file, keys), None
         else:
             given, names = labels.from_folders(folder, keys, allow_empty)
+            if not classes:
+                _refuse_parts(folder, keys)
         numbers, class_names = labels.number(given, labels.read_classes(classes) if classes else names)
     source = Source(
         name="images",
@@ -132,11 +149,22 @@ def image_folder(
         labels=numbers,
         class_names=class_names,
         shape=(3, size, size),
-        load=lambda key: decode(files.read(key), size),
+        load=lambda key, note=ignore: decode(files.read(key), size, note=note),
         versions=[files.size(key) for key in keys],
         crop=ADM_CROP,
     )
     return _captioned(source, files, caption_file)
+
+
+def _refuse_parts(folder: str, keys: list[str]) -> None:
+    """Raises DatasetError if the first folders are the parts of a dataset and no classes."""
+    parts = sorted({key.split("/")[0] for key in keys})
+    if PARTS.issuperset(part.lower() for part in parts):
+        first = next((part for part in parts if part.lower().startswith("train")), parts[0])
+        raise DatasetError(
+            f"{folder}: {' and '.join(parts)} look like parts of a dataset, not like classes. Fix: convert "
+            f"{folder}/{first} alone (--val sets samples aside), or name them in --classes FILE if they are"
+        )
 
 
 def _captioned(source: Source, files: "Archive", caption_file: str | None) -> Source:
@@ -151,16 +179,27 @@ def _captioned(source: Source, files: "Archive", caption_file: str | None) -> So
     return replace(source.take(np.array(positions)), captions=list(texts))
 
 
-def _list_images(files: "Archive") -> list[str]:
-    """Names of the image files, in order; prints which other files there are."""
-    keys = sorted(name for name in files.names if name.lower().endswith(SUFFIXES))
-    others = Counter(Path(x).suffix for x in files.names.difference(keys) if not x.lower().endswith(TABLES))
-    if others:
-        counts = dict(sorted(others.items()))
-        print(f"{files.path}: passing over files that are not {', '.join(SUFFIXES)}: {counts}")
+def list_images(files: "Archive", suffixes: tuple[str, ...] = SUFFIXES) -> list[str]:
+    """Names of the files with these suffixes, in order; prints which other files are left out."""
+    keys = sorted(name for name in files.names if name.lower().endswith(suffixes))
+    others = [name for name in files.names.difference(keys) if not name.lower().endswith(TABLES)]
+    read = ", ".join(suffixes)
+    if pictures := [name for name in others if name.lower().endswith(PICTURES)]:
+        print(
+            f"warning: {files.path}: {_counted(pictures)} are left out, since only {read} files are read. "
+            "Convert them to PNG first if they belong to the data."
+        )
+    if rest := set(others).difference(pictures):
+        print(f"{files.path}: {_counted(rest)} are left out, since only {read} files are read.")
     if not keys:
-        raise DatasetError(f"{files.path} holds no {', '.join(SUFFIXES)} files")
+        raise DatasetError(f"{files.path} holds no {read} files")
     return keys
+
+
+def _counted(names: Iterable[str]) -> str:
+    """How many files of each suffix there are, as text: "3 .gif and 1 .tif files"."""
+    counts = Counter(Path(name).suffix.lower() or "unnamed" for name in names)
+    return " and ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items())) + " files"
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -186,24 +225,34 @@ def archive(
     Shape and kind are those of the first good file; `size` crops and scales pixels.
     """
     files = Archive(path)
-    keys = sorted(name for name in files.names if name.lower().endswith((*SUFFIXES, ".npy")))
-    if not keys:
-        raise DatasetError(f"{path} holds no PNG or NPY files")
+    keys = list_images(files, (*SUFFIXES, ".npy"))
     rows = None if unlabelled else files.labels()
     numbers, class_names = np.zeros(len(keys), np.int64), []
     if rows is not None:
         numbers, class_names = labels.number(labels.match(rows, keys, f"{path}: dataset.json"))
     first = _first_good(files, keys, size)
     latents = first.dtype == np.float16
+    if latents and (problem := _negative_deviation(first)):
+        raise DatasetError(
+            f"{path}: {problem}. Latents are means and then, in as many channels again, standard deviations. "
+            "Fix: append zeros to latents that are means alone, and exp(logvar / 2) to means with a logvar"
+        )
     if latents and size:
         raise DatasetError(f"--size: {path} holds latents, which cannot be scaled")
+
+    def load(key: str, note: Note = ignore) -> np.ndarray:
+        sample = files.sample(key, size, len(first) == 1, note)
+        if problem := _negative_deviation(sample):
+            raise Rejected(problem)
+        return sample
+
     source = Source(
         name="zip",
         keys=keys,
         labels=numbers,
         class_names=class_names,
         shape=first.shape,
-        load=lambda key: files.sample(key, size, keep_grey=len(first) == 1),
+        load=load,
         versions=[files.version(key) for key in keys],
         column="latents" if latents else "image",
         crop=ADM_CROP if size else "none",
@@ -221,6 +270,34 @@ def _first_good(files: "Archive", keys: list[str], size: int | None) -> np.ndarr
     raise DatasetError(f"{files.path}: no file can be used; {reason}")
 
 
+def _negative_deviation(sample: np.ndarray) -> str | None:
+    """What is wrong with float16 latents (2c,h,w) whose second half are no standard deviations."""
+    if sample.dtype != np.float16 or not (sample[len(sample) // 2 :] < 0).any():
+        return None
+    return f"the last {len(sample) // 2} of {len(sample)} channels, the deviations, hold negative values"
+
+
+def read_regular(path: Path) -> bytes:
+    """Content of a regular file of at most MAX_FILE_BYTES, or of what a link leads to. Raises Rejected.
+
+    A pipe would block and a device has no end: they are not opened.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise Rejected("not a regular file")
+        _refuse_huge(found.st_size)
+        with path.open("rb") as file:
+            return file.read(MAX_FILE_BYTES)
+    except OSError as error:
+        raise Rejected(f"cannot be read: {error.strerror}") from error
+
+
+def _refuse_huge(size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise Rejected(f"holds {size:,} bytes, at most {MAX_FILE_BYTES:,} are read")
+
+
 class Archive:
     """The files of a ZIP, or of a folder in the same layout; `names` are relative to it."""
 
@@ -233,22 +310,28 @@ class Archive:
     def _zip(self) -> zipfile.ZipFile:
         if getattr(self._local, "pid", None) != os.getpid():
             try:
+                if self.path.exists() and not self.path.is_file():
+                    raise zipfile.BadZipFile("not a regular file")
                 self._local.zip, self._local.pid = zipfile.ZipFile(self.path), os.getpid()
             except (OSError, zipfile.BadZipFile) as error:
                 raise DatasetError(f"cannot read {self.path} as a folder or a ZIP file: {error}") from error
         return self._local.zip
 
     def read(self, name: str) -> bytes:
-        """Content of one file; Rejected if it is damaged."""
+        """Content of one file; Rejected if it is damaged, no regular file or larger than MAX_FILE_BYTES."""
         if self.path.is_dir():
-            try:
-                return (self.path / name).read_bytes()
-            except OSError as error:
-                raise Rejected(f"cannot be read: {error.strerror}") from error
+            return read_regular(self.path / name)
         archive = self._zip()
         try:
-            return archive.read(name)
-        except Exception as error:  # damaged, encrypted, or of an unknown compression: each has its own
+            member = archive.getinfo(name)
+            _refuse_huge(member.file_size)
+            if member.compress_type not in PLAIN_ZIP:
+                raise Rejected("is compressed by another method than Deflate")
+            with archive.open(member) as file:  # unpacks no more than asked for, then compares the checksum
+                return file.read(member.file_size)
+        except Rejected:
+            raise
+        except Exception as error:  # damaged or encrypted: each has its own
             raise Rejected(f"cannot be read: {error}") from error
 
     def size(self, name: str) -> str:
@@ -259,8 +342,10 @@ class Archive:
     def version(self, name: str) -> str:
         """A checksum of one file's content: NPY files of one kind have one size, whatever they hold."""
         if self.path.is_dir():
-            path = self.path / name
-            return xxhash.xxh64(path.read_bytes()).hexdigest() if path.exists() else "missing"
+            try:
+                return xxhash.xxh64(read_regular(self.path / name)).hexdigest()
+            except Rejected as error:
+                return str(error)
         return f"{self._zip().getinfo(name).CRC:08x}"
 
     def labels(self) -> dict[str, str | int] | None:
@@ -275,12 +360,12 @@ class Archive:
             raise DatasetError(f"{self.path}: dataset.json {error}") from error
         return labels.parse_json(text, f"{self.path}: dataset.json")
 
-    def sample(self, name: str, size: int | None, keep_grey: bool) -> np.ndarray:
+    def sample(self, name: str, size: int | None, keep_grey: bool, note: Note = ignore) -> np.ndarray:
         """One image as uint8 (C,H,W), scaled to `size`, or latents as float16 (2c,h,w)."""
         data = self.read(name)
         if name.lower().endswith(".npy"):
             return scaled(_array(data), size)
-        return decode(data, size, keep_grey)
+        return decode(data, size, keep_grey, note)
 
 
 def _array(data: bytes) -> np.ndarray:
@@ -324,7 +409,7 @@ def emoji(size: int, font: str = EMOJI_FONT, listing: str = EMOJI_LIST) -> Sourc
     numbers, class_names = labels.number([group for _, group, _ in drawn])
     lock = threading.Lock()  # FreeType faces are not thread-safe
 
-    def load(key: str) -> np.ndarray:
+    def load(key: str, note: Note = ignore) -> np.ndarray:
         with lock:
             return to_array(centre_crop(_draw_emoji(typeface, key), size))
 

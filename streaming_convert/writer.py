@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from recipe.pretrained import TextEncoder
 
-INDEX, REJECTED, PLAN = "index.json", "rejected.jsonl", f"{WORK}/plan.json"
+INDEX, REJECTED, NOTES, PLAN = "index.json", "rejected.jsonl", "notes.jsonl", f"{WORK}/plan.json"
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,8 @@ def _convert_part(
     """Writes the shard of one part, then its record: index entry, counts, moments, rejected samples."""
     from streaming import MDSWriter  # here, as importing it takes seconds
 
-    counts, lengths, moments, rejected = Counter(), Counter(), Moments(job.plan.column), []
+    counts, lengths, moments = Counter(), Counter(), Moments(job.plan.column)
+    rejected, notes = [], []
     cut = job.text.cut if job.text else 0
     work = None if folder.remote else Path(job.uri, WORK)
     try:
@@ -186,7 +187,7 @@ def _convert_part(
                 hashes=["xxh64"],
                 size_limit=None,
             )
-            for positions, samples in _batches(job, number, loaders, rejected, progress):
+            for positions, samples in _batches(job, number, loaders, rejected, notes, progress):
                 columns = _columns(job, positions, samples, rejected)
                 moments.add(columns[job.plan.column])
                 counts.update(columns["label"].tolist())
@@ -196,6 +197,7 @@ def _convert_part(
             writer.finish()
             entry = _publish_shard(folder, number, writer)
             results = {"shard": entry, "counts": counts, "moments": moments.sums, "rejected": rejected}
+            results["notes"] = sorted(notes, key=lambda line: line["key"])  # loaders do not keep an order
             if job.source.captions:
                 results |= {"caption_bytes": lengths, "cut": job.text.cut - cut if job.text else 0}
             record = {"plan": fingerprint(job.plan), **results}
@@ -227,12 +229,19 @@ def _columns(job: Job, positions: np.ndarray, samples: np.ndarray, rejected: lis
 
 
 def _batches(
-    job: Job, number: int, loaders: Executor | None, rejected: list[dict], progress: Callable[[int], object]
+    job: Job,
+    number: int,
+    loaders: Executor | None,
+    rejected: list[dict],
+    notes: list[dict],
+    progress: Callable[[int], object],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (positions in the source, samples) in batches; what cannot be loaded is added to `rejected`."""
+    """Yields (positions in the source, samples) in batches; fills `rejected` with what cannot be loaded and
+    `notes` with what is unusual about the rest.
+    """
     positions, samples = [], []
     items = job.part(number)
-    loaded = _load(job.source, items, loaders, ahead=2 * job.encoder.batch_size)
+    loaded = _load(job.source, items, loaders, 2 * job.encoder.batch_size, notes)
     for position, sample in zip(items, loaded, strict=True):
         progress(1)
         if isinstance(sample, Rejected):
@@ -249,7 +258,7 @@ def _batches(
 
 
 def _load(
-    source: Source, items: Iterable[int], loaders: Executor | None, ahead: int
+    source: Source, items: Iterable[int], loaders: Executor | None, ahead: int, notes: list[dict]
 ) -> Iterator[np.ndarray | Rejected]:
     """Loads samples in order, with `loaders` up to `ahead` of the one that is asked for."""
     dtype = STORED_DTYPE[source.column]
@@ -257,8 +266,9 @@ def _load(
     def load(position: int) -> np.ndarray | Rejected:
         if source.captions and isinstance(reason := source.captions[position], Rejected):
             return reason
+        key = source.keys[position]
         try:
-            sample = source.load(source.keys[position])
+            sample = source.load(key, lambda note: notes.append({"key": key, "note": note}))
         except Rejected as error:
             return error
         if sample.shape != source.shape or sample.dtype != dtype:
@@ -336,9 +346,13 @@ def _collect(uri: str) -> tuple[Manifest, list[dict]]:
         raise DatasetError(f"{uri} holds no conversion, finished or not")
     plan = Manifest.from_json(folder.read(PLAN), f"{uri}/{PLAN}")
     records = _read_records(folder, plan, names)
-    rejected = [line for record in records for line in record["rejected"]]
-    if rejected:
-        folder.write(REJECTED, "".join(json.dumps(line) + "\n" for line in rejected).encode())
+    rejected, notes = ([line for r in records for line in r.get(key, ())] for key in ("rejected", "notes"))
+    notes = list({(line["key"], line["note"]): line for line in notes}.values())  # once for several captions
+    for name, lines in ((REJECTED, rejected), (NOTES, notes)):
+        if lines:
+            folder.write(name, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    for note, count in Counter(line["note"] for line in notes).items():
+        print(f"{uri}: {count} pictures: {note} (list: {uri}/{NOTES})")
     return replace(plan, rejected=len(rejected)), records
 
 

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import struct
 import sys
+import tracemalloc
 import zipfile
 import zlib
 from io import BytesIO
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 from sklearn.datasets import load_digits
 from streaming import StreamingDataset
 
@@ -246,6 +248,81 @@ def test_transparent_level_of_sixteen_bit_grey_is_white():
     levels[0] = 1001  # the same level of 8 bits
     found = decode(to_bytes(Image.fromarray(levels), transparency=1000), 8)
     assert found[0, :, 0].tolist() == [4] + [255] * 7
+
+
+DISPLAY_P3 = [[0.51512, 0.2412, -0.00105], [0.29198, 0.69225, 0.04189], [0.1571, 0.06657, 0.78407]]
+SRGB = [[0.43607, 0.22249, 0.01392], [0.38515, 0.71687, 0.09708], [0.14307, 0.06061, 0.7141]]
+
+
+def icc_profile(primaries: list[list[float]] | None, gamma: float) -> bytes:
+    """An ICC profile of version 2 with these primaries (XYZ at D50), or of grey, and a pure power law."""
+
+    def fixed(*values: float) -> bytes:
+        return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+    curve = struct.pack(">4s4xIH2x", b"curv", 1, round(gamma * 256))
+    white = 0.9642, 1.0, 0.8249
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + fixed(*white)}
+    if primaries is None:
+        tags[b"kTRC"] = curve
+    for name, primary in zip(b"rgb", primaries or [], strict=False):
+        tags[bytes([name]) + b"XYZ"] = b"XYZ \0\0\0\0" + fixed(*primary)
+        tags[bytes([name]) + b"TRC"] = curve
+    offset, table, body = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, value in tags.items():
+        table += struct.pack(">4sII", name, offset + len(body), len(value))
+        body += value
+    kind = b"RGB " if primaries else b"GRAY"
+    head = struct.pack(">I4xI4s4s4s", offset + len(body), 0x02400000, b"mntr", kind, b"XYZ ")
+    head += struct.pack(">6H4s28x", 2020, 1, 1, 0, 0, 0, b"acsp") + fixed(*white)
+    return head.ljust(128, b"\0") + table + body
+
+
+def in_srgb(colour: list[int], primaries: list[list[float]], gamma: float) -> list[int]:
+    """The colour of such a profile in sRGB, by the definitions of both."""
+    linear = np.linalg.inv(np.transpose(SRGB)) @ np.transpose(primaries) @ (np.array(colour) / 255) ** gamma
+    linear = linear.clip(0, 1)
+    curved = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return np.rint(255 * curved).astype(int).tolist()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize("colour", [[200, 70, 60], [90, 180, 100], [254, 0, 0]])
+def test_an_embedded_profile_is_converted_to_srgb(kind, colour):
+    image = Image.new("RGB", (8, 8), tuple(colour))
+    expected = in_srgb(colour, DISPLAY_P3, 2.2)
+    assert max(abs(a - b) for a, b in zip(colour, expected, strict=True)) > (10 if colour[1] else 0)
+    options = {"icc_profile": icc_profile(DISPLAY_P3, 2.2), "lossless": True}
+    assert decode(to_bytes(image, kind, **options), 8)[:, 0, 0].tolist() == pytest.approx(expected, abs=1)
+    image.putalpha(0)
+    assert decode(to_bytes(image, kind, **options), 8)[:, 0, 0].tolist() == [255, 255, 255]
+
+
+def test_grey_profiles_are_converted_and_srgb_is_left_as_it_is():
+    levels = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    linear = np.arange(256) / 255
+    expected = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255
+    for image in (levels, levels.convert("LA")):
+        found = decode(to_bytes(image, icc_profile=icc_profile(None, 1.0)), keep_grey=True)
+        assert np.abs(found.ravel() - expected).max() <= 0.51
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = picture(np.random.default_rng(0))
+    np.testing.assert_array_equal(decode(to_bytes(image, icc_profile=srgb)), decode(to_bytes(image)))
+
+
+@pytest.mark.parametrize(
+    ("profile", "said"),
+    [
+        (b"no profile", "its ICC profile is damaged: the colours were taken for sRGB"),
+        (icc_profile(DISPLAY_P3, 2.2)[:200], "its ICC profile is damaged: the colours were taken for sRGB"),
+        (icc_profile(None, 2.2), "its ICC profile is for L and the pixels are RGB: they were taken for sRGB"),
+    ],
+)
+def test_a_profile_that_cannot_be_used_is_ignored_with_a_note(profile, said):
+    image, notes = picture(np.random.default_rng(0)), []
+    found = decode(to_bytes(image, icc_profile=profile), note=notes.append)
+    np.testing.assert_array_equal(found, decode(to_bytes(image)))
+    assert notes == [said]
 
 
 def _exif(*entries: tuple) -> bytes:
@@ -481,6 +558,32 @@ def test_bad_input_is_one_clear_error_and_writes_nothing(folder, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("names", [("train", "test"), ("Validation",), ("train", "val")])
+def test_parts_of_a_dataset_are_not_taken_for_classes(folder, tmp_path, capsys, names):
+    for name in names:
+        shutil.copytree(folder, tmp_path / "parts" / name)
+    command = ["images", tmp_path / "parts", "--size", 16, "--out", tmp_path / "out"]
+    assert convert(*command) == 1
+    error = capsys.readouterr().err
+    assert f"{' and '.join(sorted(names))} look like parts of a dataset, not like classes. Fix: conv" in error
+    assert f"convert {tmp_path}/parts/{names[0]} alone" in error
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    assert convert(*command, "--classes", tmp_path / "names.txt") == 0
+
+
+def test_files_that_are_left_out_are_named_before_the_conversion(folder, tmp_path, capsys):
+    for name in ("a.gif", "b.GIF", "c.tiff", "d.exe", "e"):
+        (folder / SYNSETS[0] / name).write_bytes(b"")
+    assert convert("images", folder, "--size", 16, "--out", tmp_path / "out") == 0
+    since = "are left out, since only .jpg, .jpeg, .png, .webp files are read."
+    fix = "Convert them to PNG first if they belong to the data."
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"warning: {folder}: 2 .gif and 1 .tiff files {since} {fix}",
+        f"{folder}: 1 .exe and 1 unnamed files {since}",
+    ]
+
+
 def test_an_empty_class_folder_may_keep_its_number(folder, tmp_path):
     (folder / "n01500000").mkdir()
     words = ("images", folder, "--size", 16, "--out", tmp_path / "out")
@@ -638,6 +741,54 @@ def test_unreadable_member_of_a_zip_is_rejected(tmp_path, capsys, field):
     assert "1 samples were rejected" in (error := capsys.readouterr().err) and "0.png: cannot be" in error
 
 
+def test_only_regular_files_of_a_bounded_size_are_read(folder, tmp_path, capsys):
+    first = folder / SYNSETS[0]
+    os.mkfifo(first / "pipe.png")
+    (first / "zero.png").symlink_to("/dev/zero")
+    with (first / "vast.png").open("wb") as file:
+        file.truncate(2**28 + 1)
+    captions = folder / SYNSETS[1]
+    os.mkfifo(captions / f"{SYNSETS[1]}_1.txt")
+    assert convert("images", folder, "--size", 16, "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    for name, reason in (("pipe", "not a regular file"), ("zero", "not a regular file")):
+        assert f"{SYNSETS[0]}/{name}.png: {reason}" in error
+    assert f"{SYNSETS[0]}/vast.png: holds 268,435,457 bytes, at most 268,435,456 are read" in error
+    assert "3 samples were rejected" in error
+    assert convert("images", folder, "--size", 16, "--captions", "beside", "--out", tmp_path / "text") == 1
+    assert f"{SYNSETS[1]}_1.png: {SYNSETS[1]}/{SYNSETS[1]}_1.txt: not a regular" in capsys.readouterr().err
+    assert convert("zip", first / "pipe.png", "--out", tmp_path / "zip") == 1
+    assert "pipe.png as a folder or a ZIP file: not a regular file" in capsys.readouterr().err
+    files = sources.Archive(str(folder))
+    assert files.version(f"{SYNSETS[0]}/zero.png") == "not a regular file"
+
+
+@pytest.mark.parametrize(
+    ("method", "stated", "reason"),
+    [
+        (zipfile.ZIP_DEFLATED, 300_000_000, "holds 300,000,000 bytes, at most 268,435,456 are read"),
+        (zipfile.ZIP_DEFLATED, 1000, "cannot be read: Bad CRC-32"),
+        (zipfile.ZIP_STORED, 1000, "cannot be read: "),
+        (zipfile.ZIP_BZIP2, 1000, "is compressed by another method than Deflate"),
+        (zipfile.ZIP_LZMA, 1000, "is compressed by another method than Deflate"),
+    ],
+)
+def test_a_member_of_a_zip_unpacks_to_no_more_than_it_states(tmp_path, method, stated, reason):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as file:
+        file.writestr("0.png", bytes(10_000_000))
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    struct.pack_into("<I", data, data.rindex(b"PK\1\2") + 24, stated)
+    (tmp_path / "a.zip").write_bytes(data)
+    files = sources.Archive(str(tmp_path / "a.zip"))
+    tracemalloc.start()
+    try:
+        with pytest.raises(Rejected, match=re.escape(reason)):
+            files.read("0.png")
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_colour_in_a_grey_archive_is_rejected(tmp_path, capsys):
     images = [Image.new("L", (8, 8), 9), Image.new("I;16", (8, 8)), Image.new("RGB", (8, 8), "red")]
     members = {f"{i}.png": to_bytes(image) for i, image in enumerate(images)}
@@ -668,6 +819,7 @@ def test_archive_with_null_labels_is_unlabelled_and_one_with_missing_labels_refu
         (np.full((8, 4, 4), 1e6, np.float32), "not finite in float16"),
         (np.zeros((3, 4, 4), np.float32), "neither uint8 pixels (1 or 3 channels) nor float latents"),
         (np.zeros((8, 4, 5), np.float32), "(8, 4, 5), expected float16 (8, 4, 4)"),
+        (-np.ones((8, 4, 4), np.float32), "the last 4 of 8 channels, the deviations, hold negative values"),
     ],
 )
 def test_bad_latents_are_rejected(tmp_path, capsys, value, reason):
@@ -675,6 +827,18 @@ def test_bad_latents_are_rejected(tmp_path, capsys, value, reason):
     write_archive(tmp_path / "a.zip", members, [["0.npy", 0], ["1.npy", 0]])
     assert convert("zip", tmp_path / "a.zip", "--out", tmp_path / "out") == 1
     assert reason in capsys.readouterr().err
+
+
+def test_latents_that_are_means_alone_are_refused_before_the_conversion(tmp_path, capsys):
+    means = np.random.default_rng(0).normal(size=(4, 4, 4)).astype(np.float32)
+    write_archive(tmp_path / "a.zip", {"0.npy": npy(means)}, None)
+    assert convert("zip", tmp_path / "a.zip", "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "the last 2 of 4 channels, the deviations, hold negative values" in error
+    assert "Fix: append zeros to latents that are means alone" in error
+    assert not (tmp_path / "out").exists()
+    write_archive(tmp_path / "b.zip", {"0.npy": npy(np.concatenate([means, 0 * means]))}, None)
+    assert convert("zip", tmp_path / "b.zip", "--out", tmp_path / "out") == 0
 
 
 # mds, emoji, verify, show

@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 import xxhash
 import yaml
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
 from storage.manifest import DatasetError, read_manifest
 from streaming_convert import sources
 from streaming_convert.__main__ import main
+from streaming_convert.lettering import lettering
+from streaming_convert.reader import captioned
 from tests.test_convert import convert, files, picture, read_all, to_bytes
 from tests.test_convert_resume import Run, finished_parts, wait_for
 
@@ -150,6 +154,46 @@ def test_a_bad_caption_file_is_one_clear_error(folder, tmp_path, capsys, text, m
     error = capsys.readouterr().err
     assert error.startswith("error: ") and str(path) in error and message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def fonts(tmp_path, monkeypatch):
+    """A system whose only font draws two letters, each its own way; its path."""
+    file = str(tmp_path / "cjk.ttf")
+    font, glyphs = FontBuilder(1000, isTTF=True), {}
+    for name, width in ((".notdef", 100), ("cat", 400), ("dog", 900)):
+        pen = TTGlyphPen(None)
+        pen.moveTo((0, 0))
+        for corner in ((0, 700), (width, 700), (width, 0)):
+            pen.lineTo(corner)
+        pen.closePath()
+        glyphs[name] = pen.glyph()
+    font.setupGlyphOrder(list(glyphs))
+    font.setupCharacterMap({ord("猫"): "cat", ord("犬"): "dog"})
+    font.setupGlyf(glyphs)
+    font.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Two", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(file)
+    monkeypatch.setattr(
+        "matplotlib.font_manager.findSystemFonts", lambda: [str(tmp_path / "absent.ttf"), file]
+    )
+    return file
+
+
+def test_letters_are_drawn_by_a_font_that_has_them_or_escaped(fonts):
+    assert lettering("a cat\n") == ("a cat\n", None)
+    assert lettering("Käse Ω")[0] == "Käse Ω" and lettering("Käse Ω")[1].endswith("DejaVuSans.ttf")
+    assert lettering("猫犬") == ("猫犬", fonts)
+    text, file = lettering("猫 鳥 Ω")  # no font has them all
+    assert text == r"\u732b \u9ce5 Ω" and file.endswith("DejaVuSans.ttf")
+    blank = np.zeros((1, 16, 16), np.uint8)
+    drawn = {text: captioned(blank, text) for text in ("猫", "犬", r"\u9ce5", "鳥")}
+    below = {text: (pixels[0, 128:] < 128).sum() for text, pixels in drawn.items()}
+    assert 0 < 1.5 * below["猫"] < below["犬"]
+    assert below["鳥"] > 0
 
 
 def test_labels_of_captioned_pictures(folder, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Metrics against closed forms, scipy and direct implementations; extractors; reference statistics."""
 
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from streaming import MDSWriter
 
-from eval import reference
+from eval import reference, trust
 from eval.features import SmallImageClassifier, load_extractor
 from eval.metrics import (
     FeatureMoments,
@@ -28,6 +29,8 @@ from eval.metrics import (
     precision_recall,
     resampled_distance,
 )
+from streaming_convert.__main__ import main as convert
+from tests.test_convert import DISPLAY_P3, icc_profile
 
 
 def samples(n, f, seed=0, rank=None):
@@ -425,7 +428,112 @@ def test_absent_extractors_and_weights_are_named():
             load_extractor(name, "/absent")
 
 
+def coloured(n, structured):
+    """n images (3, 8, 8) whose class, one of two, is their colour: with a bright square in them, or noise."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(n) % 2
+    images = rng.integers(60, 100, (n, 3, 8, 8))
+    images[np.arange(n), 2 * labels] += 100
+    if structured:
+        for image, (top, left) in zip(images, rng.integers(0, 5, (n, 2)), strict=True):
+            image[:, top : top + 3, left : left + 3] += 50
+    return torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels)
+
+
+def striped(n):
+    """n images (3, 8, 8) of any colour whose class is whether their stripes lie or stand."""
+    rng = np.random.default_rng(0)
+    labels, stripes = np.arange(n) % 2, np.arange(8) // 2 % 2 * 100
+    images = np.array([np.tile(stripes, (8, 1)) if label else np.tile(stripes, (8, 1)).T for label in labels])
+    images = images[:, None] + rng.integers(0, 100, (n, 3, 1, 1)) + rng.integers(0, 50, (n, 3, 8, 8))
+    return torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels)
+
+
+def trained(images, labels):
+    return SmallImageClassifier.train(images, labels, epochs=4, num_features=16)
+
+
+def test_a_classifier_that_noise_of_the_right_colours_would_fool_is_not_trusted():
+    images, labels = coloured(400, structured=True)
+    classifier = trained(images, labels)
+    noise, asked = coloured(200, structured=False)
+    agreement = float((classifier.logits(noise).argmax(1) == asked).double().mean())
+    assert classifier.accuracy > 0.95 and agreement > 0.95
+    (said,) = trust.doubts(classifier, images, labels, 400)
+    assert "of the real images from their colours alone" in said and "noise of the right colours" in said
+    images, labels = striped(400)
+    classifier = trained(images, labels)
+    assert classifier.accuracy > 0.95
+    assert trust.doubts(classifier, images, labels, 400) == []
+
+
+def test_a_classifier_of_too_little_is_not_trusted():
+    images, labels = striped(400)
+    blind = trained(images, torch.randint(2, (400,), generator=torch.Generator().manual_seed(0)))
+    said = trust.doubts(blind, images, labels, 400)
+    assert any("to name the largest class always is right about 0.500" in doubt for doubt in said)
+    classifier = trained(images, labels)
+    said = trust.doubts(classifier, images[:18], labels[:18], 18)
+    assert said == [
+        "18 real images are few for 16 features: distances are mostly chance.",
+        "The smallest class has about 9 real images, too few to learn from.",
+    ]
+    assert trust.doubts(classifier, images, 0 * labels, 400) == [
+        "The reference has one class only, so the classifier has learned nothing."
+    ]
+    shuffled = labels[torch.randperm(400, generator=torch.Generator().manual_seed(0))]
+    said = trust.doubts(classifier, images, shuffled, 400)
+    assert any(doubt.endswith("is of another class; by chance it would be 0.500.") for doubt in said)
+
+
+def test_shuffled_images_keep_their_colours_and_nothing_else():
+    images = torch.arange(2 * 3 * 16, dtype=torch.uint8).view(2, 3, 4, 4)
+    found = trust.shuffled(images)
+    assert not torch.equal(found, images)
+    for before, after in zip(images.flatten(2), found.flatten(2), strict=True):
+        assert sorted(before.T.tolist()) == sorted(after.T.tolist())
+
+
+def test_the_digits_classifier_is_trusted(digits, classifier):
+    assert trust.doubts(classifier[0], *digits, 1797) == []
+
+
 # ---------------------------------------------------------------- reference statistics
+
+
+def test_command_prints_the_distance_of_two_sets(tmp_path, capsys):
+    """Folders, datasets and files of statistics, on either side."""
+    images, labels = striped(120)
+    trained(images, labels).save(tmp_path / "classifier")
+    network = trained(images, labels)
+    for name, part in (("a", images[:70]), ("b", images[70:])):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(part):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i:03}.png")
+    sides = [network(part).numpy() for part in (images[:70], images[70:])]
+    mean, covariance = zip(*((x.mean(0), np.cov(x, rowvar=False)) for x in sides), strict=True)
+    roots = np.linalg.eigvals(covariance[0] @ covariance[1]).real.clip(0) ** 0.5
+    expected = ((mean[0] - mean[1]) ** 2).sum() + np.trace(covariance[0] + covariance[1]) - 2 * roots.sum()
+    a, b, file = (str(tmp_path / name) for name in ("a", "b", "b.npz"))
+    options = ["--extractor", "classifier", "--weights", str(tmp_path / "classifier"), "--device", "cpu"]
+    assert reference.main([b, *options, "--out", file]) == 0
+    for pair in ((a, b), (a, file), (file, a)):
+        capsys.readouterr()
+        assert reference.main([pair[0], "--against", pair[1], *options]) == 0
+        said = capsys.readouterr().out
+        assert float(said.split()[2].rstrip(",")) == pytest.approx(expected, rel=1e-4, abs=2e-6)
+        assert f"{a} (70 images)" in said
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
+    assert reference.main([a, "--against", str(tmp_path / "other.npz"), *options]) == 1
+    assert "other.npz is of 3 features, extractor classifier has 16" in capsys.readouterr().err
+    (tmp_path / "few").mkdir()
+    for i in range(3):
+        shutil.copy(tmp_path / f"a/{i:03}.png", tmp_path / "few")
+    assert reference.main([str(tmp_path / "few"), "--against", file, *options]) == 0
+    assert "few holds 3 images, too few for the covariance of 16 features" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        reference.main([a, *options])
+    assert "give --out FILE.npz, --against OTHER or both" in capsys.readouterr().err
 
 
 def test_command_measures_a_dataset_folder(digits, classifier, tmp_path, capsys):
@@ -454,14 +562,54 @@ def test_image_folders_are_read_whole(tmp_path):
     images = reference.open_images(tmp_path)
     assert torch.equal(torch.stack(list(images)), torch.from_numpy(pixels).permute(0, 3, 1, 2))
     Image.fromarray(pixels[0, :4]).save(tmp_path / "c.png")
-    with pytest.raises(ValueError, match=r"c\.png: is \(8, 4\) pixels"):
+    with pytest.raises(ValueError, match=r"c\.png: is 8x4 pixels, the first image is 8x8"):
         list(reference.open_images(tmp_path))
     (tmp_path / "c.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"c\.png: not a readable image"):
         list(reference.open_images(tmp_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="holds no .jpg, .jpeg, .png, .webp files"):
         reference.open_images(tmp_path / "empty")
+
+
+def test_a_plain_folder_has_the_pixels_of_its_conversion(tmp_path, capsys):
+    rng, folder = np.random.default_rng(0), tmp_path / "in"
+    image, exif = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    deep = Image.fromarray(np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16))
+    seen = image.copy()
+    seen.putalpha(Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)))
+    folder.mkdir()
+    deep.save(folder / "deep.png")
+    seen.save(folder / "transparent.png")
+    image.save(folder / "rotated.jpg", exif=exif, quality=95)
+    image.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    image.quantize(16).save(folder / "palette.png", transparency=3)
+    image.save(folder / "wide.png", icc_profile=icc_profile(DISPLAY_P3, 2.2))
+    image.save(folder / "damaged.png", icc_profile=b"no profile")
+    moving = {"save_all": True, "append_images": [image.rotate(90)], "duration": 100}
+    image.save(folder / "moving.webp", lossless=True, **moving)
+    image.save(folder / "moving.png", **moving)
+    assert (
+        convert(["images", str(folder), "--size", "16", "--unlabelled", "--out", str(tmp_path / "out")]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "2 pictures: animated, the first frame was taken" in printed
+    assert "1 pictures: its ICC profile is damaged: the colours were taken for sRGB" in printed
+    files, stored = reference.open_images(folder), reference.open_images(tmp_path / "out/train")
+    assert len(files) == len(stored) == 9
+    for name, here, there in zip(files.names, files, stored, strict=True):
+        assert torch.equal(here, there), name
+    written = dict(zip(files.names, files, strict=True))
+    levels = np.rint(np.asarray(deep) / 257)
+    assert np.array_equal(written["deep.png"], np.broadcast_to(levels, (3, 16, 16)))
+    plain = np.asarray(image).transpose(2, 0, 1)
+    for name in ("damaged.png", "moving.webp", "moving.png"):
+        assert np.array_equal(written[name], plain), name
+    unturned = np.asarray(Image.open(folder / "rotated.jpg")).transpose(2, 0, 1)
+    assert np.array_equal(written["rotated.jpg"], np.rot90(unturned, -1, (1, 2)))
+    said = capsys.readouterr().out
+    assert f"{folder}/moving.png: animated, the first frame was taken" in said
 
 
 @pytest.mark.parametrize("compression", [None, "zstd:3"])

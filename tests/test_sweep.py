@@ -1,6 +1,8 @@
 """Sweeps over a short real run: resume, ranks, metrics, report."""
 
+import json
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -10,11 +12,20 @@ import torch
 from PIL import Image
 
 from eval import sweep as sweep_module
-from eval.export import export_program, find_weights
+from eval.export import Export, export_program, find_weights
 from eval.features import SmallImageClassifier, load_extractor
-from eval.reference import HeldOut, labelled, open_images
+from eval.reference import HeldOut, content_digest, labelled, make_extractor, open_images
 from eval.reference import main as reference_main
-from eval.report import best_curve, plot_distances, read_lines, read_log
+from eval.report import (
+    best_curve,
+    html_page,
+    markdown,
+    plain,
+    plot_distances,
+    read_lines,
+    read_log,
+    write,
+)
 from eval.sweep import main as sweep_main
 from recipe.objectives import OBJECTIVES
 from recipe.weights import load_weights, save_weights
@@ -55,7 +66,7 @@ def sweep(tiny_run, digits, classifier, folder, *overrides, yaml="yamls/eval/dig
 
 
 def test_an_interrupted_sweep_continues_and_ends_with_the_same_table(
-    tiny_run, digits, classifier, tmp_path, monkeypatch
+    tiny_run, digits, classifier, tmp_path, monkeypatch, capsys
 ):
     folder, grid = tmp_path / "sweep", ["averages=[ema,net]", "nfe=[1,2]", "w=[1.25]", f"labels={digits}"]
     read, manifests = sweep_module.read_manifest, []
@@ -70,11 +81,117 @@ def test_an_interrupted_sweep_continues_and_ends_with_the_same_table(
     scored = []
     score = sweep_module.score
     monkeypatch.setattr(sweep_module, "score", lambda *a: scored.append(a[2]) or score(*a))
+    capsys.readouterr()
     again = sweep(tiny_run, digits, classifier, folder, *grid)
     assert len(scored) == 3
+    assert "results.jsonl, line 6 is damaged: its cell is scored again" in capsys.readouterr().err
     assert (folder / "results.md").read_text() == table
     assert again[:5] == rows[:5]
     assert [r["frechet_distance"] for r in again] == [r["frechet_distance"] for r in rows]
+
+
+ROW = {"weights": "runs/a/weights/ba1-ema", "sha256": "", "objective": "tvm", "average": "ema", "step": 1}
+ROW |= {"nfe": 1, "w": 1.0, "frechet_distance": 2.0, "floor": None, "class_agreement": 0.5, "prompts": ""}
+ROW |= {"extractor": "classifier", "classifier_accuracy": 1.0, "reference": "data/a/train", "dtype": "fp32"}
+ROW |= {"seed": 0, "samples": 9, "train_seconds": 3.0, "time": "2026-01-01", "commit": "abc", "encoder": ""}
+
+
+def test_lines_that_are_no_results_are_named_and_count_for_nothing(tmp_path, capsys):
+    damaged = ["[1]", "7", '{"weights": ', "\xff", "[" * 100_000, "{}", '{"nfe": 1}']
+    for change in (
+        {"frechet_distance": None},
+        {"frechet_distance": float("nan")},
+        {"frechet_distance": "2.0"},
+        {"step": "1"},
+        {"weights": 3},
+        {"time": 5},
+        {"train_seconds": "x"},
+        {"class_agreement": [1]},
+        {"retrieval": 0.1, "encoder": None, "prompts": 4, "samples": 0, "nearer_share": 1},
+    ):
+        damaged.append(json.dumps({**ROW, **change}))
+    file = tmp_path / "results.jsonl"
+    file.write_bytes("\n".join([json.dumps(ROW), *damaged, json.dumps(ROW), ""]).encode("latin-1"))
+    assert sweep_module.read_finished(file) == [ROW, ROW]
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        f"warning: {file}, line {number} is damaged: its cell is scored again"
+        for number in range(2, 2 + len(damaged))
+    ]
+
+
+@pytest.mark.parametrize("names", [["a"], "ab", {"a": 1, "b": 2}, ["a", None], 7])
+def test_names_that_do_not_fit_the_classes_are_refused(names):
+    export = Export("x.json", {"data": {"class_names": names}, "model": {"classes": 2}})
+    with pytest.raises(ValueError, match=r"weights: x.json: data.class_names must name 2 classes, found"):
+        sweep_module.check_class_names([export])
+    for good in (["a", "b"], [], None):
+        facts = {"data": {"class_names": good}, "model": {"classes": 2}}
+        sweep_module.check_class_names([Export("x.json", facts)])
+
+
+def test_weights_and_classifier_must_be_of_one_shape(classifier):
+    extractor = load_extractor("classifier", str(classifier))
+    for shape, fits in (((1, 8), True), ((1, 16), False), ((3, 8), False)):
+        model = dict(zip(("channels", "size"), shape, strict=True))
+        exports = [Export("x.json", {"data": {"column": "image"}, "model": model})]
+        with nullcontext() if fits else pytest.raises(ValueError, match="classifier takes those of 1 chan"):
+            sweep_module.check_shapes(exports, extractor)
+
+
+def test_the_key_of_a_cell_has_the_weights_of_its_extractor(classifier, tmp_path):
+    (tmp_path / "reference.npz").write_bytes(b"statistics")
+    extractor = load_extractor("classifier", str(classifier))
+    first = content_digest(str(tmp_path / "reference.npz"), extractor)
+    assert content_digest(str(tmp_path / "reference.npz"), load_extractor("classifier", classifier)) == first
+    extractor.network[0].weight[0, 0, 0, 0] += 1
+    assert content_digest(str(tmp_path / "reference.npz"), extractor) != first
+
+
+def test_a_plain_folder_as_reference_says_which_extractors_work(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for images, what in ((open_images(tmp_path), "plain folder of pictures"), (None, "file of statistics")):
+        with pytest.raises(
+            ValueError, match=f"the reference is a {what}. Fix: set extractor=inception-2015 or"
+        ):
+            make_extractor("classifier", None, images, str(tmp_path), "cpu")
+
+
+def test_text_of_files_is_shown_as_it_stands():
+    script, link = "<script>alert(1)", "[x](javascript:y) a|b *c*\n# d"
+    row = {**ROW, "weights": f"{script}/weights/ba1 | x", "reference": link, "extractor": script}
+    text = markdown([row], "Protocol `tvm`.", [script])
+    assert "<script" not in text and text.count("&lt;script&gt;") == 3
+    assert r"\[x\](javascript:y) a\|b \*c\* # d" in text
+    head, rule, line, *_ = text.splitlines()
+    assert head.count("|") == rule.count("|") == line.count("|") - line.count(r"\|")
+    page = html_page([row], [script], script, {})
+    assert "<script" not in page and page.count("&lt;script&gt;") == 4
+    usual = "digits_cpu/ba0002400-ema, w = 1.25: 0.612 (0.5) +- 0.1, `tvm`."
+    assert plain(usual) == usual
+
+
+def test_the_hash_in_a_snapshots_json_leads_nowhere(tiny_run, tmp_path):
+    net, facts = load_weights(tiny_run / "weights/ba0000008-ema")
+    facts = {k: v for k, v in facts.items() if k not in ("model", "format")}
+    folder = tmp_path / "run/weights"
+    for length in (0.05, 0.1):
+        description = {**facts, "average": f"posthoc:{length}"}
+        file = save_weights(folder / f"ba8-posthoc_{length}", net.state_dict(), net.config, description)
+        file.write_text(file.read_text().replace(json.loads(file.read_text())["sha256"], "/../../e"))
+    (tmp_path / "sweep/posthoc/run-").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="sha256: '/../../e' must match"):
+        find_weights([str(folder)], ["posthoc:0.075"], False, tmp_path / "sweep")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_labels_are_drawn_as_they_stand(tmp_path):
+    figure, panel = plt.subplots()
+    write(panel.title, "$\\frac$ \u732b \U0001f600 cat")
+    figure.savefig(tmp_path / "drawn.png")
+    assert panel.title.get_text().startswith("$")
+    plt.close(figure)
 
 
 def test_a_cell_is_scored_again_when_its_inputs_have_changed(tiny_run, digits, classifier, tmp_path):
