@@ -30,7 +30,19 @@ import numpy as np
 from tqdm import tqdm
 
 from storage import Folder
-from storage.manifest import MANIFEST, STORED_DTYPE, WORK, DatasetError, Manifest, difference, fingerprint
+from storage.manifest import (
+    INDEX,
+    MANIFEST,
+    STORED_DTYPE,
+    WORK,
+    DatasetError,
+    Manifest,
+    difference,
+    fingerprint,
+    list_shards,
+    stored_file,
+)
+from storage.outside import OutsideError, parse_json
 from streaming_convert.encoders import Encoder
 from streaming_convert.images import Rejected
 from streaming_convert.sources import Source
@@ -40,7 +52,7 @@ if TYPE_CHECKING:
 
     from recipe.pretrained import TextEncoder
 
-INDEX, REJECTED, PLAN = "index.json", "rejected.jsonl", f"{WORK}/plan.json"
+REJECTED, PLAN = "rejected.jsonl", f"{WORK}/plan.json"
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,8 @@ def is_complete(job: Job) -> bool:
     names = folder.names()
     found = MANIFEST if MANIFEST in names else PLAN if PLAN in names else None
     if found:
-        change = difference(job.plan, Manifest.from_json(folder.read(found), f"{job.uri}/{found}"))
+        there = Manifest.from_json(folder.read(found), f"{job.uri}/{found}", plan=found == PLAN)
+        change = difference(job.plan, there)
         if change:
             raise DatasetError(f"{job.uri} holds a different dataset: {change}. Nothing was changed")
     elif any(not name.startswith(f"{WORK}/") for name in names):
@@ -289,20 +302,6 @@ def _publish_shard(folder: Folder, number: int, writer: "MDSWriter") -> dict | N
     return entry
 
 
-def stored_file(entry: dict) -> dict:
-    """What the index says of the file that holds a shard: its basename, bytes and hashes."""
-    return entry["zip_data"] or entry["raw_data"]
-
-
-def list_shards(entries: list[dict]) -> dict[str, dict]:
-    """Entries of the index as the manifest has them: {file name: {bytes, xxh64, samples}}."""
-    files = [(stored_file(entry), entry["samples"]) for entry in entries]
-    return {
-        file["basename"]: {"bytes": file["bytes"], "xxh64": file["hashes"]["xxh64"], "samples": samples}
-        for file, samples in files
-    }
-
-
 def finish(uris: list[str], max_rejected: int = 0) -> list[Manifest]:
     """Makes index and manifest of the splits `uris` of a dataset from the records of their parts, whoever
     converted them. A finished split stays as it is.
@@ -334,7 +333,7 @@ def _collect(uri: str) -> tuple[Manifest, list[dict]]:
         return Manifest.from_json(folder.read(MANIFEST), f"{uri}/{MANIFEST}"), []
     if PLAN not in names:
         raise DatasetError(f"{uri} holds no conversion, finished or not")
-    plan = Manifest.from_json(folder.read(PLAN), f"{uri}/{PLAN}")
+    plan = Manifest.from_json(folder.read(PLAN), f"{uri}/{PLAN}", plan=True)
     records = _read_records(folder, plan, names)
     rejected = [line for record in records for line in record["rejected"]]
     if rejected:

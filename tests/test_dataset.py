@@ -54,7 +54,7 @@ def test_a_shard_outside_the_dataset_is_not_fetched(remote, tmp_path):
     index = remote / "index.json"
     index.write_text(index.read_text().replace(name, "../outside.mds"))
     for local in (tmp_path / "cache", remote):
-        with pytest.raises(DatasetError, match="names a file outside its folder: ../outside.mds"):
+        with pytest.raises(DatasetError, match='names a file that is not a shard of its folder: "../outside.mds"'):
             first_batch(remote, local)
 
 
@@ -171,7 +171,7 @@ def test_ranks_agree_on_a_number_while_names_and_lock_files_of_other_jobs_vanish
     finally:
         for name in names:
             name.unlink(missing_ok=True)
-    assert process.stdout.split()[0] == "899"  # of 1797, by two ranks
+    assert process.stdout.split()[0] == "896"  # of 1797, in 56 steps of two ranks
     assert not list(temporary.glob("*_filelock"))
 
 
@@ -190,7 +190,7 @@ def test_a_cache_smaller_than_the_data_serves_every_sample(tmp_path):
     convert = ["-m", "streaming_convert", "digits", "--out", tmp_path, "--shard-samples", "100"]
     subprocess.run([sys.executable, *convert], cwd=ROOT, check=True)
     cache = tmp_path / "cache"
-    order = {"shuffle": True, "num_canonical_nodes": 1, "shuffle_block_size": 300, "batch_size": 16}
+    order = {"shuffle": True, "num_canonical_nodes": 1, "shuffle_block_size": 300, "batch_size": 3}
     dataset = TrainingDataset(str(tmp_path / "train"), str(cache), cache_limit="80kb", **order)
     most = 0
     for _ in range(2):
