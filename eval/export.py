@@ -212,7 +212,7 @@ def synthesized(
     for step, length in product(steps[:1] if latest else steps, lengths):
         digests = [facts["sha256"] for _, facts in snapshots if facts["step"] <= step]
         file = folder / f"{path.parent.name}-{digests[-1][:8]}-ba{step:07d}-posthoc_{length:g}.json"
-        if not file.is_file() or json.loads(file.read_text()).get("snapshots") != digests:
+        if not file.is_file() or read_facts(file).get("snapshots") != digests:
             save(file, *synthesize(path, length, step))
         exports.append(Export(file, read_facts(file)))
     return exports

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 import sys
 import textwrap
@@ -32,6 +31,7 @@ from eval.reference import MDSImages, Reference
 from eval.sample import Generator
 from recipe.sampler import grid
 from recipe.text import Text
+from storage.outside import OutsideError, parse_json
 
 Row = dict[str, Any]
 
@@ -121,9 +121,9 @@ def read_lines(path: Path) -> list[Row]:
     """Rows of a .jsonl file, none if it does not exist; a line cut short by a kill does not count."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+        with suppress(OutsideError):
+            rows.append(parse_json(line, str(path), nan=True))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def read_log(path: Path) -> dict[str, np.ndarray]:
@@ -211,7 +211,7 @@ def real_examples(images: Dataset | None, classes: list[int], columns: int) -> T
         return None
     found: dict[int, list[Tensor]] = {c: [] for c in classes}
     for i in range(len(images)):
-        sample = images.samples[i]
+        sample = images.row(i)
         shown = found.get(int(sample["label"]))
         if shown is not None and len(shown) < columns:
             shown.append(torch.tensor(sample["image"]))

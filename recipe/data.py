@@ -139,7 +139,7 @@ def in_place(remote: str | None, local: str) -> bool:
 
 
 def local_index(remote: str | None, local: str, manifest: Manifest) -> list[Shard]:
-    """The shards of this node's index.json, which is fetched where it is missing, damaged or of another dataset.
+    """The shards of this node's index.json; fetched where it is missing, damaged or of another dataset.
 
     Raises DatasetError where the dataset itself lies here, or its own index is wrong; StorageError.
     """
@@ -177,8 +177,8 @@ def damage(path: Path, expected: File, checksums: bool) -> str | None:
 def check_local(remote: str | None, local: str, manifest: Manifest, checksums: bool) -> None:
     """Compares this node's files with the index, and that with the manifest.
 
-    A damaged file of a cache is deleted, so that it is fetched again. Raises DatasetError for one of a dataset
-    that lies here itself, StorageError where the index cannot be fetched.
+    A damaged file of a cache is deleted, so that it is fetched again. Raises DatasetError for one of a
+    dataset that lies here itself, StorageError where the index cannot be fetched.
     """
     entries, ours = local_index(remote, local, manifest), in_place(remote, local)
     files = [file for entry in entries for file in files_of(entry)]

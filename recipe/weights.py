@@ -26,6 +26,7 @@ from typing_extensions import TypedDict
 from recipe.dit import DiT, DiTConfig
 from recipe.objectives import from_facts
 from recipe.settings import make
+from storage.outside import parse_json
 
 FORMAT = 1
 
@@ -101,7 +102,7 @@ def read_facts(path: str | Path) -> dict[str, Any]:
 def parse_facts(text: bytes, where: str) -> dict[str, Any]:
     """The content of a weights' JSON, read from `where`. Raises ValueError, naming it."""
     try:
-        facts = dict(json.loads(text))
+        facts = dict(parse_json(text, where))
     except (ValueError, TypeError) as error:
         raise ValueError(f"weights: {where} is not a description of weights: {error}") from error
     if facts.get("format") != FORMAT:

@@ -19,7 +19,7 @@ from pydantic_core import from_json
 
 LARGEST = 2**28  # bytes of a file: an index of half a million shards, the labels of five million files
 INTEGER = 2**63  # what int64 holds
-HALF = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]..")
+ESCAPE = re.compile(rb"\\(?:u[dD][89a-fA-F]..|.)", re.DOTALL)
 
 
 class OutsideError(ValueError):
@@ -39,8 +39,8 @@ def read_bytes(path: str | Path, limit: int = LARGEST) -> bytes:
 def parse_json(text: str | bytes, where: str, nan: bool = False) -> Any:  # noqa: ANN401
     """The value of a JSON text that comes from `where`. Raises OutsideError.
 
-    Refused are texts of more than LARGEST bytes, nesting of more than 200 levels, integers beyond 64 bits and,
-    unless `nan`, numbers that are not finite.
+    Refused are texts of more than LARGEST bytes, nesting of more than 200 levels, integers beyond 64 bits
+    and, unless `nan`, numbers that are not finite.
     """
     text = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     if len(text) > LARGEST:
@@ -56,8 +56,8 @@ def parse_json(text: str | bytes, where: str, nan: bool = False) -> Any:  # noqa
 
 
 def without_halves(text: bytes) -> bytes:
-    """A JSON text with U+FFFD for halves of characters: Python writes so the bytes of a name that is not UTF-8."""
-    return HALF.sub(rb"\\ufffd", text)
+    """A JSON text with U+FFFD for escaped halves of characters: so Python writes names that are not UTF-8."""
+    return ESCAPE.sub(lambda found: rb"\ufffd" if len(found[0]) == 6 else found[0], text)
 
 
 def read_json(path: str | Path, nan: bool = False) -> Any:  # noqa: ANN401

@@ -24,10 +24,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 from tqdm import tqdm
+from typing_extensions import NotRequired, TypedDict
 
 from storage import Folder
 from storage.manifest import (
@@ -35,14 +37,18 @@ from storage.manifest import (
     MANIFEST,
     STORED_DTYPE,
     WORK,
+    Count,
     DatasetError,
     Manifest,
+    Shard,
+    Size,
+    Strict,
     difference,
     fingerprint,
     list_shards,
     stored_file,
 )
-from storage.outside import OutsideError, parse_json
+from storage.outside import OutsideError, conform, parse_json
 from streaming_convert.encoders import Encoder
 from streaming_convert.images import Rejected
 from streaming_convert.sources import Source
@@ -355,11 +361,51 @@ def _read_records(folder: Folder, plan: Manifest, names: set[str]) -> list[dict]
             f"{folder.uri}: {len(missing)} of {len(wanted)} parts are missing, the first is {missing[0]}"
         )
     with ThreadPoolExecutor(16) as pool:  # from a bucket, thousands of files one by one would take minutes
-        records = [json.loads(data) for data in pool.map(folder.read, wanted)]
-    for name, record in zip(wanted, records, strict=True):
+        texts = list(pool.map(folder.read, wanted))
+    records = []
+    for name, text in zip(wanted, texts, strict=True):
+        records.append(record := _parse_record(text, f"{folder.uri}/{name}"))
         if record["plan"] != fingerprint(plan):
             raise DatasetError(f"{folder.uri}/{name} is a part of another dataset than {PLAN}")
     return records
+
+
+class Sums(TypedDict):
+    """Sums of `Moments`: 0.0 of no samples, else one for each channel."""
+
+    __pydantic_config__ = Strict
+    n: int
+    x: float | list[float]
+    xx: float | list[float]
+    var: float | list[float]
+
+
+Label = Annotated[str, Field(pattern="^-?[0-9]{1,19}$")]
+
+
+class Record(TypedDict):
+    """What is known of a finished part, by the plan that it belongs to; the last two only with captions."""
+
+    __pydantic_config__ = Strict
+    plan: str
+    shard: Shard | None
+    counts: dict[Label, Count]
+    moments: Sums
+    rejected: list[dict[Literal["key", "reason"], str]]
+    caption_bytes: NotRequired[dict[Size, Count]]
+    cut: NotRequired[Count]
+
+
+def _parse_record(text: bytes, where: str) -> Record:
+    """The record of a part. Raises DatasetError where it is damaged."""
+    try:
+        record = parse_json(text, where)
+        conform(Record, text, where)
+    except OutsideError as error:
+        raise DatasetError(
+            f"{error}. Delete it, and run the same command to convert that part again"
+        ) from error
+    return record
 
 
 def _complete(plan: Manifest, records: list[dict]) -> Manifest:

@@ -751,16 +751,22 @@ def _change_manifest(key: str, value: object, message: str):
         _lose_shard,
         _wrong_size,
         _break_index,
-        _change_manifest("shape", "wide", 'train/manifest.json: shape: "wide": input should be a valid array'),
-        _change_manifest("class_names", None, "manifest.json: class_names: null: input should be a valid array"),
+        _change_manifest(
+            "shape", "wide", 'train/manifest.json: shape: "wide": input should be a valid array'
+        ),
+        _change_manifest(
+            "class_names", None, "manifest.json: class_names: null: input should be a valid array"
+        ),
         _change_manifest("shards", [1], "manifest.json: shards: [1]: input should be an object"),
         _change_manifest("class_names", ["0", "1"], "manifest.json: class_counts: has 10 values, not 2"),
-        _change_manifest("class_counts", [179] * 10, "class_counts: adds up to 1790 samples, num_samples is 1797"),
+        _change_manifest(
+            "class_counts", [179] * 10, "class_counts: adds up to 1790 samples, num_samples is 1797"
+        ),
         _change_manifest("class_counts", [178] * 9 + [195], "class_counts: the manifest says [178, 178"),
         _change_manifest("num_samples", 1796, "shards: adds up to 1797 samples, num_samples is 1796"),
         _change_manifest("rejected", 3, "rejected: the manifest says 3, there are 0"),
         _change_manifest("channel_mean", [77.0], "channel_mean: the manifest says [77.0]"),
-        _change_manifest("shape", [1, 4, 16], "ndarray:uint8:1,8,8\", \"label\": \"int64\"}, manifest.json says"),
+        _change_manifest("shape", [1, 4, 16], 'ndarray:uint8:1,8,8", "label": "int64"}, manifest.json says'),
         _change_manifest("column", "latents", "shape: [1, 8, 8] of latents, whose means"),
         _change_manifest("shards", {}, "manifest.json: shards: adds up to 0 samples, num_samples is 1797"),
     ],

@@ -386,7 +386,10 @@ def _edit(key: str, value: object):
         (_edit("empty", "AAAA"), "manifest.json: text.empty: has 3 bytes"),
         (_edit("caption_bytes", {"0": 5}), "caption_bytes: the manifest says {'0': 5}, there are {'0': 1, "),
         (_edit("caption_bytes", {"0": 4}), "caption_bytes: adds up to 4 samples, num_samples is 5"),
-        (_edit("caption_bytes", None), 'columns: ["caption", "image", "label", "text", "text_length"], manifest'),
+        (
+            _edit("caption_bytes", None),
+            'columns: ["caption", "image", "label", "text", "text_length"], manifest',
+        ),
         (_edit("text", None), 'columns: ["caption", "image", "label", "text", "text_length"], manifest.json'),
     ],
 )
