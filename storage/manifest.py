@@ -144,7 +144,8 @@ class Manifest:
 
     def check_label(self, label: int, where: str) -> None:
         """Raises DatasetError if the label of the sample `where` is no class; without classes all are 0."""
-        if not 0 <= label < (classes := len(self.class_names) or 1):
+        classes = len(self.class_names) or 1
+        if not 0 <= label < classes:
             raise DatasetError(f"{where}: label {label} is not in 0..{classes - 1}")
 
     @property

@@ -115,7 +115,7 @@ def test_no_reader_of_a_dataset_executes_what_it_holds(hostile, tmp_path):
 
 @pytest.mark.parametrize("compression", [None, "zstd:3"])
 def test_what_was_damaged_in_a_cache_is_fetched_again(tmp_path, caplog, compression):
-    pixels = np.random.default_rng(0).integers(0, 256, (48, 1, 4, 4), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 1, 4, 4), dtype=np.uint8)
     remote = store(tmp_path / "remote", pixels, compression=compression)
     cache = tmp_path / "cache"
     expected = first_batch(remote, cache)
