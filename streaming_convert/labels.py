@@ -62,7 +62,11 @@ def match(rows: dict[str, str | int], keys: list[str], path: str) -> list[str | 
 def parse_json(text: str | bytes, path: str) -> dict[str, str | int] | None:
     """{file: label} of {"labels": [[file, label], ...]}; None where it says null: there are no labels."""
     try:
-        rows = outside.parse_json(text, path)["labels"]
+        content = outside.parse_json(text, path)
+    except outside.OutsideError as error:
+        raise DatasetError(str(error)) from error
+    try:
+        rows = content["labels"]
         return None if rows is None else {name.replace("\\", "/"): label for name, label in rows}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(
