@@ -100,7 +100,8 @@ class DataConfig(Settings):
         None, description="Largest size of the local copy of remote; null for no limit."
     )
     verify: bool = Field(
-        True, description="Whether a run's start compares checksums of the shards that lie here, not sizes alone."
+        True,
+        description="Whether a run compares the checksums of the files in local when it starts, not sizes alone.",
     )
 
     @model_validator(mode="after")

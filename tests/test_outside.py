@@ -264,7 +264,7 @@ def test_no_content_of_index_or_manifest_is_a_traceback(small, data):
         file.write_bytes(sound)
 
 
-@settings(FUZZ, max_examples=100)
+@settings(FUZZ, max_examples=60)
 @given(data=st.data())
 def test_no_content_of_a_weights_description_is_a_traceback(weights, data):
     file = Path(weights)
