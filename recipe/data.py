@@ -101,7 +101,7 @@ class DataConfig(Settings):
     )
     verify: bool = Field(
         True,
-        description="Whether a run compares the checksums of the files in local when it starts, not sizes alone.",
+        description="Whether a starting run compares checksums of the files in local, not their sizes alone.",
     )
 
     @model_validator(mode="after")
