@@ -40,6 +40,7 @@ from eval.reference import make_extractor, open_images
 from eval.report import read_lines, read_log
 from recipe.config import TrainConfig, load_config
 from recipe.resume import PREEMPTED, newest
+from storage.outside import read_json
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 600
@@ -113,7 +114,7 @@ def attention(size: Size, out: Path) -> Result:
     """Times of attention and its peers."""
     file = out / "attention.json"
     python("-m", "benchmarks.attention", *size.attention, "--out", file, expect=None)
-    result = json.loads(file.read_text())
+    result = read_json(file)
     missed = [f"{row['size']}: {what}" for row in result["rows"] for what in row.get("missed", [])]
     return {**result, "missed": missed}
 
@@ -210,7 +211,7 @@ OPTIONAL = ("emoji_detached",)
 def result_of(out: Path, stage: str) -> Result | None:
     """What a finished stage found, on this device and with this commit's code."""
     file, where = out / f"{stage}.json", environment()
-    result = json.loads(file.read_text()) if file.is_file() else {}
+    result = read_json(file) if file.is_file() else {}
     same = "minutes" in result and all(result[key] == where[key] for key in ("device", "commit"))
     return result if same else None
 

@@ -229,7 +229,7 @@ def synthesized(
         digests = [facts["sha256"] for _, facts in snapshots if facts["step"] <= step]
         mark = hashlib.sha256(repr(digests).encode()).hexdigest()[:8]  # no text of the files in a path
         file = folder / f"{path.parent.name}-{mark}-ba{step:07d}-posthoc_{length:g}.json"
-        if not file.is_file() or json.loads(file.read_text()).get("snapshots") != digests:
+        if not file.is_file() or read_facts(file).get("snapshots") != digests:
             save(file, *synthesize(path, length, step))
         exports.append(Export(file, read_facts(file)))
     return exports

@@ -6,17 +6,20 @@ import pickle
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.error import URLError
 
 import torch
 from composer.utils import dist
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import TypedDict
 
 from eval.metrics import FeatureMoments
+from storage.outside import conform, read_bytes, read_json
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -62,6 +65,27 @@ def _require_uint8(images: Tensor, channels: int) -> None:
 
 
 # ---------------------------------------------------------------- a classifier trained on the spot
+
+
+class Training(TypedDict):
+    """What a classifier was trained with; see `SmallImageClassifier.train`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    channels: Annotated[int, Field(ge=1, le=2**16)]
+    size: Annotated[int, Field(ge=8, le=2**16)]
+    num_classes: Annotated[int, Field(ge=1, le=2**20)]
+    num_features: Annotated[int, Field(ge=1, le=2**20)]
+    epochs: int
+    seed: int
+    data_sha256: str
+
+
+class Trained(TypedDict):
+    """The JSON beside a classifier's weights."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    settings: Training
+    accuracy: Annotated[float, Field(ge=0, le=1)]
 
 
 class SmallImageClassifier(FeatureExtractor):
@@ -142,10 +166,12 @@ class SmallImageClassifier(FeatureExtractor):
             if not file.is_file():
                 raise FileNotFoundError(f"classifier weights {file} do not exist")
         try:
-            facts = json.loads(facts_file.read_text())
-            network = _build_network(facts["settings"])
-            network.double().load_state_dict(load_file(weights_file))
-            return cls(facts["settings"], network, facts["accuracy"]).to(device)
+            conform(Trained, read_bytes(facts_file), str(facts_file))
+            facts = read_json(facts_file)
+            with torch.device("meta"):  # so that no number in the JSON fills the memory
+                network = _build_network(facts["settings"])
+            network.load_state_dict(load_file(weights_file), assign=True)
+            return cls(facts["settings"], network.double(), facts["accuracy"]).to(device)
         except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{path} is not a classifier of this project: {error}") from error
 

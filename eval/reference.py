@@ -22,7 +22,6 @@ from composer.utils import dist
 from scipy.stats import mannwhitneyu
 from streaming import LocalDataset
 from streaming.base.compression import decompress
-from streaming.base.format.mds import MDSReader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchmetrics.multimodal.clip_score import CLIPScore
@@ -35,7 +34,7 @@ from eval.trust import PROBED, doubts
 from recipe.data import collate
 from recipe.pretrained import hash_weights
 from recipe.text import Text, TextConfig
-from storage.manifest import check_inside, read_manifest
+from storage.manifest import Shard, open_dataset
 from streaming_convert.images import Rejected, decode
 from streaming_convert.sources import Archive, list_images
 
@@ -46,14 +45,16 @@ STATISTICS = (".npz", ".pkl")
 MAX_ARRAY_BYTES = 2**28  # a covariance of 5,000 features
 
 
-def unpack(folder: Path, shard: MDSReader) -> None:
+def unpack(folder: Path, shard: Shard) -> None:
     """Gives a compressed shard its plain file, where there is none; several ranks may do it at once."""
-    files = [info.basename for pair in shard.file_pairs for info in pair if info]
-    check_inside(files, f"{folder}/index.json")
-    target = folder / shard.raw_data.basename
-    if shard.compression and not target.is_file():
+    target = folder / shard["raw_data"]["basename"]
+    if shard["compression"] and not target.is_file():
         part = target.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(decompress(shard.compression, (folder / shard.zip_data.basename).read_bytes()))
+        packed = folder / shard["zip_data"]["basename"]
+        content = decompress(shard["compression"], packed.read_bytes())
+        if len(content) != shard["raw_data"]["bytes"]:
+            raise ValueError(f"{packed}: the size without compression is not that of the index")
+        part.write_bytes(content)
         part.rename(target)
 
 
@@ -64,21 +65,32 @@ class MDSImages(Dataset):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.samples = str(folder), LocalDataset(str(folder))
-        for shard in self.samples.shards:
+        self.manifest, shards = open_dataset(str(folder))
+        if self.manifest.column != "image":
+            raise ValueError(f"{folder}: no column `image`, found {', '.join(self.manifest.columns)}")
+        for shard in shards:
             unpack(folder, shard)
-        if "image" not in self.samples[0]:
-            raise ValueError(f"{folder}: no column `image`, found {', '.join(self.samples[0])}")
+        self.folder, self.samples = str(folder), LocalDataset(str(folder))
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(self.samples[index]["image"].copy())
+        return torch.from_numpy(self.row(index)["image"].copy())
+
+    def row(self, index: int) -> dict[str, Any]:
+        """All columns of a sample. Raises ValueError where its shard holds something else."""
+        where = f"{self.folder}: sample {index}"
+        try:
+            row = self.samples[index]
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{where}: is not what its index says: {error}") from error
+        self.manifest.check_label(row["label"], where)
+        return row
 
     def rows(self, index: Tensor) -> list[dict[str, Any]]:
         """All columns of these samples."""
-        return [self.samples[i] for i in index.tolist()]
+        return [self.row(i) for i in index.tolist()]
 
     def labels(self, index: Tensor, classes: int) -> Tensor:
         """(n,), of these samples; 0 for a network without classes."""
@@ -297,13 +309,13 @@ class Captions:
     """
 
     def __init__(self, images: Dataset | None, samples: int, clip: str | None, seed: int) -> None:
-        if not isinstance(images, MDSImages) or "caption" not in images.samples[0]:
+        if not isinstance(images, MDSImages) or images.manifest.caption_bytes is None:
             raise ValueError("prompts: the reference must be a dataset folder with captions")
         self.images, self.seed = images, seed
         self.own = torch.arange(samples) % len(images)
         shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         self.asked = {"own": self.own, "shuffled": shuffled[self.own], "empty": self.own}
-        self.stored = (read_manifest(images.folder).text or {}).get("sha256")
+        self.stored = (images.manifest.text or {}).get("sha256")
         self.clip = None if clip is None else load_clip(clip)
 
     def text(self, prompts: str, config: TextConfig, index: Tensor) -> Text:

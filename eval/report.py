@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 import re
 import sys
@@ -34,6 +33,7 @@ from eval.reference import MDSImages, Reference
 from eval.sample import Generator
 from recipe.sampler import grid
 from recipe.text import Text
+from storage.outside import OutsideError, parse_json
 from streaming_convert.lettering import lettering
 
 Row = dict[str, Any]
@@ -133,8 +133,8 @@ def parse_lines(path: Path) -> list[tuple[int, Row | None]]:
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else [], 1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse_json(line, str(path), nan=True)
+        except OutsideError:
             row = None
         if line.strip():
             found.append((number, row if isinstance(row, dict) else None))
@@ -243,7 +243,7 @@ def real_examples(images: Dataset | None, classes: list[int], columns: int) -> T
         return None
     found: dict[int, list[Tensor]] = {c: [] for c in classes}
     for i in range(len(images)):
-        sample = images.samples[i]
+        sample = images.row(i)
         shown = found.get(int(sample["label"]))
         if shown is not None and len(shown) < columns:
             shown.append(torch.tensor(sample["image"]))

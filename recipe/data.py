@@ -14,6 +14,7 @@ import fcntl
 import logging
 import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,12 +23,12 @@ from typing import IO, Annotated, Any, Literal
 import numpy as np
 import streaming
 import torch
+import xxhash
 from composer.utils import dist
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.dataset import _ShardState
-from streaming.base.hashing import get_hash
 from streaming.base.util import bytes_to_int
 from torch import Tensor, nn
 from typing_extensions import TypedDict
@@ -36,8 +37,19 @@ from recipe import patches
 from recipe.draws import Stream, keys, normal
 from recipe.settings import ConfigError, Count, LocalPath, Number, Place, Says, Settings
 from recipe.text import TextConfig, byte_tokens
-from storage import attempt
-from storage.manifest import DatasetError, Manifest, check_inside
+from storage import Folder, StorageError, attempt
+from storage.manifest import (
+    INDEX,
+    DatasetError,
+    File,
+    Manifest,
+    Shard,
+    files_of,
+    read_index,
+    read_manifest,
+    stored_file,
+)
+from storage.outside import LARGEST, read_bytes
 
 SHUFFLE_WINDOW = 1 << 18  # samples of each canonical node among which the order is drawn; Streaming's default
 
@@ -87,6 +99,10 @@ class DataConfig(Settings):
     cache_limit: Annotated[str, AfterValidator(size_of), Says("must be a size such as 100gb")] | None = Field(
         None, description="Largest size of the local copy of remote; null for no limit."
     )
+    verify: bool = Field(
+        True,
+        description="Whether a starting run compares checksums of the files in local, not their sizes alone.",
+    )
 
     @model_validator(mode="after")
     def combinations(self) -> DataConfig:
@@ -115,7 +131,85 @@ class DataConfig(Settings):
 
 
 log = logging.getLogger("recipe.data")
-HASH = "xxh64"  # the one that streaming_convert writes
+CHUNK = 1 << 24  # bytes that a checksum reads at a time
+
+
+def in_place(remote: str | None, local: str) -> bool:
+    """Whether the dataset itself lies at `local`, not a copy that may be thrown away."""
+    return remote is None or ("://" not in remote and Path(remote).resolve() == Path(local).resolve())
+
+
+def local_index(remote: str | None, local: str, manifest: Manifest) -> list[Shard]:
+    """The shards of this node's index.json; fetched where it is missing, damaged or of another dataset.
+
+    Raises DatasetError where the dataset itself lies here, or its own index is wrong; StorageError.
+    """
+    file = Path(local, INDEX)
+    try:
+        return read_index(read_bytes(file), manifest, str(file))
+    except (OSError, ValueError) as error:
+        if in_place(remote, local):
+            raise DatasetError(str(error)) from error
+        if file.exists():
+            log.warning("%s: fetched again", error)
+    text = Folder(remote).read(INDEX, LARGEST)
+    entries = read_index(text, manifest, f"{remote}/{INDEX}")
+    Folder(local).write(INDEX, text)
+    return entries
+
+
+def damage(path: Path, expected: File, checksums: bool) -> str | None:
+    """What is wrong with a shard's file, or None."""
+    try:
+        if (size := path.stat().st_size) != expected["bytes"]:
+            return f"has {size} bytes, its index says {expected['bytes']}"
+        if checksums:
+            digest = xxhash.xxh64()
+            with path.open("rb") as file:
+                while block := file.read(CHUNK):
+                    digest.update(block)
+            if digest.hexdigest() != expected["hashes"]["xxh64"]:
+                return "has another checksum than its index says"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None
+
+
+def check_local(remote: str | None, local: str, manifest: Manifest, checksums: bool) -> None:
+    """Compares this node's files with the index, and that with the manifest.
+
+    A damaged file of a cache is deleted, so that it is fetched again. Raises DatasetError for one of a
+    dataset that lies here itself, StorageError where the index cannot be fetched.
+    """
+    entries, ours = local_index(remote, local, manifest), in_place(remote, local)
+    files = [file for entry in entries for file in files_of(entry)]
+    needed = {stored_file(entry)["basename"] for entry in entries} if ours else set()
+    there = [file for file in files if file["basename"] in needed or Path(local, file["basename"]).exists()]
+    with ThreadPoolExecutor() as pool:  # xxhash and reading let go of the interpreter
+        found = pool.map(lambda file: damage(Path(local, file["basename"]), file, checksums), there)
+        for file, problem in zip(there, found, strict=True):
+            path = Path(local, file["basename"])
+            if problem and ours:
+                raise DatasetError(f"{path} {problem}: put a sound copy there, or convert again")
+            if problem:
+                log.warning("%s %s: fetched again", path, problem)
+                path.unlink()
+
+
+def prepare_local(remote: str | None, local: str, manifest: Manifest, checksums: bool) -> IO[str] | None:
+    """Claims this node's cache and checks its files, on local rank 0; all ranks call it. Returns the lock.
+
+    Raises DatasetError on all ranks where one node cannot go on.
+    """
+    lock, problem = claim_cache(local) if remote else None, None
+    if dist.get_local_rank() == 0:
+        try:
+            check_local(remote, local, manifest, checksums)
+        except (DatasetError, StorageError) as error:
+            problem = str(error)
+    if problems := list(filter(None, dist.all_gather_object(problem))):
+        raise DatasetError(problems[0])
+    return lock
 
 
 def claim_cache(local: str) -> IO[str] | None:
@@ -141,28 +235,24 @@ class CheckedStream(streaming.Stream):
     """Gives a downloaded file its final name only after its checksum; what has that name can be trusted."""
 
     def get_shards(self, *arguments: Any) -> list:  # noqa: ANN401
-        shards = super().get_shards(*arguments)
+        shards = super().get_shards(*arguments)  # of the index that `check_local` has left here
         files = (info for shard in shards for pair in shard.file_pairs for info in pair if info)
-        self._hashes = {info.basename: info.hashes.get(HASH) for info in files}
-        check_inside(self._hashes, f"{self.remote or self.local}/index.json")
+        self._hashes = {info.basename: info.hashes["xxh64"] for info in files}
         return shards
 
     def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
         if not self.remote:
             return super()._download_file(from_basename, to_basename)
-        expected = getattr(self, "_hashes", {}).get(from_basename)
-        if expected is None:  # the index itself, which names the hashes
-            return self._download(from_basename, to_basename)
         part = Path(self.local, f"{from_basename}.part")
         for _ in range(2):
             self._download(from_basename, part.name)
-            if get_hash(HASH, part.read_bytes()) == expected:
+            if xxhash.xxh64(part.read_bytes()).hexdigest() == self._hashes[from_basename]:
                 return str(part.rename(part.with_suffix("")))
             part.unlink()
         name = f"{self.remote}/{from_basename}"
         raise DatasetError(f"{name}: its content is not what was written (checksum), in two downloads")
 
-    def _download(self, name: str, to: str | None) -> str:
+    def _download(self, name: str, to: str) -> str:
         fetch = super()._download_file
         return attempt(f"read {self.remote}/{name} into {self.local}", lambda: fetch(name, to), DatasetError)
 
@@ -184,19 +274,51 @@ class TrainingDataset(StreamingDataset):
     """A StreamingDataset whose samples carry their global id, the key of all their random draws.
 
     A failed download raises DatasetError in every worker of the rank (Streaming ends the epoch in one worker,
-    and lets those that wait for the same shard wait forever).
+    and lets those that wait for the same shard wait forever). So does a sample that is not what the manifest
+    describes, in the worker that reads it.
+    An epoch has as many steps as whole global batches fit into the dataset, on any number of ranks.
     """
 
-    def __init__(self, remote: str | None, local: str, **options: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        remote: str | None,
+        local: str,
+        manifest: Manifest | None = None,
+        verify: bool = True,
+        **options: Any,  # noqa: ANN401
+    ) -> None:
+        """manifest: read where it is not given; verify: see `DataConfig`; options: of Streaming's class."""
         self._event = SharedFlag()  # set by the thread that fails; Streaming's own is for one worker
         self._present: set[int] = set()  # shards that this worker has seen to be there
         self._failure = "another worker of this rank could not read a shard, see its message"
-        self._lock = claim_cache(local) if remote else None
+        self.source, self.manifest = remote or local, manifest or read_manifest(remote or local)
+        self._lock = prepare_local(remote, local, self.manifest, verify)
         patches.choose_names_once()
         super().__init__(streams=[CheckedStream(remote=remote, local=local, download_retry=1)], **options)
+        self.steps = self.num_samples // (self.batch_size * self._parallel_rank_world.num_ranks)
+        self.length = self.steps * self.batch_size
 
     def __getitem__(self, at: Any) -> dict[str, Any]:  # noqa: ANN401
-        return {**super().__getitem__(at), "sample": at}
+        where = f"{self.source}: sample {at}"
+        try:
+            sample = super().__getitem__(at)
+        except DatasetError:
+            raise
+        except (ValueError, IndexError) as error:  # its shard's checksum is right, so it was made like that
+            raise DatasetError(f"{where}: is not what its index says: {error}") from error
+        self.manifest.check_label(sample["label"], where)
+        if self.manifest.text and not 1 <= sample["text_length"] <= self.manifest.text["tokens"]:
+            raise DatasetError(f"{where}: text_length {sample['text_length']} is not that of its text")
+        return {**sample, "sample": at}
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
+        """This worker's samples, int64; without those that Streaming adds to give all ranks as many, or of
+        which the loader would drop more or fewer batches on another number of ranks.
+        """
+        samples, world = super()._get_work(epoch, sample_in_epoch), self._parallel_worker_world
+        left = self.steps - sample_in_epoch // (self.batch_size * world.num_ranks)
+        mine = len(range(world.worker_of_rank, left, world.workers_per_rank))
+        return samples[: mine * self.batch_size]
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Between two epochs that is the start of the next one; Streaming would start the old one again."""
@@ -257,12 +379,19 @@ def collate(samples: list[dict[str, Any]], text: TextConfig | None = None) -> di
     return batch
 
 
-def train_loader(config: DataConfig, seed: int, text: TextConfig | None = None) -> StreamingDataLoader:
-    """This rank's share of the global batch, in an order that depends on the seed and the epoch alone."""
+def train_loader(
+    config: DataConfig, seed: int, text: TextConfig | None = None, manifest: Manifest | None = None
+) -> StreamingDataLoader:
+    """This rank's share of the global batch, in an order that depends on the seed and the epoch alone.
+
+    manifest: the dataset's, read where it is not given.
+    """
     per_rank = config.per_rank(dist.get_world_size())
     dataset = TrainingDataset(
         remote=config.remote,
         local=config.local,
+        manifest=manifest,
+        verify=config.verify,
         batch_size=per_rank,
         shuffle=config.shuffle,
         shuffle_seed=seed,

@@ -29,18 +29,18 @@ from recipe.resume import PROBE, checkpoints, complete, fork
 from recipe.text import TextConfig
 from recipe.warm_start import check_weights
 from storage import Folder, StorageError, status, transient
-from storage.manifest import DatasetError, Manifest, read_manifest
+from storage.manifest import DatasetError, Manifest, open_dataset
 
 OCI_LOGIN = "oci setup config"
 log = logging.getLogger("recipe.preflight")
 
 
 def check_data(config: TrainConfig) -> Manifest:
-    """The dataset's manifest, its schema checked, after comparing it with the model. Raises ConfigError."""
+    """The dataset's manifest, after comparing it with its index and with the model. Raises ConfigError."""
     if not config.data.remote and not os.path.isdir(config.data.local):
         raise ConfigError(f"data.local: {config.data.local} is not a folder, and data.remote is not set")
     try:
-        manifest = read_manifest(config.data.source)
+        manifest, _ = open_dataset(config.data.source)
     except DatasetError as error:
         if not config.data.remote:
             raise ConfigError(f"data.local: {error}") from error

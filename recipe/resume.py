@@ -42,6 +42,7 @@ from recipe.algorithms import check_finite, stepped, unwrap
 from recipe.config import ConfigError, TrainConfig, as_dict
 from recipe.weights import file_digest
 from storage import Folder, StorageError
+from storage.outside import LARGEST, OutsideError, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,13 @@ PROBE = ".preflight"
 FOLDER = re.compile(r"ep(\d+)-ba(\d+)")
 FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata|rank\d+\.(pt|json)")
 RECEIPT = {"run_name", "attempt", "ranks", "files"}
+KINDS = {  # of the values in these files; those of `files` are names of a checkpoint's own files
+    "run_name": lambda x: isinstance(x, str),
+    "identity": lambda x: isinstance(x, dict),
+    "attempt": lambda x: x is None or isinstance(x, str),
+    "ranks": lambda x: isinstance(x, int) and 1 <= x <= 2**20,
+    "files": lambda x: isinstance(x, dict) and all(map(FILE.fullmatch, x)),
+}
 INIT_ONLY = ("preset", "label_std", "time_init", "patch_init")  # do not change the shape of the network
 
 
@@ -89,10 +97,10 @@ class DamageError(StorageError):
 def read_json(folder: Folder, name: str, keys: set[str]) -> dict:
     """The object in a file of this layout. Raises StorageError, DamageError."""
     try:
-        content = json.loads(folder.read(name))
-    except ValueError:
+        content = parse_json(folder.read(name, LARGEST), name)
+    except OutsideError:
         content = None
-    if not isinstance(content, dict) or not keys <= content.keys():
+    if not isinstance(content, dict) or not all(KINDS[key](content.get(key)) for key in keys):
         raise DamageError(f"{folder.uri}/{name} is damaged, it must be JSON with {', '.join(sorted(keys))}")
     return content
 

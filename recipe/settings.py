@@ -63,7 +63,8 @@ class Settings:
         given_keys = given.kwargs if isinstance(given, ArgsKwargs) else given
         for key in given_keys if isinstance(given_keys, dict) else ():
             if key not in cls.__dataclass_fields__:
-                raise ConfigError(f"{key}: is not a setting; {nearest(cls, str(key))}")
+                shown = str(key) if str(key).isprintable() else ascii(key)  # a file's key may be two lines
+                raise ConfigError(f"{shown}: is not a setting; {nearest(cls, str(key))}")
         return given
 
 

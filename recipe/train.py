@@ -140,7 +140,7 @@ def build_trainer(
     guard = StepGuard(config.step, config.objective.flow_matching_first)
     if config.model.text is not None:
         data["text"] = manifest.text
-    loader = train_loader(config.data, config.seed, config.model.text)
+    loader = train_loader(config.data, config.seed, config.model.text, manifest)
     loader.worker_init_fn = ignore_sigterm
     trainer = Trainer(
         model=model,

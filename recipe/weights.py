@@ -27,6 +27,7 @@ from typing_extensions import TypedDict
 from recipe.dit import DiT, DiTConfig
 from recipe.objectives import from_facts
 from recipe.settings import make
+from storage.outside import parse_json, read_bytes
 
 FORMAT = 1
 
@@ -96,17 +97,17 @@ def read_facts(path: str | Path) -> dict[str, Any]:
     for file in (weights, description):
         if not file.is_file():
             raise FileNotFoundError(f"weights: {file} does not exist")
-    return parse_facts(description.read_bytes(), str(description))
+    return parse_facts(read_bytes(description), str(description))
 
 
 def parse_facts(text: bytes, where: str) -> dict[str, Any]:
     """The content of a weights' JSON, read from `where`. Raises ValueError, naming it."""
     try:
-        facts = dict(json.loads(text))
+        facts = dict(parse_json(text, where))
     except (ValueError, TypeError) as error:
         raise ValueError(f"weights: {where} is not a description of weights: {error}") from error
     if facts.get("format") != FORMAT:
-        raise ValueError(f"weights: {where} has format {facts.get('format')}, expected {FORMAT}")
+        raise ValueError(f"weights: {where} has format {facts.get('format')!r}, expected {FORMAT}")
     try:
         make(Facts, facts)
         from_facts(facts["method"])

@@ -20,6 +20,8 @@ from typing import TypeVar
 import botocore.exceptions
 import urllib3.exceptions
 
+from storage.outside import read_bytes
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -84,12 +86,14 @@ class Folder:
             source.write_bytes(content)
             self.put(name, source)
 
-    def read(self, name: str) -> bytes:
-        """Content of a small file. Raises MissingError if there is none."""
+    def read(self, name: str, limit: int = 2**32) -> bytes:
+        """Content of a file of at most `limit` bytes. Raises MissingError if there is none."""
+        if not self.remote:
+            return self._attempt("read", name, lambda: read_bytes(Path(self.uri, name), limit))
         with tempfile.TemporaryDirectory() as scratch:
             target = Path(scratch, "file")
             self.get(name, target)
-            return target.read_bytes()
+            return self._attempt("read", name, lambda: read_bytes(target, limit))
 
     def delete(self, name: str) -> None:
         """Removes a file; no error if it is gone already."""

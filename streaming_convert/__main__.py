@@ -268,7 +268,9 @@ def run_merge(args: argparse.Namespace, argv: list[str]) -> int:
     plans = [name for name in known if name in names]
     if not plans:
         raise DatasetError(f"{args.out} holds no conversion, finished or not")
-    splits = Manifest.from_json(folder.read(plans[0]), f"{args.out}/{plans[0]}").input["splits"]
+    first = plans[0]
+    plan = Manifest.from_json(folder.read(first), f"{args.out}/{first}", plan=first.endswith(writer.PLAN))
+    splits = plan.input["splits"]
     finished = all(f"{split}/{MANIFEST}" in names for split in splits)
     _finish(args.out, splits, sys.maxsize if finished else args.max_rejected)
     return 0

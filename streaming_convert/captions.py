@@ -6,13 +6,13 @@ file without a caption has a Rejected instead, which says why; an empty caption 
 
 import csv
 import io
-import json
 import posixpath
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from storage.manifest import DatasetError
+from storage.outside import OutsideError, parse_json
 from streaming_convert.images import Rejected
 from streaming_convert.labels import read_text
 
@@ -71,9 +71,12 @@ def _json_lines(text: str, path: str) -> Iterator[tuple[int, dict]]:
         if not line.strip():
             continue
         try:
-            yield number, dict(json.loads(line))
-        except (ValueError, TypeError) as error:
-            raise DatasetError(f"{path}, line {number}: not a JSON object: {error}") from error
+            row = parse_json(line, f"{path}, line {number}")
+        except OutsideError as error:
+            raise DatasetError(str(error)) from error
+        if not isinstance(row, dict):
+            raise DatasetError(f"{path}, line {number}: not a JSON object")
+        yield number, row
 
 
 def _csv(text: str, path: str) -> Iterator[tuple[int, dict]]:

@@ -2,13 +2,13 @@
 
 import csv
 import io
-import json
 import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+from storage import outside
 from storage.manifest import DatasetError
 
 LABEL_FILES = ("labels.csv", "labels.json", "dataset.json")
@@ -62,7 +62,11 @@ def match(rows: dict[str, str | int], keys: list[str], path: str) -> list[str | 
 def parse_json(text: str | bytes, path: str) -> dict[str, str | int] | None:
     """{file: label} of {"labels": [[file, label], ...]}; None where it says null: there are no labels."""
     try:
-        rows = json.loads(text)["labels"]
+        content = outside.parse_json(text, path)
+    except outside.OutsideError as error:
+        raise DatasetError(str(error)) from error
+    try:
+        rows = content["labels"]
         return None if rows is None else {name.replace("\\", "/"): label for name, label in rows}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(

@@ -24,13 +24,31 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 from tqdm import tqdm
+from typing_extensions import NotRequired, TypedDict
 
 from storage import Folder
-from storage.manifest import MANIFEST, STORED_DTYPE, WORK, DatasetError, Manifest, difference, fingerprint
+from storage.manifest import (
+    INDEX,
+    MANIFEST,
+    STORED_DTYPE,
+    WORK,
+    Count,
+    DatasetError,
+    Manifest,
+    Shard,
+    Size,
+    Strict,
+    difference,
+    fingerprint,
+    list_shards,
+    stored_file,
+)
+from storage.outside import OutsideError, conform, parse_json
 from streaming_convert.encoders import Encoder
 from streaming_convert.images import Rejected
 from streaming_convert.sources import Source
@@ -40,7 +58,7 @@ if TYPE_CHECKING:
 
     from recipe.pretrained import TextEncoder
 
-INDEX, REJECTED, NOTES, PLAN = "index.json", "rejected.jsonl", "notes.jsonl", f"{WORK}/plan.json"
+REJECTED, NOTES, PLAN = "rejected.jsonl", "notes.jsonl", f"{WORK}/plan.json"
 
 
 @dataclass(frozen=True)
@@ -69,7 +87,8 @@ def is_complete(job: Job) -> bool:
     names = folder.names()
     found = MANIFEST if MANIFEST in names else PLAN if PLAN in names else None
     if found:
-        change = difference(job.plan, Manifest.from_json(folder.read(found), f"{job.uri}/{found}"))
+        there = Manifest.from_json(folder.read(found), f"{job.uri}/{found}", plan=found == PLAN)
+        change = difference(job.plan, there)
         if change:
             raise DatasetError(f"{job.uri} holds a different dataset: {change}. Nothing was changed")
     elif any(not name.startswith(f"{WORK}/") for name in names):
@@ -299,20 +318,6 @@ def _publish_shard(folder: Folder, number: int, writer: "MDSWriter") -> dict | N
     return entry
 
 
-def stored_file(entry: dict) -> dict:
-    """What the index says of the file that holds a shard: its basename, bytes and hashes."""
-    return entry["zip_data"] or entry["raw_data"]
-
-
-def list_shards(entries: list[dict]) -> dict[str, dict]:
-    """Entries of the index as the manifest has them: {file name: {bytes, xxh64, samples}}."""
-    files = [(stored_file(entry), entry["samples"]) for entry in entries]
-    return {
-        file["basename"]: {"bytes": file["bytes"], "xxh64": file["hashes"]["xxh64"], "samples": samples}
-        for file, samples in files
-    }
-
-
 def finish(uris: list[str], max_rejected: int = 0) -> list[Manifest]:
     """Makes index and manifest of the splits `uris` of a dataset from the records of their parts, whoever
     converted them. A finished split stays as it is.
@@ -344,7 +349,7 @@ def _collect(uri: str) -> tuple[Manifest, list[dict]]:
         return Manifest.from_json(folder.read(MANIFEST), f"{uri}/{MANIFEST}"), []
     if PLAN not in names:
         raise DatasetError(f"{uri} holds no conversion, finished or not")
-    plan = Manifest.from_json(folder.read(PLAN), f"{uri}/{PLAN}")
+    plan = Manifest.from_json(folder.read(PLAN), f"{uri}/{PLAN}", plan=True)
     records = _read_records(folder, plan, names)
     rejected, notes = ([line for r in records for line in r.get(key, ())] for key in ("rejected", "notes"))
     notes = list({(line["key"], line["note"]): line for line in notes}.values())  # once for several captions
@@ -370,11 +375,51 @@ def _read_records(folder: Folder, plan: Manifest, names: set[str]) -> list[dict]
             f"{folder.uri}: {len(missing)} of {len(wanted)} parts are missing, the first is {missing[0]}"
         )
     with ThreadPoolExecutor(16) as pool:  # from a bucket, thousands of files one by one would take minutes
-        records = [json.loads(data) for data in pool.map(folder.read, wanted)]
-    for name, record in zip(wanted, records, strict=True):
+        texts = list(pool.map(folder.read, wanted))
+    records = []
+    for name, text in zip(wanted, texts, strict=True):
+        records.append(record := _parse_record(text, f"{folder.uri}/{name}"))
         if record["plan"] != fingerprint(plan):
             raise DatasetError(f"{folder.uri}/{name} is a part of another dataset than {PLAN}")
     return records
+
+
+class Sums(TypedDict):
+    """Sums of `Moments`: 0.0 of no samples, else one for each channel."""
+
+    __pydantic_config__ = Strict
+    n: int
+    x: float | list[float]
+    xx: float | list[float]
+    var: float | list[float]
+
+
+Label = Annotated[str, Field(pattern="^-?[0-9]{1,19}$")]
+
+
+class Record(TypedDict):
+    """What is known of a finished part, by the plan that it belongs to; the last two only with captions."""
+
+    __pydantic_config__ = Strict
+    plan: str
+    shard: Shard | None
+    counts: dict[Label, Count]
+    moments: Sums
+    rejected: list[dict[Literal["key", "reason"], str]]
+    caption_bytes: NotRequired[dict[Size, Count]]
+    cut: NotRequired[Count]
+
+
+def _parse_record(text: bytes, where: str) -> Record:
+    """The record of a part. Raises DatasetError where it is damaged."""
+    try:
+        record = parse_json(text, where)
+        conform(Record, text, where)
+    except OutsideError as error:
+        raise DatasetError(
+            f"{error}. Delete it, and run the same command to convert that part again"
+        ) from error
+    return record
 
 
 def _complete(plan: Manifest, records: list[dict]) -> Manifest:

@@ -5,9 +5,11 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
 
+import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,11 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from storage.manifest import Manifest
+from streaming_convert import writer
+from streaming_convert.encoders import Stored
+from streaming_convert.sources import Source
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -68,6 +75,28 @@ def run(*command, check=True, env=None, cwd=ROOT):
     if check and process.returncode:
         raise AssertionError(f"{command} exited with {process.returncode}\n{stdout}\n{stderr}")
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def store(folder, pixels, labels=None, names=(), **changes):
+    """Store pictures uint8 (N, C, H, W) as a dataset without the command line; changes: to its plan."""
+    labels = np.zeros(len(pixels), np.int64) if labels is None else labels
+    keys = [str(i) for i in range(len(pixels))]
+    shape = pixels.shape[1:]
+    source = Source("test", keys, labels, list(names), shape, lambda key: pixels[int(key)])
+    went_in = {"split": "train", "splits": ["train"], "samples": len(keys), "flips": False, "xxh64": "0" * 16}
+    encoder = Stored(source)
+    about = (source.class_names, encoder.info, "none", False, None, 1000)
+    plan = replace(Manifest("test", went_in, "", "image", list(shape), *about), **changes)
+    writer.convert(writer.Job(str(folder), source, encoder, np.arange(len(keys)), plan), 1)
+    writer.finish([str(folder)])
+    return folder
+
+
+def edit(file, change):
+    """Change the content of a JSON file by a function."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="session")

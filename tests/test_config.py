@@ -149,8 +149,8 @@ def test_more_than_the_dataset_holds_is_refused_before_the_start(small, override
 
 
 def test_the_manifest_is_read_once(small, monkeypatch):
-    read, calls = preflight.read_manifest, []
-    monkeypatch.setattr(preflight, "read_manifest", lambda uri: calls.append(uri) or read(uri))
+    read, calls = preflight.open_dataset, []
+    monkeypatch.setattr(preflight, "open_dataset", lambda uri: calls.append(uri) or read(uri))
     problems, manifest = preflight.problems(load_config(TrainConfig, small, []), 1)
     assert (problems, manifest.num_samples, len(calls)) == ([], 1797, 1)
 

@@ -139,8 +139,8 @@ def test_captions_of_a_zip(folder, tmp_path, beside):
         ("a.png,a red cat\n", "is neither JSON lines nor CSV whose header names file and caption"),
         ("", "is neither JSON lines nor CSV whose header names file and caption"),
         ('file,caption\na.png,"red\n', "is not a CSV file: unexpected end of data"),
-        ('{"file": "a.png", "caption": "b"}\n{"file": "a.png"\n', "line 2: not a JSON object: "),
-        ('{"file": "a.png", "caption": "b"}\n3\n', "line 2: not a JSON object: "),
+        ('{"file": "a.png", "caption": "b"}\n{"file": "a.png"\n', "line 2 is not JSON: EOF while parsing"),
+        ('{"file": "a.png", "caption": "b"}\n3\n', "line 2: not a JSON object"),
         ('{"file": "a.png", "caption": ["b"]}', "line 1: not one file and one caption"),
         ('{"file": "a.png", "caption": "\\ud83d"}', "line 1: not one file and one caption"),
         (None, "cannot read"),
@@ -425,10 +425,16 @@ def _edit(key: str, value: object):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_edit("tokens", 4), "text float16 (8, 16) of length 1, not (4, 16) and 1 to 4"),
+        (_edit("tokens", 4), 'encodings: {"caption": "str", "image": "ndarray:uint8:'),
+        (_edit("empty", "AAA"), "manifest.json: text.empty: Incorrect padding"),
+        (_edit("empty", "AAAA"), "manifest.json: text.empty: has 3 bytes"),
         (_edit("caption_bytes", {"0": 5}), "caption_bytes: the manifest says {'0': 5}, there are {'0': 1, "),
-        (_edit("caption_bytes", None), "are ['caption', 'image', 'label', 'text', 'text_length'], not image"),
-        (_edit("text", None), "the columns are ['caption', 'image', 'label', 'text', 'text_length'], not"),
+        (_edit("caption_bytes", {"0": 4}), "caption_bytes: adds up to 4 samples, num_samples is 5"),
+        (
+            _edit("caption_bytes", None),
+            'columns: ["caption", "image", "label", "text", "text_length"], manifest',
+        ),
+        (_edit("text", None), 'columns: ["caption", "image", "label", "text", "text_length"], manifest.json'),
     ],
 )
 def test_verify_names_the_damage_to_text(folder, tmp_path, capsys, models, change, message):

@@ -1,8 +1,10 @@
-"""The training dataset under faults: damaged and missing shards, names of killed jobs, a cache in use."""
+"""The training dataset under faults: hostile, damaged and missing files, killed jobs, a cache in use."""
 
 import gc
+import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -10,13 +12,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from streaming import MDSWriter
 from streaming.base.shared.prefix import _pack_locals
+from streaming.base.world import World
 
+from eval import reference
 from recipe import patches
 from recipe.data import DataConfig, TrainingDataset, train_loader
-from storage.manifest import DatasetError, read_manifest
-from tests.conftest import PATIENCE, ROOT, run
+from storage.manifest import DatasetError, list_shards, read_manifest
+from streaming_convert import reader
+from tests.conftest import PATIENCE, ROOT, edit, run, store
 
 NAMESPACES = shutil.which("unshare") and not subprocess.run(["unshare", "-rm", "true"]).returncode
 
@@ -54,8 +62,143 @@ def test_a_shard_outside_the_dataset_is_not_fetched(remote, tmp_path):
     index = remote / "index.json"
     index.write_text(index.read_text().replace(name, "../outside.mds"))
     for local in (tmp_path / "cache", remote):
-        with pytest.raises(DatasetError, match="names a file outside its folder: ../outside.mds"):
+        with pytest.raises(
+            DatasetError, match='names a file that is not a shard of its folder: "../outside.mds"'
+        ):
             first_batch(remote, local)
+
+
+class Payload:
+    """Creates the file FOLDER/executed where it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (f"{self.folder}/executed",)
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """A dataset whose labels are pickles, with a manifest that has the right checksums and sums."""
+    folder = store(tmp_path / "hostile", np.zeros((4, 1, 8, 8), np.uint8))
+    columns = {"image": "ndarray:uint8:1,8,8", "label": "pkl"}
+    with MDSWriter(out=str(tmp_path / "written"), columns=columns, hashes=["xxh64"]) as shards:
+        for _ in range(4):
+            shards.write({"image": np.zeros((1, 8, 8), np.uint8), "label": Payload(tmp_path)})
+    shutil.copytree(tmp_path / "written", folder, dirs_exist_ok=True)
+    listed = list_shards(json.loads((folder / "index.json").read_text())["shards"])
+    edit(folder / "manifest.json", lambda manifest: manifest.update(shards=listed))
+    return folder
+
+
+def test_no_reader_of_a_dataset_executes_what_it_holds(hostile, tmp_path):
+    said = r'shard\.00000\.mds: encodings: \{"image": .*, "label": "pkl"\}, manifest\.json says'
+    readers = {
+        "verify": lambda: reader.verify(str(hostile)),
+        "show": lambda: reader.sample_grid(str(hostile)),
+        "mds": lambda: reader.mds(str(hostile)),
+        "reference": lambda: reference.open_images(hostile),
+        "local": lambda: TrainingDataset(None, str(hostile), batch_size=2),
+        "cached": lambda: TrainingDataset(str(hostile), str(tmp_path / "cache"), batch_size=2),
+    }
+    for name, read in readers.items():
+        if name == "verify":
+            assert re.search(said, *read())
+            continue
+        with pytest.raises(DatasetError, match=said):
+            read()
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(pickle.dumps(Payload(tmp_path)))  # it would have
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("compression", [None, "zstd:3"])
+def test_what_was_damaged_in_a_cache_is_fetched_again(tmp_path, caplog, compression):
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 1, 4, 4), dtype=np.uint8)
+    remote = store(tmp_path / "remote", pixels, compression=compression)
+    cache = tmp_path / "cache"
+    expected = first_batch(remote, cache)
+    gc.collect()
+    sound = {path: path.read_bytes() for path in cache.iterdir() if path.suffix in (".json", ".mds")}
+    assert {path.name for path in sound} == {"index.json", "shard.00000.mds"}
+    for path, content in sound.items():
+        for damaged in (content[:-3], b"", content[:-1] + b"#"):
+            path.write_bytes(damaged)
+            assert first_batch(remote, cache) == expected
+            gc.collect()
+            assert path.read_bytes() == content
+            assert f"{path}" in caplog.text and "fetched again" in caplog.text
+            caplog.clear()
+
+
+def test_what_was_damaged_in_a_local_dataset_is_named(remote):
+    name = remote / "shard.00001.mds"
+    content = name.read_bytes()
+    flipped = content[:-20] + bytes([content[-20] ^ 1]) + content[-19:]
+    cases = {"has another checksum than": flipped, f"has {len(content) - 3} bytes": content[:-3]}
+    for message, damaged in cases.items():
+        name.write_bytes(damaged)
+        for place in (None, remote):  # remote may be the folder itself, which is no cache
+            with pytest.raises(DatasetError, match=f"{name} {message}"):
+                next(iter(TrainingDataset(place and str(place), str(remote), batch_size=16)))
+        assert name.exists()
+    name.write_bytes(flipped)
+    assert TrainingDataset(None, str(remote), verify=False, batch_size=16).size == 1797  # as it was asked
+    name.unlink()
+    with pytest.raises(DatasetError, match=f"{name} cannot be read: No such file"):
+        TrainingDataset(None, str(remote), verify=False, batch_size=16)
+    (remote / "index.json").write_text("{")
+    with pytest.raises(DatasetError, match="index.json is not JSON"):
+        TrainingDataset(None, str(remote), batch_size=16)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("label", [10, 77, -3])
+def test_a_label_that_is_no_class_is_named(tmp_path, label, workers):
+    labels = np.arange(64) % 10
+    labels[37] = label
+    folder = store(tmp_path / "set", np.zeros((64, 1, 4, 4), np.uint8), labels, "0123456789")
+    with pytest.raises(DatasetError, match="class_counts: adds up to 63 samples, num_samples is 64"):
+        read_manifest(str(folder))
+    edit(folder / "manifest.json", lambda m: m["class_counts"].__setitem__(0, m["class_counts"][0] + 1))
+    loader = train_loader(DataConfig(local=str(folder), batch_size=64, workers=workers), seed=0)
+    with pytest.raises(DatasetError, match=rf"set: sample 37: label {label} is not in 0\.\.9"):
+        next(iter(loader))
+    with pytest.raises(DatasetError, match=rf"sample 37: label {label} is not in 0\.\.9"):
+        reader.mds(str(folder))
+    with pytest.raises(DatasetError, match=rf"sample 37: label {label} is not in 0\.\.9"):
+        reference.open_images(folder).labels(torch.tensor([36, 37]), 10)
+
+
+def steps_of_epoch(dataset, ranks, nodes, workers, epoch, seen=0):
+    """The samples of each step of an epoch, sorted, as that many ranks would share them; after `seen`."""
+    dataset.steps, dataset.batch_size = dataset.size // 16, 16 // ranks
+    dataset._unique_worker_world = World(1, 1, 1, 0)
+    steps = {}
+    for worker in range(ranks * workers):
+        dataset._parallel_worker_world = World(nodes, ranks // nodes, workers, worker)
+        batches = dataset._get_work(epoch, seen).reshape(-1, 16 // ranks)
+        for number, batch in enumerate(batches):
+            steps.setdefault(number * workers + worker % workers, []).extend(batch.tolist())
+    return [sorted(steps[number]) for number in sorted(steps)]
+
+
+@pytest.mark.parametrize("canonical", [1, 2, 4])
+def test_steps_and_epochs_have_the_same_samples_on_any_number_of_ranks(tmp_path, canonical):
+    folder = store(tmp_path / "set", np.zeros((63, 1, 4, 4), np.uint8))
+    order = {"shuffle": True, "shuffle_seed": 1, "num_canonical_nodes": canonical}
+    dataset = TrainingDataset(None, str(folder), batch_size=16, **order)
+    dataset._set_shuffle_block_size(World(1, 1, 1, 0))
+    assert len(dataset) == 48
+    for epoch in range(2):
+        expected = steps_of_epoch(dataset, 1, 1, 1, epoch)
+        assert [len(step) for step in expected] == [16, 16, 16]
+        for ranks, nodes, workers in ((1, 1, 2), (2, 1, 1), (2, 2, 1), (4, 1, 1), (4, 2, 3), (16, 4, 1)):
+            assert steps_of_epoch(dataset, ranks, nodes, workers, epoch) == expected
+            assert steps_of_epoch(dataset, ranks, nodes, workers, epoch, 16) == expected[1:]
+            assert steps_of_epoch(dataset, ranks, nodes, workers, epoch, 48) == []
+    assert expected != steps_of_epoch(dataset, 1, 1, 1, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -171,7 +314,7 @@ def test_ranks_agree_on_a_number_while_names_and_lock_files_of_other_jobs_vanish
     finally:
         for name in names:
             name.unlink(missing_ok=True)
-    assert process.stdout.split()[0] == "899"  # of 1797, by two ranks
+    assert process.stdout.split()[0] == "896"  # of 1797, in 56 steps of two ranks
     assert not list(temporary.glob("*_filelock"))
 
 
@@ -190,7 +333,7 @@ def test_a_cache_smaller_than_the_data_serves_every_sample(tmp_path):
     convert = ["-m", "streaming_convert", "digits", "--out", tmp_path, "--shard-samples", "100"]
     subprocess.run([sys.executable, *convert], cwd=ROOT, check=True)
     cache = tmp_path / "cache"
-    order = {"shuffle": True, "num_canonical_nodes": 1, "shuffle_block_size": 300, "batch_size": 16}
+    order = {"shuffle": True, "num_canonical_nodes": 1, "shuffle_block_size": 300, "batch_size": 3}
     dataset = TrainingDataset(str(tmp_path / "train"), str(cache), cache_limit="80kb", **order)
     most = 0
     for _ in range(2):

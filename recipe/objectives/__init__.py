@@ -46,7 +46,7 @@ AnyObjective = Annotated[
 def from_facts(method: dict[str, Any]) -> Objective:
     """The objective of weights, from the `method` of their description. Raises ConfigError."""
     name = method.get("objective")
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         raise ConfigError(f"method.objective: {name!r} is not one of {', '.join(OBJECTIVES)}")
     settings = {"name" if key == "objective" else key: value for key, value in method.items()}
     return make(AnyObjective, settings, "method")
