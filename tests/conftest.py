@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,9 @@ EACH = {
     ],
 }  # overrides of the digits run; {digits} is the folder of the fixture
 
+
+MOUNT = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs none /dev/shm"]
+NAMESPACES = shutil.which("unshare") and not subprocess.run(MOUNT, capture_output=True).returncode
 
 PATIENCE = 600  # seconds for a process that takes half a minute on a quiet machine
 
