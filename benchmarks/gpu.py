@@ -40,6 +40,7 @@ from eval.reference import make_extractor, open_images
 from eval.report import read_lines, read_log
 from recipe.config import TrainConfig, load_config
 from recipe.resume import PREEMPTED, newest
+from storage.manifest import read_manifest
 from storage.outside import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -151,8 +152,8 @@ def train_and_score(name: str, override: str, size: Size, out: Path) -> Result:
     for _ in range(2):
         python(*TRAIN, yaml, *settings, expect=PREEMPTED)
     config = load_config(TrainConfig, yaml, settings)
-    with newest(config) as (checkpoint, _):
-        python("-m", "eval.export", checkpoint, "--out", run / "weights/last-ema")
+    with newest(config, read_manifest(config.data.source)) as found:
+        python("-m", "eval.export", found.load_path, "--out", run / "weights/last-ema")
     data = out / "files/data"
     sweep = [*size.sweep, f"folder={run}", f"weights=[{run}/weights/last-ema]", f"reference={data}/train"]
     launcher = ("-m", "composer.cli.launcher", "-n", "1", "eval/sweep.py")

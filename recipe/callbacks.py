@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,15 +20,16 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import DataLoader
 
 from recipe.algorithms import average_of_child, check_finite, unwrap
-from recipe.config import GridConfig
+from recipe.config import GridConfig, TrainConfig
 from recipe.data import Normalizer, to_uint8
 from recipe.model import GenerativeModel
 from recipe.plan import step_flops
 from recipe.pretrained import load_vae
-from recipe.resume import Preemption
+from recipe.resume import Owner, Preemption, on_rank_zero
 from recipe.sampler import grid, initial_noise, sample
 from recipe.text import Text
 from recipe.weights import save_weights
+from storage import writing
 
 
 def inference_facts(model: GenerativeModel, data: dict[str, Any]) -> dict[str, Any]:
@@ -45,11 +47,11 @@ class ExportWeights(Callback):
     """
 
     def __init__(
-        self, folder: str, interval: str, averages: list[str], data: dict[str, Any], preemption: Preemption
+        self, config: TrainConfig, data: dict[str, Any], preemption: Preemption, owner: Owner
     ) -> None:
-        self.folder, self.averages, self.data = Path(folder), averages, data
-        self.preemption = preemption
-        self.due: Callable[[State, Event], bool] = create_interval_scheduler(interval)
+        self.folder, self.averages, self.data = Path(config.folder, "weights"), config.export, data
+        self.preemption, self.owner = preemption, owner
+        self.due: Callable[[State, Event], bool] = create_interval_scheduler(config.export_interval)
         self.last = -1
         self.description = ""
 
@@ -69,11 +71,12 @@ class ExportWeights(Callback):
             self.export(state)
 
     def export(self, state: State) -> None:
-        """Gathers the weights on rank 0 and writes them there. Raises DivergedError."""
+        """Gathers the weights on rank 0 and writes them there. Raises DivergedError, StorageError."""
         step = int(state.timestamp.batch)
         if step == self.last:
             return
         self.last = step
+        on_rank_zero(self.owner.check_files)
         model = unwrap(state.model)
         check_finite(model.net, step)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -88,7 +91,9 @@ class ExportWeights(Callback):
                     "samples": int(state.timestamp.sample),
                     "train_seconds": round(state.timestamp.total_wct.total_seconds(), 1),
                 }
-                save_weights(self.folder / f"ba{step:07d}-{name}", weights, model.net.config, facts)
+                path = self.folder / f"ba{step:07d}-{name}"
+                with writing(path):
+                    save_weights(path, weights, model.net.config, facts)
 
 
 class SampleGrid(Callback):
@@ -115,9 +120,10 @@ class SampleGrid(Callback):
             if dist.get_global_rank() == 0:
                 images = pictures(x0, unwrap(state.model).normalizer, self.column, self.vae)
                 picture = grid(images, self.config.columns)
-                self.folder.mkdir(parents=True, exist_ok=True)
                 path = self.folder / f"ba{int(state.timestamp.batch):07d}-nfe{nfe}.png"
-                Image.fromarray(picture).save(path)
+                with writing(path):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(picture).save(path)
                 logger.log_images(picture, name=f"samples/nfe{nfe}", channels_last=True, use_table=False)
 
     def sample(self, model: GenerativeModel, nfe: int, loader: DataLoader) -> Tensor:
@@ -219,8 +225,8 @@ class JSONLines(LoggerDestination):
     After a resume some steps may stand twice: the later line counts.
     """
 
-    def __init__(self, path: str, interval: int) -> None:
-        self.path, self.interval = Path(path), Time(interval, "ba")
+    def __init__(self, path: str, interval: int, owner: Owner) -> None:
+        self.path, self.interval, self.owner = Path(path), Time(interval, "ba"), owner
         self.row: dict[str, float] = {}
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
@@ -228,13 +234,28 @@ class JSONLines(LoggerDestination):
         self.row.update(metrics)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Writes a line when it is due."""
-        if dist.get_global_rank() == 0 and int(state.timestamp.batch) % self.interval.value == 0:
-            row = {"step": int(state.timestamp.batch), **{k: float(v) for k, v in self.row.items()}}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        """Writes a line when it is due. Raises StorageError, on all ranks."""
+        if int(state.timestamp.batch) % self.interval.value == 0:
+            on_rank_zero(lambda: self.write(int(state.timestamp.batch)))
         self.row.clear()
+
+    def write(self, step: int) -> None:
+        """Appends one line, where the file is still this start's."""
+        self.owner.check_files()
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            row = {"step": step, **{key: float(value) for key, value in self.row.items()}}
+            append_line(self.path, json.dumps(row))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line to a file, in place of half a line that a full disk may have left at its end."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        file.write(line.encode() + b"\n")
 
 
 class MetricsToWandB(WandBLogger):

@@ -28,7 +28,7 @@ from recipe.dit import TEXT_LAYERS, DiT, DiTConfig
 from recipe.objectives.base import Objective, Pass
 from recipe.parallel import ParallelConfig
 from recipe.preflight import divisible
-from recipe.settings import Filled, NotNegative, Positive, Says, Settings
+from recipe.settings import NotNegative, Positive, Says, Settings
 
 GIB = 2**30
 FP32, BF16 = 4, 2
@@ -127,8 +127,10 @@ class Roofline(Settings):
 class Cluster(Roofline):
     """Where the run is planned."""
 
-    gpus: Filled[Annotated[int, Field(ge=1, le=10**6)]] = Field(
-        [8, 64, 512], description="Numbers of GPUs, one column of the table each, as gpus=8,64."
+    gpus: list[Annotated[int, Field(ge=1, le=10**6)]] = Field(
+        [],
+        description="Numbers of GPUs, one column of the table each, as gpus=8,64; "
+        "empty for those of 8, 64 and 512 that divide the batch.",
     )
     per_node: int = Field(8, ge=1, le=10**6, description="Number of GPUs in a node.")
     hop: NotNegative = Field(2e-6, description="Seconds that each rank adds to a collective's latency.")
@@ -465,10 +467,17 @@ def steps(config: TrainConfig) -> int:
     return duration.value
 
 
+def usual_gpus(config: TrainConfig) -> list[int]:
+    """Return those of 8, 64 and 512 GPUs that divide the run's batch, or else the most of a node that do."""
+    fitting = [gpus for gpus in (8, 64, 512) if not divisible(config, gpus)]
+    return fitting or [next(gpus for gpus in range(7, 0, -1) if gpus == 1 or not divisible(config, gpus))]
+
+
 def report(config: TrainConfig, cluster: Cluster) -> str:
     """A Markdown table, one column for each number of GPUs, under the assumptions that it rests on."""
     blocks, rest = parameter_counts(config.model)
-    columns = [column(config, gpus, cluster) for gpus in cluster.gpus]
+    counts = cluster.gpus or usual_gpus(config)
+    columns = [column(config, gpus, cluster) for gpus in counts]
     lines = [
         f"{config.run_name}: {(blocks + rest) / 1e6:.0f}M parameters, {config.model.tokens} tokens, "
         f"batch {config.data.batch_size}, {config.duration}, {config.precision}.",
@@ -476,7 +485,7 @@ def report(config: TrainConfig, cluster: Cluster) -> str:
         "Communication is bandwidth + latency. A step takes from the first time (all of it hidden behind",
         "compute) to the second (none of it); the rows below go by the first.",
         "",
-        "| GPUs | " + " | ".join(map(str, cluster.gpus)) + " |",
+        "| GPUs | " + " | ".join(map(str, counts)) + " |",
         "|---|" + "---:|" * len(columns),
     ]
     lines += [f"| {name} | " + " | ".join(c[name] for c in columns) + " |" for name in columns[0]]

@@ -25,7 +25,7 @@ from recipe.algorithms import average_names
 from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.data import SHUFFLE_WINDOW, normalizer
 from recipe.dit import DiT
-from recipe.resume import PROBE, checkpoints, complete, fork
+from recipe.resume import PROBE, check_dataset, checkpoints, complete, fork
 from recipe.text import TextConfig
 from recipe.warm_start import check_weights
 from storage import Folder, StorageError, status, transient
@@ -134,17 +134,17 @@ def writable(key: str, uri: str) -> Iterator[str]:
 
 
 def startable(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
-    """What `fork_from` or `init_from` names, needed until the run has a checkpoint of its own."""
-    key, uri = ("fork_from", config.fork_from) if config.fork_from else ("init_from", config.init_from)
-    if not uri:
-        return
-    folder = Folder(config.save_folder)
-    if complete(folder, checkpoints(folder, folder.names())):
-        return
+    """The run's checkpoints; until it has one of its own, what `fork_from` or `init_from` names."""
+    key, uri = "save_folder", config.save_folder
     try:
-        if config.fork_from:
-            fork(config)
-        else:
+        folder = Folder(uri)
+        if own := complete(folder, checkpoints(folder, folder.names())):
+            check_dataset(config, manifest, uri, own)
+        elif config.fork_from:
+            key, uri = "fork_from", config.fork_from
+            check_dataset(config, manifest, *fork(config))
+        elif config.init_from:
+            key, uri = "init_from", config.init_from
             check_weights(config, normalizer(config.data, manifest))
     except ConfigError as error:
         yield str(error)

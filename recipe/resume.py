@@ -4,8 +4,10 @@ Composer saves and loads them on local disk; around it stands
 
     SAVE_FOLDER/run.json                  whose folder this is: run name, architecture, latest start
     SAVE_FOLDER/ep0-ba40/__0_0.distcp     what each rank saved (rank0.pt without FSDP2), and .metadata
-    SAVE_FOLDER/ep0-ba40/rank0.json       that rank's receipt: checksums of its files, written after them
+    SAVE_FOLDER/ep0-ba40/rank0.json       that rank's receipt, written last: checksums of its files; rank 0's
+                                          says with which settings and on which dataset the run was trained
     SAVE_FOLDER/weights/, train.jsonl     where it is a bucket: copies of what is exported and logged locally
+    FOLDER/start.json                     the latest start that writes weights and log there
 
 A checkpoint is complete when every rank's receipt is there. No pointer to the newest one exists that could be
 missing, stale or dangling.
@@ -41,7 +43,8 @@ from composer.utils import dist
 from recipe.algorithms import check_finite, stepped, unwrap
 from recipe.config import ConfigError, TrainConfig, as_dict
 from recipe.weights import file_digest
-from storage import Folder, StorageError
+from storage import Folder, MissingError, StorageError, writing
+from storage.manifest import Manifest
 from storage.outside import LARGEST, OutsideError, parse_json
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,7 @@ PREEMPTED = 75  # exit status: saved before the end, start the same command agai
 UNSAVED = 128 + signal.SIGTERM
 PATIENCE = 20.0  # seconds; Composer's launcher kills after 30
 RUN = "run.json"
+START = "start.json"
 LOG = "train.jsonl"
 PROBE = ".preflight"
 FOLDER = re.compile(r"ep(\d+)-ba(\d+)")
@@ -168,20 +172,55 @@ def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: 
             )
 
 
-def sign_in(config: TrainConfig, folder: Folder) -> str:
-    """Writes whose folder this is, and which start of that run has it now; returns the id of this start."""
-    attempt = uuid.uuid4().hex
+def sign_in(config: TrainConfig, folder: Folder, attempt: str | None = None) -> None:
+    """Writes whose folder this is, and which start of that run has it now."""
     owner = {"run_name": config.run_name, "identity": identity(config), "attempt": attempt}
     folder.write(RUN, json.dumps(owner, indent=2).encode())
-    return attempt
+
+
+class Owner:
+    """This start's claim on the files of its run: of several starts of one run the latest alone may write.
+
+    run.json holds the claim on checkpoints, start.json the one on what is written to `folder`, where a look
+    costs nothing. All ranks make one; what an earlier start would write after that raises StorageError.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.attempt = dist.all_gather_object(uuid.uuid4().hex)[0]
+        self.saves, self.files = Folder(config.save_folder), Folder(config.folder)
+        on_rank_zero(lambda: self.claim(config))
+
+    def claim(self, config: TrainConfig) -> None:
+        """Take the run over from earlier starts."""
+        sign_in(config, self.saves, self.attempt)
+        self.files.write(START, json.dumps({"attempt": self.attempt}).encode())
+
+    def check(self, folder: Folder, name: str, key: str) -> None:
+        """Raise StorageError where a later start has signed `name`; a file that is gone names nobody."""
+        with suppress(MissingError):
+            if read_json(folder, name, {"attempt"})["attempt"] != self.attempt:
+                raise StorageError(f"{key}: {folder.uri} was taken over by a later start of this run")
+
+    def check_saves(self) -> None:
+        """Raise StorageError where checkpoints are another start's to write."""
+        self.check(self.saves, RUN, "save_folder")
+
+    def check_files(self) -> None:
+        """Raise StorageError where log, weights and samples are another start's to write."""
+        self.check(self.files, START, "folder")
 
 
 class Saved(NamedTuple):
-    """A checkpoint that all ranks signed: the checksum of each file, and what is wrong with its receipts."""
+    """A checkpoint that all ranks signed: the checksum of each file, and what is wrong with its receipts.
+
+    settings, dataset: what the run was trained with and on (see `dataset`); None in receipts that are older.
+    """
 
     name: str
     files: dict[str, str]
     problem: str | None = None
+    settings: dict | None = None
+    dataset: dict | None = None
 
 
 def complete(folder: Folder, found: list[Checkpoint]) -> list[Saved]:
@@ -195,11 +234,39 @@ def complete(folder: Folder, found: list[Checkpoint]) -> list[Saved]:
             continue
         if parts is not None:
             files = {name: digest for part in parts for name, digest in part["files"].items()}
-            result.append(Saved(checkpoint.name, files))
+            told = {key: parts[0].get(key) for key in ("settings", "dataset")}
+            result.append(Saved(checkpoint.name, files, **told))
     return result
 
 
-def claim(config: TrainConfig) -> tuple[str, list[Saved]]:
+def dataset(manifest: Manifest) -> dict:
+    """Return what tells a dataset from others, wherever it lies: its size and the checksum of its shards'."""
+    shards = [shard["xxh64"] for _, shard in sorted(manifest.shards.items())]
+    return {"samples": manifest.num_samples, "xxh64": xxhash.xxh64("".join(shards)).hexdigest()}
+
+
+def described(dataset: dict) -> str:
+    """Return a dataset's size and checksum for a message."""
+    return f"{dataset['samples']} samples, {dataset['xxh64']}"
+
+
+def check_dataset(config: TrainConfig, manifest: Manifest, uri: str, found: list[Saved]) -> None:
+    """Raise ConfigError where the checkpoints in `uri` were trained on another dataset.
+
+    A position in one dataset means nothing in another: Streaming fails there, or goes on with other samples.
+    """
+    here = dataset(manifest)
+    for saved in found:
+        if (there := saved.dataset) and there != here:
+            key = "data.remote" if config.data.remote else "data.local"
+            raise ConfigError(
+                f"{key}: {config.data.source} ({described(here)}) is not the dataset of {uri}/{saved.name} "
+                f"({described(there)}). Fix: give that one, or begin a new run with the weights of this one "
+                f"(init_from, with another run_name, folder and save_folder)"
+            )
+
+
+def claim(config: TrainConfig, manifest: Manifest) -> tuple[str, list[Saved]]:
     """This run's folder, which a new run claims, and its complete checkpoints; or those of `fork_from`.
 
     Raises ConfigError, StorageError.
@@ -216,7 +283,9 @@ def claim(config: TrainConfig) -> tuple[str, list[Saved]]:
     own = complete(folder, found)
     for name in [c.name for c in found if c.name not in [saved.name for saved in own]]:
         log.warning("%s/%s was never completed: not used", folder.uri, name)
-    return (folder.uri, own) if own or not config.fork_from else fork(config)
+    uri, usable = (folder.uri, own) if own or not config.fork_from else fork(config)
+    check_dataset(config, manifest, uri, usable)
+    return uri, usable
 
 
 def fork(config: TrainConfig) -> tuple[str, list[Saved]]:
@@ -254,21 +323,30 @@ def remove_downloads(folder: str) -> None:
     dist.barrier()
 
 
+class Found(NamedTuple):
+    """A checkpoint to go on with: Composer's load_path, where it came from, the settings that made it."""
+
+    load_path: str
+    source: str
+    settings: dict | None
+
+
 @contextmanager
-def newest(config: TrainConfig) -> Iterator[tuple[str, str] | None]:
-    """(what Composer's load_path takes, where it came from) of the newest usable checkpoint, None if the run
-    is new. All ranks call it; each node has its own copy of a remote checkpoint until the end of the block.
+def newest(config: TrainConfig, manifest: Manifest) -> Iterator[Found | None]:
+    """The newest usable checkpoint, None if the run is new.
+
+    All ranks call it; each node has its own copy of a remote checkpoint until the end of the block.
 
     Raises ConfigError if there are checkpoints and none of them is sound: a run never starts over by itself.
     """
     remove_downloads(config.folder)
-    uri, found = on_rank_zero(lambda: claim(config))
+    uri, found = on_rank_zero(lambda: claim(config, manifest))
     scratch, problems = None, []
     if dist.get_local_rank() == 0:
         Path(config.folder).mkdir(parents=True, exist_ok=True)
         scratch = tempfile.mkdtemp(prefix="resume-", dir=config.folder)
     try:
-        for name, files, problem in found:
+        for name, files, problem, settings, _ in found:
             path = ""
             if problem is None and dist.get_local_rank() == 0:
                 path, problem = fetch(uri, name, files, Path(scratch))
@@ -276,7 +354,8 @@ def newest(config: TrainConfig) -> Iterator[tuple[str, str] | None]:
             problem = next((p for _, p in answers if p), None)
             if problem is None:
                 local = Path(answers[dist.get_global_rank() - dist.get_local_rank()][0]).absolute()
-                yield str(local if config.parallel.fsdp2 else local / "rank0.pt"), f"{uri}/{name}"
+                load_path = str(local if config.parallel.fsdp2 else local / "rank0.pt")
+                yield Found(load_path, f"{uri}/{name}", settings)
                 dist.barrier()
                 return
             problems.append(f"{name}: {problem}")
@@ -346,8 +425,9 @@ class Checkpoints(CheckpointSaver):
     One upload is under way at a time: a save waits for the one before it, and raises its error.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config, self.target = config, Folder(config.save_folder)
+    def __init__(self, config: TrainConfig, manifest: Manifest, owner: Owner) -> None:
+        self.config, self.target, self.owner = config, owner.saves, owner
+        self.told = {"settings": as_dict(config), "dataset": dataset(manifest)}
         local = Path(config.folder, "staging") if self.target.remote else Path(config.save_folder)
         super().__init__(
             folder=local,
@@ -359,7 +439,7 @@ class Checkpoints(CheckpointSaver):
         )
         if self.target.remote and dist.get_local_rank() == 0:
             shutil.rmtree(local, ignore_errors=True)  # what a killed process left
-        self.attempt = on_rank_zero(lambda: sign_in(config, self.target))
+        self.mirrored: set[str] = set()  # names in weights/ that are known to be the same in the bucket
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
         self.seconds = 0.0
@@ -372,18 +452,14 @@ class Checkpoints(CheckpointSaver):
         check_finite(unwrap(state.model).net, int(state.timestamp.batch))
         started = time.monotonic()
         self.wait()
-        on_rank_zero(self.check_owner)
-        super()._save_checkpoint(state, logger)
+        on_rank_zero(self.owner.check_saves)
+        with writing(self.folder):
+            super()._save_checkpoint(state, logger)
         name = f"ep{int(state.timestamp.epoch)}-ba{int(state.timestamp.batch)}"
         sound = stepped(unwrap(state.model).net)  # else training may be about to end with DivergedError
         self.pending = self.thread.submit(self.publish, name, int(state.timestamp.batch) if sound else None)
         self.seconds += time.monotonic() - started
         logger.log_metrics({"time/checkpoint_seconds": self.seconds})
-
-    def check_owner(self) -> None:
-        """Raises StorageError where the run has been started again while this start of it still goes on."""
-        if read_json(self.target, RUN, {"attempt"})["attempt"] != self.attempt:
-            raise StorageError(f"save_folder: {self.target.uri} was taken over by a later start of this run")
 
     def publish(self, name: str, step: int | None) -> None:
         """Checksums, uploads and signs for what this rank saved; rank 0 mirrors, and prunes up to `step`."""
@@ -392,16 +468,17 @@ class Checkpoints(CheckpointSaver):
         mine += local.glob(".metadata") if rank == 0 else []
         receipt = {
             "run_name": self.config.run_name,
-            "attempt": self.attempt,
+            "attempt": self.owner.attempt,
             "ranks": dist.get_world_size(),
             "files": {path.name: checksum(path) for path in mine},
-        }
+        } | (self.told if rank == 0 else {})
         if self.target.remote:
             for path in mine:
                 self.target.put(f"{name}/{path.name}", path)
                 path.unlink()
             remove_if_empty(local)
         if rank == 0:
+            self.owner.check_saves()
             self.mirror()  # first: with the last receipt the run is finished, and is not started again
         self.target.write(f"{name}/rank{rank}.json", json.dumps(receipt).encode())
         if rank == 0 and step is not None:
@@ -413,9 +490,13 @@ class Checkpoints(CheckpointSaver):
             return
         there = set(self.target.names())
         for description in sorted(Path(self.config.folder, "weights").glob("*.json")):
-            for path in (description.with_suffix(".safetensors"), description):
-                if f"weights/{path.name}" not in there:
+            name = f"weights/{description.name}"
+            if name in self.mirrored:
+                continue
+            if name not in there or self.target.read(name) != description.read_bytes():
+                for path in (description.with_suffix(".safetensors"), description):
                     self.target.put(f"weights/{path.name}", path)
+            self.mirrored.add(name)
         if (rows := Path(self.config.folder, LOG)).is_file():
             self.target.put(LOG, rows)
 
@@ -454,13 +535,15 @@ def ignore_sigterm(_worker: int) -> None:
 class Preemption(Callback):
     """Ends training after the current step on SIGTERM to any rank, or `limit` (e.g. 86000sec) after start.
 
-    Composer then saves a checkpoint; `stopped` tells the caller to exit with PREEMPTED. Where no step has
-    ended yet, so that nothing can be lost, or none ends (see `overdue`), SIGTERM exits with UNSAVED.
+    So does the end of the launcher, which a second SIGTERM ends at once: no rank is left behind. Composer
+    then saves a checkpoint; `stopped` tells the caller to exit with PREEMPTED. Where no step has ended yet,
+    so that nothing can be lost, or none ends (see `overdue`), SIGTERM exits with UNSAVED.
     """
 
     def __init__(self, limit: str | None) -> None:
         self.limit = Time.from_timestring(limit).value if limit else float("inf")
         self.started, self.signalled, self.stopped = time.monotonic(), False, False
+        self.launcher = os.getppid() if "LOCAL_RANK" in os.environ else None
         self.step_began: float | None = self.started  # None between steps, where weights are written
         self.longest: float | None = None
         signal.signal(signal.SIGTERM, self.on_signal)
@@ -500,7 +583,8 @@ class Preemption(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Asks all ranks, stops if one was told to."""
-        stop = self.signalled or time.monotonic() - self.started > self.limit
+        orphaned = self.launcher is not None and os.getppid() != self.launcher
+        stop = self.signalled or orphaned or time.monotonic() - self.started > self.limit
         flag = state.device.tensor_to_device(torch.tensor([int(stop)]))
         dist.all_reduce(flag, "MAX")
         self.longest = max(self.longest or 0.0, time.monotonic() - self.step_began)

@@ -8,9 +8,10 @@ ended by SIGTERM before it could save, anything else an error.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import sys
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,7 @@ import torch
 from composer import Trainer
 from composer.callbacks import MemoryMonitor
 from composer.core import Callback, TimeUnit
-from composer.optim import (
-    ComposerScheduler,
-    ConstantWithWarmupScheduler,
-    CosineAnnealingWithWarmupScheduler,
-    LinearWithWarmupScheduler,
-)
+from composer.loggers import LoggerDestination
 from composer.utils import dist, reproducibility
 from omegaconf import OmegaConf
 
@@ -35,18 +31,18 @@ from recipe.callbacks import ExportWeights, JSONLines, LossByTime, MetricsToWand
 from recipe.config import (
     ConfigError,
     GridConfig,
-    LogConfig,
-    OptimizerConfig,
     TrainConfig,
     as_dict,
     load_config,
 )
+from recipe.console import console, summary
 from recipe.data import Normalizer, normalizer, train_loader
 from recipe.dit import DiT
 from recipe.model import GenerativeModel, StepKey
+from recipe.optimizer import LearningRate, build_optimizer, rate_of_step, take_settings
 from recipe.parallel import parallelism, prepare_blocks
 from recipe.preflight import check, divisible
-from recipe.resume import PREEMPTED, Checkpoints, Preemption, ignore_sigterm, newest
+from recipe.resume import LOG, PREEMPTED, Checkpoints, Owner, Preemption, ignore_sigterm, newest
 from recipe.text import Prompts
 from recipe.warm_start import warm_start
 from storage import StorageError
@@ -67,33 +63,45 @@ def build_model(config: TrainConfig, manifest: Manifest) -> GenerativeModel:
     return model
 
 
-def build_loggers(config: LogConfig, run_name: str, folder: str) -> list:
-    """train.jsonl always, Weights & Biases where asked for."""
-    lines = JSONLines(f"{folder}/train.jsonl", config.interval)
-    if config.wandb == "off":
-        return [lines]
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    options = {"mode": config.wandb, "dir": folder, "id": run_name, "resume": "allow"}
-    return [lines, MetricsToWandB(project=config.wandb_project, name=run_name, init_kwargs=options)]
+def build_loggers(config: TrainConfig, owner: Owner) -> list[LoggerDestination]:
+    """train.jsonl and the console always, Weights & Biases where asked for."""
+    folder, name = config.folder, config.run_name
+    loggers = [
+        JSONLines(f"{folder}/{LOG}", config.log.interval, owner),
+        *console(config, sys.stderr.isatty()),
+    ]
+    if config.log.wandb != "off":
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        options = {"mode": config.log.wandb, "dir": folder, "id": name, "resume": "allow"}
+        loggers.append(MetricsToWandB(project=config.log.wandb_project, name=name, init_kwargs=options))
+    return loggers
 
 
 def build_callbacks(
-    config: TrainConfig, data: dict[str, Any], device: str, preemption: Preemption
+    config: TrainConfig, manifest: Manifest, device: str, preemption: Preemption, owner: Owner
 ) -> list[Callback]:
-    """What a run writes and measures; `data` is what exported weights say about their data."""
+    """What a run writes and measures."""
     interval = config.log.interval
     callbacks = [
         StepKey(),
+        LearningRate(config),
         preemption,
-        ExportWeights(f"{config.folder}/weights", config.export_interval, config.export, data, preemption),
+        ExportWeights(config, about_data(config, manifest), preemption, owner),
         Throughput(interval, config.log.peak_tflops),
         LossByTime(interval),
     ]
     if config.grid.interval is not None:
-        callbacks.append(build_grid(f"{config.folder}/samples", config.grid, data["column"]))
+        callbacks.append(build_grid(f"{config.folder}/samples", config.grid, manifest.column))
     if device == "gpu":
         callbacks.append(MemoryMonitor())
-    return [*callbacks, Checkpoints(config)]
+    return [*callbacks, Checkpoints(config, manifest, owner)]
+
+
+def about_data(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
+    """Return what exported weights say about their data."""
+    data = {name: getattr(manifest, name) for name in ("column", "class_names", "class_counts", "encoder")}
+    data["source"] = config.data.source
+    return data if config.model.text is None else {**data, "text": manifest.text}
 
 
 def build_grid(folder: str, config: GridConfig, column: str) -> SampleGrid:
@@ -104,27 +112,6 @@ def build_grid(folder: str, config: GridConfig, column: str) -> SampleGrid:
         raise ConfigError(f"grid.vae: {error}") from error
 
 
-def build_schedule(config: OptimizerConfig) -> ComposerScheduler:
-    """Composer's scheduler of that name."""
-    warnings.filterwarnings("ignore", message="The warmup duration is 0")
-    schedules = {
-        "constant": ConstantWithWarmupScheduler,
-        "linear": LinearWithWarmupScheduler,
-        "cosine": CosineAnnealingWithWarmupScheduler,
-    }
-    return schedules[config.schedule](t_warmup=config.warmup)
-
-
-def set_optimizer(trainer: Trainer, config: OptimizerConfig) -> None:
-    """Lets the YAML, not the checkpoint, say how to go on: Composer restores the settings of the past run."""
-    for group in trainer.state.optimizers[0].param_groups:
-        scale = config.lr / group["initial_lr"]
-        group.update(lr=group["lr"] * scale, initial_lr=config.lr, betas=tuple(config.betas))
-        group.update(eps=config.eps, weight_decay=config.weight_decay)
-    for schedule in trainer.state.schedulers:
-        schedule.base_lrs = [config.lr] * len(schedule.base_lrs)
-
-
 def build_trainer(
     config: TrainConfig, manifest: Manifest, load_path: str | None, preemption: Preemption
 ) -> Trainer:
@@ -133,34 +120,28 @@ def build_trainer(
     if config.init_from and load_path is None:
         log.info("%s: %s", config.run_name, warm_start(model, config))
     device = "gpu" if torch.cuda.is_available() else "cpu"
-    o, trained = config.optimizer, [p for p in model.net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, o.lr, tuple(o.betas), o.eps, o.weight_decay, fused=True)
-    data = {name: getattr(manifest, name) for name in ("column", "class_names", "class_counts", "encoder")}
-    data["source"] = config.data.source
     guard = StepGuard(config.step, config.objective.flow_matching_first)
-    if config.model.text is not None:
-        data["text"] = manifest.text
+    owner = Owner(config)
     loader = train_loader(config.data, config.seed, config.model.text, manifest)
     loader.worker_init_fn = ignore_sigterm
     trainer = Trainer(
         model=model,
         train_dataloader=loader,
-        optimizers=optimizer,
-        schedulers=build_schedule(o),
+        optimizers=build_optimizer(model.net, config.optimizer),
         max_duration=config.duration,
         algorithms=[guard, EMA(config.ema)],
-        callbacks=build_callbacks(config, data, device, preemption),
-        loggers=build_loggers(config.log, config.run_name, config.folder),
+        callbacks=build_callbacks(config, manifest, device, preemption, owner),
+        loggers=build_loggers(config, owner),
         run_name=config.run_name,
         load_path=load_path,
         device=device,
         parallelism_config=parallelism(config.parallel, "cuda" if device == "gpu" else "cpu"),
         precision=config.precision,
         device_train_microbatch_size=config.microbatch,
-        progress_bar=config.log.progress_bar,
+        progress_bar=False,
         seed=config.seed,
     )
-    set_optimizer(trainer, o)
+    take_settings(trainer.state.optimizers[0], config.optimizer)
     return trainer
 
 
@@ -174,7 +155,7 @@ def short_for_average(trainer: Trainer, ema: EMAConfig) -> str | None:
     return f"ema.decay: {ema.decay} keeps {left:.0%} of the first weights to the end. To mend: ema.ramp=true"
 
 
-def start(config: TrainConfig, preemption: Preemption) -> Trainer:
+def start(config: TrainConfig, preemption: Preemption) -> tuple[Trainer, Manifest]:
     """Checks the surroundings, and builds the trainer at the step where the run stands."""
     device = "gpu" if torch.cuda.is_available() else "cpu"
     dist.initialize_dist(device, timeout=3600)  # while a checkpoint is downloaded, the other ranks wait
@@ -182,22 +163,48 @@ def start(config: TrainConfig, preemption: Preemption) -> Trainer:
     batch = config.data.per_rank(dist.get_world_size())
     if (size := config.microbatch or 0) > batch:
         log.warning("microbatch: %d is more than a rank's %d samples here: one pass", size, batch)
-    with newest(config) as found:
-        load_path, source = found or (None, None)
-        trainer = build_trainer(config, manifest, load_path, preemption)
+    with newest(config, manifest) as found:
+        trainer = build_trainer(config, manifest, found and found.load_path, preemption)
     step = int(trainer.state.timestamp.batch)
     if trainer.state.timestamp >= trainer.state.max_duration:
-        if source == config.fork_from:
-            nothing = f"leaves nothing to do after step {step} of {source}"
+        if found.source == config.fork_from:
+            nothing = f"leaves nothing to do after step {step} of {found.source}"
             raise ConfigError(f"duration: {config.duration} {nothing}")
-        log.info("%s: already finished at step %d (%s)", config.run_name, step, source)
-    elif source:
-        log.info("%s: resumed at step %d from %s", config.run_name, step, source)
+        log.info("%s: already finished at step %d (%s)", config.run_name, step, found.source)
+    elif found:
+        log.info("%s: resumed at step %d from %s", config.run_name, step, found.source)
+        for line in changes(trainer, config, found.settings):
+            log.info("%s: %s", config.run_name, line)
     else:
         if not config.init_from and (advice := short_for_average(trainer, config.ema)):
             log.info("%s: %s", config.run_name, advice)
         log.info("%s: starting at step 0, %s has no complete checkpoint", config.run_name, config.save_folder)
-    return trainer
+    return trainer, manifest
+
+
+def changes(trainer: Trainer, config: TrainConfig, settings: dict | None) -> Iterator[str]:
+    """What a resumed run does otherwise than before: settings, and a learning rate that jumps.
+
+    The rate of the last step comes with the optimizer; of this run's rates it would have been another.
+    """
+    if changed := differences(settings or {}, as_dict(config)):
+        yield f"changed since then: {', '.join(changed)}"
+    step, epoch = int(trainer.state.timestamp.batch), len(trainer.state.train_dataloader)
+    last, now = trainer.state.optimizers[0].param_groups[0]["lr"], rate_of_step(config, step, epoch)
+    if not math.isclose(last, rate_of_step(config, step - 1, epoch), rel_tol=1e-6):
+        yield f"the learning rate jumps from {last:.3g} at step {step - 1} to {now:.3g} at step {step}"
+
+
+def differences(before: dict, now: dict, section: str = "") -> list[str]:
+    """Return `key old => new` for each setting that differs; a key that only one of them has is left out."""
+    found = []
+    for key in before.keys() & now.keys():
+        old, new, name = before[key], now[key], f"{section}{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{name}.")
+        elif old != new:
+            found.append(f"{name} {old} => {new}")
+    return sorted(found)
 
 
 def fit(trainer: Trainer, config: TrainConfig) -> None:
@@ -244,7 +251,7 @@ def main(arguments: list[str]) -> None:
             sys.stdout.write(dry_run(config) if dist.get_global_rank() == 0 else "")
             return
         preemption = Preemption(config.time_limit)
-        trainer = start(config, preemption)
+        trainer, manifest = start(config, preemption)
         if trainer.state.timestamp < trainer.state.max_duration:
             trainer.logger.log_hyperparameters(as_dict(config))
             fit(trainer, config)
@@ -256,10 +263,12 @@ def main(arguments: list[str]) -> None:
         reason = str(error).strip().rpartition("DatasetError: ")[2]  # below a worker's traceback
         raise SystemExit(f"data error: {reason}") from error
     trainer.close()
+    step = int(trainer.state.timestamp.batch)
     if preemption.stopped:
-        step = int(trainer.state.timestamp.batch)
-        log.info("%s: stopped at step %d, saved to %s", config.run_name, step, config.save_folder)
+        again = "start the same command again to go on"
+        log.info("%s: stopped at step %d, saved to %s; %s", config.run_name, step, config.save_folder, again)
         raise SystemExit(PREEMPTED)
+    log.info("%s, step %d:\n%s", config.run_name, step, summary(config, manifest, step))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Clients are imported when a bucket is first used: loading them takes longer than
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -13,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +33,8 @@ NETWORK_ERRORS = (  # every client's own have one of these behind them
     urllib3.exceptions.HTTPError,
     botocore.exceptions.IncompleteReadError,
 )
+DISK_ERRORS = [os.strerror(e) for e in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.EFBIG)]
+DISK_ERRORS.append("PytorchStreamWriter failed writing file")  # all that torch.save says of a full disk
 OCI_PART = 64 * 2**20  # bytes per request; one stream is slower than the network
 
 
@@ -41,6 +44,26 @@ class StorageError(OSError):
 
 class MissingError(StorageError, FileNotFoundError):
     """There is no such file or bucket."""
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn the failure of the disk under a local file into a StorageError that names the file.
+
+    torch, safetensors and sharded checkpoints have errors of their own for it, with the system's answer, or
+    traces of it, in their text. Any other error passes as it is.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except BaseException as error:  # a sharded checkpoint's is no Exception
+        texts = [str(e) for e in _chain(error)]
+        answers = [os.strerror(e.errno) for e in _chain(error) if isinstance(e, OSError) and e.errno]
+        answers += [answer for answer in DISK_ERRORS if any(answer in text for text in texts)]
+        if not answers:
+            raise
+        raise StorageError(f"cannot write {path}: {answers[0]}") from error
 
 
 def normalize_uri(uri: str) -> str:
@@ -81,7 +104,7 @@ class Folder:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file."""
-        with tempfile.TemporaryDirectory() as scratch:
+        with writing(tempfile.gettempdir()), tempfile.TemporaryDirectory() as scratch:
             source = Path(scratch, "file")
             source.write_bytes(content)
             self.put(name, source)
@@ -90,7 +113,7 @@ class Folder:
         """Content of a file of at most `limit` bytes. Raises MissingError if there is none."""
         if not self.remote:
             return self._attempt("read", name, lambda: read_bytes(Path(self.uri, name), limit))
-        with tempfile.TemporaryDirectory() as scratch:
+        with writing(tempfile.gettempdir()), tempfile.TemporaryDirectory() as scratch:
             target = Path(scratch, "file")
             self.get(name, target)
             return self._attempt("read", name, lambda: read_bytes(target, limit))

@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 import yaml
 
+from recipe import commands
 from storage import Folder, normalize_uri
 from storage.manifest import MANIFEST, DatasetError, Manifest
 from streaming_convert import captions, reader, sources, writer
@@ -288,7 +289,8 @@ def _finish(out: str, splits: list[str], max_rejected: int) -> None:
     if YAML not in folder.names():  # or the user's changes would be lost
         folder.write(YAML, training_yaml(out, manifests[0]).encode())
     fetch = f"copy {out}/{YAML} here, then " if folder.remote else ""
-    print(f"next: {fetch}composer recipe/train.py {YAML if folder.remote else f'{out}/{YAML}'}")
+    train = commands.composer("recipe/train.py", YAML if folder.remote else f"{out}/{YAML}")
+    print(f"next: {fetch}{train}")
 
 
 def training_yaml(out: str, manifest: Manifest) -> str:
@@ -307,7 +309,7 @@ def training_yaml(out: str, manifest: Manifest) -> str:
     model = {"size": size, "channels": manifest.shape[0] // (2 if latents else 1), "classes": classes}
     config = {
         "run_name": name,
-        "folder": f"runs/{name}",
+        "folder": "runs/${run_name}",
         "duration": f"{4 * quarter}ba",
         **dict.fromkeys(("save_interval", "export_interval"), f"{quarter}ba"),
         "data": {

@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,9 @@ EACH = {
     ],
 }  # overrides of the digits run; {digits} is the folder of the fixture
 
+
+MOUNT = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs none /dev/shm"]
+NAMESPACES = shutil.which("unshare") and not subprocess.run(MOUNT, capture_output=True).returncode
 
 PATIENCE = 600  # seconds for a process that takes half a minute on a quiet machine
 

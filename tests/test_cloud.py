@@ -18,12 +18,21 @@ import pytest
 import storage
 from recipe import preflight
 from recipe.config import ConfigError, TrainConfig, load_config
-from recipe.resume import Checkpoints, Preemption, checkpoints, newest, prune, receipts
+from recipe.resume import (
+    Checkpoints,
+    Owner,
+    Preemption,
+    checkpoints,
+    dataset,
+    newest,
+    prune,
+    receipts,
+)
 from recipe.train import build_trainer, start
 from recipe.weights import load_weights
 from storage import Folder, StorageError, normalize_uri
 from storage.manifest import read_manifest
-from tests.conftest import ROOT, TINY, outputs
+from tests.conftest import NAMESPACES, ROOT, TINY, outputs
 from tests.fakes import Cloud
 
 
@@ -71,9 +80,6 @@ def settings(folder, data, save_folder, *more):
 
 # Streaming's shared memory is one for a machine: two nodes on one need a private /dev/shm each.
 OWN_SHM = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh"]
-NAMESPACES = (
-    shutil.which("unshare") and not subprocess.run([*OWN_SHM, "true"], capture_output=True).returncode
-)
 
 
 class Job:
@@ -223,8 +229,8 @@ def sign(folder, name, rank=0, **more):
 
 
 def resumed_from(config):
-    with newest(config) as found:
-        return found and found[1].rpartition("/")[2]
+    with newest(config, read_manifest(config.data.source)) as found:
+        return found and found.source.rpartition("/")[2]
 
 
 def test_the_newest_sound_checkpoint_is_taken_and_damage_is_said(saved, digits, tmp_path, caplog):
@@ -368,14 +374,59 @@ def test_weights_reach_the_bucket_before_the_receipt_that_ends_the_run(s3, digit
     assert written.index("weights/ba0000001-ema.safetensors") < written.index("ep1-ba1/rank0.json")
 
 
-def test_of_two_starts_of_one_run_the_earlier_one_saves_nothing_more(digits, tmp_path):
-    config = config_of(digits, tmp_path / "save", f"folder={tmp_path}", "duration=2ba", "grid.interval=null")
-    trainer = trainer_of(config)
-    Checkpoints(config)
-    with pytest.raises(StorageError, match=r"save_folder: .*save was taken over by a later start"):
+@pytest.mark.parametrize(
+    ("folder", "interval", "message"),
+    [
+        ("a", 1, r"folder: .*/a was taken over by a later start"),  # at the first line of the log
+        ("a", 10, r"folder: .*/a was taken over by a later start"),  # at the first export
+        ("b", 10, r"save_folder: .*/save was taken over by a later start"),  # at the first checkpoint
+    ],
+)
+def test_of_two_starts_of_one_run_the_earlier_one_writes_nothing_more(
+    digits, tmp_path, folder, interval, message
+):
+    more = ("duration=2ba", "grid.interval=null", f"log.interval={interval}")
+    trainer = trainer_of(config_of(digits, tmp_path / "save", f"folder={tmp_path}/a", *more))
+    Owner(config_of(digits, tmp_path / "save", f"folder={tmp_path}/{folder}"))
+    with pytest.raises(StorageError, match=message):
         trainer.fit()
     trainer.close()
-    assert Folder(config.save_folder).names() == ["run.json"]
+    assert Folder(str(tmp_path / "save")).names() == ["run.json"]
+    if folder == "a":
+        assert Folder(str(tmp_path / "a")).names() == ["start.json"]
+
+
+def test_a_bucket_gets_the_export_of_the_later_start(s3, digits, tmp_path, cloud_env):
+    """Both wrote weights of one name, with other settings; the earlier one's were in the bucket already."""
+    config = config_of(digits, s3.uri("replaced"), f"folder={tmp_path}")
+    saver = Checkpoints(config, read_manifest(config.data.source), Owner(config))
+    (tmp_path / "weights").mkdir()
+    for content in (b"one", b"two"):
+        saver.mirrored.clear()  # as for another start
+        for suffix in ("json", "safetensors"):
+            (tmp_path / f"weights/ba0000001-ema.{suffix}").write_bytes(content)
+        saver.mirror()
+        assert saver.target.read("weights/ba0000001-ema.safetensors") == content
+
+
+def test_checkpoints_of_another_dataset_are_refused_with_the_way_out(digits, tmp_path):
+    config = config_of(digits, tmp_path / "save", f"folder={tmp_path}/run")
+    here = dataset(read_manifest(str(digits)))
+    assert here["samples"] == 1797
+    assert resumed_from(config) is None
+    sign(Folder(config.save_folder), "ep0-ba4")  # as written before receipts named the dataset
+    assert resumed_from(config) == "ep0-ba4"
+    sign(Folder(config.save_folder), "ep0-ba8", dataset=here)
+    assert resumed_from(config) == "ep0-ba8"
+    for other in ({**here, "samples": 900}, {**here, "xxh64": "0" * 16}):
+        sign(Folder(config.save_folder), "ep0-ba8", dataset=other)
+        with pytest.raises(ConfigError, match=r"^data.local: .*1797 samples.* is not .*ep0-ba8 .*init_from"):
+            resumed_from(config)
+        (problem,) = preflight.startable(config, read_manifest(str(digits)))
+        assert problem.startswith("data.local: ")
+        fork = config_of(digits, tmp_path / "fork", f"fork_from={config.save_folder}/ep0-ba8")
+        with pytest.raises(ConfigError, match=r"^data.local: "):
+            resumed_from(fork)
 
 
 def test_receipts_of_two_attempts_at_one_checkpoint_do_not_make_it_complete(tmp_path):

@@ -290,3 +290,11 @@ def test_an_impossible_plan_is_one_line_that_names_the_key(overrides, message):
         plan.main(["yamls/imagenet256_w2.yaml", *overrides])
     assert str(error.value).startswith("config error: ")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("batch", "gpus"), [(256, [8, 64]), (1024, [8, 64, 512]), (32, [8]), (10, [5]), (7, [7])]
+)
+def test_without_a_number_of_gpus_it_takes_usual_ones_that_divide_the_batch(batch, gpus):
+    config = load_config(TrainConfig, "yamls/digits.yaml", [f"data.batch_size={batch}"])
+    assert plan.usual_gpus(config) == gpus

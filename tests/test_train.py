@@ -1,26 +1,33 @@
 """Training through Composer and Streaming: real processes, real digits."""
 
+import errno
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from composer import Trainer
 from composer.core import Callback, Time
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 
 from recipe.algorithms import EMA, DivergedError, StepGuard, ema_decay
+from recipe.callbacks import append_line
 from recipe.config import EMAConfig, TrainConfig, load_config
 from recipe.data import train_loader
 from recipe.model import StepKey
 from recipe.preflight import check_data
 from recipe.train import build_model, short_for_average
 from recipe.weights import load_weights
-from tests.conftest import EACH, ROOT, TINY, run
+from storage import StorageError, writing
+from tests.conftest import EACH, NAMESPACES, PATIENCE, ROOT, TINY, run
 
 
 class Recorder(Callback):
@@ -171,6 +178,28 @@ def test_sigterm_ends_a_run_whose_loader_yields_nothing_more(digits, tmp_path):
     assert "resumed at step 2" in run("recipe/train.py", *command, "duration=4ba").stderr
 
 
+@pytest.mark.parametrize("signals", [[signal.SIGTERM, signal.SIGTERM], [signal.SIGKILL]])
+def test_a_launcher_that_goes_early_leaves_no_process_behind_and_its_ranks_save(digits, tmp_path, signals):
+    command = ["-m", "composer.cli.launcher", "-n", "1", "recipe/train.py", "yamls/digits.yaml", *TINY]
+    command += [f"data.local={digits}", f"folder={tmp_path}", "duration=4000ba", "save_interval=4000ba"]
+    process = subprocess.Popen(
+        [sys.executable, *command, "grid.interval=null", "log.interval=1"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not (tmp_path / "train.jsonl").exists():
+        time.sleep(0.1)
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.3)
+    output, _ = process.communicate(timeout=PATIENCE)  # until the last rank has closed its output
+    assert process.returncode in ((75, 143) if signal.SIGTERM in signals else (-9,))
+    step = re.search(r"stopped at step (\d+), saved to", output)[1]
+    assert (tmp_path / f"checkpoints/ep0-ba{step}/rank0.json").exists()
+
+
 def test_gradients_are_clipped_to_the_norm_asked_for(digits):
     class Norms(Recorder):
         def batch_end(self, state, logger):
@@ -241,6 +270,72 @@ def test_a_run_stopped_in_mid_epoch_continues_to_the_last_bit(digits, tiny_run, 
         for a, b in zip(resumed.state_dict().values(), straight.state_dict().values(), strict=True):
             assert torch.equal(a, b)
     assert last_rows(tmp_path / "run") == last_rows(tiny_run)
+
+
+FULL = """
+mount -t tmpfs -o size=5m none "$1"
+saved="$1/checkpoints/ep0-ba4/rank0.json"
+(until [ -e "$saved" ]; do sleep 0.01; done; cat /dev/zero > "$DISK/other") 2>/dev/null &
+shift
+"$@"
+status=$?
+rm "$DISK/other"
+"$@" && cp -r "$DISK/train.jsonl" "$DISK/weights" "$OUT" && exit $status
+"""
+
+
+@pytest.mark.skipif(not NAMESPACES, reason="needs user namespaces")
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_the_restart_is_exact(digits, tiny_run, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["recipe/train.py", "yamls/digits.yaml", f"data.local={digits}", *TINY, f"folder={disk}"]
+    command += ["duration=8ba", "save_interval=4ba", "export_interval=4ba", "export=[ema,net]"]
+    process = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", FULL, "sh", disk, sys.executable, *command, "log.interval=1"],
+        cwd=ROOT,
+        env={**os.environ, "DISK": str(disk), "OUT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1, process.stderr
+    assert re.search(rf"^storage error: cannot write {disk}/\S+: No space left", process.stderr, re.MULTILINE)
+    assert "Traceback" not in process.stderr
+    assert "resumed at step 4 from" in process.stderr
+    assert last_rows(tmp_path) == last_rows(tiny_run)
+    for average in ("ema", "net"):
+        name = f"weights/ba0000008-{average}.safetensors"
+        assert (tmp_path / name).read_bytes() == (tiny_run / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only file system"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device"), "No space left"),
+        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), "PytorchStream"),
+        (CheckpointException("", {0: (OSError("No space left on device"), None)}), "No space left"),
+    ],
+)
+def test_every_librarys_error_for_a_full_disk_is_one_line_that_names_the_file(error, answer):
+    with pytest.raises(StorageError, match=f"^cannot write here: {answer}"), writing("here"):
+        raise error
+
+
+def test_other_errors_while_writing_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="^CUDA out of memory"), writing("here"):
+        raise RuntimeError("CUDA out of memory")
+
+
+def test_half_a_line_of_the_log_makes_way_for_the_next_one(tmp_path):
+    log = tmp_path / "log"
+    append_line(log, "1")
+    append_line(log, "2")
+    log.write_bytes(log.read_bytes() + b'{"step": 3, "los')
+    append_line(log, "3")
+    assert log.read_text() == "1\n2\n3\n"
+    log.write_bytes(b'{"st')
+    append_line(log, "1")
+    assert log.read_text() == "1\n"
 
 
 def test_a_finished_run_says_so_and_changes_nothing(digits, tiny_run):

@@ -1,0 +1,123 @@
+"""What a run says on the console: a bar in a terminal, lines elsewhere, and at last where results are."""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from composer.core import State
+from composer.loggers import Logger, LoggerDestination
+from composer.loggers.progress_bar_logger import ProgressBarLogger
+from composer.utils import dist
+
+from recipe import commands
+from recipe.config import TrainConfig
+from recipe.optimizer import steps
+from storage.manifest import Manifest
+
+log = logging.getLogger("recipe.train")
+EVERY = 20.0  # seconds between lines, at least
+
+
+class Bar(ProgressBarLogger):
+    """Composer's progress bar without a state.
+
+    A checkpoint would bring back the length of the past run's bar, and a sharded one made without a bar could
+    not be loaded with one.
+    """
+
+    def state_dict(self) -> dict:
+        """Nothing: the bar follows from the step and the duration."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing."""
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Build the bar also in mid-epoch, where no epoch starts, at the step of the resume."""
+        super().fit_start(state, logger)
+        self.epoch_start(state, logger)
+        if self.train_pbar is not None:
+            self.train_pbar.pbar.initial = int(getattr(state.timestamp, self.train_pbar.timestamp_key))
+            self.train_pbar.update_to_timestamp(state.timestamp)
+
+
+class ConsoleLines(LoggerDestination):
+    """Logs a line of progress with every line of train.jsonl that comes `EVERY` seconds after the last one.
+
+    Speed and time left are measured since that line, from the end of this start's first step on.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.metrics: dict[str, Any] = {}
+        self.since: tuple[float, int] | None = None  # the time and the step of the last line
+        self.said = False
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Keep the newest value of each metric."""
+        self.metrics.update(metrics)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Log a line where it is due."""
+        now, step = time.monotonic(), int(state.timestamp.batch)
+        if self.since is None:
+            self.since = now, step
+        seconds, done = now - self.since[0], step - self.since[1]
+        late = seconds >= EVERY or not self.said
+        if step % self.config.log.interval or not done or not late:
+            return
+        last = steps(self.config.duration, len(state.train_dataloader), self.config.data.batch_size)
+        log.info("%s: %s", self.config.run_name, self.line(step, last, seconds / done))
+        self.since, self.said = (now, step), True
+
+    def line(self, step: int, last: int, seconds: float) -> str:
+        """Return the line of a step, of which the run has `last`, one taking so many seconds."""
+        speed = self.config.data.batch_size / seconds
+        left = timedelta(seconds=round((last - step) * seconds))
+        loss, rate = (float(self.metrics[name]) for name in ("loss/train/total", "train/learning_rate"))
+        return (
+            f"step {step} of {last}, loss {loss:.4f}, learning rate {rate:.3g}, "
+            f"{speed:.3g} samples/s, {left} left"
+        )
+
+
+def console(config: TrainConfig, terminal: bool) -> list[LoggerDestination]:
+    """Return the logger of progress: a bar where it is wanted and can be drawn, lines on rank 0 elsewhere."""
+    if config.log.progress_bar and terminal:
+        return [Bar()]
+    return [ConsoleLines(config)] if dist.get_global_rank() == 0 else []
+
+
+def summary(config: TrainConfig, manifest: Manifest, step: int) -> str:
+    """Return where a finished run left its results, and the commands that go on with them."""
+    folder = Path(config.folder)
+    exports = [folder / f"weights/ba{step:07d}-{average}" for average in config.export]
+    weights = next((str(path) for path in exports if path.with_suffix(".json").exists()), None)
+    here = {"samples": folder / "samples", "numbers": folder / "train.jsonl"}
+    places = {"weights": weights} if weights else {}
+    places |= {name: str(path) for name, path in here.items() if path.exists()}
+    places["checkpoints"] = config.save_folder
+    places |= next_commands(config, manifest, weights) if weights else {}
+    return "\n".join(f"  {name}: {place}" for name, place in places.items())
+
+
+def next_commands(config: TrainConfig, manifest: Manifest, weights: str) -> dict[str, str]:
+    """Return the commands that draw samples of the weights, and score all exports (of pixels) in a report."""
+    ask = ["--prompts", "a few words"] if config.model.text is not None else []
+    ask += ["--vae", config.grid.vae] if manifest.column == "latents" and config.grid.vae else []
+    out = ["--nfe", "1", "--out", f"{config.folder}/grid.png"]
+    found = {"next, to draw samples": commands.module("eval.sample", weights, *ask, *out)}
+    if manifest.column == "image":
+        yaml = commands.short(commands.ROOT / "yamls/eval/digits.yaml")
+        keys = {
+            "folder": config.folder,
+            "weights": f"[{config.folder}/weights]",
+            "reference": config.data.source,
+        }
+        words = [f"{key}={value}" for key, value in keys.items()]
+        found["next, for scores and a report"] = commands.composer("eval/sweep.py", yaml, *words)
+    return found

@@ -1,0 +1,72 @@
+"""The optimizer, and the learning rate of every step as a function of the step and the settings alone.
+
+Nothing about the rate is taken from a checkpoint: a resumed run, also one with another rate, schedule,
+warm-up or duration, takes every step at the rate that its settings name for that step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from composer.core import Callback, State, Time, TimeUnit
+from composer.loggers import Logger
+from torch import nn
+
+from recipe.config import OptimizerConfig, TrainConfig
+
+
+def build_optimizer(net: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Return the fused AdamW over all trained parameters of `net`."""
+    trained = [p for p in net.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        trained, config.lr, tuple(config.betas), config.eps, config.weight_decay, fused=True
+    )
+
+
+def take_settings(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
+    """Let the settings, not the checkpoint, say how to go on: loading restores those of the past run."""
+    for group in optimizer.param_groups:
+        group.update(betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay)
+
+
+def steps(time: str, steps_per_epoch: int, batch_size: int) -> int:
+    """Convert a time such as 2400ba, 3ep or 76800sp to optimizer steps, rounded up."""
+    parsed = Time.from_timestring(time)
+    if parsed.unit == TimeUnit.EPOCH:
+        return parsed.value * steps_per_epoch
+    return math.ceil(parsed.value / batch_size) if parsed.unit == TimeUnit.SAMPLE else parsed.value
+
+
+def learning_rate(config: OptimizerConfig, step: int, warmup: int, duration: int) -> float:
+    """Return the rate of step k = 0, 1, ..., where a warm-up takes N steps and the run T.
+
+    Warm-up: lr (k + 1) / N for k < N: the first step counts, and step N - 1 is the first at the full rate.
+    Then, with u = (k - N) / (T - N): constant, lr; linear, lr (1 - u); cosine, lr (1 + cos(pi u)) / 2.
+    """
+    if step < warmup:
+        return config.lr * ((step + 1) / warmup)
+    u = min(1.0, (step - warmup) / max(1, duration - warmup))
+    factor = {"constant": 1.0, "linear": 1 - u, "cosine": (1 + math.cos(math.pi * u)) / 2}[config.schedule]
+    return config.lr * factor
+
+
+class LearningRate(Callback):
+    """Sets the learning rate before each step, and logs it."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Set the rate of all weights."""
+        rate = rate_of_step(self.config, int(state.timestamp.batch), len(state.train_dataloader))
+        for group in state.optimizers[0].param_groups:
+            group["lr"] = rate
+        logger.log_metrics({"train/learning_rate": rate})
+
+
+def rate_of_step(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Return the learning rate that a run of these settings has at a step, numbered from 0."""
+    o, batch = config.optimizer, config.data.batch_size
+    warmup, duration = (steps(time, steps_per_epoch, batch) for time in (o.warmup, config.duration))
+    return learning_rate(o, step, warmup, duration)
