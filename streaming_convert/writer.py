@@ -398,7 +398,9 @@ Label = Annotated[str, Field(pattern="^-?[0-9]{1,19}$")]
 
 
 class Record(TypedDict):
-    """What is known of a finished part, by the plan that it belongs to; the last two only with captions."""
+    """What is known of a finished part, by the plan that it belongs to; `caption_bytes` and `cut` only with
+    captions, `notes` only where something is to be said of a picture.
+    """
 
     __pydantic_config__ = Strict
     plan: str
@@ -406,6 +408,7 @@ class Record(TypedDict):
     counts: dict[Label, Count]
     moments: Sums
     rejected: list[dict[Literal["key", "reason"], str]]
+    notes: NotRequired[list[dict[Literal["key", "note"], str]]]
     caption_bytes: NotRequired[dict[Size, Count]]
     cut: NotRequired[Count]
 
