@@ -63,7 +63,7 @@ class FlowMatching(Objective):
         One pass is enough where w is the number 1. Without label both u are the same, so w changes nothing.
         """
         velocity = super().average_velocity(net, x, t, t, label, w, null)
-        if isinstance(w, int | float) and w == 1:
+        if isinstance(w, (int, float)) and w == 1:
             return velocity
         free = super().average_velocity(net, x, t, t, torch.full_like(label, null), w, null)
         return free + image(w * torch.ones_like(label, dtype=torch.float64)) * (velocity - free)
