@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from typing_extensions import TypedDict
 
 from eval.metrics import FeatureMoments
+from recipe.patches import exact_float32
 from storage.outside import conform, read_bytes, read_json
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -55,6 +56,7 @@ def load_extractor(name: str, weights: str | None = None, device: Device = "cpu"
     """
     if name not in EXTRACTORS:
         raise ValueError(f"extractor: {name!r} is not one of {', '.join(EXTRACTORS)}")
+    exact_float32()
     return EXTRACTORS[name](weights, device)
 
 
@@ -123,6 +125,7 @@ class SmallImageClassifier(FeatureExtractor):
         `path`.json are read if they were made from the same images, labels and arguments, and written
         otherwise. Raises ValueError for images or labels of the wrong kind.
         """
+        exact_float32()
         _require_uint8(images, images.shape[1] if images.ndim == 4 else 0)
         size = tuple(images.shape[2:])
         if size[0] != size[1] or size[0] < 8:
@@ -297,8 +300,7 @@ class Inception2015(FeatureExtractor):
     @torch.inference_mode()
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, 2048) and, from the same pass, the logits (N, 1008) for the Inception score."""
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            features, logits = self.network(_to_rgb(images).to(self.device))
+        features, logits = self.network(_to_rgb(images).to(self.device))
         return features.double(), logits.double()
 
 

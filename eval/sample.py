@@ -32,6 +32,7 @@ from tqdm import tqdm
 from recipe.data import Normalizer, to_uint8
 from recipe.draws import Stream, keys, uniform
 from recipe.objectives import Objective, from_facts
+from recipe.patches import exact_float32
 from recipe.pretrained import TextEncoder, hash_weights, load_vae
 from recipe.sampler import check_steps, grid, initial_noise, sample
 from recipe.settings import Count, Positive, make
@@ -137,6 +138,7 @@ class Generator:
         rounding: str = "nearest",
         vae: str | None = None,
     ) -> None:
+        exact_float32()
         self.net, self.facts = load_weights(newest(path), device)
         self.device, self.rounding = torch.device(device), rounding
         self.dtype = torch.float64 if dtype == "fp64" else torch.float32

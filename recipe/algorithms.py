@@ -8,7 +8,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from composer.core import Algorithm, Event, State, Time
+from composer.core import Algorithm, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 from pydantic import AfterValidator, Field
@@ -238,7 +238,9 @@ class StepConfig(Settings):
     """What guards a step of training."""
 
     tangent_warmup: CountOrZero = Field(
-        0, description="Steps over which the derivative in the loss grows to its full size; 0 turns this off."
+        0,
+        description="Steps over which the derivative in the loss grows to its full size, from the first that "
+        "has one, after objective.flow_matching_first; 0 turns this off.",
     )
     clip: Positive | None = Field(
         None, description="Largest global norm of the gradient; null turns clipping off."
@@ -246,6 +248,19 @@ class StepConfig(Settings):
     max_skipped: Count = Field(
         5, description="Number of steps in a row without a finite gradient after which the run ends."
     )
+
+
+def steps_since(start: Time, state: State) -> int:
+    """Steps from `start`, a time in ba, ep or sp, to the one that begins; negative before it.
+
+    It follows from where the run stands, so a resumed run goes on as if it had never stopped.
+    """
+    now = state.timestamp
+    if start.unit == TimeUnit.EPOCH:
+        return (int(now.epoch) - start.value) * int(state.dataloader_len) + int(now.batch_in_epoch)
+    if start.unit == TimeUnit.SAMPLE:
+        return (int(now.sample) - start.value) // (len(state.batch["sample"]) * dist.get_world_size())
+    return int(now.batch) - start.value
 
 
 class StepGuard(Algorithm):
@@ -278,9 +293,9 @@ class StepGuard(Algorithm):
         model = unwrap(state.model)
         if event == Event.BATCH_START:
             self.losses: list[tuple[Tensor, Tensor]] = []
-            step = int(state.timestamp.batch)
-            model.tangent = min(1.0, step / self.config.tangent_warmup) if self.config.tangent_warmup else 1.0
-            model.flow_matching = state.timestamp < self.flow_matching_first
+            step, warmup = steps_since(self.flow_matching_first, state), self.config.tangent_warmup
+            model.flow_matching = step < 0
+            model.tangent = min(1.0, max(0, step) / warmup) if warmup else 1.0
         elif event == Event.AFTER_LOSS:
             self.losses.append((state.batch["sample"], state.outputs.total.detach()))
             logger.log_metrics(residuals(state.outputs))

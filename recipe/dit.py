@@ -12,6 +12,7 @@ of text.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -316,6 +317,17 @@ class FinalLayer(nn.Module):
         return dual.linear(self.linear, dual.modulate(self.norm(z), shift, scale))
 
 
+def keep_casts_with_a_graph(device: str) -> AbstractContextManager:
+    """Keep casts that are made without gradient out of autocast's cache; all others may stay in it.
+
+    Such a cast of a weight has no graph. In the cache, it would serve an evaluation of the same step that is
+    differentiated, and the weight would get no gradient.
+    """
+    if torch.is_grad_enabled() or device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, cache_enabled=False)
+
+
 class DiT(nn.Module):
     """F(x, t, d, label, beta); parameter names are those of the published weights."""
 
@@ -353,14 +365,24 @@ class DiT(nn.Module):
         derivative, which then costs a forward pass and no backward; text: for a network with `text`, and for
         no other. Returns a pair of (B, C, H, W).
         """
-        t = dual.dual(t)
-        if self.config.reverse_time:
+        x, t, d = dual.dual(x), dual.dual(t), dual.dual(d)
+        with keep_casts_with_a_graph(x.value.device.type):
+            return self._evaluate(x, t, d, label, beta, detach_tangent, text)
+
+    def _evaluate(
+        self,
+        x: Dual,
+        t: Dual,
+        d: Dual,
+        label: Tensor,
+        beta: Tensor | None,
+        detach_tangent: bool,
+        text: Text | None,
+    ) -> Dual:
+        config = self.config
+        if config.reverse_time:
             t = Dual(1 - t.value, None if t.tangent is None else -t.tangent)
-        cond = [
-            self.t_embedder(t),
-            self.s_embedder(dual.dual(d)),
-            self.y_embedder(label),
-        ]
+        cond = [self.t_embedder(t), self.s_embedder(d), self.y_embedder(label)]
         if beta is not None:
             cond.append(self.guidance_embedder(Dual(beta)))
         context = None
@@ -369,12 +391,11 @@ class DiT(nn.Module):
             context = tokens, text.length
             cond.append(Dual(pooled))
         c = dual.silu(dual.add(*cond))
-        z = dual.add(self.x_embedder(dual.dual(x)), Dual(self.pos_embed))
+        z = dual.add(self.x_embedder(x), Dual(self.pos_embed))
         if detach_tangent:
             z, c = dual.detach(z), dual.detach(c)
         for block in self.blocks:
             z = block(z, c, detach_tangent, context)
-        config = self.config
         F = dual.map_linear(lambda y: unpatchify(y, config.patch, config.channels), self.final_layer(z, c))
         return dual.detach(F) if detach_tangent else F
 

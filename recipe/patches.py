@@ -11,7 +11,8 @@ Replaced, by the functions below:
     streaming.base.dataset.get_shm_prefix (streaming 0.13.0)
         breaks where names are not NNNNNN_* in /dev/shm and NNNNNN_*_filelock in the temporary folder, or who
         waits for a lock file does not notice that it has been unlinked (filelock 4.2)
-
+    the default of allow_tf32 in composer.devices.DeviceGPU (mosaicml 0.32.1)
+        breaks where TF32 is allowed elsewhere than in its __init__
     torch._inductor.scheduler.Scheduler.are_long_distant_nodes (torch 2.7 to 2.11)
         breaks where the scheduler orders kernels otherwise: then only the bytes change (benchmarks.compiled)
 
@@ -36,6 +37,7 @@ from typing import IO
 
 import streaming.base.dataset
 import torch
+from composer.devices import DeviceGPU
 from composer.distributed import fsdp2
 from composer.utils import dist
 from streaming.base.constant import LOCALS
@@ -50,6 +52,17 @@ ANY = "[0-9]" * 6
 CLAIMED = b"terminal-velocity"  # ends the content of NNNNNN_locals, after what Streaming reads of it
 
 _divide_factors = _fsdp_collectives._get_gradient_divide_factors
+
+
+def exact_float32() -> None:
+    """Make float32 mean float32 in this process: what `precision: fp32` says in training and in sampling.
+
+    On a GPU, products and convolutions may round their operands to TF32, 10 bits of mantissa instead of 23.
+    That is switched off for both; the attention kernels ask the same switch. Composer would switch it on
+    again with each DeviceGPU that it makes, one of them while it loads a checkpoint.
+    """
+    DeviceGPU.__init__.__kwdefaults__["allow_tf32"] = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def gather_weights_alone() -> None:

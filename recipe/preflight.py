@@ -244,11 +244,26 @@ def cache_limit(config: TrainConfig, ranks: int, manifest: Manifest) -> Iterator
         )
 
 
+def uneven_microbatch(config: TrainConfig, share: int) -> list[str]:
+    """Refuse a smaller last microbatch with `compile`: blocks are compiled for each size, which doubles the
+    graphs and exceeds dynamo's limit of eight. share: a rank's samples of a batch.
+    """
+    size = config.microbatch
+    if not config.parallel.compile or size is None or size >= share or share % size == 0:
+        return []
+    below = max(n for n in range(1, size) if share % n == 0)
+    return [
+        f"microbatch: {size} does not divide the {share} samples of a rank, and parallel.compile wants "
+        f"microbatches of one size. Fix: set microbatch={below}"
+    ]
+
+
 def divisible(config: TrainConfig, ranks: int) -> list[str]:
-    """The global batch and the replicas against the number of ranks."""
+    """Say what does not divide evenly: the global batch, a rank's share of it, and the ranks themselves."""
     problems = []
     try:
-        config.data.per_rank(ranks)
+        share = config.data.per_rank(ranks)
+        problems += uneven_microbatch(config, share)
     except ValueError as error:
         problems.append(str(error))
     if ranks % config.parallel.replicas:

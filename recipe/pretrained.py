@@ -15,6 +15,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from recipe.patches import exact_float32
 from storage.manifest import DatasetError
 
 FILES = ("config.json", "*.safetensors*", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
@@ -31,6 +32,7 @@ def load_vae(model: str, dtype: str = "fp32", device: str | None = None):  # noq
     except ImportError as error:
         raise DatasetError("a VAE needs diffusers: pip install 'terminal-velocity[vae]'") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    exact_float32()
     try:
         vae = AutoencoderKL.from_pretrained(model, torch_dtype=DTYPES[dtype])
         return vae.to(device).eval()

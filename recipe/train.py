@@ -41,6 +41,7 @@ from recipe.dit import DiT
 from recipe.model import GenerativeModel, StepKey
 from recipe.optimizer import LearningRate, build_optimizer, rate_of_step, take_settings
 from recipe.parallel import parallelism, prepare_blocks
+from recipe.patches import exact_float32
 from recipe.preflight import check, divisible
 from recipe.resume import LOG, PREEMPTED, Checkpoints, Owner, Preemption, ignore_sigterm, newest
 from recipe.text import Prompts
@@ -157,6 +158,7 @@ def short_for_average(trainer: Trainer, ema: EMAConfig) -> str | None:
 
 def start(config: TrainConfig, preemption: Preemption) -> tuple[Trainer, Manifest]:
     """Checks the surroundings, and builds the trainer at the step where the run stands."""
+    exact_float32()
     device = "gpu" if torch.cuda.is_available() else "cpu"
     dist.initialize_dist(device, timeout=3600)  # while a checkpoint is downloaded, the other ranks wait
     manifest = check(config)

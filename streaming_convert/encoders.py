@@ -55,7 +55,6 @@ class VAE:
 
     def __init__(self, source: Source, model: str, dtype: str, batch_size: int, device: str | None) -> None:
         """`model` is a folder or hub name, `dtype` one of DTYPES, `device` None the GPU if there is one."""
-        import torch
 
         from recipe.pretrained import hash_weights, load_vae
 
@@ -70,7 +69,6 @@ class VAE:
                 f"--vae: {model} wants {config.in_channels} channels and sides divisible by {factor}, "
                 f"the images are {channels}x{height}x{width}"
             )
-        torch.backends.cudnn.allow_tf32 = False  # or fp32 would mean 10 bits of mantissa on a GPU
         self.shape = (2 * config.latent_channels, height // factor, width // factor)
         self.batch_size = batch_size
         hashed = {"name": "vae", "hash": hash_weights(self.vae), "scaling": 1.0}

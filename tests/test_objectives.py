@@ -1,10 +1,6 @@
 """What holds for every objective: the Gaussian's closed form, guidance, costs, warm starts, add-your-own."""
 
-import re
-import sys
-import types
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +18,7 @@ from recipe.sampler import initial_noise, sample
 from recipe.warm_start import warm_start
 from recipe.weights import save_weights
 from storage import StorageError
+from tests.conftest import documented_objective
 from tests.test_tvm import SIGMA, exact_network, make_batch, small_network, spread
 
 GUIDED = [
@@ -138,6 +135,7 @@ def test_facts_of_weights_bring_the_objective_back(name):
             ["objective.name=flow_matching", "objective.flow_matching_first=2ba"],
             "objective.flow_matching_first",
         ),
+        (["objective.flow_matching_first=60sec"], "objective.flow_matching_first: '60sec' must be"),
         (["objective.flow_matching_first=soon"], "objective.flow_matching_first: 'soon' must be a time"),
         (["init_from=a", "fork_from=b/ep0-ba1"], "init_from"),
     ],
@@ -262,14 +260,8 @@ def test_weights_that_do_not_fit_are_one_error_with_all_differences(tmp_path):
         warm_start(model_of(config.objective), config)
 
 
-def test_the_objective_of_the_documentation_trains(monkeypatch):
-    page = Path("docs/objectives.md").read_text()
-    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(source.splitlines()) <= 60
-    module = types.ModuleType("recipe.objectives.alpha_flow")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source, "docs/objectives.md", "exec"), module.__dict__)
-    objective = module.AlphaFlow()
+def test_the_objective_of_the_documentation_trains():
+    objective = documented_objective()()
     net = small_network()
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
     ids, errors = torch.arange(64), []

@@ -44,6 +44,48 @@ for name, overrides in list(EACH.items())[1:]:
     TWO[f"{name}:ddp"] = ",".join(["float64", *overrides])
     TWO[f"{name}:everything"] = ",".join([TWO["everything"], *overrides])
 
+DIFFERENTIATED = {
+    **{name: overrides for name, overrides in EACH.items() if name != "flow_matching_first"},
+    "imf_prompts": [*EACH["imf"], *EACH["prompts"]],
+    "alpha_flow": ["objective.name=alpha_flow", "objective.kappa=0.25", "step.tangent_warmup=4"],
+}  # every objective, with each kind of evaluation that has no gradient, and the example of docs/objectives.md
+COMPILED = "parallel.compile=true,parallel.checkpoint_every=1"  # on two ranks for few, as it takes seconds
+
+
+def gradient_cases(compiled, sharding):
+    """gradients:OBJECTIVE:SHARDING:MODE => DTYPE,override,..."""
+    cases = {}
+    for name, overrides in DIFFERENTIATED.items():
+        for how, options in sharding.items():
+            settings = ",".join([*overrides, *options])
+            cases[f"gradients:{name}:{how}:float32"] = f"float32,{settings}"
+            cases[f"gradients:{name}:{how}:bf16"] = f"bf16,{settings}"
+            if name in compiled:
+                cases[f"gradients:{name}:{how}:compiled"] = f"bf16,{settings},{COMPILED}"
+    return {name: settings.replace(",,", ",").strip(",") for name, settings in cases.items()}
+
+
+GRADIENTS = {
+    1: gradient_cases(DIFFERENTIATED, {"plain": []}),
+    2: gradient_cases(("tvm", "imf"), {"ddp": [], "fsdp2": ["parallel.fsdp2=true"]}),
+}
+
+
+def launch(digits, folder, ranks, cases):
+    """What tests/parallel_worker.py makes of the cases."""
+    path, cases = folder / "results.pt", {name: how.format(digits=digits) for name, how in cases.items()}
+    launcher = ["-m", "composer.cli.launcher", "-n", ranks, "--master_port", 29500 + ranks]
+    run(*launcher, "tests/parallel_worker.py", digits, path, *map("=".join, cases.items()))
+    return torch.load(path)
+
+
+@pytest.fixture(scope="module")
+def gradients(digits, tmp_path_factory):
+    found = {}
+    for ranks, cases in GRADIENTS.items():
+        found |= launch(digits, tmp_path_factory.mktemp("gradients"), ranks, cases)
+    return found
+
 
 @pytest.fixture(scope="module")
 def results(digits, tmp_path_factory):
@@ -52,16 +94,7 @@ def results(digits, tmp_path_factory):
     second = {"then_one": f"float64,load_path={folder}/two/ba6.pt,save_folder={folder}/one"}
     third = {"then_two": f"float64,load_path={folder}/one/ba12.pt"}
     for ranks, cases in ((2, first), (1, ONE | second), (2, TWO | third)):
-        path = tmp_path_factory.mktemp("parallel") / "results.pt"
-        launcher = ["-m", "composer.cli.launcher", "-n", ranks, "--master_port", 29500 + ranks]
-        run(
-            *launcher,
-            "tests/parallel_worker.py",
-            digits,
-            path,
-            *(f"{k}={v.format(digits=digits)}" for k, v in cases.items()),
-        )
-        out |= torch.load(path)
+        out |= launch(digits, tmp_path_factory.mktemp("parallel"), ranks, cases)
     return out
 
 
@@ -97,6 +130,18 @@ def test_fsdp2_rounds_weights_and_not_what_enters_the_network():
     policy = create_mixed_precision_policy(Precision.AMP_BF16, "DEFAULT")
     assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
     assert not policy.cast_forward_inputs
+
+
+@pytest.mark.parametrize("name", [name for cases in GRADIENTS.values() for name in cases])
+def test_every_trained_tensor_gets_the_gradient_that_float32_gives(gradients, name):
+    """Under autocast too, where weights' casts outlive the evaluation that made them."""
+    want, found = gradients[f"gradients:{name.split(':')[1]}:plain:float32"], gradients[name]
+    assert found.keys() == want.keys()
+    for tensor, gradient in want.items():
+        assert gradient.norm() > 0, tensor
+        assert found[tensor] is not None, tensor
+        assert torch.cosine_similarity(found[tensor].flatten(), gradient.flatten(), 0) > 0.99, tensor
+        torch.testing.assert_close(found[tensor].norm(), gradient.norm(), rtol=0.05, atol=0, msg=tensor)
 
 
 def test_the_same_setting_repeats_to_the_last_bit(results):

@@ -7,10 +7,13 @@ import inspect
 import pytest
 import torch
 import xxhash
+from composer.devices import DeviceGPU
+from composer.utils import get_device
 from filelock import FileLock
 from torch._inductor.scheduler import Scheduler
 
 from recipe import patches
+from storage.manifest import DatasetError
 from tests.conftest import run
 
 DISTANCE = "torch._inductor.scheduler:Scheduler.are_long_distant_nodes"
@@ -19,6 +22,7 @@ FACTORS = "torch.distributed.fsdp._fully_shard._fsdp_collectives:_get_gradient_d
 # Of the source of a module or function: more than one where versions differ and all have been read.
 READ = {
     "composer.callbacks.checkpoint_saver": ["eed0f1956e6527f2"],
+    "composer.devices.device_gpu": ["0a2c085f512253ba"],
     "composer.distributed.fsdp2": ["62b9a7627da0a1bc"],
     "streaming.base.dataset": ["2d69d0a056421c9b"],
     "streaming.base.stream": ["0ca6d322efe4b138"],
@@ -84,6 +88,49 @@ def test_who_locks_a_file_that_was_removed_after_he_opened_it_looks_again(tmp_pa
     with FileLock(path):
         assert path.exists()
         assert patches.seize(path) is None
+
+
+SWITCHES = torch.backends.cuda.matmul, torch.backends.cudnn
+
+
+@pytest.fixture
+def tf32_allowed(monkeypatch):
+    """As after Composer has made a GPU; the switches are properties, which monkeypatch cannot restore."""
+    before = [switch.allow_tf32 for switch in SWITCHES]
+    monkeypatch.setitem(DeviceGPU.__init__.__kwdefaults__, "allow_tf32", True)
+    for switch in SWITCHES:
+        switch.allow_tf32 = True
+    yield
+    for switch, value in zip(SWITCHES, before, strict=True):
+        switch.allow_tf32 = value
+
+
+def test_float32_is_float32_however_often_composer_makes_a_gpu(monkeypatch, tf32_allowed):
+    """It makes another while it loads a checkpoint, and each would allow TF32."""
+    for name in ("is_available", "set_device", "current_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: name == "is_available")
+    get_device("gpu")
+    assert [switch.allow_tf32 for switch in SWITCHES] == [True, True]
+    patches.exact_float32()
+    assert [switch.allow_tf32 for switch in SWITCHES] == [False, False]
+    get_device(None)
+    assert [switch.allow_tf32 for switch in SWITCHES] == [False, False]
+
+
+ENTRIES = {
+    "training": "from recipe.train import start; start(None, None)",
+    "samples": "from eval.sample import Generator; Generator('none')",
+    "features": "from eval.features import load_extractor; load_extractor('classifier', 'none')",
+    "classifier": "from eval.features import SmallImageClassifier; SmallImageClassifier.train(None, None)",
+    "latents": "import diffusers; from recipe.pretrained import load_vae; load_vae('/none/here')",
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_whoever_computes_switches_tf32_off_first(tf32_allowed, entry):
+    with pytest.raises((AttributeError, OSError, ValueError, DatasetError)):  # of what is not there
+        exec(ENTRIES[entry])
+    assert [switch.allow_tf32 for switch in SWITCHES] == [False, False]
 
 
 def test_streaming_asks_the_patch_for_its_names():

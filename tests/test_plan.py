@@ -281,6 +281,11 @@ def test_the_plan_of_a_run_shards_what_is_sharded_and_says_what_does_not_fit(cap
         (["gpus=0"], "gpus"),
         (["gpus=3"], "data.batch_size: 2048 is not a multiple of the 3 ranks"),
         (["gpus=8", "parallel.replicas=3"], "parallel.replicas: 3 does not divide the 8 ranks"),
+        (
+            ["gpus=8", "microbatch=96"],
+            "microbatch: 96 does not divide the 256 samples of a rank, and parallel.compile wants "
+            "microbatches of one size. Fix: set microbatch=64",
+        ),
         (["gemm=2"], "gemm: 2 must be at most 1"),
         (["duration=3ep"], "duration: 3ep must be in batches"),
     ],

@@ -18,7 +18,7 @@ from composer.core import Callback, Time
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
-from recipe.algorithms import EMA, DivergedError, StepGuard, ema_decay
+from recipe.algorithms import EMA, DivergedError, StepGuard, ema_decay, unwrap
 from recipe.callbacks import append_line
 from recipe.config import EMAConfig, TrainConfig, load_config
 from recipe.data import train_loader
@@ -198,6 +198,28 @@ def test_a_launcher_that_goes_early_leaves_no_process_behind_and_its_ranks_save(
     assert process.returncode in ((75, 143) if signal.SIGTERM in signals else (-9,))
     step = re.search(r"stopped at step (\d+), saved to", output)[1]
     assert (tmp_path / f"checkpoints/ep0-ba{step}/rank0.json").exists()
+
+
+class Warmup(Recorder):
+    """Whether a step matched plain velocities, and the factor of the derivative in it."""
+
+    def batch_end(self, state, logger):
+        model = unwrap(state.model)
+        self.rows.append(None if model.flow_matching else model.tangent)
+
+
+@pytest.mark.parametrize("first", ["3ba", "1ep", "1536sp", "1025sp", "0sp"])
+def test_the_derivative_warms_up_from_the_first_step_that_has_one(digits, tmp_path, first):
+    """1797 digits are three steps of 512 in an epoch; a run resumed in the middle goes on with the ramp."""
+    options = ["data.batch_size=512", "step.tangent_warmup=4"]
+    options += [] if first == "0sp" else [f"objective.flow_matching_first={first}"]
+    saving = {"save_folder": str(tmp_path), "save_interval": "5ba"}
+    _, straight = fit(digits, 9, *options, recorder=Warmup(), **saving)
+    plain = 0 if first == "0sp" else 3
+    assert straight.rows == ([None] * plain + [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1])[:9]
+    (half,) = tmp_path.glob("ep*-ba5-rank0.pt")
+    _, resumed = fit(digits, 9, *options, recorder=Warmup(), load_path=str(half))
+    assert resumed.rows == straight.rows[5:]
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for(digits):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from recipe.draws import Stream, keys, normal, uniform
 from recipe.dual import Dual
-from recipe.settings import Number, Says, Settings, Share, Time
+from recipe.settings import Duration, Number, Says, Settings, Share
 
 Network = Callable[..., Dual]
 
@@ -92,7 +92,7 @@ class Objective(Settings, ABC):
 
     name: str
     label_dropout: Share = Field(0.1, description="Share of samples that are trained without label.")
-    flow_matching_first: Time | None = Field(
+    flow_matching_first: Duration | None = Field(
         None,
         description="Time that a run matches plain velocities, in the objective's own parameterisation, "
         "before it goes on with the objective.",
