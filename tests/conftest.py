@@ -99,7 +99,7 @@ def store(folder, pixels, labels=None, names=(), **changes):
     labels = np.zeros(len(pixels), np.int64) if labels is None else labels
     keys = [str(i) for i in range(len(pixels))]
     shape = pixels.shape[1:]
-    source = Source("test", keys, labels, list(names), shape, lambda key: pixels[int(key)])
+    source = Source("test", keys, labels, list(names), shape, lambda key, note: pixels[int(key)])
     went_in = {"split": "train", "splits": ["train"], "samples": len(keys), "flips": False, "xxh64": "0" * 16}
     encoder = Stored(source)
     about = (source.class_names, encoder.info, "none", False, None, 1000)
