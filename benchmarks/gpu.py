@@ -36,9 +36,10 @@ import torch
 from benchmarks import environment
 from benchmarks.attention import BOTH_BAR, FORWARD_BAR
 from benchmarks.step import measure_variants, predicted
-from eval.reference import make_extractor, open_images
+from eval.reference import open_images
 from eval.report import read_lines, read_log
 from recipe.config import TrainConfig, load_config
+from recipe.reference import make_extractor
 from recipe.resume import PREEMPTED, newest
 from storage.manifest import read_manifest
 from storage.outside import read_json

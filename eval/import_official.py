@@ -1,7 +1,7 @@
 """`python -m eval.import_official SNAPSHOT.pkl --guidance W --out WEIGHTS`: released weights, unexecuted.
 
 A snapshot is a pickle of whole modules, with the Python source that the official loader executes inside. Here
-it is read as data (`eval.restricted`): parameters are found by their place in the tree of modules, their
+it is read as data (`recipe.restricted`): parameters are found by their place in the tree of modules, their
 values are copied from the raw bytes, and names and shapes are compared with our network. Snapshots of plain
 and of compiled networks (torch.compile), written on a CPU or a GPU, are accepted; anything else is refused.
 """
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.restricted import (
+from recipe.dit import DiTConfig, position_embedding
+from recipe.restricted import (
     PARAMETER,
     TENSOR,
     Global,
@@ -30,7 +31,6 @@ from eval.restricted import (
     read_file,
     read_stream,
 )
-from recipe.dit import DiTConfig, position_embedding
 from recipe.settings import make
 from recipe.weights import save_weights, shapes
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from eval.import_official import architecture
-from eval.restricted import Node, RefusedPickle
 from eval.torch_file import open_torch_file
 from recipe.dit import PRESETS, DiTConfig, ScalarEmbedder, position_embedding
 from recipe.objectives import FlowMatching
+from recipe.restricted import Node, RefusedPickle
 from recipe.settings import make
 from recipe.weights import save_weights, shapes
 

@@ -28,9 +28,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from eval.metrics import nearest
-from eval.reference import MDSImages, Reference
+from eval.reference import Reference
 from eval.sample import Generator
+from recipe.metrics import nearest
+from recipe.reference import MDSImages
 from recipe.sampler import grid
 from recipe.text import Text
 from storage.outside import OutsideError, parse_json

@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from recipe.data import Normalizer, to_uint8
 from recipe.draws import Stream, keys, uniform
 from recipe.objectives import Objective, from_facts
 from recipe.patches import exact_float32
-from recipe.pretrained import TextEncoder, hash_weights, load_vae
+from recipe.pretrained import TextEncoder, load_decoder
 from recipe.sampler import check_steps, grid, initial_noise, sample
 from recipe.settings import Count, Positive, make
 from recipe.text import Prompts, Text, byte_tokens
@@ -127,7 +127,7 @@ class Generator:
     """Weights ready to make images: uint8 (B, C, H, W) from labels and seeds. A folder means its newest.
 
     dtype: of the network's arithmetic; in fp64 an image does not depend on its batch, in fp32 some pixels
-    may change by 1 with the batch size. vae: see `load_decoder`.
+    may change by 1 with the batch size. vae: see recipe/pretrained.py.
     """
 
     def __init__(
@@ -234,49 +234,6 @@ def check_labels(label: Tensor, null: int) -> None:
     wrong = label[(label < 0) | (label > null)]
     if len(wrong):
         raise ValueError(f"label: {wrong[0]} must be from 0 to {null}, where {null} means none")
-
-
-def autoencoder(encoder: dict[str, Any], vae: str | None) -> str:
-    """Return the folder or hub name of the autoencoder: `vae`, or else what the weights say.
-
-    Their word counts where it is a folder that exists or a hub name such as stabilityai/sd-vae-ft-ema. The
-    hub is not asked for other names, such as `precomputed`. Raises ValueError.
-    """
-    model = vae or encoder.get("model") or encoder["name"]
-    if vae is None and not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
-        raise ValueError(
-            f"the weights make latents, and their autoencoder ({model!r}) is not known here: give --vae "
-            f"FOLDER, in a sweep vae=FOLDER"
-        )
-    return model
-
-
-def load_decoder(
-    encoder: dict[str, Any], vae: str | None, device: str | torch.device, batch_size: int = 16
-) -> Callable[[Tensor], Tensor]:
-    """A function from latents (N, c, h, w), as stored, to pixels (N, 3, H, W) in 0..255 units, not rounded.
-
-    It works in fp16 on a GPU, as the published evaluations do, and in fp32 on a CPU, `batch_size` at a time.
-    encoder: of the dataset's manifest, as the weights say; vae: folder of a diffusers AutoencoderKL, None for
-    the one that `encoder` names. Raises ValueError where diffusers is missing, there is no such autoencoder,
-    or the latents were made with other weights.
-    """
-    model = autoencoder(encoder, vae)
-    network = load_vae(model, "fp32", str(device)).requires_grad_(False)
-    made_with = encoder.get("hash")
-    if made_with is not None and (found := hash_weights(network)) != made_with:
-        raise ValueError(
-            f"vae: the weights of {model} hash to {found}, the latents were made with {made_with}"
-        )
-    network = network.half() if torch.device(device).type == "cuda" else network
-    scaling = encoder.get("scaling", 1.0)
-
-    @torch.inference_mode()
-    def decode(latents: Tensor) -> Tensor:
-        parts = (latents / scaling).to(network.dtype).split(batch_size)
-        return torch.cat([(network.decode(part).sample.float() + 1) * 127.5 for part in parts])
-
-    return decode
 
 
 def check_guidance(objective: Objective, w: float) -> None:

@@ -30,14 +30,15 @@ if __name__ == "__main__":  # run by path, too, this checkout's code goes before
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.export import Export, find_weights
-from eval.features import EXTRACTORS, FeatureExtractor, FeatureSet, SmallImageClassifier
-from eval.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
-from eval.reference import STATISTICS, Captions, HeldOut, Reference, make_extractor, open_images
+from eval.reference import Captions, HeldOut, Reference, open_images
 from eval.report import parse_lines, reportable, write_report
 from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, choose_labels, describe
 from recipe.algorithms import MAX_LENGTH, length_of
 from recipe.config import ConfigError, load_config
+from recipe.features import EXTRACTORS, FeatureExtractor, FeatureSet, SmallImageClassifier
+from recipe.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from recipe.objectives import from_facts
+from recipe.reference import STATISTICS, make_extractor
 from recipe.settings import (
     CountOrZero,
     FileName,

@@ -8,7 +8,7 @@ images whose pixels have been shuffled, which keeps all colours and nothing else
 import torch
 from torch import Tensor
 
-from eval.features import SmallImageClassifier
+from recipe.features import SmallImageClassifier
 
 PROBED = 1000  # real images at most, drawn at random
 FEWEST_PER_FEATURE, FEWEST_PER_CLASS = 5, 10

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from eval.sample import Generator, load_decoder
+from eval.sample import Generator
 from recipe.dit import DiT, DiTConfig
-from recipe.pretrained import hash_weights
+from recipe.pretrained import hash_weights, load_decoder
 from recipe.weights import save_weights
 from storage.manifest import DatasetError
 

@@ -22,9 +22,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from eval.import_official import main, read_snapshot
-from eval.restricted import RefusedPickle, read_stream
 from eval.sample import Generator
 from recipe.dit import DiT, DiTConfig
+from recipe.restricted import RefusedPickle, read_stream
 from recipe.weights import load_weights
 
 TINY = DiTConfig(size=8, channels=4, classes=10, patch=2, width=16, depth=2, heads=1)

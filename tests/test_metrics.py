@@ -17,9 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from eval import reference, trust
-from eval.features import SmallImageClassifier, load_extractor
-from eval.metrics import (
+from eval import trust
+from eval.reference import main as reference_main
+from eval.reference import open_images
+from recipe import reference
+from recipe.features import SmallImageClassifier, load_extractor
+from recipe.metrics import (
     FeatureMoments,
     frechet_distance,
     inception_score,
@@ -99,7 +102,7 @@ def test_bad_features_are_refused():
 
 RANK = """
 import sys, torch
-from eval.metrics import FeatureMoments
+from recipe.metrics import FeatureMoments
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
 metric = FeatureMoments(32)
@@ -339,7 +342,7 @@ def test_classifier_is_cached_until_something_changes(digits, classifier, tmp_pa
     images, labels = digits[0][:100], digits[1][:100]
     path = tmp_path / "folder" / "c"
     first = SmallImageClassifier.train(images, labels, path=path, epochs=1)
-    with mock.patch("eval.features._fit", side_effect=AssertionError("trained again")):
+    with mock.patch("recipe.features._fit", side_effect=AssertionError("trained again")):
         again = SmallImageClassifier.train(images, labels, path=path, epochs=1)
         assert torch.equal(again(images), first(images)) and again.accuracy == first.accuracy
         for other in ({"seed": 1}, {"epochs": 2}, {"labels": labels.flip(0)}):
@@ -516,23 +519,23 @@ def test_command_prints_the_distance_of_two_sets(tmp_path, capsys):
     expected = ((mean[0] - mean[1]) ** 2).sum() + np.trace(covariance[0] + covariance[1]) - 2 * roots.sum()
     a, b, file = (str(tmp_path / name) for name in ("a", "b", "b.npz"))
     options = ["--extractor", "classifier", "--weights", str(tmp_path / "classifier"), "--device", "cpu"]
-    assert reference.main([b, *options, "--out", file]) == 0
+    assert reference_main([b, *options, "--out", file]) == 0
     for pair in ((a, b), (a, file), (file, a)):
         capsys.readouterr()
-        assert reference.main([pair[0], "--against", pair[1], *options]) == 0
+        assert reference_main([pair[0], "--against", pair[1], *options]) == 0
         said = capsys.readouterr().out
         assert float(said.split()[2].rstrip(",")) == pytest.approx(expected, rel=1e-4, abs=2e-6)
         assert f"{a} (70 images)" in said
     np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
-    assert reference.main([a, "--against", str(tmp_path / "other.npz"), *options]) == 1
+    assert reference_main([a, "--against", str(tmp_path / "other.npz"), *options]) == 1
     assert "other.npz is of 3 features, extractor classifier has 16" in capsys.readouterr().err
     (tmp_path / "few").mkdir()
     for i in range(3):
         shutil.copy(tmp_path / f"a/{i:03}.png", tmp_path / "few")
-    assert reference.main([str(tmp_path / "few"), "--against", file, *options]) == 0
+    assert reference_main([str(tmp_path / "few"), "--against", file, *options]) == 0
     assert "few holds 3 images, too few for the covariance of 16 features" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        reference.main([a, *options])
+        reference_main([a, *options])
     assert "give --out FILE.npz, --against OTHER or both" in capsys.readouterr().err
 
 
@@ -542,12 +545,12 @@ def test_command_measures_a_dataset_folder(digits, classifier, tmp_path, capsys)
     out = tmp_path / "stats.npz"
     trained, path = classifier
     arguments = ["--extractor", "classifier", "--weights", str(path), "--out", str(out), "--batch-size", "50"]
-    assert reference.main([str(tmp_path / "mds"), *arguments]) == 0
+    assert reference_main([str(tmp_path / "mds"), *arguments]) == 0
     for found, expected in zip(reference.read_statistics(out), moments(trained(images[:333])), strict=True):
         close(found, expected, 1e-9)
     assert int(np.load(out)["num_samples"]) == 333
 
-    assert reference.main([str(tmp_path / "absent"), *arguments]) == 1
+    assert reference_main([str(tmp_path / "absent"), *arguments]) == 1
     assert "absent: no such folder" in capsys.readouterr().err
 
 
@@ -556,17 +559,17 @@ def test_image_folders_are_read_whole(tmp_path):
     (tmp_path / "b").mkdir()
     for name, array in zip(("a.png", "b/1.png", "b/2.png"), pixels, strict=True):
         Image.fromarray(array).save(tmp_path / name)
-    images = reference.open_images(tmp_path)
+    images = open_images(tmp_path)
     assert torch.equal(torch.stack(list(images)), torch.from_numpy(pixels).permute(0, 3, 1, 2))
     Image.fromarray(pixels[0, :4]).save(tmp_path / "c.png")
     with pytest.raises(ValueError, match=r"c\.png: is 8x4 pixels, the first image is 8x8"):
-        list(reference.open_images(tmp_path))
+        list(open_images(tmp_path))
     (tmp_path / "c.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"c\.png: not a readable image"):
-        list(reference.open_images(tmp_path))
+        list(open_images(tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no .jpg, .jpeg, .png, .webp files"):
-        reference.open_images(tmp_path / "empty")
+        open_images(tmp_path / "empty")
 
 
 def test_a_plain_folder_has_the_pixels_of_its_conversion(tmp_path, capsys):
@@ -593,7 +596,7 @@ def test_a_plain_folder_has_the_pixels_of_its_conversion(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "2 pictures: animated, the first frame was taken" in printed
     assert "1 pictures: its ICC profile is damaged: the colours were taken for sRGB" in printed
-    files, stored = reference.open_images(folder), reference.open_images(tmp_path / "out/train")
+    files, stored = open_images(folder), open_images(tmp_path / "out/train")
     assert len(files) == len(stored) == 9
     for name, here, there in zip(files.names, files, stored, strict=True):
         assert torch.equal(here, there), name
@@ -618,13 +621,13 @@ def test_dataset_folders_are_read_without_shared_memory(tmp_path, compression):
     store(tmp_path, pixels, compression=compression, shard_samples=3)
     before = shared_memory()
     for _ in range(2):
-        images = reference.open_images(tmp_path)
+        images = open_images(tmp_path)
         assert np.array_equal([images[i] for i in range(len(images))], pixels)
     assert shared_memory() == before
     index = (tmp_path / "index.json").read_text()
     (tmp_path / "index.json").write_text(index.replace("shard.00001", "../shard.00001"))
     with pytest.raises(ValueError, match="names a file that is not a shard of its folder"):
-        reference.open_images(tmp_path)
+        open_images(tmp_path)
 
 
 def published(mean, covariance):

@@ -13,8 +13,7 @@ from PIL import Image
 
 from eval import sweep as sweep_module
 from eval.export import Export, export_program, find_weights
-from eval.features import SmallImageClassifier, load_extractor
-from eval.reference import HeldOut, content_digest, labelled, make_extractor, open_images
+from eval.reference import HeldOut, open_images
 from eval.reference import main as reference_main
 from eval.report import (
     best_curve,
@@ -27,7 +26,9 @@ from eval.report import (
     write,
 )
 from eval.sweep import main as sweep_main
+from recipe.features import SmallImageClassifier, load_extractor
 from recipe.objectives import OBJECTIVES
+from recipe.reference import content_digest, labelled, make_extractor
 from recipe.weights import load_weights, save_weights
 from streaming_convert.__main__ import main as convert
 from tests.conftest import ROOT, run

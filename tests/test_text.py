@@ -11,7 +11,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPImageProcessor
 
 from eval.export import main as export_main
-from eval.metrics import retrieval
 from eval.report import read_lines
 from eval.sample import Generator
 from eval.sample import main as sample_main
@@ -20,6 +19,7 @@ from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.data import Normalizer, collate
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
+from recipe.metrics import retrieval
 from recipe.model import GenerativeModel
 from recipe.objectives import IMF, TVM, FlowMatching, MeanFlow
 from recipe.preflight import check_data

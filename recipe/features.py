@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import TypedDict
 
-from eval.metrics import FeatureMoments
+from recipe.metrics import FeatureMoments
 from recipe.patches import exact_float32
 from storage.outside import conform, read_bytes, read_json
 
