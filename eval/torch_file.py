@@ -1,6 +1,6 @@
 """Reads a file that `torch.save` wrote as data: nothing that it names is imported, called or executed.
 
-Such a file is a ZIP archive: FOLDER/data.pkl is a pickle, which `recipe.restricted` reads; FOLDER/data/KEY are
+Such a file is a ZIP archive: FOLDER/data.pkl is a pickle (recipe/restricted.py), and FOLDER/data/KEY are
 the bytes of a storage. torch never compresses, so what is compressed, or declares more than the file has, is
 refused before anything of that size is made; what is read is never larger than the file.
 """
