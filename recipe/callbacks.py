@@ -35,7 +35,10 @@ from storage import writing
 def inference_facts(model: GenerativeModel, data: dict[str, Any]) -> dict[str, Any]:
     """`method` and `data` of the weights' JSON (see recipe/weights.py)."""
     statistics = {name: getattr(model.normalizer, name).flatten().tolist() for name in ("mean", "std")}
-    return {"method": model.objective.facts(), "data": {**data, **statistics}}
+    facts = {"method": model.objective.facts(), "data": {**data, **statistics}}
+    if model.objective.finishes:
+        facts["finished"] = [*model.objective.origin["finished"], *model.objective.finished]
+    return facts
 
 
 class ExportWeights(Callback):

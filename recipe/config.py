@@ -179,6 +179,8 @@ class TrainConfig(Settings):
             raise ConfigError(
                 f"optimizer.warmup: {self.optimizer.warmup} must be in the unit of duration, {self.duration}"
             )
+        if self.objective.finishes and not (self.init_from or self.fork_from):
+            raise ConfigError(f"init_from: {self.objective.name} needs the weights that it finishes")
         if self.init_from and self.fork_from:
             raise ConfigError(
                 "init_from: begins a new run, and fork_from goes on with another: give one of them"

@@ -1,9 +1,13 @@
-"""Feature extractors, uint8 images (N, C, H, W) => float64 features (N, F), and sets of their features."""
+"""Feature extractors, images (N, C, H, W) => float64 features (N, F), and sets of their features.
+
+Scoring passes uint8 images; training passes the same pixels as floats, through the same code, with gradients.
+"""
 
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Collection
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,20 +28,29 @@ from storage.outside import conform, read_bytes, read_json
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_PIXELS = 4096
 
 
-class FeatureExtractor:
-    """What the metrics need to know of a network."""
+class FeatureExtractor(ABC):
+    """What the metrics and the objective `frechet` need to know of a network, whose weights are frozen."""
 
     name: str
     num_features: int
     device: torch.device
-    network: nn.Module
+    network: nn.Module = nn.Identity()
     has_logits = True
 
+    @abstractmethod
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pixels (N, C, H, W) in 0..255, uint8 or floats that gradients flow through => float64 features
+        (N, F) and, if the extractor has them, class scores (N, K).
+        """
+
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """uint8 images (N, C, H, W) => float64 features (N, F) and, if it has them, class scores (N, K)."""
-        raise NotImplementedError
+        """Evaluate `forward` on uint8 images, without gradients. Raises ValueError for anything else."""
+        _require_uint8(images, images.shape[1] if images.ndim == 4 else 0)
+        with torch.inference_mode():
+            return self.forward(images)
 
     def __call__(self, images: Tensor) -> Tensor:
         """The features alone."""
@@ -51,8 +64,9 @@ def load_extractor(name: str, weights: str | None = None, device: Device = "cpu"
     """The extractor of `EXTRACTORS` called `name`.
 
     weights: for "inception-2015" torch-fidelity's .pth file, for "dinov2-vitl14" a transformers folder, both
-    fetched if not given; for "classifier" the path given to `SmallImageClassifier.train`. Raises ValueError
-    for an unknown name, FileNotFoundError where the weights are nowhere to be had.
+    fetched if not given; for "image-model" a transformers folder; for "classifier" the path given to
+    `SmallImageClassifier.train`. Raises ValueError for an unknown name, FileNotFoundError where the weights
+    are nowhere to be had.
     """
     if name not in EXTRACTORS:
         raise ValueError(f"extractor: {name!r} is not one of {', '.join(EXTRACTORS)}")
@@ -198,14 +212,13 @@ class SmallImageClassifier(FeatureExtractor):
         self.network.to(device)
         return self
 
-    @torch.inference_mode()
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 images (N, C, S, S) => float64 features (N, F) and class scores (N, K)."""
-        _require_uint8(images, self.settings["channels"])
-        size = self.settings["size"]
-        if images.shape[2:] != (size, size):
-            raise ValueError(f"expected images of {size}x{size} pixels, got {tuple(images.shape[2:])}")
-        parts = (part.to(self.device, torch.float64) for part in images.split(512))
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (N, C, S, S) => features (N, F) and class scores (N, K)."""
+        channels, size = self.settings["channels"], self.settings["size"]
+        if pixels.shape[1:] != (channels, size, size):
+            wanted = f"{channels} channels of {size}x{size} pixels"
+            raise ValueError(f"expected images with {wanted}, got {tuple(pixels.shape[1:])}")
+        parts = (part.to(self.device, torch.float64) for part in pixels.split(512))
         features = torch.cat([self.network[:-1](_to_network(part)) for part in parts])
         return features, self.network[-1](features)
 
@@ -279,7 +292,10 @@ class Inception2015(FeatureExtractor):
 
     def __init__(self, weights: str | None = None, device: Device = "cpu") -> None:
         try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+            from torch_fidelity.feature_extractor_inceptionv3 import (
+                FeatureExtractorInceptionV3,
+                interpolate_bilinear_2d_like_tensorflow1x,
+            )
         except ImportError as error:
             raise ImportError("extractor inception-2015 needs `pip install torch-fidelity`") from error
         if weights is not None:
@@ -296,56 +312,145 @@ class Inception2015(FeatureExtractor):
             raise FileNotFoundError(f"Inception-2015: no path to weights given, and {error}") from error
         self.device = torch.device(device)
         self.network = graph.to(self.device)
+        self.resize = interpolate_bilinear_2d_like_tensorflow1x
 
-    @torch.inference_mode()
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N, 2048) and, from the same pass, the logits (N, 1008) for the Inception score."""
-        features, logits = self.network(_to_rgb(images).to(self.device))
-        return features.double(), logits.double()
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, 2048) and, from the same pass, the logits (N, 1008) for the Inception score.
+
+        The graph's own `forward` takes uint8 alone; its layers stand in the order in which they are called.
+        """
+        size = (self.network.INPUT_IMAGE_SIZE,) * 2
+        x = self.resize(_to_rgb(pixels).to(self.device, torch.float32), size=size, align_corners=False)
+        x = (x - 128) / 128
+        *layers, classes = self.network.children()
+        for layer in layers:
+            x = layer(x)
+        features = x.flatten(1)
+        return features.double(), features.mm(classes.weight.T).double()
 
 
-class DinoV2(FeatureExtractor):
+class ImageModel(FeatureExtractor):
+    """Any image model of transformers in a folder (SigLIP, MAE, CLIP, ConvNeXt, ViT): its pooled output or,
+    where it has none, its class token. Images are resized to the model's own size, bicubic with antialiasing,
+    and normalised as its preprocessor_config.json says.
+    """
+
+    name = "image-model"
+    has_logits = False
+
+    def __init__(self, weights: str | None = None, device: Device = "cpu") -> None:
+        if weights is None or not (Path(weights) / "config.json").is_file():
+            raise FileNotFoundError(f"{self.name} weights: {weights} is not a folder with a config.json")
+        self.network, self.pooled = _load_image_model(weights)
+        self.device = torch.device(device)
+        self.network.to(self.device).eval().requires_grad_(False)
+        config = self.network.config
+        self.num_features = config.hidden_size if hasattr(config, "hidden_size") else config.hidden_sizes[-1]
+        self.size, mean, std = self.preprocessing(weights)
+        self.mean, self.std = (255 * torch.tensor(x, device=self.device).view(-1, 1, 1) for x in (mean, std))
+
+    def preprocessing(self, weights: str) -> tuple[int, Sequence[float], Sequence[float]]:
+        """The model's input size in pixels, and mean and deviation of its input in 0..1."""
+        file = Path(weights, "preprocessor_config.json")
+        told = json.loads(file.read_text()) if file.is_file() else {}
+        size = getattr(self.network.config, "image_size", 224)
+        return size, told.get("image_mean", IMAGENET_MEAN), told.get("image_std", IMAGENET_STD)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, None]:
+        """RGB or grey pixels (N, C, H, W) => features (N, F)."""
+        pixels = _to_rgb(pixels).to(self.device, torch.float32)
+        pixels = F.interpolate(pixels, (self.size, self.size), mode="bicubic", antialias=True)
+        options = {}
+        if self.network.config.model_type == "vit_mae":  # masks nothing, in the order of the patches
+            patches = (self.size // self.network.config.patch_size) ** 2
+            options["noise"] = torch.arange(patches, device=self.device).float().expand(len(pixels), -1)
+        found = self.network((pixels - self.mean) / self.std, **options)
+        return (found.pooler_output if self.pooled else found.last_hidden_state[:, 0]).double(), None
+
+
+def _load_image_model(folder: str) -> tuple[nn.Module, bool]:
+    """The model of a transformers folder, of CLIP and its kin the vision part, and whether its pooled output
+    was trained. Raises ValueError where it cannot be loaded whole.
+    """
+    from transformers import AutoModel
+
+    try:
+        model, info = AutoModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # torch, safetensors and the hub have their own
+        raise ValueError(f"cannot load {folder}: {' '.join(str(error).split())}") from error
+    missing = [name for name in info["missing_keys"] if "pooler" not in name]
+    if missing:
+        raise ValueError(f"{folder}: its weights lack {sorted(missing)[0]}")
+    model = getattr(model, "vision_model", model)
+    if model.config.model_type == "vit_mae":
+        model.config.mask_ratio = 0.0
+    return model, model.config.model_type != "vit_mae" and not info["missing_keys"]
+
+
+class DinoV2(ImageModel):
     """DINOv2 ViT-L/14, the normalised class token (1024 features), by transformers, for FD-DINOv2 (Stein et
     al. 2023). Images are resized to 224x224 pixels, bicubic with antialiasing.
     """
 
     name = "dinov2-vitl14"
-    has_logits = False
 
     def __init__(self, weights: str | None = None, device: Device = "cpu") -> None:
-        from transformers import Dinov2Model
+        super().__init__(weights or _fetched("facebook/dinov2-large"), device)
 
-        if weights is not None and not (Path(weights) / "config.json").is_file():
-            raise FileNotFoundError(f"DINOv2 weights: {weights} is not a folder with a config.json")
-        try:
-            model = Dinov2Model.from_pretrained(weights or "facebook/dinov2-large", use_safetensors=True)
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise FileNotFoundError(f"DINOv2 weights could not be read or fetched: {reason}") from error
-        self.device = torch.device(device)
-        self.network = model.to(self.device).eval().requires_grad_(False)
-        self.num_features = model.config.hidden_size
-        self.mean = 255 * torch.tensor(IMAGENET_MEAN, device=self.device).view(1, 3, 1, 1)
-        self.std = 255 * torch.tensor(IMAGENET_STD, device=self.device).view(1, 3, 1, 1)
-
-    @torch.inference_mode()
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, None]:
-        """uint8 RGB or grey images (N, C, H, W) => float64 features (N, 1024)."""
-        pixels = _to_rgb(images).to(self.device, torch.float32)
-        pixels = F.interpolate(pixels, (224, 224), mode="bicubic", antialias=True)
-        return self.network((pixels - self.mean) / self.std).pooler_output.double(), None
+    def preprocessing(self, weights: str) -> tuple[int, Sequence[float], Sequence[float]]:
+        """As the published distances have it, whatever the folder says."""
+        return 224, IMAGENET_MEAN, IMAGENET_STD
 
 
-def _to_rgb(images: Tensor) -> Tensor:
-    if images.ndim == 4 and images.shape[1] == 1:
-        images = images.expand(-1, 3, -1, -1)
-    _require_uint8(images, channels=3)
-    return images
+def _fetched(model: str) -> str:
+    """The folder of a hub's model. Raises FileNotFoundError."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(model, allow_patterns=["*.json", "*.safetensors"])
+    except Exception as error:  # the hub and its client have their own
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"{model} could not be read or fetched: {reason}") from error
+
+
+# ---------------------------------------------------------------- pixels
+
+
+class Pixels(FeatureExtractor):
+    """The pixels themselves, divided by 32, of small images; first averaged over squares `pool` wide."""
+
+    name = "pixels"
+    has_logits = False
+
+    def __init__(self, shape: tuple[int, int, int], pool: int = 1, device: Device = "cpu") -> None:
+        """`shape`: (C, H, W) of an image. Raises ValueError."""
+        channels, height, width = shape
+        self.pool, self.device = pool, torch.device(device)
+        self.num_features = channels * (height // pool) * (width // pool)
+        if height % pool or width % pool or self.num_features > MAX_PIXELS:
+            raise ValueError(
+                f"pixels: squares of {pool} must divide images of {height}x{width} pixels and leave at most "
+                f"{MAX_PIXELS} features"
+            )
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, None]:
+        """Pixels (N, C, H, W) => features (N, C H W / pool^2)."""
+        return F.avg_pool2d(pixels.to(self.device, torch.float64), self.pool).flatten(1) / 32, None
+
+
+# ---------------------------------------------------------------- what they have in common
+
+
+def _to_rgb(pixels: Tensor) -> Tensor:
+    if pixels.shape[1] not in (1, 3):
+        raise ValueError(f"expected images (N, 1 or 3, H, W), got {tuple(pixels.shape)}")
+    return pixels.expand(-1, 3, -1, -1)
 
 
 EXTRACTORS: dict[str, Callable[[str | None, Device], FeatureExtractor]] = {
     "inception-2015": Inception2015,
     "dinov2-vitl14": DinoV2,
+    "image-model": ImageModel,
     "classifier": SmallImageClassifier.load,
 }
 

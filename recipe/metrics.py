@@ -76,7 +76,7 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     values of R1' R2: real for singular covariances too, and without roots of squared numbers, whose rounding
     errors of 1e-16 would become 1e-8 for every feature that does not vary.
 
-    Means (F,), covariances (F, F), symmetric; eigenvalues that rounding made negative count as 0. Raises
+    Means (F,), covariances (F, F), symmetric; eigenvalues that are rounding errors count as 0. Raises
     ValueError where shapes differ, or a value is not finite.
     """
     shapes = [tuple(x.shape) for x in (mean1, cov1, mean2, cov2)]
@@ -85,14 +85,14 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     mean1, cov1, mean2, cov2 = (x.to(cov1.device, torch.float64) for x in (mean1, cov1, mean2, cov2))
     if not all(torch.isfinite(x).all() for x in (mean1, cov1, mean2, cov2)):
         raise ValueError("means and covariances must be finite")
-    trace_of_root = torch.linalg.matrix_norm(_root(cov1).T @ _root(cov2), ord="nuc")
+    trace_of_root = torch.linalg.matrix_norm(root(cov1).T @ root(cov2), ord="nuc")
     return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace_of_root)
 
 
-def _root(covariance: Tensor) -> Tensor:
-    """R (F, F) with R R' = covariance."""
+def root(covariance: Tensor) -> Tensor:
+    """R (F, F) with R R' = covariance, and columns of 0 where its eigenvalues are 0 but for rounding."""
     values, vectors = torch.linalg.eigh(covariance)
-    return vectors * values.clamp_min(0).sqrt()
+    return vectors * torch.where(values > 1e-13 * values[-1], values, 0.0).sqrt()
 
 
 def resampled_distance(

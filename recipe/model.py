@@ -49,6 +49,8 @@ class GenerativeModel(ComposerModel):
         self.target = frozen_copy(net) if objective.teacher else None
         self.objective, self.normalizer, self.seed = objective, normalizer, seed
         self.prompts, self.null = prompts, net.config.null
+        for i, match in enumerate(objective.matches.values() if objective.finishes else ()):
+            self.add_module(f"match_{i}", match)  # not a list: FSDP2 takes none
         self.tangent, self.flow_matching = 1.0, False
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:

@@ -69,11 +69,16 @@ def autoencoder(encoder: dict[str, Any], vae: str | None) -> str:
 
 
 def load_decoder(
-    encoder: dict[str, Any], vae: str | None, device: str | torch.device, batch_size: int = 16
+    encoder: dict[str, Any],
+    vae: str | None,
+    device: str | torch.device,
+    batch_size: int = 16,
+    half: bool = True,
 ) -> Callable[[Tensor], Tensor]:
     """A function from latents (N, c, h, w), as stored, to pixels (N, 3, H, W) in 0..255 units, not rounded.
 
-    It works in fp16 on a GPU, as the published evaluations do, and in fp32 on a CPU, `batch_size` at a time.
+    It works in fp16 on a GPU, as the published evaluations do, and in fp32 on a CPU or where `half` is false,
+    `batch_size` at a time. Gradients flow through it to the latents.
     encoder: of the dataset's manifest, as the weights say; vae: folder of a diffusers AutoencoderKL, None for
     the one that `encoder` names. Raises ValueError where diffusers is missing, there is no such autoencoder,
     or the latents were made with other weights.
@@ -85,10 +90,9 @@ def load_decoder(
         raise ValueError(
             f"vae: the weights of {model} hash to {found}, the latents were made with {made_with}"
         )
-    network = network.half() if torch.device(device).type == "cuda" else network
+    network = network.half() if half and torch.device(device).type == "cuda" else network
     scaling = encoder.get("scaling", 1.0)
 
-    @torch.inference_mode()
     def decode(latents: Tensor) -> Tensor:
         parts = (latents / scaling).to(network.dtype).split(batch_size)
         return torch.cat([(network.decode(part).sample.float() + 1) * 127.5 for part in parts])

@@ -20,7 +20,14 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from recipe.data import collate
-from recipe.features import EXTRACTORS, FeatureExtractor, FeatureSet, SmallImageClassifier, load_extractor
+from recipe.features import (
+    EXTRACTORS,
+    FeatureExtractor,
+    FeatureSet,
+    Pixels,
+    SmallImageClassifier,
+    load_extractor,
+)
 from recipe.pretrained import hash_weights
 from recipe.restricted import Global, Node, RefusedPickle, read_file
 from recipe.text import Text, TextConfig
@@ -139,12 +146,17 @@ def labelled(images: MDSImages, index: Tensor | None = None) -> tuple[Tensor, Te
 def make_extractor(
     name: str, weights: str | None, images: Dataset | None, folder: str, device: str | torch.device
 ) -> FeatureExtractor:
-    """The extractor of that name; without `weights` a `classifier` is trained on the reference and kept.
-
-    Raises ValueError where the reference has no labels to train it on.
+    """The extractor of that name, in front of a colon, with what it takes behind it: `classifier:2` (seed),
+    `pixels:4` (pool), `image-model:FOLDER`. Without `weights` a classifier is trained on the reference and
+    kept in `folder`. Raises FileNotFoundError, and ValueError, too, where the reference has no labels for it.
     """
-    if name != "classifier" or weights is not None:
-        return load_extractor(name, weights, device)
+    kind, _, argument = name.partition(":")
+    if kind == "pixels":
+        if images is None:
+            raise ValueError("pixels need the real images, and the reference is a file of statistics")
+        return Pixels(tuple(images[0].shape), int(argument or 1), device)
+    if kind != "classifier" or weights is not None:
+        return load_extractor(kind, weights or argument or None, device)
     if not isinstance(images, MDSImages):
         what = "file of statistics" if images is None else "plain folder of pictures"
         others = " or ".join(f"extractor={other}" for other in EXTRACTORS if other != "classifier")
@@ -153,8 +165,10 @@ def make_extractor(
             f"{what}. Fix: set {others}, or extractor_weights to a classifier that was trained before, or "
             "convert the pictures (python -m streaming_convert images)"
         )
+    seed = int(argument or 0)
     with dist.run_local_rank_zero_first():
-        return SmallImageClassifier.train(*labelled(images), path=f"{folder}/classifier").to(device)
+        path = f"{folder}/classifier" + (f"-{seed}" if seed else "")
+        return SmallImageClassifier.train(*labelled(images), seed, path).to(device)
 
 
 def read_statistics(path: str | Path, metric: str = "fid") -> tuple[Tensor, Tensor]:

@@ -67,6 +67,7 @@ KINDS = {  # of the values in these files; those of `files` are names of a check
     "attempt": lambda x: x is None or isinstance(x, str),
     "ranks": lambda x: isinstance(x, int) and 1 <= x <= 2**20,
     "files": lambda x: isinstance(x, dict) and all(map(FILE.fullmatch, x)),
+    "origin": lambda x: isinstance(x, dict) and isinstance(x.get("method"), dict),
 }
 INIT_ONLY = ("preset", "label_std", "time_init", "patch_init")  # do not change the shape of the network
 
@@ -145,6 +146,7 @@ def identity(config: TrainConfig) -> dict:
         "objective.name": config.objective.name,
         "parallel.fsdp2": config.parallel.fsdp2,
         "ema.posthoc": config.ema.posthoc,
+        **({"objective.features": list(config.objective.features)} if config.objective.finishes else {}),
         **{f"model.{k}": v for k, v in model.items()},
     }
 
@@ -175,6 +177,7 @@ def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: 
 def sign_in(config: TrainConfig, folder: Folder, attempt: str | None = None) -> None:
     """Writes whose folder this is, and which start of that run has it now."""
     owner = {"run_name": config.run_name, "identity": identity(config), "attempt": attempt}
+    owner["origin"] = getattr(config.objective, "origin", None)  # of the weights that `frechet` finishes
     folder.write(RUN, json.dumps(owner, indent=2).encode())
 
 

@@ -24,8 +24,7 @@ def initial_noise(seeds: Tensor, shape: tuple[int, int, int], dtype: torch.dtype
     return normal(keys(0, torch.zeros_like(seeds), seeds, Stream.NOISE), *shape).to(dtype)
 
 
-@torch.no_grad()
-def sample(
+def generate(
     net: Network,
     noise: Tensor,
     label: Tensor,
@@ -46,6 +45,9 @@ def sample(
         t, s = 1 - i / nfe, 1 - (i + 1) / nfe
         x = x + (s - t) * objective.average_velocity(net, x.to(noise.dtype), t, s, label, w, null)
     return x
+
+
+sample = torch.no_grad()(generate)
 
 
 def grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:

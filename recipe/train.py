@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from composer import Trainer
 from composer.callbacks import MemoryMonitor
-from composer.core import Callback, TimeUnit
+from composer.core import Algorithm, Callback, TimeUnit
 from composer.loggers import LoggerDestination
 from composer.utils import dist, reproducibility
 from omegaconf import OmegaConf
@@ -38,6 +38,7 @@ from recipe.config import (
 from recipe.console import console, summary
 from recipe.data import Normalizer, normalizer, train_loader
 from recipe.dit import DiT
+from recipe.finish import Population, begin
 from recipe.model import GenerativeModel, StepKey
 from recipe.optimizer import LearningRate, build_optimizer, rate_of_step, take_settings
 from recipe.parallel import parallelism, prepare_blocks
@@ -52,10 +53,12 @@ from storage.manifest import DatasetError, Manifest
 log = logging.getLogger("recipe.train")
 
 
-def build_model(config: TrainConfig, manifest: Manifest) -> GenerativeModel:
-    """Student and averages from the seed alone: the same on every rank."""
-    reproducibility.seed_all(config.seed)
+def build_model(config: TrainConfig, manifest: Manifest, source: str | None = None) -> GenerativeModel:
+    """Student and averages from the seed alone: the same on every rank. source: the checkpoint to come."""
     text, normalize = config.model.text, normalizer(config.data, manifest)
+    if config.objective.finishes:
+        begin(config, manifest, normalize, source)
+    reproducibility.seed_all(config.seed)
     prompts = None if text is None else Prompts(text, manifest.text)
     model = GenerativeModel(DiT(config.model), config.objective, normalize, config.seed, prompts)
     for net, trained in ((model.net, True), (model.target, False), (model.ema, False)):
@@ -113,15 +116,27 @@ def build_grid(folder: str, config: GridConfig, column: str) -> SampleGrid:
         raise ConfigError(f"grid.vae: {error}") from error
 
 
+def build_algorithms(config: TrainConfig) -> list[Algorithm]:
+    """What guards a step, averages weights and, for an objective that finishes, keeps moments of samples."""
+    algorithms = [StepGuard(config.step, config.objective.flow_matching_first), EMA(config.ema)]
+    if config.objective.finishes:
+        batch = config.data.per_rank(dist.get_world_size())
+        algorithms.append(Population(config.objective, min(config.microbatch or batch, batch)))
+    return algorithms
+
+
 def build_trainer(
-    config: TrainConfig, manifest: Manifest, load_path: str | None, preemption: Preemption
+    config: TrainConfig,
+    manifest: Manifest,
+    load_path: str | None,
+    preemption: Preemption,
+    source: str | None = None,
 ) -> Trainer:
-    """Everything that one run needs, from its configuration; load_path: see `resume.newest`."""
-    model = build_model(config, manifest)
+    """Everything that one run needs, from its configuration; load_path, source: see `resume.newest`."""
+    model = build_model(config, manifest, source)
     if config.init_from and load_path is None:
         log.info("%s: %s", config.run_name, warm_start(model, config))
     device = "gpu" if torch.cuda.is_available() else "cpu"
-    guard = StepGuard(config.step, config.objective.flow_matching_first)
     owner = Owner(config)
     loader = train_loader(config.data, config.seed, config.model.text, manifest)
     loader.worker_init_fn = ignore_sigterm
@@ -130,7 +145,7 @@ def build_trainer(
         train_dataloader=loader,
         optimizers=build_optimizer(model.net, config.optimizer),
         max_duration=config.duration,
-        algorithms=[guard, EMA(config.ema)],
+        algorithms=build_algorithms(config),
         callbacks=build_callbacks(config, manifest, device, preemption, owner),
         loggers=build_loggers(config, owner),
         run_name=config.run_name,
@@ -166,7 +181,8 @@ def start(config: TrainConfig, preemption: Preemption) -> tuple[Trainer, Manifes
     if (size := config.microbatch or 0) > batch:
         log.warning("microbatch: %d is more than a rank's %d samples here: one pass", size, batch)
     with newest(config, manifest) as found:
-        trainer = build_trainer(config, manifest, found and found.load_path, preemption)
+        load_path, source = (found.load_path, found.source) if found else (None, None)
+        trainer = build_trainer(config, manifest, load_path, preemption, source)
     step = int(trainer.state.timestamp.batch)
     if trainer.state.timestamp >= trainer.state.max_duration:
         if found.source == config.fork_from:

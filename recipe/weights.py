@@ -22,7 +22,7 @@ from pydantic import ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from recipe.dit import DiT, DiTConfig
 from recipe.objectives import from_facts
@@ -52,6 +52,7 @@ class Facts(TypedDict):
     average: str
     commit: str
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    finished: NotRequired[list[dict[str, Any]]]
 
 
 def commit() -> str:

@@ -21,6 +21,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from recipe.config import TrainConfig, load_config
+from recipe.dit import DiT
+from recipe.weights import save_weights
 from storage.manifest import Manifest
 from streaming_convert import writer
 from streaming_convert.encoders import Stored
@@ -45,7 +48,16 @@ EACH = {
         "model.text.tokens=8",
         "model.text.width=32",
     ],
-}  # overrides of the digits run; {digits} is the folder of the fixture
+    "frechet": [
+        "objective.name=frechet",
+        "objective.features.pixels={digits}",
+        "objective.features.pixels:2={digits}",
+        "objective.population=40",
+        "objective.refresh=3",
+        "objective.decay=0.5",
+        "init_from={digits}/../begin",
+    ],
+}  # overrides of the digits run; {digits} is the folder of the fixture, beside which `begin` are weights
 
 
 MOUNT = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs none /dev/shm"]
@@ -131,6 +143,10 @@ def digits(tmp_path_factory):
     (folder / "names.csv").write_text("\n".join(lines))
     options = ("--captions", folder / "names.csv", "--size", 8, "--out", folder / "named")
     run("-m", "streaming_convert", "images", folder / "pictures", *options)
+    config = load_config(TrainConfig, "yamls/digits.yaml", TINY)
+    facts = {"method": config.objective.facts(), "average": "ema", "step": 0}
+    facts["data"] = {"column": "image", "mean": [127.5], "std": [127.5]}
+    save_weights(folder / "begin", DiT(config.model).state_dict(), config.model, facts)
     return folder / "train"
 
 

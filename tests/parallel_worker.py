@@ -20,14 +20,14 @@ from torch.distributed.tensor import DTensor
 if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from recipe.algorithms import EMA, StepGuard, unwrap
+from recipe.algorithms import unwrap
 from recipe.config import TrainConfig, load_config
 from recipe.data import train_loader
 from recipe.model import StepKey
 from recipe.objectives import OBJECTIVES
 from recipe.parallel import parallelism
 from recipe.preflight import check_data
-from recipe.train import build_model
+from recipe.train import build_algorithms, build_model
 from tests.conftest import TINY, documented_objective
 
 STEPS = 20
@@ -94,10 +94,7 @@ def build(digits, dtype, overrides, steps, callback, **paths):
         train_dataloader=train_loader(config.data, config.seed, config.model.text),
         optimizers=optimizer,
         max_duration=f"{steps}ba",
-        algorithms=[
-            StepGuard(config.step, config.objective.flow_matching_first),
-            EMA(config.ema),
-        ],
+        algorithms=build_algorithms(config),
         callbacks=[StepKey(), callback],
         parallelism_config=sharding,
         device="cpu",

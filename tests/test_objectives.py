@@ -27,6 +27,7 @@ GUIDED = [
     MeanFlow(omega=1.5),
     IMF(guidance=[1, 4]),
 ]
+FINISH = ["objective.name=frechet", "objective.features.pixels=a"]
 
 
 def exact_dual(x, t, d, label, beta=None, detach_tangent=False):
@@ -108,7 +109,7 @@ def test_dropped_labels_are_seen_by_no_guidance(objective):
         assert torch.equal(target if isinstance(objective, MeanFlow) else target[1], batch.velocity)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if not objective.finishes])
 def test_facts_of_weights_bring_the_objective_back(name):
     objective = OBJECTIVES[name](label_dropout=0.25)
     assert from_facts(objective.facts()) == objective
@@ -116,6 +117,8 @@ def test_facts_of_weights_bring_the_objective_back(name):
         from_facts({**objective.facts(), "unknown": 1})
     with pytest.raises(ValueError, match="method.objective: 'ddpm' is not one of tvm"):
         from_facts({"objective": "ddpm"})
+    with pytest.raises(ValueError, match="method.objective: 'frechet' is not one of tvm"):
+        from_facts({"objective": "frechet"})
 
 
 @pytest.mark.parametrize(
@@ -138,6 +141,13 @@ def test_facts_of_weights_bring_the_objective_back(name):
         (["objective.flow_matching_first=60sec"], "objective.flow_matching_first: '60sec' must be"),
         (["objective.flow_matching_first=soon"], "objective.flow_matching_first: 'soon' must be a time"),
         (["init_from=a", "fork_from=b/ep0-ba1"], "init_from"),
+        (["objective.name=frechet", "init_from=a"], "objective.features: must be given"),
+        (FINISH, "init_from: frechet needs the weights that it finishes"),
+        ([*FINISH, "objective.features.fid=b"], "objective.features: .* must name what to match"),
+        ([*FINISH, "objective.features.classifier:0=b"], "objective.features: .* must name what to match"),
+        ([*FINISH, "objective.features.pixels=s3://b/c"], "objective.features.*must"),
+        ([*FINISH, "objective.nfe=0"], "objective.nfe: 0 must"),
+        ([*FINISH, "objective.flow_matching_first=2ba"], "objective.flow_matching_first: frechet"),
     ],
 )
 def test_settings_of_another_objective_are_one_error_that_says_whose_they_are(tmp_path, overrides, message):

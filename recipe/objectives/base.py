@@ -63,12 +63,14 @@ class Term(NamedTuple):
 class Loss(NamedTuple):
     """total: (B,), training minimises its mean; the rest is for the logs.
 
-    terms: unweighted by anything that hides their size; evaluated: images whose RMS is logged, detached.
+    terms: unweighted by anything that hides their size; evaluated: images whose RMS is logged, detached;
+    features: (B, F) of samples, of an objective that `finishes`.
     """
 
     total: Tensor
     terms: dict[str, Term]
     evaluated: dict[str, Tensor]
+    features: dict[str, Tensor] = {}
 
 
 class Pass(NamedTuple):
@@ -87,7 +89,8 @@ class Objective(Settings, ABC):
     """Settings of an objective (the fields) and what is particular to it (the methods).
 
     Of the class: teacher: whether the loss needs the target average of the weights; guidance_input: whether
-    the network is told beta.
+    the network is told beta; finishes: whether it goes on with weights of another objective, which stay that
+    objective's (`frechet` alone).
     """
 
     name: str
@@ -100,6 +103,7 @@ class Objective(Settings, ABC):
 
     teacher: ClassVar[bool] = False
     guidance_input: ClassVar[bool] = False
+    finishes: ClassVar[bool] = False
 
     @abstractmethod
     def sample_times(self, u: Tensor) -> tuple[Tensor, ...]:

@@ -1,0 +1,146 @@
+"""What the objective `frechet` needs around its loss: extractors and statistics before the first step, and
+the moments of samples after every one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Algorithm, Event, State, get_precision_context
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+from tqdm import tqdm
+
+from recipe.algorithms import stepped, unwrap
+from recipe.config import ConfigError, TrainConfig
+from recipe.data import Normalizer
+from recipe.objectives import from_facts
+from recipe.objectives.frechet import Frechet, Match
+from recipe.pretrained import hash_weights, load_decoder
+from recipe.reference import STATISTICS, MDSImages, content_digest, make_extractor, measure, statistics_for
+from recipe.resume import RUN, on_rank_zero, read_json
+from recipe.warm_start import find
+from recipe.weights import parse_facts
+from storage import Folder
+from storage.manifest import DatasetError, Manifest
+
+BATCH = 256  # real images at once
+
+
+def origin(config: TrainConfig, source: str | None) -> dict[str, Any]:
+    """`method` and `finished` of the weights that the run began with: from the folder of the checkpoint
+    `source` that it goes on from, else from `init_from`. Raises ConfigError, StorageError.
+    """
+    if source:
+        return read_json(Folder(source.rpartition("/")[0]), RUN, {"origin"})["origin"]
+    folder, name = find(config.init_from)
+    try:
+        facts = parse_facts(folder.read(f"{name}.json"), f"{folder.uri}/{name}.json")
+    except ValueError as error:
+        raise ConfigError(f"init_from: {error}") from error
+    earlier = [{"steps": facts["step"], **one} for one in facts.get("finished", [])]
+    return {"method": facts["method"], "finished": earlier}
+
+
+def begin(config: TrainConfig, manifest: Manifest, normalizer: Normalizer, source: str | None) -> None:
+    """Load extractors and decoder and measure the real images, on all ranks together.
+
+    Raises ConfigError naming the setting, StorageError.
+    """
+    objective: Frechet = config.objective
+    objective.origin = on_rank_zero(lambda: origin(config, source))
+    base = from_facts(objective.origin["method"])
+    low, high = base.guidance_range
+    if objective.w is not None and not low <= objective.w <= high:
+        raise ConfigError(f"objective.w: {objective.w:g} is not in {low:g} to {high:g}, as of {base.name}")
+    device = torch.device("cuda", dist.get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    decode = None
+    if manifest.column == "latents":
+        try:
+            decode = load_decoder(manifest.encoder, objective.vae, device, half=False)
+        except (DatasetError, ValueError) as error:
+            raise ConfigError(f"objective.vae: {error}") from error
+
+    def pixels(x0: Tensor) -> Tensor:
+        values = normalizer.invert(x0)
+        return decode(values) if decode else values
+
+    matches, objective.finished = {}, []
+    for name, reference in objective.features.items():
+        try:
+            matches[name] = match(name, reference, config.folder, device)
+        except (ValueError, OSError, ImportError) as error:
+            raise ConfigError(f"objective.features.{name}: {error}") from error
+        extractor = matches[name].extractor
+        found = {"extractor": name, "weights": hash_weights(extractor.network), "reference": reference}
+        digest = content_digest(reference, extractor)
+        objective.finished.append({**found, "digest": digest, "nfe": objective.nfe, "w": objective.w})
+    objective.begin(base, matches, pixels)
+
+
+def match(name: str, reference: str, folder: str, device: torch.device) -> Match:
+    """The extractor with the moments of its reference. Raises ValueError, OSError, ImportError."""
+    images = None if Path(reference).suffix in STATISTICS else MDSImages(Path(reference))
+    extractor = make_extractor(name, None, images, folder, device)
+    moments = measure(images, extractor, BATCH).moments() if images else statistics_for(reference, extractor)
+    return Match(extractor, *(moment.to(device) for moment in moments))
+
+
+class Population(Algorithm):
+    """Keeps the moments of samples: `population` of them before the first step, then those of every step.
+
+    batch_size: of a rank, for the first ones. They are modules of the model, so checkpointed like it, and a
+    skipped step leaves them as they are.
+    """
+
+    def __init__(self, objective: Frechet, batch_size: int) -> None:
+        self.objective, self.batch_size = objective, batch_size
+
+    def match(self, event: Event, state: State) -> bool:
+        """Before the first step, after each loss and each optimizer step."""
+        return event in (Event.FIT_START, Event.AFTER_LOSS, Event.BATCH_END)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Collect features, or turn what has been collected into moments and, when it is due, maps."""
+        matches, step = self.objective.matches.values(), int(state.timestamp.batch)
+        if event == Event.AFTER_LOSS:
+            self.add(state.outputs.features)
+        elif event == Event.FIT_START and step == 0:
+            self.draw(state)
+            for one in matches:
+                one.fold(0)
+                one.refresh()
+        elif event == Event.BATCH_END:
+            for one in matches:
+                if not stepped(unwrap(state.model).net):
+                    one.sums.zero_()
+                    continue
+                one.fold(self.objective.decay)
+                if step % self.objective.refresh == 0:
+                    one.refresh()
+
+    def add(self, features: dict[str, Tensor]) -> None:
+        """Add features of samples (B, F) to the sums of each extractor."""
+        for name, one in self.objective.matches.items():
+            one.add(features[name].detach())
+
+    @torch.no_grad()
+    def draw(self, state: State) -> None:
+        """Add the first samples, drawn as in step -1, of labels and prompts from all over the dataset.
+
+        A rank whose share of the last batches is smaller repeats a sample, since all must take part alike.
+        """
+        data, rank, world = state.train_dataloader, dist.get_global_rank(), dist.get_world_size()
+        parts = torch.arange(self.objective.population).split(self.batch_size * world)
+        for part in tqdm(parts, "samples of the beginning", unit="batch", disable=rank > 0):
+            index = part[rank::world] if len(part) > rank else part[:1]
+            rows = index * data.dataset.size // self.objective.population
+            batch = data.collate_fn([data.dataset[i] for i in rows.tolist()])
+            batch |= {"sample": index, "step": torch.full_like(index, -1)}
+            with get_precision_context(state.precision):
+                features = state.model(state.device.batch_to_device(batch)).features
+            if len(part) > rank:
+                self.add(features)

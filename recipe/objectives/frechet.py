@@ -1,0 +1,232 @@
+"""The Frechet distance of samples to real images as an objective (arXiv 2604.28190): it finishes a generator
+that exists, from the statistics of features alone, without real images, teacher, adversary or derivative.
+
+For an extractor phi of pixels let (mu_r, S_r) be mean and covariance of phi over real images, (mu, S) running
+ones over samples. Between these Gaussians the optimal transport map is M(y) = mu_r + T (y - mu) with
+
+    T = R (R' S R)^-1/2 R',   R R' = S_r,
+
+and FD = |mu - mu_r|^2 + tr(S + S_r) - 2 tr (R' S R)^1/2 has the gradient dFD/dS = 1 - T. So the gradient of
+FD is that of a regression of each sample onto where the map takes it, and the mean of that is FD itself:
+
+    loss_i = sum over extractors of |phi(x_i) - sg M(phi(x_i))|^2 / (FD + epsilon)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from composer.utils import dist
+from pydantic import AfterValidator, Field, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from recipe.features import FeatureExtractor
+from recipe.metrics import root
+from recipe.objectives.base import Batch, Loss, Network, Objective, Pass, Term
+from recipe.objectives.flow_matching import FlowMatching
+from recipe.sampler import generate
+from recipe.settings import BelowOne, ConfigError, Count, LocalPath, Positive, Says, Share
+
+FLAT = 1e-12  # eigenvalues of R' S R below this share of the largest are taken for 0
+ARGUMENTS = {
+    "pixels": lambda pool: not pool or int(pool) > 0,
+    "classifier": lambda seed: int(seed) > 0,
+    "inception-2015": lambda weights: True,
+    "dinov2-vitl14": lambda weights: True,
+    "image-model": bool,
+}  # of extractors, behind a colon
+
+
+def is_known(name: str) -> bool:
+    """Whether it is an extractor, or extractor:argument. Raises ValueError where that must be a number."""
+    kind, _, argument = name.partition(":")
+    return kind in ARGUMENTS and ARGUMENTS[kind](argument)
+
+
+def known(features: dict[str, str]) -> dict[str, str]:
+    """Extractors that can be matched. Raises ValueError."""
+    if not all(map(is_known, features)):
+        raise ValueError
+    return features
+
+
+Features = Annotated[
+    dict[str, LocalPath],
+    AfterValidator(known),
+    Says(
+        "must name what to match: pixels or pixels:POOL, classifier:SEED (from 1: 0 is the one that scores), "
+        "inception-2015, dinov2-vitl14 or image-model:FOLDER, each with a local dataset folder, or a file of "
+        "statistics, of real images"
+    ),
+]
+
+
+class Match(nn.Module):
+    """What one extractor sees of real images and of samples, and the map from the latter to the former.
+
+    moments: float64 (F + 1, F + 1), running mean over samples of z z' with z = (phi - mu_r, 1); sums: the
+    same summed since the last fold; transport: T; centre: mu - mu_r and distance: FD when T was computed;
+    unreached: the variance of real images along which samples have none, so that no map reaches it. The
+    extractor and the real images' statistics are not saved.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, mean: Tensor, covariance: Tensor) -> None:
+        super().__init__()
+        self.extractor = extractor  # not a module, so neither sharded nor saved
+        size, mean = len(mean), mean.double()
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("root", root(covariance.double()), persistent=False)
+        self.register_buffer("sums", mean.new_zeros(size + 1, size + 1), persistent=False)
+        self.register_buffer("moments", torch.zeros_like(self.sums))
+        self.register_buffer("transport", mean.new_zeros(size, size))
+        self.register_buffer("centre", torch.zeros_like(mean))
+        self.register_buffer("distance", mean.new_zeros(()))
+        self.register_buffer("unreached", mean.new_zeros(()))
+
+    def cost(self, features: Tensor) -> Tensor:
+        """|phi - sg M(phi)|^2 of features (B, F), and a constant that makes its mean FD: (B,)."""
+        offset = features.double() - self.mean
+        target = (offset.detach() - self.centre) @ self.transport
+        return (offset - target).square().sum(1) + self.unreached
+
+    @torch.no_grad()
+    def add(self, features: Tensor) -> None:
+        """Add features (B, F) of samples to the sums."""
+        z = nn.functional.pad(features.double() - self.mean, (0, 1), value=1)
+        self.sums.addmm_(z.T, z)
+
+    @torch.no_grad()
+    def fold(self, decay: float) -> None:
+        """Blend the sums of all ranks into the moments and begin new ones; all ranks call it."""
+        dist.all_reduce(self.sums)
+        self.moments.lerp_(self.sums / self.sums[-1, -1], 1 - decay)
+        self.sums.zero_()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Compute the map from the moments; where S is singular, from its range alone."""
+        self.centre.copy_(self.moments[-1, :-1])
+        covariance = self.moments[:-1, :-1] - self.centre.outer(self.centre)
+        product = self.root.T @ covariance @ self.root
+        values, vectors = torch.linalg.eigh((product + product.T) / 2)
+        reached = values > FLAT * values[-1]
+        images = self.root @ vectors
+        half = images[:, reached] * values[reached] ** -0.25
+        self.transport.copy_(half @ half.T)
+        self.unreached.copy_(images[:, ~reached].square().sum())
+        variances = covariance.trace() + self.root.square().sum()
+        self.distance.copy_(self.centre.square().sum() + variances - 2 * values[reached].sqrt().sum())
+
+
+@dataclass
+class Frechet(Objective):
+    """Finish weights of any objective by the Frechet distance of their samples."""
+
+    name: Literal["frechet"] = Field("frechet", description="Frechet distance, from weights that exist.")
+    label_dropout: Share = Field(0.0, description="Share of samples that are drawn without label.")
+    features: Features = Field(
+        default_factory=dict,
+        description="Extractors, each with the real images to be matched on it, a dataset folder or a file "
+        "of statistics (eval.reference): {classifier:1: data/digits/train, pixels: data/digits/train}.",
+    )
+    w: Positive | None = Field(
+        None, description="Guidance weight of the samples; null is the one at which the weights are sampled."
+    )
+    nfe: int = Field(1, ge=1, le=100, description="Number of sampling steps, differentiated through.")
+    decay: BelowOne = Field(0.999, description="Decay of the running moments in a step.")
+    population: int = Field(
+        50_000, ge=2, le=10**8, description="Number of samples from which the running moments begin."
+    )
+    refresh: Count = Field(10, description="Number of steps between two maps from the running moments.")
+    epsilon: Positive = Field(0.01, description="Distance below which an extractor counts less.")
+    vae: LocalPath | None = Field(
+        None, description="Folder or hub name of the autoencoder of latents; null is the dataset's."
+    )
+    recompute: bool = Field(
+        False, description="Whether the backward pass computes decoder and extractors again, to save memory."
+    )
+
+    finishes: ClassVar[bool] = True
+    base: ClassVar[Objective] = FlowMatching()  # of the weights; until it begins, as in a plan, any
+    matches: ClassVar[dict[str, Match]] = {}
+    origin: ClassVar[dict[str, Any] | None] = None  # see recipe/finish.py
+
+    @model_validator(mode="after")
+    def combinations(self) -> Frechet:
+        """Raises ConfigError where nothing is matched, or flow matching comes first."""
+        if not self.features:
+            raise ConfigError("features: must be given")
+        if self.flow_matching_first is not None:
+            raise ConfigError("flow_matching_first: frechet goes on from weights that are trained")
+        return self
+
+    def begin(
+        self, base: Objective, matches: dict[str, Match], pixels: Callable[[Tensor], Tensor]
+    ) -> Frechet:
+        """Tell it the objective of the weights, what is matched by the keys of `features`, and how the
+        network's output (B, C, H, W) becomes pixel values in 0..255; returns self.
+        """
+        self.base, self.matches, self.pixels = base, matches, pixels
+        return self
+
+    @property
+    def guidance_input(self) -> bool:
+        """As the weights have it, like all that follows."""
+        return self.base.guidance_input
+
+    @property
+    def guidance_range(self) -> tuple[float, float]:
+        """Of the weights."""
+        return self.base.guidance_range
+
+    @property
+    def default_w(self) -> float:
+        """The weight that is trained at."""
+        return self.base.default_w if self.w is None else self.w
+
+    def scale(self, w: Tensor | float) -> Tensor | float:
+        """Of the weights."""
+        return self.base.scale(w)
+
+    def average_velocity(self, *arguments: Any) -> Tensor:  # noqa: ANN401
+        """Of the weights."""
+        return self.base.average_velocity(*arguments)
+
+    def facts(self) -> dict[str, Any]:
+        """The weights remain of the objective that they came from: see `finished` in their JSON."""
+        return self.base.facts()
+
+    def sample_times(self, u: Tensor) -> tuple[()]:
+        """None: samples begin at t = 1."""
+        return ()
+
+    def see(self, x0: Tensor) -> list[Tensor]:
+        """Features (B, F) of the network's output (B, C, H, W) as it is scored, by each extractor."""
+        with torch.autocast(x0.device.type, enabled=False):
+            pixels = round_through(self.pixels(x0))
+            return [match.extractor.forward(pixels)[0] for match in self.matches.values()]
+
+    def loss(self, student: Network, teacher: None, batch: Batch, null: int, tangent: float = 1.0) -> Loss:
+        """The sum over extractors of |phi - sg M(phi)|^2 / (FD + epsilon) for a sample of each label."""
+        x0 = generate(student, batch.noise, batch.label, self.nfe, self.default_w, self.base, null)
+        seen = checkpoint(self.see, x0, use_reentrant=False) if self.recompute else self.see(x0)
+        features = dict(zip(self.matches, seen, strict=True))
+        costs = {name: match.cost(features[name]) for name, match in self.matches.items()}
+        total = sum(cost / (self.matches[name].distance + self.epsilon) for name, cost in costs.items())
+        ones = torch.ones_like(batch.w)
+        terms = {Path(name).name: Term(cost.detach(), ones) for name, cost in costs.items()}
+        return Loss(total, terms, {"x0": x0.detach()}, features)
+
+    def passes(self) -> list[Pass]:
+        """One of the student for each step of sampling; decoder and extractors come on top."""
+        return [Pass()] * self.nfe
+
+
+def round_through(values: Tensor) -> Tensor:
+    """Pixel values as uint8 has them, in their own type, and the gradient of the values as they were."""
+    return values.detach().round().clamp(0, 255) + (values - values.detach())

@@ -1,0 +1,114 @@
+"""The objective `frechet`: its gradient, its value, its convergence, and what a run of it keeps and says."""
+
+import pytest
+import torch
+
+from recipe.metrics import frechet_distance
+from recipe.objectives.frechet import Match, round_through
+
+
+def gaussian(count, size, seed, rank=None):
+    """Correlated features (count, size), of a rank, around a mean that is not zero."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(rank or size, size, generator=g, dtype=torch.float64) / (rank or size) ** 0.5
+    return torch.randn(count, rank or size, generator=g, dtype=torch.float64) @ mix + seed
+
+
+def moments(features):
+    """Mean and covariance of a population."""
+    return features.mean(0), features.T.cov(correction=0)
+
+
+def matched(real, samples):
+    one = Match(None, *moments(real))
+    one.add(samples)
+    one.fold(0)
+    one.refresh()
+    return one
+
+
+CASES = {
+    "plain": ({}, {}),
+    "few samples": ({}, {"count": 5}),
+    "flat samples": ({}, {"rank": 5}),
+    "flat real": ({"rank": 5}, {}),
+    "both flat": ({"rank": 4}, {"rank": 6}),
+}
+
+
+@pytest.mark.parametrize("size", [8, 64, 300])
+@pytest.mark.parametrize("case", CASES)
+def test_the_mean_of_the_loss_is_the_frechet_distance(size, case):
+    real_options, options = CASES[case]
+    real = gaussian(1000, size, 1, **real_options)
+    samples = gaussian(options.get("count", 900), size, 2, options.get("rank"))
+    one = matched(real, samples)
+    expected = frechet_distance(*moments(samples), *moments(real))
+    assert one.distance.item() == pytest.approx(expected, rel=1e-9)
+    assert one.cost(samples).mean().item() == pytest.approx(expected, rel=1e-9)
+    assert (one.unreached > 1e-6) == (case in ("few samples", "flat samples"))
+
+
+def blended_distance(features, before, real, decay):
+    """FD by autograd, of running raw moments into which a batch (B, F) is blended."""
+    mean = decay * before.mean(0) + (1 - decay) * features.mean(0)
+    second = decay * before.T @ before / len(before) + (1 - decay) * features.T @ features / len(features)
+    covariance = second - mean.outer(mean)
+    real_mean, real_covariance = moments(real)
+    values, vectors = torch.linalg.eigh(real_covariance)
+    half = vectors * values.clamp_min(0).sqrt()
+    spectrum = torch.linalg.eigvalsh(half.T @ covariance @ half)
+    spectrum = spectrum[spectrum > 1e-12 * spectrum[-1]]
+    traces = covariance.trace() + real_covariance.trace()
+    return (mean - real_mean).square().sum() + traces - 2 * spectrum.sqrt().sum()
+
+
+@pytest.mark.parametrize("size", [8, 64, 300])
+@pytest.mark.parametrize("rank", [None, 5])
+def test_the_gradient_is_that_of_the_distance_of_blended_moments(size, rank):
+    """rank: of the real images' covariance, where it is singular."""
+    real, before, decay = gaussian(1000, size, 1, rank), gaussian(900, size, 2), 0.9
+    batch = gaussian(32, size, 3).requires_grad_()
+    (expected,) = torch.autograd.grad(blended_distance(batch, before, real, decay), batch)
+    one = matched(real, before)
+    one.add(batch.detach())
+    one.fold(decay)
+    one.refresh()
+    (found,) = torch.autograd.grad(one.cost(batch).mean(), batch)
+    assert ((1 - decay) * found - expected).norm() < 1e-9 * expected.norm()
+
+
+def test_rounding_is_exact_forward_and_the_identity_backward():
+    values = torch.tensor([-3.2, 0.4, 77.5, 254.7, 300.0], dtype=torch.float64, requires_grad=True)
+    rounded = round_through(values)
+    assert rounded.tolist() == [0, 0, 78, 255, 255]
+    rounded.square().sum().backward()
+    assert torch.equal(values.grad, 2 * rounded.detach())
+
+
+def test_a_linear_generator_of_gaussian_data_comes_to_distance_zero():
+    real = gaussian(4000, 6, 1)
+    torch.manual_seed(0)
+    generator = torch.nn.Linear(6, 6).double()
+    one = Match(None, *moments(real))
+    optimizer = torch.optim.Adam(generator.parameters(), 0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
+    distances = []
+    for step in range(600):
+        features = generator(torch.randn(512, 6, dtype=torch.float64))
+        if step == 0:
+            one.add(features)
+            one.fold(0)
+            one.refresh()
+        (one.cost(features).mean() / (one.distance + 0.01)).backward()
+        one.add(features)
+        one.fold(0.9)
+        one.refresh()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        distances.append(one.distance.item())
+    assert distances[0] > 5
+    weight = generator.weight.detach()
+    exact = frechet_distance(generator.bias.detach(), weight @ weight.T, *moments(real))
+    assert exact < 1e-2
