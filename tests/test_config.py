@@ -23,7 +23,7 @@ SECTIONS = {n: hint for n, hint in get_type_hints(TrainConfig).items() if is_dat
 SECTIONS["objective"] = OBJECTIVES["tvm"]
 EACH = {name: hint for name, hint in SECTIONS.items() if name != "objective"}
 EACH |= {f"objective {name}": objective for name, objective in OBJECTIVES.items()}
-REQUIRED = ["run_name=x", "folder=x", "duration=9ba", "weights=[x]", "reference=x"]
+REQUIRED = ["run_name=x", "folder=x", "duration=9ba", "weights=[x]", "reference=x", "features={pixels: a}"]
 
 
 def kinds(hint):
@@ -63,14 +63,14 @@ def small(digits, tmp_path, monkeypatch):
     path = tmp_path / "small.yaml"
     path.write_text(
         "run_name: small\nfolder: run\nduration: 10ba\n"
-        "model: {size: 8, channels: 1, classes: 10, width: 16, depth: 1, heads: 2}\n"
+        "model: {size: 8, channels: 1, classes: 10, patch: 4, width: 16, depth: 1, heads: 2}\n"
         f"data: {{local: {digits}, batch_size: 16}}\n"
     )
     return str(path)
 
 
 @pytest.mark.parametrize("section", [None, *EACH])
-def test_an_odd_setting_is_one_line_or_a_run_that_can_start(section, small):
+def test_an_odd_setting_is_one_line_or_a_run_that_can_start(section, small, digits):
     found: dict[str, list[str]] = {}
     for name, value in accepted(EACH[section] if section else TrainConfig):
         found.setdefault(name, []).append(value)
@@ -79,6 +79,8 @@ def test_an_odd_setting_is_one_line_or_a_run_that_can_start(section, small):
         group, _, objective = (section or "").partition(" ")
         key = f"{group}.{name}" if section else name
         chosen = [f"objective.name={objective}"] if objective else []
+        if objective == "frechet":
+            chosen += [f"objective.features.pixels={digits}", f"init_from={digits}/../begin"]
         try:
             config = load_config(TrainConfig, small, [*chosen, f"{key}={value}"])
             assert "parameters: " in dry_run(config)

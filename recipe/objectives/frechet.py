@@ -130,7 +130,7 @@ class Frechet(Objective):
     name: Literal["frechet"] = Field("frechet", description="Frechet distance, from weights that exist.")
     label_dropout: Share = Field(0.0, description="Share of samples that are drawn without label.")
     features: Features = Field(
-        default_factory=dict,
+        {},
         description="Extractors, each with the real images to be matched on it, a dataset folder or a file "
         "of statistics (eval.reference): {classifier:1: data/digits/train, pixels: data/digits/train}.",
     )
