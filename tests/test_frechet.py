@@ -1,10 +1,14 @@
 """The objective `frechet`: its gradient, its value, its convergence, and what a run of it keeps and says."""
 
+import shutil
+
 import pytest
 import torch
 
 from recipe.metrics import frechet_distance
 from recipe.objectives.frechet import Match, round_through
+from recipe.weights import read_facts
+from tests.conftest import EACH, TINY, run
 
 
 def gaussian(count, size, seed, rank=None):
@@ -112,3 +116,29 @@ def test_a_linear_generator_of_gaussian_data_comes_to_distance_zero():
     weight = generator.weight.detach()
     exact = frechet_distance(generator.bias.detach(), weight @ weight.T, *moments(real))
     assert exact < 1e-2
+
+
+def test_a_run_says_what_it_was_finished_on_and_resumes_without_the_weights_it_began_with(digits, tmp_path):
+    for suffix in (".safetensors", ".json"):
+        shutil.copy(digits.parent / f"begin{suffix}", tmp_path / f"w{suffix}")
+    command = ["recipe/train.py", "yamls/digits.yaml", f"data.local={digits}", *TINY, *EACH["frechet"][:-1]]
+    command = [
+        word.format(digits=digits) for word in (*command, f"folder={tmp_path}/run", "save_interval=2ba")
+    ]
+    command.append(f"init_from={tmp_path}/w")
+    run(*command, "duration=2ba")
+    (tmp_path / "w.json").unlink()
+    assert "resumed at step 2" in run(*command, "duration=4ba").stderr
+    facts = read_facts(tmp_path / "run/weights/ba0000004-ema")
+    assert facts["method"] == read_facts(digits.parent / "begin")["method"]
+    assert [(one["extractor"], one["reference"]) for one in facts["finished"]] == [
+        ("pixels", str(digits)),
+        ("pixels:2", str(digits)),
+    ]
+    again = run(*command[:-1], f"init_from={tmp_path}/run/weights", "duration=1ba", f"folder={tmp_path}/two")
+    assert "(tvm, step 4)" in again.stderr
+    finished = read_facts(tmp_path / "two/weights/ba0000001-ema")["finished"]
+    assert [one.get("steps") for one in finished] == [4, 4, None, None]
+    other = run(*command, "duration=6ba", f"objective.features.pixels:4={digits}", check=False)
+    assert "objective.features: ['pixels', 'pixels:2', 'pixels:4'] differs from" in other.stderr
+    assert "Traceback" not in other.stderr

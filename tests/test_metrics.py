@@ -21,7 +21,7 @@ from eval import trust
 from eval.reference import main as reference_main
 from eval.reference import open_images
 from recipe import reference
-from recipe.features import SmallImageClassifier, load_extractor
+from recipe.features import Pixels, SmallImageClassifier, load_extractor
 from recipe.metrics import (
     FeatureMoments,
     frechet_distance,
@@ -362,6 +362,7 @@ def test_classifier_takes_small_colour_images():
     images[labels == 0] //= 4
     trained = SmallImageClassifier.train(images, labels, epochs=1, num_features=16)
     assert trained(images).shape == (40, 16) and trained.logits(images).shape == (40, 4)
+    gives_gradients(trained, images)
     with pytest.raises(ValueError, match=r"uint8 images \(N, 3, H, W\)"):
         trained(images.float())
     with pytest.raises(ValueError, match="20x20"):
@@ -389,6 +390,54 @@ def test_dinov2_reads_a_folder_of_weights(tmp_path):
     assert extractor(images[:, :1, :40, :40]).shape == (3, 32)
 
 
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+MODELS = {
+    "Clip": ("CLIPVisionConfig", "CLIPVisionModel", VISION),
+    "SigLIP": ("SiglipVisionConfig", "SiglipVisionModel", VISION),
+    "MAE": ("ViTMAEConfig", "ViTMAEModel", VISION),
+    "ConvNeXt": ("ConvNextConfig", "ConvNextModel", {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_image_models_of_a_folder_give_features_and_their_gradients(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    config, model, options = MODELS[name]
+    getattr(transformers, model)(getattr(transformers, config)(**options)).save_pretrained(tmp_path)
+    extractor = load_extractor("image-model", str(tmp_path))
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    features = extractor(images)
+    assert features.dtype == torch.float64 and features.shape == (3, extractor.num_features)
+    assert torch.equal(extractor(images), features)
+    gives_gradients(extractor, images)
+
+
+def gives_gradients(extractor, images):
+    """Pixels as floats have the features of uint8 ones, and a gradient that finite differences confirm."""
+    pixels = images.double().requires_grad_()
+    features, _ = extractor.forward(pixels)
+    close(features.detach(), extractor(images).clone(), 1e-5)
+    direction = torch.randn(features.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((features * direction).sum(), pixels)
+    step = 0.5 * gradient / gradient.abs().max()
+    with torch.no_grad():
+        up, down = ((extractor.forward(pixels + sign * step)[0] * direction).sum() for sign in (1, -1))
+    assert ((up - down) / 2).item() == pytest.approx((gradient * step).sum().item(), rel=0.05)
+
+
+def test_pixels_are_averaged_over_squares():
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    extractor = Pixels((3, 8, 8), 4)
+    assert extractor.num_features == 12
+    expected = images.double().reshape(5, 3, 2, 4, 2, 4).mean((3, 5)).flatten(1) / 32
+    close(extractor(images), expected, 1e-12)
+    gives_gradients(extractor, images)
+    for shape, pool in (((3, 8, 8), 3), ((3, 64, 64), 1)):
+        with pytest.raises(ValueError, match="pixels: squares of"):
+            Pixels(shape, pool)
+
+
 def test_inception_reads_weights_by_path(tmp_path):
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     graph = module.FeatureExtractorInceptionV3
@@ -403,6 +452,7 @@ def test_inception_reads_weights_by_path(tmp_path):
     features, logits = extractor.features_and_logits(images)
     assert features.shape == (2, 2048) and features.dtype == torch.float64 and logits.shape == (2, 1008)
     close(features, untrained(images)[0].double(), 1e-6)
+    gives_gradients(extractor, images)
 
     (tmp_path / "hostile.pth").write_bytes(pickle.dumps(Trap(), protocol=2))
     with pytest.raises(ValueError, match="hostile.pth: not a file of tensors"):
@@ -424,7 +474,9 @@ class Trap:
 
 
 def test_absent_extractors_and_weights_are_named():
-    with pytest.raises(ValueError, match="'fid' is not one of inception-2015, dinov2-vitl14, classifier"):
+    with pytest.raises(
+        ValueError, match="'fid' is not one of inception-2015, dinov2-vitl14, image-model, classifier"
+    ):
         load_extractor("fid")
     for name in ("dinov2-vitl14", "classifier"):
         with pytest.raises(FileNotFoundError, match="/absent"):
