@@ -1,5 +1,6 @@
 """Shared fixtures: the real digits as a dataset, and a short training run on them."""
 
+import math
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +24,8 @@ from sklearn.datasets import load_digits
 
 from recipe.config import TrainConfig, load_config
 from recipe.dit import DiT
+from recipe.features import Pixels
+from recipe.objectives.frechet import Frechet, Match
 from recipe.weights import save_weights
 from storage.manifest import Manifest
 from streaming_convert import writer
@@ -126,6 +129,16 @@ def edit(file, change):
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
+
+
+def finishing(base, shape, **settings):
+    """The objective frechet on weights of `base`, its pixels (C, H, W) matched to white noise."""
+    size = math.prod(shape)
+    match = Match(Pixels(shape), torch.zeros(size), torch.eye(size))
+    match.moments.copy_(torch.eye(size + 1))
+    match.refresh()
+    objective = Frechet(features={"pixels": "real"}, **settings)
+    return objective.begin(base, {"pixels": match}, lambda x0: 127.5 + 127.5 * x0)
 
 
 @pytest.fixture(scope="session")

@@ -39,11 +39,12 @@ from recipe.callbacks import LossByTime, SampleGrid, pictures
 from recipe.config import GridConfig
 from recipe.data import Normalizer
 from recipe.dit import DiT, DiTConfig
+from recipe.finish import Population
 from recipe.model import GenerativeModel
 from recipe.objectives import IMF, TVM, FlowMatching, MeanFlow
 from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
 from recipe.text import Prompts, TextConfig
-from tests.conftest import documented_objective
+from tests.conftest import documented_objective, finishing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -114,6 +115,7 @@ CASES = {
     "imf": (IMF(guidance=[1, 2]), None, "latents"),
     "alpha_flow": (documented_objective()(kappa=0.25), None, "image"),
     "prompts": (TVM(guidance=2.0), BYTES, "latents"),
+    "frechet": (finishing(IMF(guidance=[1, 2]), (3, 8, 8), recompute=True), None, "image"),
     "mixed": (Mixed(), None, "image"),
 }
 BATCH = 4
@@ -206,6 +208,9 @@ def rehearse(name, sharded, precision):
             state.outputs = model(batch)
             loss = model.loss(state.outputs, batch)["total"]
         guard.apply(Event.AFTER_LOSS, state, logger)
+        if objective.finishes:
+            population = Population(objective, BATCH)
+            population.apply(Event.AFTER_LOSS, state, logger)
         by_time.after_loss(state, logger)
         loss.backward()
         without = [n for n, p in model.net.named_parameters() if p.requires_grad and p.grad is None]
@@ -213,6 +218,8 @@ def rehearse(name, sharded, precision):
         guard.apply(Event.AFTER_TRAIN_BATCH, state, logger)
         optimizer.step()
         averages.apply(Event.BATCH_END, state, logger)
+        if objective.finishes:
+            population.apply(Event.BATCH_END, state, logger)
         by_time.batch_end(state, logger)
         algorithms.check_finite(model.net, 1)
         draw_grid(model, column, precision, vae, batch)

@@ -11,15 +11,13 @@ from torch._dynamo.utils import counters
 
 from recipe.dit import DiT, DiTConfig
 from recipe.draws import Stream, keys, normal
-from recipe.features import Pixels
 from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow
 from recipe.objectives.base import draw
-from recipe.objectives.frechet import Frechet, Match
 from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
 from recipe.sampler import sample
 from recipe.settings import make
 from recipe.text import Prompts, TextConfig, byte_tokens
-from tests.conftest import EACH, run
+from tests.conftest import EACH, finishing, run
 
 ONE = {
     "plain": "float64",
@@ -194,15 +192,6 @@ def compiled_and_plain(monkeypatch, checkpoint_every, text):
     return pairs
 
 
-def finish(base):
-    """Of one channel of 4x4 pixels."""
-    match = Match(Pixels((1, 4, 4)), torch.zeros(16), torch.eye(16))
-    match.moments.copy_(torch.eye(17))
-    match.refresh()
-    objective = Frechet(features={"pixels": "real"}, nfe=2, recompute=True)
-    return objective.begin(base, {"pixels": match}, lambda x0: 127.5 + 127.5 * x0)
-
-
 # tvm: first dual block (no token tangent yet), other dual blocks, plain student, teacher; meanflow and imf:
 # dual blocks, and plain ones without gradient
 @pytest.mark.parametrize("checkpoint_every", [0, 1])
@@ -213,7 +202,7 @@ def finish(base):
         (FlowMatching(), 1),
         (MeanFlow(omega=1.5), 2),
         (IMF(guidance=[1, 2]), 2),
-        (finish(TVM(guidance=1.5)), 1),
+        (finishing(TVM(guidance=1.5), (1, 4, 4), nfe=2, recompute=True), 1),
     ],
     ids=OBJECTIVES,
 )

@@ -25,6 +25,7 @@ from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow
 from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
 from recipe.text import Prompts, Text, TextConfig
 from recipe.train import main
+from tests.conftest import finishing
 
 IMAGENET = {
     "imagenet256_w2": (256, (2, 2), True, "spectral", None),
@@ -223,7 +224,10 @@ def test_traffic_is_what_fsdp2_sends(eight_ranks, objective, reshard):
     ]
     overrides += ["model.preset=null", "model.size=8", "model.width=32", "model.heads=2", "model.depth=3"]
     overrides += ["precision=fp32", "data.batch_size=16", "model.classes=3", "grid.labels=[]"]
+    overrides += ["objective.features.pixels=x", "init_from=x"] if objective == "frechet" else []
     config = load_config(TrainConfig, "yamls/imagenet256_w2.yaml", [*overrides, "parallel.compile=false"])
+    if objective == "frechet":
+        config.objective = finishing(TVM(), (4, 8, 8))
     net = DiT(config.model)
     net.guidance_embedder.requires_grad_(config.objective.guidance_input)
     target = copy.deepcopy(net).requires_grad_(False)

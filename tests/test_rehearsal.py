@@ -13,7 +13,7 @@ from tests.conftest import run
 def test_a_whole_step_of_every_objective_runs_on_fake_tensors_of_a_gpu(tmp_path, how):
     run("tests/rehearsal.py", how, tmp_path / "said.json")
     said = json.loads((tmp_path / "said.json").read_text())
-    assert len(said) == 14
+    assert len(said) == 16
     for case, trouble in said.items():
         if case.startswith("mixed"):
             assert "two different devices" in trouble

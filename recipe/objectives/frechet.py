@@ -88,6 +88,10 @@ class Match(nn.Module):
         self.register_buffer("distance", mean.new_zeros(()))
         self.register_buffer("unreached", mean.new_zeros(()))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Match:
+        """Moves to other devices and stays float64, whatever type the model gets."""
+        return super()._apply(lambda x: x.to(fn(x).device), recurse)
+
     def cost(self, features: Tensor) -> Tensor:
         """|phi - sg M(phi)|^2 of features (B, F), and a constant that makes its mean FD: (B,)."""
         offset = features.double() - self.mean
