@@ -4,6 +4,7 @@ Every tensor is a fake one (torch's FakeTensorMode): it has a shape, a type and 
 that mixes devices or types as no GPU could raises. No number is computed.
 """
 
+import copy
 import ctypes
 import json
 import os
@@ -171,7 +172,7 @@ def batch_on_the_gpu(model, column):
 
 def rehearse(name, sharded, precision):
     """One step of everything."""
-    objective, text, column = CASES[name]
+    objective, text, column = copy.deepcopy(CASES[name])
     channels = 4 if column == "latents" else 3
     config = DiTConfig(size=8, channels=channels, classes=10, width=64, depth=2, heads=2, text=text)
     prompts = None if text is None else Prompts(text, None)
@@ -193,6 +194,8 @@ def rehearse(name, sharded, precision):
         make_fake(module, mode)
     with mode, Answers():
         model = DeviceGPU(0).module_to_device(model)
+        for match in objective.matches.values() if objective.finishes else ():
+            match.extractor.device = torch.device("cuda")
         optimizer = torch.optim.AdamW(
             [p for p in model.net.parameters() if p.requires_grad], 1e-3, fused=True
         )
