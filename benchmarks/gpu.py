@@ -326,7 +326,7 @@ def report(out: Path, failed: dict[str, str]) -> list[str]:
 
 
 def main() -> int:
-    """Command line; 1 where the page lacks something or a bar was missed, 2 without a device."""
+    """Run the command line; 1 if the page lacks anything or a bar is missed, 2 without device or checkout."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all but emoji_detached")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/GPU-DATE")
@@ -337,6 +337,9 @@ def main() -> int:
         parser.error(f"{unknown[0]!r} is not one of {', '.join(STAGES)}")
     if not torch.cuda.is_available() and not args.tiny:
         sys.stderr.write("No CUDA device: nothing measured. --tiny debugs the stages without one.\n")
+        return 2
+    if not (ROOT / "tests").is_dir():
+        sys.stderr.write(f"{ROOT} holds no tests/: run benchmarks.gpu in a checkout of the project.\n")
         return 2
     where, size = environment(), TINY if args.tiny else FULL
     name = "tiny" if args.tiny else where["device"].replace(" ", "-")
