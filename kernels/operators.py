@@ -284,30 +284,6 @@ def _(x, weight, *args, **kwargs) -> int:  # noqa: ANN001
     return 2 * prod(x) * weight[0]
 
 
-# `custom_op` knows no tags before torch 2.8; without this one Inductor copies what it gives to the operator
-torch.library.define(
-    "terminal_velocity::add_products",
-    "(Tensor a, Tensor b, Tensor c, Tensor d) -> Tensor",
-    tags=torch.Tag.flexible_layout,
-)
-
-
-@torch.library.impl("terminal_velocity::add_products", "CompositeExplicitAutograd")
-def add_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """a b + c d, the second product added where the first lies."""
-    return (a @ b).addmm_(c, d)
-
-
-@torch.library.register_fake("terminal_velocity::add_products")
-def _(a, b, c, d):  # noqa: ANN001, ANN202
-    return a.new_empty(a.shape[0], b.shape[1])
-
-
-@register_flop_formula(torch.ops.terminal_velocity.add_products)
-def _(a, b, c, d, *args, **kwargs) -> int:  # noqa: ANN001
-    return 2 * (prod(a) + prod(c)) * b[1]
-
-
 def _save(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
