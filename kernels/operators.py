@@ -89,7 +89,9 @@ def _forward(
     gain: MaybeTensor = None, normed: Sequence[MaybeTensor] = (None,) * 4,
 ) -> None:  # fmt: skip
     """Write o, lse and, where there is a tangent, to and mu; with a gain also `normed`, (q, tq, k, tk)."""
-    (q, tq), (k, tk), (v, tv) = _aligned(q, tq), _aligned(k, tk), _aligned(v, tv)
+    q, tq = _aligned(q, tq)
+    k, tk = _aligned(k, tk)
+    v, tv = _aligned(v, tv)
     config = _config(q)
     tile = config.forward if gain is None else config.normed or config.forward
     nq, ntq, nk, ntk = normed
@@ -114,7 +116,9 @@ def _backward(
     what each block of queries adds to the gradient of the gain.
     """
     dq, dk, dv, dtq, dtk, dtv = gradients
-    (q, tq), (k, tk), (v, tv) = _aligned(q, tq), _aligned(k, tk), _aligned(v, tv)
+    q, tq = _aligned(q, tq)
+    k, tk = _aligned(k, tk)
+    v, tv = _aligned(v, tv)
     do, dto = _aligned(do, dto)
     delta, a = torch.empty_like(lse), None if dto is None else torch.empty_like(mu)
     config = _config(q)
@@ -298,7 +302,8 @@ def _differentiate(ctx, do: MaybeTensor, dto: MaybeTensor, *rows: None) -> tuple
     q, k, v, tq, tk, tv, lengths, o, to, lse, mu = ctx.saved_tensors
     tangents = (tq, tk, tv)
     if dto is None:  # plain attention: nothing that belongs to the tangent matters
-        tangents, to, mu = (None, None, None), None, None
+        to = mu = None
+        tangents = (None, None, None)
     do = torch.zeros_like(dto) if do is None else do
     gradients = iter(jvp_attention_backward(do, dto, q, k, v, *tangents, lengths, o, to, lse, mu, ctx.scale))
     return *(None if x is None else next(gradients) for x in (q, k, v, *tangents)), None, None
