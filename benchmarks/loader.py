@@ -29,6 +29,7 @@ from streaming_convert.__main__ import main as convert
 from streaming_convert.images import centre_crop
 
 BATCH = 128
+WARM_UP = 8  # batches
 PHOTO_SIZES = ((256, 256), (500, 375))  # the latter is ImageNet's usual size
 LOADER_RATIO, CONVERSION_RATIO = 0.8, 1 / 1.3  # bars on our speed over the other side's
 LOADER_RATE, CONVERSION_RATE = 8000, 300  # bars in samples per second
@@ -66,10 +67,10 @@ def write_zip(path: Path, samples: int) -> None:
         file.writestr("dataset.json", json.dumps({"labels": labels}))
 
 
-def rate(batches: Iterable, skip: int = 8) -> float:
-    """Return samples per second over one epoch after `skip` batches, in which the workers start."""
+def rate(batches: Iterable) -> float:
+    """Return samples per second over one epoch after the first batches, in which the workers start."""
     iterator = iter(batches)
-    for _ in range(skip):
+    for _ in range(WARM_UP):
         next(iterator)
     start = time.perf_counter()
     count = sum(1 for _ in iterator)

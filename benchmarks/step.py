@@ -45,6 +45,7 @@ VARIANTS = {
     "tvm, eager": ["parallel.compile=false"],
     "flow matching": ["objective.name=flow_matching"],
 }
+LARGEST = 12  # kernels that a profile lists by name
 KINDS = {
     "attention": ("jvp_attention", "flash", "attention", "softmax"),
     "matrix products": ("gemm", "cutlass", "nvjet", "::mm", "addmm", "bmm", "sm90_xmma", "ampere_"),
@@ -236,7 +237,7 @@ def measure(step: Work, device: str, steps: int) -> dict[str, Any]:
     return {"seconds": median, "peak_gib": torch.cuda.max_memory_allocated() / plan.GIB if cuda else None}
 
 
-def time_by_kind(step: Work, device: str, top: int = 12) -> dict[str, Any]:
+def time_by_kind(step: Work, device: str) -> dict[str, Any]:
     """Profile one step; return the share of device time by kind of kernel, and of the largest kernels."""
     activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
@@ -250,7 +251,7 @@ def time_by_kind(step: Work, device: str, top: int = 12) -> dict[str, Any]:
     for name, microseconds in spent.items():
         kind = next((k for k, words in KINDS.items() if any(w in name.lower() for w in words)), "elementwise")
         shares[kind] += microseconds / spent.total()
-    largest = [{"kernel": name[:90], "share": us / spent.total()} for name, us in spent.most_common(top)]
+    largest = [{"kernel": name[:90], "share": us / spent.total()} for name, us in spent.most_common(LARGEST)]
     return {"shares": dict(shares), "largest": largest}
 
 

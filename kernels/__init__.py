@@ -42,25 +42,23 @@ def set_backend(name: str) -> None:
     _backend = name
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, lengths: MaybeTensor = None, scale: float | None = None
-) -> Tensor:
-    """Compute softmax(scale * q k') v by torch's fused attention; scale defaults to D ** -0.5.
+def attention(q: Tensor, k: Tensor, v: Tensor, *, lengths: MaybeTensor = None) -> Tensor:
+    """Compute softmax(q k' / sqrt(D)) v by torch's fused attention.
 
     lengths: int (B,), the number of valid keys of each sample; the others may hold any finite number.
     """
     seen = None if lengths is None else reference.valid_keys(lengths, k)
-    return F.scaled_dot_product_attention(q, k, v, seen, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, seen)
 
 
 def jvp_attention(
     q: Tensor, k: Tensor, v: Tensor, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor, *,
-    lengths: MaybeTensor = None, scale: float | None = None,
+    lengths: MaybeTensor = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute attention and its tangent, (o, to), both shaped like q, differentiable once in all six inputs.
 
-    q, tq are (B, H, Nq, D); k, v, tk, tv are (B, H, Nk, D); scale defaults to D ** -0.5. A tangent that is
-    None is zero everywhere and costs nothing; at least one must be given. lengths: int (B,), from 1 to Nk,
+    q, tq are (B, H, Nq, D); k, v, tk, tv are (B, H, Nk, D); scores are scaled by D ** -0.5. A tangent that
+    is None is zero everywhere and costs nothing; at least one must be given. lengths: int (B,), from 1 to Nk,
     the number of valid keys of each sample; the others are never read. Under torch.autocast the inputs are
     cast as those of scaled_dot_product_attention are. Raises ValueError naming the argument that is wrong.
     """
@@ -72,7 +70,7 @@ def jvp_attention(
                 f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; it must be int ({q.shape[0]},)"
             )
         lengths = lengths.to(torch.int32)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5
     with _without_autocast(q.device.type):
         if _use_triton("q", tensors["q"], q.shape[-1]):
             return _operators.jvp_attention(*tensors.values(), lengths, scale)[:2]
@@ -80,7 +78,7 @@ def jvp_attention(
 
 
 def qkv_norm_attention(
-    qkv: Tensor, tqkv: MaybeTensor, q_gain: MaybeTensor, k_gain: MaybeTensor, *, scale: float | None = None
+    qkv: Tensor, tqkv: MaybeTensor, q_gain: MaybeTensor, k_gain: MaybeTensor
 ) -> tuple[Tensor, MaybeTensor]:
     """Compute self-attention, (o, to), of a projection's output (B, N, 3, H, D) with RMS-normed q and k.
 
@@ -91,7 +89,7 @@ def qkv_norm_attention(
     """
     qkv, tqkv = _autocast({"qkv": qkv, "tqkv": tqkv}).values()
     _check_qkv(qkv, tqkv, q_gain, k_gain)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    scale = qkv.shape[-1] ** -0.5
     gains = None if q_gain is None else (q_gain, k_gain)
     with _without_autocast(qkv.device.type):
         if not _use_triton("qkv", qkv, qkv.shape[-1]):

@@ -407,17 +407,17 @@ def scaled(pixels: np.ndarray, size: int | None) -> np.ndarray:
     return to_array(centre_crop(to_image(pixels), size)) if size and pixels.dtype == np.uint8 else pixels
 
 
-def emoji(size: int, font: str = EMOJI_FONT, listing: str = EMOJI_LIST) -> Source:
+def emoji(size: int) -> Source:
     """List the fully qualified emoji of Unicode's emoji-test.txt, drawn in Noto Color Emoji on white.
 
     Groups are the classes, names the captions.
     """
-    missing = [path for path in (font, listing) if not Path(path).is_file()]
+    missing = [path for path in (EMOJI_FONT, EMOJI_LIST) if not Path(path).is_file()]
     if missing:
         raise DatasetError(f"{missing[0]} is missing: apt-get install fonts-noto-color-emoji unicode-data")
     layout = ImageFont.Layout.RAQM if features.check("raqm") else ImageFont.Layout.BASIC
-    typeface = ImageFont.truetype(font, EMOJI_STRIKE, layout_engine=layout)
-    listed = list(_listed_emoji(listing))
+    typeface = ImageFont.truetype(EMOJI_FONT, EMOJI_STRIKE, layout_engine=layout)
+    listed = list(_listed_emoji(EMOJI_LIST))
     drawn = [emoji for emoji in listed if _is_one_glyph(typeface, emoji[0])]
     skipped = len(listed) - len(drawn)
     if skipped:
