@@ -417,7 +417,7 @@ class Figure(NamedTuple):
 
     @property
     def missed(self) -> bool:
-        """Whether the value is above its bar."""
+        """True if the value is above its bar."""
         return self.bar is not None and self.value > self.bar
 
     def __str__(self) -> str:

@@ -11,6 +11,7 @@ thread; at D = 72, on sm_80 and sm_90, shared memory and products at most 1.3 ti
 """
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -89,7 +90,8 @@ class Compiled:
     @property
     def blocks_per_sm(self) -> int:
         """The number of blocks that registers, tensor and shared memory (1 KB reserved) let run at once."""
-        by_registers = 65536 // (-(-self.registers // 8) * 8 * 32 * self.tile.warps)
+        per_thread = 8 * math.ceil(self.registers / 8)
+        by_registers = 65536 // (per_thread * 32 * self.tile.warps)
         by_tensors = TENSOR_COLUMNS // self.tensor_columns if self.tensor_columns else by_registers
         return min(by_registers, by_tensors, SHARED_PER_SM[self.arch] // (self.shared + 1024))
 

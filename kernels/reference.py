@@ -42,7 +42,8 @@ def split_heads(packed: MaybeTensor, parts: int = 3) -> tuple[MaybeTensor, ...]:
     """
     if packed is None:
         return (None,) * max(2, parts)
-    return *(x.transpose(1, 2) for x in packed.unbind(2)), *(None,) * (parts == 1)
+    views = tuple(x.transpose(1, 2) for x in packed.unbind(2))
+    return views if parts > 1 else (*views, None)
 
 
 def rms_norm(x: Tensor, tx: MaybeTensor) -> tuple[Tensor, MaybeTensor]:

@@ -445,10 +445,10 @@ def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, d
                      D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr,
                      BLOCK_K: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
                      PRECISION: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr):  # fmt: skip
-    """dk, dtk (if KEYS) and dv, dtv (if VALUES) of BLOCK_K keys of one head; 12 products, or 9 and 6 apart.
+    """Store dk, dtk (if KEYS) and dv, dtv (if VALUES) of BLOCK_K keys; 12 products, or 9 and 6 apart.
 
     dK = c (dS'Q + dtS'tQ), dtK = c dtS'Q, dV = P'dO + tP'dtO, dtV = P'dtO. Scores are formed transposed, so
-    that P' and its like are left operands without a detour through shared memory.
+    that P' and the like become left operands without a detour through shared memory.
     """
     index, start_k = _block(n_k, BLOCK_K)
     n_seen = _count(lengths, index, heads, n_k)

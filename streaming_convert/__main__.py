@@ -22,12 +22,8 @@ from streaming_convert import captions, reader, sources, writer
 from streaming_convert.encoders import DTYPES, VAE, Encoder, Stored, load_text_encoder
 from streaming_convert.sources import Source
 
-PASSING_OPTIONS = (
-    "--workers",
-    "--device",
-    "--shard",
-    "--max-rejected",
-)  # have no influence on what is written
+# These have no influence on what is written.
+PASSING_OPTIONS = ("--workers", "--device", "--shard", "--max-rejected")
 YAML = "train.yaml"
 CAPTIONS_HELP = f"CSV or JSON lines with file and caption; `{captions.BESIDE}`: 1.txt for 1.jpg"
 MOST_BYTES = 256  # most tokens that train.yaml gives a network that reads captions as bytes
@@ -180,7 +176,7 @@ def _convert(args: argparse.Namespace, argv: list[str]) -> int:
     if args.shard == (1, 1):
         _finish(args.out, list(splits), args.max_rejected)
     elif not all(complete):
-        print(f"{args.out}: this machine's part is done; run merge {args.out} when all are")
+        print(f"{args.out}: this machine's part is done; when all parts are, run merge {args.out}")
     return 0
 
 

@@ -55,7 +55,7 @@ def from_file(path: str, keys: list[str]) -> Captions:
         else:
             strange.append(name)
     if strange:
-        raise DatasetError(f"{path}: {len(strange)} rows name images that are not there, first {strange[0]}")
+        raise DatasetError(f"{path}: {len(strange)} rows name images that do not exist, first {strange[0]}")
     rows = enumerate(captions or [Rejected("no caption")] for captions in found.values())
     return [(position, caption) for position, captions in rows for caption in captions]
 

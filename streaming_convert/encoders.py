@@ -68,7 +68,7 @@ class VAE:
         factor = 2 ** (len(config.block_out_channels) - 1)
         if channels != config.in_channels or height % factor or width % factor:
             raise DatasetError(
-                f"--vae: {model} wants {config.in_channels} channels and sides divisible by {factor}, "
+                f"--vae: {model} needs {config.in_channels} channels and sides divisible by {factor}, "
                 f"the images are {channels}x{height}x{width}"
             )
         self.shape = (2 * config.latent_channels, height // factor, width // factor)

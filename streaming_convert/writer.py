@@ -93,7 +93,9 @@ def is_complete(job: Job) -> bool:
         if change:
             raise DatasetError(f"{job.uri} holds a different dataset: {change}. Nothing was changed")
     elif any(not name.startswith(f"{WORK}/") for name in names):
-        raise DatasetError(f"{job.uri} is not empty and holds no dataset of ours. Nothing was changed")
+        raise DatasetError(
+            f"{job.uri} is not empty and holds no dataset of this program. Nothing was changed"
+        )
     if found == MANIFEST:
         _clean_up(folder)
     return found == MANIFEST
@@ -355,9 +357,8 @@ def _collect(uri: str) -> tuple[Manifest, list[dict]]:
     plan = Manifest.from_json(folder.read(PLAN), f"{uri}/{PLAN}", plan=True)
     records = _read_records(folder, plan, names)
     rejected, notes = ([line for r in records for line in r.get(key, ())] for key in ("rejected", "notes"))
-    notes = list(
-        {(line["key"], line["note"]): line for line in notes}.values()
-    )  # a picture with several captions has one
+    # A picture with several captions was loaded, and noted, several times.
+    notes = list({(line["key"], line["note"]): line for line in notes}.values())
     for name, lines in ((REJECTED, rejected), (NOTES, notes)):
         if lines:
             folder.write(name, "".join(json.dumps(line) + "\n" for line in lines).encode())
