@@ -9,13 +9,13 @@ RANKS := $(shell [ "$$(nproc 2>/dev/null || echo 1)" -ge 2 ] && echo 2 || echo 1
 
 .PHONY: install test lint demo compare heldout gpu faults clean
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --progress-bar off -e '.[dev]' -c constraints.txt
 	touch $@
 
 # Composer forbids a newer torch, and pip cannot be told otherwise: all else is resolved first, Composer laid beside it.
-.venv-next/.installed: pyproject.toml constraints.txt constraints-next.txt
+.venv-next/.installed: setup.py constraints.txt constraints-next.txt
 	$(PYTHON) -m venv $(VENV)
 	grep -vE '^(torch|torchvision|triton|nvidia-[a-z0-9-]+|mosaicml)==' constraints.txt > $(VENV)/others.txt
 	$(BIN)/pip install --quiet --progress-bar off -r constraints-next.txt -r $(VENV)/others.txt

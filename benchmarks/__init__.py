@@ -1,4 +1,4 @@
-"""What attention, a step and the loader cost; `benchmarks.gpu` is all that a GPU can tell."""
+"""Benchmarks of attention, a training step and the loader; `benchmarks.gpu` runs all that need a GPU."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ from recipe.weights import commit
 
 
 def environment() -> dict[str, Any]:
-    """What a measurement depends on beside the code that makes it. Does not import Triton."""
+    """Return what a measurement depends on: device, date, versions and commit. Triton is not imported."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "date": date.today().isoformat(),
@@ -24,16 +24,16 @@ def environment() -> dict[str, Any]:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """Return the seconds that one call takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def paired(first: Callable[[], float], second: Callable[[], float], pairs: int) -> tuple[float, float, float]:
-    """Medians of what both measure and of first / second, after one warm-up each.
+    """Return the medians of what both measure and of first / second, after one warm-up of each.
 
-    Both run back to back and the ratio is taken pair by pair: a machine whose speed drifts does not matter.
+    Both run back to back and the ratio is taken pair by pair, so a drift of the machine's speed cancels.
     """
     first(), second()
     measured = [(first(), second()) for _ in range(pairs)]

@@ -1,6 +1,6 @@
-"""Times attention with a tangent against its peers on one GPU; a size whose check fails gets no times.
+"""Time attention with a tangent against its peers on one GPU. A size with wrong results gets no times.
 
-    python -m benchmarks.attention --out attention.json   # a table, and the same as JSON
+    python -m benchmarks.attention --out attention.json   # prints a table and writes it as JSON
     python -m benchmarks.attention --tune                 # times every candidate tile of each kernel
     python -m benchmarks.attention --interpret            # debugs the script; its times mean nothing
 
@@ -29,42 +29,43 @@ from benchmarks import environment, seconds
 SIZES = [(32, 18, 256, 64), (8, 18, 1024, 64), (1, 24, 1024, 128), (1, 24, 4096, 128), (1, 24, 8192, 128)]
 TINY = [(1, 2, 33, 16)]
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
-FORWARD_BAR, BOTH_BAR, MEMORY_BAR = 3.2, 4.2, 1.05  # the first two in units of flash SDPA
+FORWARD_BAR, BOTH_BAR = 3.2, 4.2  # in units of flash SDPA
+MEMORY_BAR = 1.05  # in units of inputs, outputs and gradients
 BACKWARD_BARS_MS = {(1, 24, 1024, 128): 0.8, (1, 24, 4096, 128): 8.0, (1, 24, 8192, 128): 30.0}
 
 Function = Callable[[list[Tensor]], tuple[Tensor, ...]]
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(D)) v, as written."""
+    """Compute softmax(q k' / sqrt(D)) v as it is written."""
     return torch.softmax(q.shape[-1] ** -0.5 * (q @ k.mT), dim=-1) @ v
 
 
 def func_jvp(x: list[Tensor]) -> tuple[Tensor, ...]:
-    """Plain attention and its tangent by torch's own forward mode."""
+    """Compute plain attention and its tangent by torch's forward-mode differentiation."""
     return torch.func.jvp(plain_attention, tuple(x[:3]), tuple(x[3:]))
 
 
 def ours(x: list[Tensor]) -> tuple[Tensor, ...]:
-    """The fused kernels."""
+    """Compute attention and its tangent by the fused kernels."""
     return kernels.jvp_attention(*x)
 
 
 def sdpa(backend: SDPBackend, x: list[Tensor]) -> tuple[Tensor, ...]:
-    """torch's fused attention by one of its back ends: no tangent."""
+    """Compute attention, without a tangent, by one back end of torch's fused attention."""
     with sdpa_kernel(backend):
         return (kernels.attention(*x[:3]),)
 
 
 def jvp_flash_attention(x: list[Tensor]) -> tuple[Tensor, ...]:
-    """The PyPI package of this name; ImportError where it is not installed."""
+    """Compute attention and its tangent by the PyPI package of this name. Raises ImportError without it."""
     from jvp_flash_attention.jvp_attention import JVPAttn
 
     return torch.func.jvp(JVPAttn.fwd_dual, tuple(x[:3]), tuple(x[3:]))
 
 
 def peers(cuda: bool) -> dict[str, tuple[Function, bool]]:
-    """Name => function of q, k, v, tq, tk, tv, and whether it has a backward to time."""
+    """Return {name: (function of q, k, v, tq, tk, tv, whether its backward pass is timed)}."""
     eager = {"ours": (ours, True), "math jvp": (func_jvp, True)}
     if not cuda:
         return {**eager, "math SDPA": (partial(sdpa, SDPBackend.MATH), True)}
@@ -78,14 +79,14 @@ def peers(cuda: bool) -> dict[str, tuple[Function, bool]]:
 
 
 def make_inputs(size: tuple[int, ...], device: str, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v, tq, tk, tv: views (B, H, N, D) of token-major tensors."""
+    """Make random q, k, v, tq, tk, tv: views (B, H, N, D) of tensors with tokens before heads."""
     batch, heads, n, head_dim = size
     shape = (batch, n, heads, head_dim)
     return [torch.randn(shape, device=device, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(6)]
 
 
 def largest_error(inputs: list[Tensor]) -> float:
-    """Largest relative L2 error of outputs and gradients, against float64, in the first and the last head."""
+    """Return the largest relative L2 error, against float64, of outputs and gradients in two heads."""
     outputs = ours(inputs)
     gradients = [torch.randn_like(x) for x in outputs]
     actual = [*outputs, *torch.autograd.grad(outputs, inputs, gradients)]
@@ -96,11 +97,11 @@ def largest_error(inputs: list[Tensor]) -> float:
         exact_gradients = [x[at, at].double() for x in gradients]
         expected = [*exact_outputs, *torch.autograd.grad(exact_outputs, exact_inputs, exact_gradients)]
         errors += [(x[at, at] - y).norm() / y.norm() for x, y in zip(actual, expected, strict=True)]
-    return torch.stack(errors).max().item()  # NaN, if one is
+    return torch.stack(errors).max().item()  # NaN if any error is
 
 
 def median_ms(run: Callable[[], object], cuda: bool) -> float:
-    """Median time of a call, with the L2 cache cleared between calls on a GPU."""
+    """Return the median time of a call in ms; on a GPU the L2 cache is cleared between calls."""
     if cuda:
         from triton.testing import do_bench
 
@@ -111,7 +112,7 @@ def median_ms(run: Callable[[], object], cuda: bool) -> float:
 def time_peer(
     function: Function, differentiable: bool, inputs: list[Tensor], cuda: bool
 ) -> dict[str, float | str]:
-    """forward_ms, backward_ms and both_ms, or why there are none."""
+    """Return forward_ms, backward_ms and both_ms, or a note on why there are none."""
     try:
         with torch.no_grad():
             times = {"forward_ms": median_ms(lambda: function(inputs), cuda)}
@@ -132,7 +133,7 @@ def time_peer(
 
 
 def memory_ratio(size: tuple[int, ...], dtype: torch.dtype) -> float:
-    """Peak memory of forward and backward over the bytes of inputs, outputs and the gradients of both."""
+    """Return peak memory of forward and backward over the bytes of inputs, outputs and all gradients."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     inputs = make_inputs(size, "cuda", dtype)
@@ -145,7 +146,7 @@ def memory_ratio(size: tuple[int, ...], dtype: torch.dtype) -> float:
 
 
 def measure(size: tuple[int, ...], device: str, dtype: torch.dtype) -> dict:
-    """One row of the results: the check, then each peer's times, then the bars that are missed."""
+    """Return one row of the results: the error, the times of each peer, and the bars that are missed."""
     cuda = device == "cuda"
     inputs = make_inputs(size, device, dtype)
     row = {"size": size, "error": largest_error(inputs), "tolerance": TOLERANCE[dtype]}
@@ -159,7 +160,7 @@ def measure(size: tuple[int, ...], device: str, dtype: torch.dtype) -> dict:
 
 
 def missed_bars(row: dict) -> list[str]:
-    """What a row of results lacks, in words."""
+    """Return the bars that a row of results misses, in words."""
     compared = {peer: row["times"][peer] for peer in ("ours", "flash SDPA")}
     missed = [f"{peer}: {times['note']}" for peer, times in compared.items() if "note" in times]
     own, flash = compared.values()
@@ -176,7 +177,7 @@ def missed_bars(row: dict) -> list[str]:
 
 
 def print_row(row: dict) -> None:
-    """A row of results, one peer a line."""
+    """Print a row of results, with one line per peer."""
     print(f"\nB, H, N, D = {row['size']}: error {row['error']:.1e} (at most {row['tolerance']:.0e})")
     for name, times in row.get("times", {}).items():
         cells = [f"{part} {time:9.3f}" for part, time in times.items() if part != "note"]
@@ -188,7 +189,7 @@ def print_row(row: dict) -> None:
 
 
 def tune(size: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Time the candidates of each kernel at this size, with the other kernels as the table has them."""
+    """Time the candidate tiles of each kernel at this size, with the table's tiles for the other kernels."""
     from kernels import configs
     from kernels.inspect import SIZES as CANDIDATES
 
@@ -204,7 +205,7 @@ def tune(size: tuple[int, ...], dtype: torch.dtype) -> None:
             try:
                 error = largest_error(inputs)
                 times = time_peer(ours, True, inputs, cuda=True)
-            except Exception as failure:  # noqa: BLE001  (too much shared memory, say: not a candidate here)
+            except Exception as failure:  # noqa: BLE001  (a tile may need too much shared memory, for example)
                 times = {"note": type(failure).__name__}
             part = "forward_ms" if field == "forward" else "backward_ms"
             right = "note" not in times and error < TOLERANCE[dtype]
@@ -214,7 +215,7 @@ def tune(size: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def main() -> int:
-    """Print the results and write them as JSON; 1 if a check or a bar is missed, 2 without a device."""
+    """Print the results and write them as JSON. Returns 1 if a bar is missed, 2 without a device."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the JSON file")
     parser.add_argument("--tune", action="store_true", help="time the candidate tiles instead")
@@ -225,7 +226,7 @@ def main() -> int:
         sys.stderr.write("No CUDA device: nothing measured. --interpret debugs this script without one.\n")
         return 2
     if args.interpret:
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+        os.environ["TRITON_INTERPRET"] = "1"  # before any import of triton
         print("Dry run in Triton's interpreter: the times mean nothing, and no bar is checked.")
     kernels.set_backend("triton")
     device, dtype, sizes = ("cuda", torch.bfloat16, SIZES) if cuda else ("cpu", torch.float32, TINY)

@@ -1,17 +1,17 @@
-"""All that a GPU can tell, on one page: `make gpu`, or `python -m benchmarks.gpu [STAGE ...] [--out FOLDER]`.
+"""All measurements of a GPU on one page: `make gpu`, or `python -m benchmarks.gpu [STAGE ...] [--out DIR]`.
 
     correctness           the compiled kernels against float64
-    attention, step       what they cost (benchmarks.attention, benchmarks.step), at the size of XL/2
+    attention, step       their times and memory (benchmarks.attention, benchmarks.step), at the size of XL/2
     emoji_data            the pictures, and the classifier in whose features samples are scored
-    emoji_tvm             one-step emoji in seven minutes, with a resume in the middle
-    emoji_flow_matching   the same time of plain flow matching
-    emoji_agree           compiled bf16 Triton and fp32 PyTorch train alike, from the same draws
-    emoji_detached        as emoji_tvm without gradient through the JVP; only where it is named
+    emoji_tvm             one-step emoji after seven minutes of training, with a resume in the middle
+    emoji_flow_matching   plain flow matching, trained for the same time
+    emoji_agree           whether compiled bf16 Triton and fp32 PyTorch train alike from the same draws
+    emoji_detached        emoji_tvm without gradient through the JVP; runs only if it is named
 
-A stage is stopped after ten minutes; what it found is FOLDER/STAGE.json, what it printed FOLDER/STAGE.log.
-The same command goes on with what is missing, or was found on another GPU or by another commit.
-FOLDER/report.md puts what `recipe.plan` predicts beside what was measured; FOLDER/files, data and runs, can
-go afterwards. `--tiny` debugs the stages on a CPU, on digits: its figures mean nothing.
+A stage is stopped after ten minutes; its result is DIR/STAGE.json, its output DIR/STAGE.log. The same command
+continues with the stages whose results are missing, or from another GPU or commit. DIR/report.md puts what
+`recipe.plan` predicts beside what was measured; DIR/files holds data and runs and may be deleted afterwards.
+`--tiny` debugs the stages on a CPU, on digits: its figures mean nothing.
 """
 
 import json
@@ -58,7 +58,7 @@ Row = tuple[str, str, str, str]
 
 @dataclass(frozen=True)
 class Size:
-    """How much each stage does. A YAML is followed by its overrides."""
+    """The arguments of each stage's commands and their lengths. A YAML is followed by its overrides."""
 
     tests: tuple[str, ...]
     attention: tuple[str, ...]
@@ -95,14 +95,14 @@ TINY = Size(
 
 
 def python(*arguments: object, expect: int | None = 0) -> None:
-    """Run a command of the project, and insist on its exit status (None: any)."""
+    """Run a command of the project. Raises SystemExit unless it ends with status `expect` (None: any)."""
     status = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT).returncode
     if expect not in (None, status):
         raise SystemExit(f"{' '.join(map(str, arguments))} ended with {status}, not {expect}")
 
 
 def correctness(size: Size, out: Path) -> Result:
-    """The kernels' tests; without one that ran, nothing is known to be right."""
+    """Run the tests of the kernels. The bar is missed if one fails or none ran."""
     file = out / "correctness.xml"
     python("-m", "pytest", "tests/test_kernels.py", *size.tests, f"--junitxml={file}", expect=None)
     suite = ElementTree.parse(file).getroot().find("testsuite")
@@ -113,7 +113,7 @@ def correctness(size: Size, out: Path) -> Result:
 
 
 def attention(size: Size, out: Path) -> Result:
-    """Times of attention and its peers."""
+    """Measure attention and its peers."""
     file = out / "attention.json"
     python("-m", "benchmarks.attention", *size.attention, "--out", file, expect=None)
     result = read_json(file)
@@ -122,7 +122,7 @@ def attention(size: Size, out: Path) -> Result:
 
 
 def step(size: Size, out: Path) -> Result:
-    """Times of whole training steps."""
+    """Measure whole training steps."""
     yaml, *overrides = size.step
     result = measure_variants(yaml, overrides, steps=10)
     missed = [f"{name}: {row['error']}" for name, row in result["variants"].items() if "error" in row]
@@ -130,7 +130,7 @@ def step(size: Size, out: Path) -> Result:
 
 
 def emoji_data(size: Size, out: Path) -> Result:
-    """Shards and classifier, kept in OUT/files/data."""
+    """Make shards and classifier in OUT/files/data."""
     data = out / "files/data"
     python("-m", "streaming_convert", *size.pictures, "--out", data)
     images = open_images(str(data / "train"))
@@ -139,14 +139,14 @@ def emoji_data(size: Size, out: Path) -> Result:
 
 
 def new_run(size: Size, out: Path, name: str) -> tuple[Path, list[str]]:
-    """An empty folder for a run, and the overrides that put it there."""
+    """Return the folder of a new run, deleted if it existed, and the overrides that select it."""
     run = out / "files" / name
     shutil.rmtree(run, ignore_errors=True)
     return run, [*size.train[1:], f"run_name={name}", f"folder={run}", f"data.local={out}/files/data/train"]
 
 
 def train_and_score(name: str, override: str, size: Size, out: Path) -> Result:
-    """`minutes` of training, process starts and compilation included, with a preemption at half of it."""
+    """Train for `size.minutes`, with starts and compilation, preempted at half of it, then score samples."""
     run, settings = new_run(size, out, name)
     settings += ["duration=1000000ba", f"time_limit={int(30 * size.minutes)}sec", override]
     yaml = size.train[0]
@@ -165,7 +165,7 @@ def train_and_score(name: str, override: str, size: Size, out: Path) -> Result:
 
 
 def summary(run: Path, config: TrainConfig) -> Result:
-    """What the log and the sweep say."""
+    """Return the results of a run from its log and its sweep."""
     log = read_log(run / "train.jsonl")
     results = read_lines(run / "results.jsonl")
     memory = log.get("memory/peak_allocated_mem")
@@ -183,7 +183,7 @@ def summary(run: Path, config: TrainConfig) -> Result:
 
 
 def emoji_agree(size: Size, out: Path) -> Result:
-    """The mean loss over the last tenth of the steps, in the precision of the YAML and in fp32 PyTorch."""
+    """Compare the mean loss over the last tenth of the steps as configured with that of fp32 PyTorch."""
     means = {}
     plain = ["precision=fp32", "parallel.compile=false"]
     for name, program, options in (("as_configured", TRAIN, []), ("fp32_reference", REFERENCE, plain)):
@@ -211,7 +211,7 @@ OPTIONAL = ("emoji_detached",)
 
 
 def result_of(out: Path, stage: str) -> Result | None:
-    """What a finished stage found, on this device and with this commit's code."""
+    """Return the result of a finished stage on this device and by this commit, or None."""
     file, where = out / f"{stage}.json", environment()
     result = read_json(file) if file.is_file() else {}
     same = "minutes" in result and all(result[key] == where[key] for key in ("device", "commit"))
@@ -219,7 +219,7 @@ def result_of(out: Path, stage: str) -> Result | None:
 
 
 def run_here(stage: str, size: Size, out: Path) -> None:
-    """One stage in this process."""
+    """Run one stage in this process and write OUT/STAGE.json."""
     began = time.monotonic()
     for suffix in ("json", "xml"):
         (out / f"{stage}.{suffix}").unlink(missing_ok=True)
@@ -230,8 +230,8 @@ def run_here(stage: str, size: Size, out: Path) -> None:
     part.replace(out / f"{stage}.json")
 
 
-def attempt(stage: str, out: Path, tiny: bool) -> str:
-    """One stage in a process of its own; why it did not finish, or nothing."""
+def run_apart(stage: str, out: Path, tiny: bool) -> str:
+    """Run one stage in its own process. Returns why it did not finish, or an empty string."""
     options = ["--out", str(out), "--here", *(["--tiny"] if tiny else [])]
     command, log = [sys.executable, "-m", "benchmarks.gpu", stage, *options], out / f"{stage}.log"
     with log.open("w") as file:
@@ -252,17 +252,17 @@ def attempt(stage: str, out: Path, tiny: bool) -> str:
 
 
 def number(value: float | None, spec: str, absent: str = "not measured") -> str:
-    """Formatted, or `absent`."""
+    """Return the formatted value, or `absent` for None."""
     return absent if value is None else format(value, spec)
 
 
 def compare(what: str, prediction: float | None, value: float | None, spec: str) -> Row:
-    """A row whose two figures are alike."""
+    """Return a row whose two figures have the same format, without a bar."""
     return what, number(prediction, spec, "not predicted"), number(value, spec), ""
 
 
 def rows(stage: str, result: Result) -> Iterator[Row]:
-    """What the page says of a stage: (what, predicted, measured, bar)."""
+    """Yield the rows of the page for a stage: (what, predicted, measured, bar)."""
     if stage == "correctness":
         yield "kernels' tests that failed", "", f"{result['wrong']} of {result['ran']}", "0"
     elif stage == "attention":
@@ -284,7 +284,7 @@ def rows(stage: str, result: Result) -> Iterator[Row]:
 
 
 def attention_rows(row: Result) -> Iterator[Row]:
-    """Error, and both times in units of flash SDPA."""
+    """Yield rows with the error, and the times of attention in units of flash SDPA."""
     what = "attention, B, H, N, D = " + ", ".join(map(str, row["size"]))
     yield f"{what}: error", "", f"{row['error']:.1e}", f"{row['tolerance']:.0e}"
     times = row.get("times", {})
@@ -296,7 +296,7 @@ def attention_rows(row: Result) -> Iterator[Row]:
 
 
 def emoji_rows(stage: str, result: Result) -> Iterator[Row]:
-    """Speed, memory and distances of a run."""
+    """Yield rows with speed, memory and distances of a run."""
     guess, name = result["predicted"], stage.replace("_", ", ", 1)
     speed = result["batch"] / guess["seconds"] if guess else None
     yield compare(f"{name}: images/s", speed, result["images_per_second_median"], ".0f")
@@ -308,7 +308,7 @@ def emoji_rows(stage: str, result: Result) -> Iterator[Row]:
 
 
 def report(out: Path, failed: dict[str, str]) -> list[str]:
-    """Writes OUT/report.md; returns what was missed, failed or not run."""
+    """Write OUT/report.md. Returns the stages and bars that were missed, failed or not run."""
     lines, problems = ["| | predicted | measured | bar |", "|---|---:|---:|---|"], []
     for stage in STAGES:
         result = result_of(out, stage)
@@ -326,7 +326,7 @@ def report(out: Path, failed: dict[str, str]) -> list[str]:
 
 
 def main() -> int:
-    """Command line; 1 where the page lacks something or a bar was missed, 2 without a device."""
+    """Run the command line; 1 if the page lacks anything or a bar is missed, 2 without device or checkout."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all but emoji_detached")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/GPU-DATE")
@@ -337,6 +337,9 @@ def main() -> int:
         parser.error(f"{unknown[0]!r} is not one of {', '.join(STAGES)}")
     if not torch.cuda.is_available() and not args.tiny:
         sys.stderr.write("No CUDA device: nothing measured. --tiny debugs the stages without one.\n")
+        return 2
+    if not (ROOT / "tests").is_dir():
+        sys.stderr.write(f"{ROOT} holds no tests/: run benchmarks.gpu in a checkout of the project.\n")
         return 2
     where, size = environment(), TINY if args.tiny else FULL
     name = "tiny" if args.tiny else where["device"].replace(" ", "-")
@@ -352,10 +355,10 @@ def main() -> int:
         if result_of(out, stage) is None:
             sys.stdout.write(f"{stage}: see {out / stage}.log\n")
             sys.stdout.flush()
-            failed[stage] = attempt(stage, out, args.tiny)
+            failed[stage] = run_apart(stage, out, args.tiny)
         problems = report(out, failed)
         if any(problem.startswith("correctness:") for problem in problems) and "correctness" in stages:
-            break  # the speed of wrong kernels is of no interest
+            break  # the speed of wrong kernels does not matter
     sys.stdout.write("\n".join([f"{out}/report.md", *problems, ""]))
     return int(bool(problems))
 

@@ -1,9 +1,9 @@
-"""Data in and out: `python -m benchmarks.loader` prints samples/s, and exits 1 if a bar is missed.
+"""Speed of loading and converting: `python -m benchmarks.loader` prints it and exits 1 if a bar is missed.
 
 Training loader: shards of [8, 32, 32] float16 latents and labels through Composer's loader, beside a plain
 torch Dataset over the same samples in an uncompressed ZIP of .npy files. Conversion to 256 px with one
 worker, of JPEGs of that size and of ImageNet's usual size, beside the bare loop of decoding, scaling and
-writing. Both sides run in pairs (`benchmarks.paired`). Files come from the page cache.
+writing. Both sides run in pairs (`benchmarks.paired`), and files come from the page cache.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from streaming_convert.__main__ import main as convert
 from streaming_convert.images import centre_crop
 
 BATCH = 128
+WARM_UP = 8  # batches
 PHOTO_SIZES = ((256, 256), (500, 375))  # the latter is ImageNet's usual size
-LOADER_RATIO, LOADER_RATE, CONVERSION_RATIO, CONVERSION_RATE = 0.8, 8000, 1 / 1.3, 300
+LOADER_RATIO, CONVERSION_RATIO = 0.8, 1 / 1.3  # bars on our speed over the other side's
+LOADER_RATE, CONVERSION_RATE = 8000, 300  # bars in samples per second
 
 
 class ZipDataset(Dataset):
-    """The released code's way: one .npy member per sample, labels in dataset.json."""
+    """The dataset format of the released code: one .npy member per sample, labels in dataset.json."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._zip = path, None
@@ -53,7 +55,7 @@ class ZipDataset(Dataset):
 
 
 def write_zip(path: Path, samples: int) -> None:
-    """Random latents [8, 32, 32] in float16: mean, then deviation."""
+    """Write random float16 latents [8, 32, 32], mean and then deviation, into a ZIP."""
     rng = np.random.default_rng(0)
     names = [f"{i // 1000:05d}/img-mean-std-{i:08d}.npy" for i in range(samples)]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
@@ -65,10 +67,10 @@ def write_zip(path: Path, samples: int) -> None:
         file.writestr("dataset.json", json.dumps({"labels": labels}))
 
 
-def rate(batches: Iterable, skip: int = 8) -> float:
-    """Samples a second of one epoch, without the first batches, which wait for workers to start."""
+def rate(batches: Iterable) -> float:
+    """Return samples per second over one epoch after the first batches, in which the workers start."""
     iterator = iter(batches)
-    for _ in range(skip):
+    for _ in range(WARM_UP):
         next(iterator)
     start = time.perf_counter()
     count = sum(1 for _ in iterator)
@@ -76,7 +78,7 @@ def rate(batches: Iterable, skip: int = 8) -> float:
 
 
 def loader_rates(folder: Path, workers: int, pairs: int) -> tuple[float, float, float]:
-    """Samples a second of the training loader and of the ZIP, and their ratio."""
+    """Return samples per second of the training loader and of the ZIP, and their ratio."""
     data = DataConfig(local=str(folder / "mds" / "train"), batch_size=BATCH, workers=workers)
     ours, samples = train_loader(data, seed=0), ZipDataset(folder / "latents.zip")
     options = {"shuffle": True, "drop_last": True, "persistent_workers": workers > 0}
@@ -85,7 +87,7 @@ def loader_rates(folder: Path, workers: int, pairs: int) -> tuple[float, float, 
 
 
 def write_photos(folder: Path, count: int, width: int, height: int) -> None:
-    """Smooth JPEGs with some grain."""
+    """Write smooth JPEGs with some grain into a new folder."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     for i in range(count):
@@ -96,7 +98,7 @@ def write_photos(folder: Path, count: int, width: int, height: int) -> None:
 
 
 def conversion_rates(folder: Path, pairs: int) -> tuple[float, float, float]:
-    """Images a second of one conversion worker and of the bare loop on `folder`, and their ratio."""
+    """Return images per second of one conversion worker and of the bare loop, and their ratio."""
     photos = sorted(folder.iterdir())
 
     def timed(work: Callable[[Path], object]) -> float:
@@ -115,14 +117,14 @@ def conversion_rates(folder: Path, pairs: int) -> tuple[float, float, float]:
     return paired(lambda: timed(ours), lambda: timed(bare), pairs)
 
 
-def report(name: str, ours: float, other: str, theirs: float, ratio: float, met: bool) -> bool:
-    """Prints one line and returns whether its bar is met."""
+def print_rate(name: str, ours: float, other: str, theirs: float, ratio: float, met: bool) -> bool:
+    """Print one line and return whether its bar is met."""
     print(f"{name}: {ours:.0f}/s, {other} {theirs:.0f}/s, ratio {ratio:.2f}{'' if met else '  BAR MISSED'}")
     return met
 
 
 def main() -> int:
-    """Runs all comparisons in a temporary folder (about 1 GB)."""
+    """Run all comparisons in a temporary folder (about 1 GB). Returns 1 if a bar is missed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=20000, help="latents (default: %(default)s)")
     parser.add_argument("--photos", type=int, default=600, help="JPEGs (default: %(default)s)")
@@ -137,13 +139,13 @@ def main() -> int:
         for workers in (1, 2):
             ours, theirs, ratio = loader_rates(folder, workers, args.pairs)
             good = ratio >= LOADER_RATIO and (ours >= LOADER_RATE or workers > 1)
-            met.append(report(f"loader, {workers} workers", ours, "ZIP", theirs, ratio, good))
+            met.append(print_rate(f"loader, {workers} workers", ours, "ZIP", theirs, ratio, good))
         for width, height in PHOTO_SIZES:
             name = f"{width}x{height}"
             write_photos(folder / name, args.photos, width, height)
             ours, theirs, ratio = conversion_rates(folder / name, args.pairs)
             good = ratio >= CONVERSION_RATIO or ours >= CONVERSION_RATE
-            met.append(report(f"conversion of {name}, 1 worker", ours, "bare loop", theirs, ratio, good))
+            met.append(print_rate(f"conversion of {name}, 1 worker", ours, "bare loop", theirs, ratio, good))
     return 0 if all(met) else 1
 
 

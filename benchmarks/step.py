@@ -1,4 +1,4 @@
-"""What a TVM step costs: `python -m benchmarks.step` prints FLOPs and times, and exits 1 if a bar is missed.
+"""The cost of a TVM step: `python -m benchmarks.step` prints FLOPs and times, and exits 1 if a bar is missed.
 
 FLOPs are torch's own count on meta tensors. Times are medians of pairs of runs (`benchmarks.paired`).
 
@@ -45,6 +45,7 @@ VARIANTS = {
     "tvm, eager": ["parallel.compile=false"],
     "flow matching": ["objective.name=flow_matching"],
 }
+LARGEST = 12  # kernels that a profile lists by name
 KINDS = {
     "attention": ("jvp_attention", "flash", "attention", "softmax"),
     "matrix products": ("gemm", "cutlass", "nvjet", "::mm", "addmm", "bmm", "sm90_xmma", "ampere_"),
@@ -54,21 +55,21 @@ KINDS = {
 
 
 def random_batch(config: DiTConfig, objective: Objective, size: int, device: str) -> Batch:
-    """Random images, and a step's draws for them."""
+    """Make `size` random images and a step's draws for them."""
     ids = torch.arange(size, device=device)
     x0 = torch.randn(size, config.channels, config.size, config.size, device=device)
     return draw(x0, ids % max(config.classes, 1), 0 * ids, ids, 0, objective, config.null)
 
 
 def flops(work: Work) -> int:
-    """Floating-point operations of the matrix products in `work`."""
+    """Count the floating-point operations of the matrix products in `work`."""
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
 
 
 def flop_ratio(size: int) -> float:
-    """TVM step over flow-matching step, forward and backward, XL/2 with latents of `size` x `size`."""
+    """Return FLOPs of a TVM step over a flow-matching step, XL/2 with latents of `size` x `size`."""
     with torch.device("meta"):
         config = DiTConfig(preset="XL/2-18", size=size)
         net = DiT(config)
@@ -82,12 +83,12 @@ def flop_ratio(size: int) -> float:
 
 
 def paired_seconds(first: Work, second: Work, pairs: int) -> tuple[float, float, float]:
-    """Median seconds of both, and the median of their ratio."""
+    """Return the median seconds of both and the median of their ratio."""
     return paired(partial(seconds, first), partial(seconds, second), pairs)
 
 
 def build(size: int) -> tuple[DiT, Batch]:
-    """Width 256, depth 6, 256 tokens, with weights away from the zero initialisation."""
+    """Build a network of width 256, depth 6 and 256 tokens, with no weights at zero, and a batch for it."""
     torch.manual_seed(0)
     config = DiTConfig(size=32, channels=4, width=256, depth=6, heads=4)
     net = DiT(config)
@@ -98,14 +99,14 @@ def build(size: int) -> tuple[DiT, Batch]:
 
 
 def explicit_jvp(net: DiT, batch: Batch) -> None:
-    """Forward with explicit tangents, then backward through value and tangent."""
+    """Run a forward pass with explicit tangents and a backward pass through value and tangent."""
     t, s, _ = batch.times
     value, tangent = net(batch.x0, t, Dual(t - s, -torch.ones_like(t)), batch.label, 1 / batch.w)
     (value.square().mean() + tangent.square().mean()).backward()
 
 
 def functional_jvp(net: DiT, batch: Batch) -> None:
-    """The same numbers by torch.func.jvp of the plain network."""
+    """Compute the same as `explicit_jvp` by torch.func.jvp of the plain network."""
     params, (t, s, _) = dict(net.named_parameters()), batch.times
 
     def plain(d: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ def functional_jvp(net: DiT, batch: Batch) -> None:
 def training_step(
     objective: Objective, net: DiT, target: DiT, batch: Batch, optimizer: torch.optim.Optimizer
 ) -> None:
-    """One optimizer step, in bf16 on a GPU."""
+    """Run one optimizer step, in bf16 on a GPU."""
     device = batch.x0.device.type
     optimizer.zero_grad()
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -129,21 +130,21 @@ def training_step(
 
 
 def step_times(net: DiT, target: DiT, batch: Batch, pairs: int) -> tuple[float, float, float]:
-    """Whole TVM step against whole flow-matching step."""
+    """Time a whole TVM step against a whole flow-matching step (see `paired_seconds`)."""
     optimizer = torch.optim.AdamW(net.parameters(), 1e-6)
     tvm, plain = (partial(training_step, which, net, target, batch, optimizer) for which in (GUIDED, PLAIN))
     return paired_seconds(tvm, plain, pairs)
 
 
 def variant(net: DiT, trained: bool = True, **options: object) -> DiT:
-    """A copy whose blocks are compiled or checkpointed; a frozen one for the teacher."""
+    """Copy the network with ParallelConfig's options (compile, checkpoint_every); frozen unless `trained`."""
     copied = copy.deepcopy(net).requires_grad_(trained)
     prepare_blocks(copied, ParallelConfig(**options), trained)
     return copied
 
 
 def peak_memory(net: DiT, batch: Batch) -> int:
-    """Bytes held at the worst moment of an explicit dual pass, beyond the weights."""
+    """Return the peak bytes of an explicit dual pass, without the weights."""
     net.zero_grad()
     with MemTracker() as tracker:
         explicit_jvp(net, batch)
@@ -151,7 +152,7 @@ def peak_memory(net: DiT, batch: Batch) -> int:
 
 
 def upkeep_share() -> float:
-    """Share of optimizer and both averages in a whole step: width of B/2, two blocks, batch 4, 256 tokens."""
+    """Return the share of optimizer and both averages in a step of B/2 with two blocks, at batch 4."""
     config = DiTConfig(preset="B/2", size=32)
     config.depth = 2
     net, batch = DiT(config), random_batch(config, GUIDED, 4, "cpu")
@@ -169,7 +170,7 @@ def upkeep_share() -> float:
 
 
 def bars(pairs: int, batch_size: int, compiled: bool) -> list[tuple[str, float, float]]:
-    """(what, measured, at most) on this machine's CPU."""
+    """Measure all bars on the CPU; return rows (what, measured, at most)."""
     rows = [
         ("FLOPs, TVM / flow matching, XL/2, 256 tokens", flop_ratio(32), 3.72),
         ("FLOPs, TVM / flow matching, XL/2, 1024 tokens", flop_ratio(64), 3.82),
@@ -198,7 +199,7 @@ def bars(pairs: int, batch_size: int, compiled: bool) -> list[tuple[str, float, 
 
 
 def make_step(config: TrainConfig, device: str) -> Work:
-    """Loss, backward, AdamW and the averages of one microbatch, as training does them."""
+    """Return a function that does a whole step of one microbatch: loss, backward pass, AdamW, averages."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     net = DiT(config.model, initialize=False).to(device)
@@ -220,7 +221,7 @@ def make_step(config: TrainConfig, device: str) -> Work:
 
 
 def measure(step: Work, device: str, steps: int) -> dict[str, Any]:
-    """Median seconds of a step after three to warm up, and peak memory in GiB (None on a CPU)."""
+    """Return the median seconds of a step, after three to warm up, and peak GiB (None on a CPU)."""
     cuda = device == "cuda"
     finish = torch.cuda.synchronize if cuda else lambda: None
 
@@ -236,8 +237,8 @@ def measure(step: Work, device: str, steps: int) -> dict[str, Any]:
     return {"seconds": median, "peak_gib": torch.cuda.max_memory_allocated() / plan.GIB if cuda else None}
 
 
-def time_by_kind(step: Work, device: str, top: int = 12) -> dict[str, Any]:
-    """Share of device time by kind of kernel, and the largest kernels, from one profiled step."""
+def time_by_kind(step: Work, device: str) -> dict[str, Any]:
+    """Profile one step; return the share of device time by kind of kernel, and of the largest kernels."""
     activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
         step()
@@ -250,17 +251,17 @@ def time_by_kind(step: Work, device: str, top: int = 12) -> dict[str, Any]:
     for name, microseconds in spent.items():
         kind = next((k for k, words in KINDS.items() if any(w in name.lower() for w in words)), "elementwise")
         shares[kind] += microseconds / spent.total()
-    largest = [{"kernel": name[:90], "share": us / spent.total()} for name, us in spent.most_common(top)]
+    largest = [{"kernel": name[:90], "share": us / spent.total()} for name, us in spent.most_common(LARGEST)]
     return {"shares": dict(shares), "largest": largest}
 
 
 def known_gpu(device: str) -> str | None:
-    """The planner's name of a device that calls itself `device` (NVIDIA H100 80GB HBM3), if it has one."""
+    """Return the planner's name for a device named `device` ("NVIDIA H100 80GB HBM3"), or None."""
     return next((name for name in plan.GPUS if name in device.lower()), None)
 
 
 def predicted(config: TrainConfig, device: str) -> dict[str, float]:
-    """Seconds and peak GiB of a step on one such GPU, by `recipe.plan`; nothing for an unknown GPU."""
+    """Predict seconds and peak GiB of a step on one such GPU by `recipe.plan`; {} for an unknown GPU."""
     gpu = known_gpu(device)
     if gpu is None:
         return {}
@@ -269,7 +270,7 @@ def predicted(config: TrainConfig, device: str) -> dict[str, float]:
 
 
 def measure_variants(yaml: str, overrides: list[str], steps: int) -> dict[str, Any]:
-    """All variants of a configuration; one that runs out of memory is reported so. Raises ConfigError."""
+    """Measure all VARIANTS of a configuration; one may run out of memory. Raises ConfigError."""
     device, rows = "cuda" if torch.cuda.is_available() else "cpu", {}
     overrides = ["parallel.fsdp2=false", *overrides]
     for variant, options in VARIANTS.items():
@@ -293,7 +294,7 @@ def measure_variants(yaml: str, overrides: list[str], steps: int) -> dict[str, A
 
 
 def table(result: dict[str, Any]) -> str:
-    """One line a variant."""
+    """Return the results as text, with one line per variant."""
     lines = [f"{result['config']}, {result['tokens']} tokens, batch {result['batch']}, {result['precision']}"]
     for name, row in result["variants"].items():
         if "error" in row:
@@ -308,14 +309,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line; exits with 1 if a bar is missed."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", help="time whole steps of this YAML on the device at hand")
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--steps", type=int, default=10, help="with a YAML: timed steps")
     parser.add_argument("--out", type=Path, help="with a YAML: write JSON to this file")
     parser.add_argument("--pairs", type=int, default=7, help="paired runs; the median is reported")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=4, help="samples per step")
     parser.add_argument("--no-compile", action="store_true", help="leave out what needs a C++ compiler")
     options = parser.parse_intermixed_args()
     if options.config:

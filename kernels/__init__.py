@@ -22,11 +22,12 @@ BACKENDS = ("auto", "reference", "triton")
 
 
 def set_backend(name: str) -> None:
-    """Choose what computes `jvp_attention` and `qkv_norm_attention` from here on.
+    """Choose what computes `jvp_attention`, `qkv_norm_attention` and `linear_gelu` from now on.
 
     "auto" (the default) is Triton for CUDA tensors of 16 or 32 bits and the PyTorch reference for all others;
-    "reference" and "triton" force one. Triton takes CPU tensors in its interpreter alone, that is with
-    TRITON_INTERPRET=1 in the environment before Python starts.
+    "reference" and "triton" force one. Triton takes CPU tensors only in its interpreter, that is with
+    TRITON_INTERPRET=1 in the environment before Python starts. Raises ValueError for any other name, and for
+    "triton" where it is not installed.
     """
     global _backend, _operators
     if name not in BACKENDS:
@@ -41,27 +42,25 @@ def set_backend(name: str) -> None:
     _backend = name
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, lengths: MaybeTensor = None, scale: float | None = None
-) -> Tensor:
-    """softmax(scale * q k') v by torch's fused attention; scale defaults to D ** -0.5.
+def attention(q: Tensor, k: Tensor, v: Tensor, *, lengths: MaybeTensor = None) -> Tensor:
+    """Compute softmax(q k' / sqrt(D)) v by torch's fused attention.
 
-    lengths: int (B,), how many of a sample's keys count; the others may hold any finite number.
+    lengths: int (B,), the number of valid keys of each sample; the others may hold any finite number.
     """
     seen = None if lengths is None else reference.valid_keys(lengths, k)
-    return F.scaled_dot_product_attention(q, k, v, seen, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, seen)
 
 
 def jvp_attention(
     q: Tensor, k: Tensor, v: Tensor, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor, *,
-    lengths: MaybeTensor = None, scale: float | None = None,
+    lengths: MaybeTensor = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention and its tangent: (o, to), both shaped like q, differentiable once in all six inputs.
+    """Compute attention and its tangent, (o, to), both shaped like q, differentiable once in all six inputs.
 
-    q, tq are (B, H, Nq, D); k, v, tk, tv are (B, H, Nk, D); scale defaults to D ** -0.5. A tangent that is
-    None is zero everywhere and costs nothing; at least one must be given. lengths: int (B,), from 1 to Nk,
-    how many of a sample's keys count; the others are never seen. Under torch.autocast the inputs are cast as
-    those of scaled_dot_product_attention are. Raises ValueError naming the argument that is wrong.
+    q, tq are (B, H, Nq, D); k, v, tk, tv are (B, H, Nk, D); scores are scaled by D ** -0.5. A tangent that
+    is None is zero everywhere and costs nothing; at least one must be given. lengths: int (B,), from 1 to Nk,
+    the number of valid keys of each sample; the others are never read. Under torch.autocast the inputs are
+    cast as those of scaled_dot_product_attention are. Raises ValueError naming the argument that is wrong.
     """
     tensors = _autocast({"q": q, "k": k, "v": v, "tq": tq, "tk": tk, "tv": tv})
     _check(tensors)
@@ -71,7 +70,7 @@ def jvp_attention(
                 f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; it must be int ({q.shape[0]},)"
             )
         lengths = lengths.to(torch.int32)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5
     with _without_autocast(q.device.type):
         if _use_triton("q", tensors["q"], q.shape[-1]):
             return _operators.jvp_attention(*tensors.values(), lengths, scale)[:2]
@@ -79,18 +78,18 @@ def jvp_attention(
 
 
 def qkv_norm_attention(
-    qkv: Tensor, tqkv: MaybeTensor, q_gain: MaybeTensor, k_gain: MaybeTensor, *, scale: float | None = None
+    qkv: Tensor, tqkv: MaybeTensor, q_gain: MaybeTensor, k_gain: MaybeTensor
 ) -> tuple[Tensor, MaybeTensor]:
-    """Self-attention of one projection's output, (B, N, 3, H, D), queries and keys RMS-normed: (o, to).
+    """Compute self-attention, (o, to), of a projection's output (B, N, 3, H, D) with RMS-normed q and k.
 
     o and its tangent to are (B, N, H, D); to is None where tqkv is. The gains (D,), shared by the heads, are
-    differentiable as qkv and tqkv are, once; both None: no norm. Under torch.autocast qkv and tqkv are cast.
-    For the backward the projection is kept, and the normed queries and keys. Raises ValueError naming the
-    argument that is wrong.
+    differentiable once, as qkv and tqkv are; if both are None, there is no norm. Under torch.autocast qkv and
+    tqkv are cast. The projection and the normed queries and keys are kept for the backward pass. Raises
+    ValueError naming the argument that is wrong.
     """
     qkv, tqkv = _autocast({"qkv": qkv, "tqkv": tqkv}).values()
     _check_qkv(qkv, tqkv, q_gain, k_gain)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    scale = qkv.shape[-1] ** -0.5
     gains = None if q_gain is None else (q_gain, k_gain)
     with _without_autocast(qkv.device.type):
         if not _use_triton("qkv", qkv, qkv.shape[-1]):
@@ -102,7 +101,7 @@ def qkv_norm_attention(
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x W' + b), tanh form: (..., in) => (..., out); on a GPU one kernel, where no gradient is asked."""
+    """Compute gelu(x W' + b), tanh form: (..., in) => (..., out); without gradient one kernel on a GPU."""
     tensors = {"x": x, "weight": weight, "bias": bias}
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
     if differentiated or not _use_triton("x", x):
@@ -115,7 +114,7 @@ def _without_autocast(device: str) -> AbstractContextManager:
 
 
 def _autocast(tensors: dict[str, MaybeTensor]) -> dict[str, MaybeTensor]:
-    """Cast as autocast does the operands of a product: all but float64 become the autocast type."""
+    """Cast like autocast casts the operands of a product: all but float64 become the autocast type."""
     device = next(iter(tensors.values())).device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
@@ -164,7 +163,7 @@ def _check_like(name: str, x: Tensor, like: str, y: Tensor, shapes: bool = True)
 
 
 def _use_triton(name: str, x: Tensor, head_dim: int = 1) -> bool:
-    """Whether the back end for x is Triton; raises ValueError where it is but cannot take x."""
+    """Return True if the back end for x is Triton. Raises ValueError if it is, but cannot take x."""
     if _backend == "auto" and not (_operators is not None and x.is_cuda and x.dtype in _operators.DTYPES):
         return False
     if _backend == "reference":

@@ -19,7 +19,7 @@ TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 @dataclass(frozen=True)
 class Tile:
-    """One launch: `queries` x `keys` scores at a time, by `warps` warps, loads `stages` deep."""
+    """The tile of a launch: `queries` x `keys` scores at a time, `warps` warps, loads `stages` deep."""
 
     queries: int
     keys: int
@@ -29,9 +29,9 @@ class Tile:
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of the three kernels; two in `columns` are a launch for dk, dtk and another for dv, dtv.
+    """The tiles of the three kernels; two in `columns` are a launch for dk, dtk and another for dv, dtv.
 
-    normed: of the forward that norms queries and keys, where it has too few registers for the other tile.
+    normed: the tile of the forward kernel that norms queries and keys, if `forward` takes too many registers.
     """
 
     forward: Tile
@@ -74,18 +74,18 @@ FLOAT32 = Config(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), (Tile(16, 16, 4, 1), Ti
 
 
 def widths(head_dim: int) -> tuple[int, int]:
-    """What a head dimension is padded to: a power of two, 16 at least, or 64 and a tail of 16 or 32."""
+    """Return the width that D is padded to, as (power of two from 16 on, tail of 0, 16 or 32)."""
     if 64 < head_dim <= 96:
         return 64, 16 if head_dim <= 80 else 32
     return max(16, triton.next_power_of_2(head_dim)), 0
 
 
 def table_key(capability: tuple[int, int], head_dim: int) -> tuple[int, int]:
-    """Where the table has a CUDA compute capability and a head dimension up to 128."""
+    """Return the key in TABLE of a CUDA compute capability and a head dimension up to 128."""
     arch = {9: 90, 10: 100, 12: 120}.get(capability[0], 80)
     return arch, max(64, sum(widths(head_dim)))
 
 
 def choose(capability: tuple[int, int], head_dim: int, element_size: int) -> Config:
-    """The configuration for a capability, a head dimension up to 128 and bytes per element."""
+    """Return the configuration for a compute capability, a head dimension up to 128 and bytes per element."""
     return FLOAT32 if element_size == 4 else TABLE[table_key(capability, head_dim)]

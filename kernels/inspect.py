@@ -1,7 +1,7 @@
-"""Compiles the kernels for GPUs that are not here, and prints what the assembler made of them.
+"""Compile the kernels for GPUs that need not be present, and print the assembler's report.
 
-    python -m kernels.inspect               # the table's own configurations; exits with 1 if a bar is missed
-    python -m kernels.inspect --candidates  # tiles that were considered beside them, no bars
+    python -m kernels.inspect               # the configurations in use; exits with 1 if a bar is missed
+    python -m kernels.inspect --candidates  # other tiles that were considered, no bars
 
 Architectures: sm_80, sm_90 and, from Triton 3.6 on, Blackwell's sm_100 and sm_120. Bars (bf16): no more
 shared and tensor memory than a block can have; every product by the architecture's best instruction, on sm_90
@@ -11,6 +11,7 @@ thread; at D = 72, on sm_80 and sm_90, shared memory and products at most 1.3 ti
 """
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -45,8 +46,8 @@ POINTERS = {
     "lengths": "*i32",
 }
 NORM = ("nq", "ntq", "nk", "ntk", "x", "tx", "gain", "dgain")
-# What a launch does without: "plain" and "normed plain" all tangents, "cross" those of keys and values; all
-# but the "normed" the norm of queries and keys
+# The arguments that a launch does not have: in "plain" and "normed plain" all tangents, in "cross" those
+# of keys and values; except in the "normed" ones also those of the norm of queries and keys.
 ABSENT = {
     "dual": ("lengths", *NORM),
     "plain": ("lengths", *NORM, *TANGENTS, "mu", "a"),
@@ -68,7 +69,7 @@ COLUMNS = ({"KEYS": True, "VALUES": True}, {"KEYS": True, "VALUES": False}, {"KE
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled kernel; registers and spills (bytes) are per thread, shared memory (bytes) per block.
+    """A compiled kernel; registers and spills (bytes) are per thread, shared memory (bytes) per block.
 
     Products are in units of queries x keys x head dimension, padding included.
     """
@@ -88,8 +89,9 @@ class Compiled:
 
     @property
     def blocks_per_sm(self) -> int:
-        """Blocks that registers, tensor and shared memory (1 KB of it for the system) let run at once."""
-        by_registers = 65536 // (-(-self.registers // 8) * 8 * 32 * self.tile.warps)
+        """The number of blocks that registers, tensor and shared memory (1 KB reserved) let run at once."""
+        per_thread = 8 * math.ceil(self.registers / 8)
+        by_registers = 65536 // (per_thread * 32 * self.tile.warps)
         by_tensors = TENSOR_COLUMNS // self.tensor_columns if self.tensor_columns else by_registers
         return min(by_registers, by_tensors, SHARED_PER_SM[self.arch] // (self.shared + 1024))
 
@@ -97,7 +99,7 @@ class Compiled:
 def compile_kernel(
     name: str, tile: Tile, head_dim: int, arch: int, use: str = "dual", **flags: bool
 ) -> Compiled:
-    """Compile one kernel in bf16 for 16-byte aligned matrices; but for "cross", for whole tiles."""
+    """Compile one kernel in bf16 for 16-byte aligned matrices and, except for "cross", whole tiles."""
     kernel = getattr(triton_attention, name)
     block_d, tail = configs.widths(head_dim)
     constants = {
@@ -140,13 +142,13 @@ def compile_kernel(
 
 
 def multiplications(ttir: str) -> int:
-    """Multiplications of the matrix products in a kernel's intermediate code, each loop passed once."""
+    """Count the multiplications of matrix products in a kernel's intermediate code, each loop run once."""
     shapes = re.findall(r"tt\.dot .*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x", ttir)
     return sum(int(m) * int(k) * int(n) for m, k, n in shapes)
 
 
 def assemble(ptx: str, arch: int) -> str:
-    """What ptxas says about the registers and spills of a kernel."""
+    """Return the report of ptxas on the registers and spills of a kernel."""
     name = "ptxas-blackwell" if arch >= 100 else "ptxas"
     ptxas = os.environ.get("TRITON_PTXAS_PATH") or Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +160,7 @@ def assemble(ptx: str, arch: int) -> str:
 
 
 def table_kernels(arch: int, head_dim: int) -> list[Compiled]:
-    """Every launch of one architecture and head dimension; at D = 64 for every use."""
+    """Compile all launches for an architecture and a head dimension; at D = 64 for every use."""
     config = configs.choose((arch // 10, 0), head_dim, element_size=2)
     parts = COLUMNS[:1] if len(config.columns) == 1 else COLUMNS[1:]
     kernels = []
@@ -172,7 +174,7 @@ def table_kernels(arch: int, head_dim: int) -> list[Compiled]:
 
 
 def missed_bars(groups: list[list[Compiled]]) -> list[str]:
-    """The bars that the kernels miss, by architecture and head dimension."""
+    """Return the bars that the kernels miss, with their architecture and head dimension."""
     missed, at_64 = [], {group[0].arch: group for group in groups if group[0].head_dim == 64}
     for group in groups:
         arch, head_dim = group[0].arch, group[0].head_dim
@@ -209,7 +211,7 @@ def _kernel_bars(x: Compiled) -> list[str]:
 
 
 def _ratio_bars(group: list[Compiled], like: list[Compiled]) -> list[str]:
-    """Shared memory of each kernel and the sum of all products against D = 64."""
+    """Return the bars that each kernel's shared memory and the sum of products miss, relative to D = 64."""
     ours, theirs = ([x for x in kernels if x.products and x.use == "dual"] for kernels in (group, like))
     ratios = {f"shared memory of {x.name}": x.shared / y.shared for x, y in zip(ours, theirs, strict=False)}
     ratios["products"] = sum(x.products * 72 for x in ours) / sum(x.products * 64 for x in theirs)
@@ -217,7 +219,7 @@ def _ratio_bars(group: list[Compiled], like: list[Compiled]) -> list[str]:
 
 
 def print_table(kernels: list[Compiled]) -> None:
-    """One line of Markdown per kernel; `tile` is queries x keys, warps, stages."""
+    """Print one line of Markdown per kernel; `tile` is queries x keys, warps, stages."""
     print("|arch|D|kernel|tile|registers|spills|shared|blocks/SM|products|matrix instructions|serialised|")
     print("|-" * 11 + "|")
     for x in kernels:
@@ -229,7 +231,7 @@ def print_table(kernels: list[Compiled]) -> None:
 
 
 def main() -> int:
-    """Print the table or the candidates; 1 if a bar is missed."""
+    """Print the table or the candidates. Returns 1 if a bar is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -252,7 +254,7 @@ def main() -> int:
 
 
 def candidate_kernels(arch: int, head_dim: int) -> list[Compiled]:
-    """The candidate tiles of every kernel, backward_columns in one launch and in two."""
+    """Compile every kernel with all candidate tiles, backward_columns in one launch and in two."""
     return [
         compile_kernel(name, Tile(*size), head_dim, arch, **flags)
         for name, sizes in SIZES.items()

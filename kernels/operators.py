@@ -1,9 +1,10 @@
 """The Triton kernels as torch operators: allocation, launches, autograd, fake tensors, FLOP counts.
 
-`terminal_velocity::jvp_attention` takes q, k, v and their tangents apart; `qkv_norm_attention` takes them as
-one buffer each, norms queries and keys, and does without a tangent too. Both save inputs, outputs and two
-float32 numbers per row and head, lse and mu, and the second what it normed: nothing N x N. Where no gradient
-arrives for the tangent of the output, the backward is that of plain attention.
+`terminal_velocity::jvp_attention` takes q, k, v and their tangents as separate tensors; `qkv_norm_attention`
+takes all values in one tensor and all tangents, if any, in another, and norms queries and keys. Both save
+inputs, outputs and two float32 numbers per row and head (lse, mu), the second what it normed, too: nothing
+of size N x N. If no gradient arrives for the tangent of the output, the backward pass is that of plain
+attention.
 """
 
 from collections.abc import Sequence
@@ -28,14 +29,14 @@ def _layout(x: Tensor) -> list[int]:
 
 
 def _aligned(x: Tensor, tx: MaybeTensor) -> tuple[Tensor, MaybeTensor]:
-    """x and its tangent with equal strides and a contiguous last dimension; copied only if need be."""
+    """Return x and its tangent with equal strides and a contiguous last axis, copied only if necessary."""
     if x.stride(-1) == 1 and (tx is None or _layout(x) == _layout(tx)):
         return x, tx
     return x.contiguous(), None if tx is None else tx.contiguous()
 
 
 def _empty(x: Tensor) -> Tensor:
-    """Uninitialised, in the order of x in memory, with a contiguous last dimension."""
+    """Allocate a tensor like x, with its order of axes in memory and a contiguous last axis."""
     order = torch.preserve_format if x.stride(-1) == 1 else torch.contiguous_format
     return torch.empty_like(x, memory_format=order)
 
@@ -67,7 +68,7 @@ def _launch_attention(
 ) -> None:
     """Run `kernel` on `blocks` blocks of every head of every batch element, all on grid axis 0.
 
-    PRECISION concerns float32 alone: tf32x3 is float32's own accuracy from three tf32 products.
+    PRECISION concerns only float32: tf32x3 gives the accuracy of float32 by three tf32 products.
     """
     batch, heads, n_q, n_k, head_dim = sizes
     block_d, tail = configs.widths(head_dim)
@@ -88,7 +89,9 @@ def _forward(
     gain: MaybeTensor = None, normed: Sequence[MaybeTensor] = (None,) * 4,
 ) -> None:  # fmt: skip
     """Write o, lse and, where there is a tangent, to and mu; with a gain also `normed`, (q, tq, k, tk)."""
-    (q, tq), (k, tk), (v, tv) = _aligned(q, tq), _aligned(k, tk), _aligned(v, tv)
+    q, tq = _aligned(q, tq)
+    k, tk = _aligned(k, tk)
+    v, tv = _aligned(v, tv)
     config = _config(q)
     tile = config.forward if gain is None else config.normed or config.forward
     nq, ntq, nk, ntk = normed
@@ -113,7 +116,9 @@ def _backward(
     what each block of queries adds to the gradient of the gain.
     """
     dq, dk, dv, dtq, dtk, dtv = gradients
-    (q, tq), (k, tk), (v, tv) = _aligned(q, tq), _aligned(k, tk), _aligned(v, tv)
+    q, tq = _aligned(q, tq)
+    k, tk = _aligned(k, tk)
+    v, tv = _aligned(v, tv)
     do, dto = _aligned(do, dto)
     delta, a = torch.empty_like(lse), None if dto is None else torch.empty_like(mu)
     config = _config(q)
@@ -141,7 +146,7 @@ def jvp_attention(
     q: Tensor, k: Tensor, v: Tensor, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor,
     lengths: MaybeTensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(o, to, lse, mu) of heads (B, H, N, D), tangents None where zero; lse is in base 2."""
+    """Compute (o, to, lse, mu) of heads (B, H, N, D); a tangent of None is zero, lse is in base 2."""
     outputs = _outputs(q)
     _forward(q, k, v, tq, tk, tv, lengths, *outputs, scale)
     return outputs
@@ -163,7 +168,7 @@ def jvp_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor,
     lengths: MaybeTensor, o: Tensor, to: MaybeTensor, lse: Tensor, mu: MaybeTensor, scale: float,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of q, k, v and of those tangents that are not None, in this order."""
+    """Return the gradients of q, k, v and of those tangents that are not None, in this order."""
     gradients = _gradients(q, k, v, tq, tk, tv)
     _backward(do, dto, q, k, v, tq, tk, tv, lengths, o, to, lse, mu, scale, gradients)
     return [x for x in gradients if x is not None]
@@ -185,11 +190,12 @@ def _gradients(
 def qkv_norm_attention(
     qkv: Tensor, tqkv: MaybeTensor, gain: MaybeTensor, scale: float, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(o, to, lse, mu, qk, tqk), o and to (B, N, H, D), of projections (B, N, 3, H, D).
+    """Compute (o, to, lse, mu, qk, tqk) of projections (B, N, 3, H, D); o and to are (B, N, H, D).
 
-    gain (D,) is the product of the gains of queries and keys: scores depend on no more. qk and tqk are what
-    was normed, (B, N, 2, H, D), queries times the gain, keys as they are and only to keep for a backward
-    pass. What there is not is empty: to, mu and tqk without tqkv, qk and tqk without gain.
+    gain (D,) is the product of the gains of queries and keys, since scores depend on nothing else. qk and tqk
+    hold the normed queries, times the gain, and with `keep` the normed keys, without it, for the backward
+    pass: (B, N, 1 + keep, H, D). Missing outputs are empty tensors: to, mu and tqk without tqkv, qk and tqk
+    without gain.
     """
     outputs = _packed_outputs(qkv, tqkv, gain, keep)
     o, to, lse, mu, qk, tqk = (x if x.numel() else None for x in outputs)
@@ -228,9 +234,9 @@ def qkv_norm_attention_backward(
     do: Tensor, dto: MaybeTensor, qkv: Tensor, tqkv: MaybeTensor, gain: MaybeTensor,
     o: Tensor, to: MaybeTensor, lse: Tensor, mu: MaybeTensor, qk: MaybeTensor, tqk: MaybeTensor, scale: float,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of qkv and of those of tqkv, gain that are not None; tqkv, to, mu, tqk are None as dto.
+    """Return the gradients of qkv and, if they are not None, of tqkv and gain.
 
-    That of the gain is in parts, (blocks, D), to be summed.
+    If dto is None, so must be tqkv, to, mu and tqk. The gradient of the gain is (blocks, D), to be summed.
     """
     gradients = _packed_gradients(qkv, tqkv, gain)
     dqkv, dtqkv, dgain = gradients
@@ -265,7 +271,7 @@ def _packed_gradients(
 
 @torch.library.custom_op("terminal_velocity::linear_gelu", mutates_args=())
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x W' + b), tanh form, which on a GPU is that of cuBLASLt's epilogue; no gradient."""
+    """Compute gelu(x W' + b), tanh form as in cuBLASLt's epilogue on a GPU; it has no gradient."""
     rows = x.flatten(0, -2)
     if x.is_cuda:
         y = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
@@ -284,53 +290,32 @@ def _(x, weight, *args, **kwargs) -> int:  # noqa: ANN001
     return 2 * prod(x) * weight[0]
 
 
-# `custom_op` knows no tags before torch 2.8; without this one Inductor copies what it gives to the operator
-torch.library.define(
-    "terminal_velocity::add_products",
-    "(Tensor a, Tensor b, Tensor c, Tensor d) -> Tensor",
-    tags=torch.Tag.flexible_layout,
-)
-
-
-@torch.library.impl("terminal_velocity::add_products", "CompositeExplicitAutograd")
-def add_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """a b + c d, the second product added where the first lies."""
-    return (a @ b).addmm_(c, d)
-
-
-@torch.library.register_fake("terminal_velocity::add_products")
-def _(a, b, c, d):  # noqa: ANN001, ANN202
-    return a.new_empty(a.shape[0], b.shape[1])
-
-
-@register_flop_formula(torch.ops.terminal_velocity.add_products)
-def _(a, b, c, d, *args, **kwargs) -> int:  # noqa: ANN001
-    return 2 * (prod(a) + prod(c)) * b[1]
-
-
 def _save(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)  # None, not zeros, where nothing is differentiated through the tangent
+    ctx.set_materialize_grads(False)  # None instead of zeros tells that the tangent gets no gradient
 
 
 def _differentiate(ctx, do: MaybeTensor, dto: MaybeTensor, *rows: None) -> tuple[MaybeTensor, ...]:  # noqa: ANN001
-    # once: checkpointing computes them at each access
-    q, k, v, *tangents, lengths, o, to, lse, mu = ctx.saved_tensors
-    if dto is None:
-        *tangents, to, mu = (None,) * 5
+    # Read once, since checkpointing computes the saved tensors again at each access.
+    q, k, v, tq, tk, tv, lengths, o, to, lse, mu = ctx.saved_tensors
+    tangents = (tq, tk, tv)
+    if dto is None:  # plain attention: nothing that belongs to the tangent matters
+        to = mu = None
+        tangents = (None, None, None)
     do = torch.zeros_like(dto) if do is None else do
     gradients = iter(jvp_attention_backward(do, dto, q, k, v, *tangents, lengths, o, to, lse, mu, ctx.scale))
     return *(None if x is None else next(gradients) for x in (q, k, v, *tangents)), None, None
 
 
 def _differentiate_packed(ctx, do: MaybeTensor, dto: MaybeTensor, *rows: None) -> tuple[MaybeTensor, ...]:  # noqa: ANN001
-    qkv, tqkv, gain, o, to, lse, mu, qk, tqk = ctx.saved_tensors
-    if dto is None or tqkv is None:
-        dto = tqkv = to = mu = tqk = None
+    saved = ctx.saved_tensors
+    qkv, tqkv, gain, o, _, lse, _, qk, _ = saved
+    if dto is None or tqkv is None:  # plain attention: nothing that belongs to the tangent matters
+        dto = tqkv = None
+        saved = (qkv, None, gain, o, None, lse, None, qk, None)
     do = torch.zeros_like(dto) if do is None else do
-    saved = (qkv, tqkv, gain, o, to, lse, mu, qk, tqk)
     gradients = iter(qkv_norm_attention_backward(do, dto, *saved, ctx.scale))
     dqkv, dtqkv, dgain = (None if x is None else next(gradients) for x in (qkv, tqkv, gain))
     return dqkv, dtqkv, None if dgain is None else dgain.sum(0), None, None
@@ -351,8 +336,8 @@ jvp_attention_backward.register_autograd(_refuse)
 qkv_norm_attention_backward.register_autograd(_refuse)
 
 
-# The products that the mathematics needs are counted, not those that the backward computes a second time, so
-# that every back end reports the same: 6 + 12 with all tangents, 2 + 4 with none.
+# Only the products that the mathematics needs are counted, not those that the backward pass computes a second
+# time, so every back end reports the same: 6 + 12 with all tangents, 2 + 4 with none.
 @register_flop_formula(torch.ops.terminal_velocity.jvp_attention)
 def _(q, k, v, tq, tk, tv, *args, **kwargs) -> int:  # noqa: ANN001
     return attention_flops(q, k, _products(tq, tk, tv))

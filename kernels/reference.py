@@ -1,6 +1,6 @@
-"""Attention, RMS norm and their tangents in plain PyTorch: the CPU path and the yardstick of the kernels.
+"""Attention, RMS norm and their tangents in plain PyTorch: the CPU path and the reference of the kernels.
 
-B batch, H heads, Nq queries, Nk keys, D head dimension. Tensors are (B, H, N, D) if nothing else is said.
+B batch, H heads, Nq queries, Nk keys, D head dimension. Tensors are (B, H, N, D) unless stated otherwise.
 """
 
 from math import prod
@@ -18,9 +18,10 @@ MaybeTensor = Tensor | None
 def qkv_norm_attention(
     qkv: Tensor, tqkv: MaybeTensor, gains: tuple[Tensor, Tensor] | None, scale: float
 ) -> tuple[Tensor, MaybeTensor]:
-    """Attention of a projection (B, N, 3, H, D) whose queries and keys are normed; o, to are (B, N, H, D).
+    """Compute self-attention of a projection (B, N, 3, H, D) with RMS-normed queries and keys.
 
-    gains (of queries, of keys; each (D,)) None: no norm at all. tqkv None: to is None too.
+    gains: those of queries and of keys, each (D,); None for no norm. Returns (o, to), each (B, N, H, D); to
+    is None if tqkv is.
     """
     (q, k, v), (tq, tk, tv) = split_heads(qkv), split_heads(tqkv)
     if gains is not None:
@@ -35,14 +36,18 @@ def qkv_norm_attention(
 
 
 def split_heads(packed: MaybeTensor, parts: int = 3) -> tuple[MaybeTensor, ...]:
-    """(B, N, parts, H, D) => as many views (B, H, N, D), None at least for a second; None => Nones."""
+    """Split (B, N, parts, H, D) into views (B, H, N, D).
+
+    Returns two values at least: the second is None if parts is 1, and all are None if packed is.
+    """
     if packed is None:
         return (None,) * max(2, parts)
-    return *(x.transpose(1, 2) for x in packed.unbind(2)), *(None,) * (parts == 1)
+    views = tuple(x.transpose(1, 2) for x in packed.unbind(2))
+    return views if parts > 1 else (*views, None)
 
 
 def rms_norm(x: Tensor, tx: MaybeTensor) -> tuple[Tensor, MaybeTensor]:
-    """y = x / sqrt(mean(x^2) + 1e-6) over the last axis, any shape, and its tangent; at least in float32.
+    """Compute y = x / sqrt(mean(x^2) + 1e-6) over the last axis and its tangent, at least in float32.
 
     With r = 1 / sqrt(mean(x^2) + 1e-6): y' = r (x' - y mean(y x')).
     """
@@ -59,12 +64,12 @@ def jvp_attention(
     q: Tensor, k: Tensor, v: Tensor, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor,
     lengths: MaybeTensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Softmax attention o and its tangent to along (tq, tk, tv); None is a tangent that is zero everywhere.
+    """Compute attention o and its tangent to along (tq, tk, tv); a tangent of None is zero everywhere.
 
     S = c QK', tS = c (tQ K' + Q tK'), P = softmax(S), tP = P * (tS - rowsum(P * tS)),
     O = PV, tO = tP V + P tV: two matrix products for the value and up to four for the tangent, all
     differentiable. Scores are kept in float32 at least, as in the fused kernels; P and tP are rounded to the
-    inputs' type for the products with V, tV. lengths (B,): how many of a sample's keys count.
+    inputs' type for the products with V, tV. lengths (B,): the number of valid keys of each sample.
     """
     s = _scores(q, k, scale)
     if lengths is not None:
@@ -82,12 +87,12 @@ def jvp_attention(
 
 
 def valid_keys(lengths: Tensor, k: Tensor) -> Tensor:
-    """(B,) => bool (B, 1, 1, Nk): which keys count."""
+    """Return which keys are valid, bool (B, 1, 1, Nk), from their number in each sample, (B,)."""
     return (torch.arange(k.shape[2], device=k.device) < lengths[:, None])[:, None, None]
 
 
 def _scores(rows: MaybeTensor, columns: MaybeTensor, scale: float) -> MaybeTensor:
-    """scale * rows columns', in float32 at least."""
+    """Compute scale * rows columns' in float32 at least; None is zero."""
     if rows is None or columns is None:
         return None
     wide = torch.promote_types(rows.dtype, torch.float32)
@@ -95,24 +100,24 @@ def _scores(rows: MaybeTensor, columns: MaybeTensor, scale: float) -> MaybeTenso
 
 
 def _sum(x: MaybeTensor, y: MaybeTensor) -> MaybeTensor:
-    """x + y, where None is zero."""
+    """Compute x + y, where None is zero."""
     if x is None or y is None:
         return y if x is None else x
     return x + y
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU, tanh form."""
+    """Compute GELU in its tanh form."""
     return F.gelu(x, approximate="tanh")
 
 
 def attention_flops(q_shape: tuple[int, ...], k_shape: tuple[int, ...], products: int) -> int:
-    """FLOPs of `products` matrix products of size (Nq, D) x (D, Nk) in each of the B * H heads."""
+    """Return the FLOPs of `products` matrix products (Nq, D) x (D, Nk) in each of the B * H heads."""
     return 2 * products * prod(q_shape) * k_shape[-2]
 
 
 def count_cpu_attention_flops() -> None:
-    """Tell torch.utils.flop_counter about the CPU's fused SDPA, which it passes over in silence.
+    """Tell torch.utils.flop_counter about the CPU's fused SDPA, which it silently leaves out.
 
     Counted are the products that the mathematics needs, 2 forward and 4 backward, not what is recomputed.
     """

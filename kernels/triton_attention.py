@@ -12,8 +12,8 @@ that, follows as a bare tensor of the same strides, or None where it is zero; wi
 which leaves plain attention. A tile is a tuple: its first BLOCK_D columns and, unless TAIL is 0, TAIL more,
 so that D = 72 costs what 80 does. Arguments in capitals are known when a kernel is compiled. Everything is
 accumulated in float32; P, tP, dS and dtS are rounded to the inputs' type where they become left operands of
-a product. lse is in base 2, which spares a multiplication per exponential. With `lengths` (int32, one per
-batch element) the keys from there on are not seen.
+a product. lse is in base 2, which spares a multiplication per exponential. `lengths` (int32, one per
+batch element) is the number of valid keys; the others are not read.
 """
 
 import os
@@ -24,7 +24,7 @@ import triton.language as tl
 
 from kernels.reference import EPS as NORM_EPS
 
-# Triton 3.3 ships two assemblers and takes for Hopper the older, which puts a wait after each wgmma (C7515).
+# Triton 3.3 ships two assemblers and uses the older for Hopper, which adds a wait to each wgmma (C7515).
 NEWER_PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
 if triton.__version__.startswith("3.3.") and NEWER_PTXAS.exists():
     os.environ.setdefault("TRITON_PTXAS_PATH", str(NEWER_PTXAS))
@@ -37,16 +37,16 @@ NORM_ROWS = tl.constexpr(16)  # rows of queries or keys that are normed at a tim
 
 @triton.jit
 def _block(n, BLOCK):
-    """Which head of batch * heads this program works on, and its first token of n."""
+    """Return which head of batch * heads this program works on, and its first token of n."""
     blocks = tl.cdiv(n, BLOCK)
     return tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BLOCK
 
 
 @triton.jit
 def _head(matrix, tangent, index, heads, ALIGNED):
-    """(pointer, stride of tokens) of one head, and of its tangent (where that is None, the value's again).
+    """Return (pointer, stride of tokens) of one head and of its tangent; without one, the value's twice.
 
-    ALIGNED: strides of heads are multiples of 8 elements, which a head dimension of 72 would else hide.
+    ALIGNED: strides of heads are multiples of 8 elements, which a head dimension of 72 would hide.
     """
     start = (index // heads).to(tl.int64) * matrix[1] + (index % heads).to(tl.int64) * matrix[2]
     if ALIGNED:
@@ -58,7 +58,7 @@ def _head(matrix, tangent, index, heads, ALIGNED):
 
 @triton.jit
 def _count(lengths, index, heads, n):
-    """How many of n keys count: all, or as many as `lengths` says."""
+    """Return how many of n keys are valid: all, or the number in `lengths`."""
     if lengths is not None:
         n = tl.load(lengths + index // heads)
     return n
@@ -66,7 +66,7 @@ def _count(lengths, index, heads, n):
 
 @triton.jit
 def _part(head, start, n, FIRST, D, BLOCK_N, WIDTH, MASKED):
-    """Pointers (BLOCK_N, WIDTH) to columns from FIRST of the tokens from `start`, and their mask."""
+    """Return pointers (BLOCK_N, WIDTH) to the columns from FIRST of the tokens from `start`, and a mask."""
     rows = tl.arange(0, BLOCK_N)
     columns = FIRST + tl.arange(0, WIDTH)
     pointers = head[0] + tl.cast(start, tl.int64) * head[1] + (rows[:, None] * head[1] + columns[None, :])
@@ -97,14 +97,14 @@ def _store_part(head, x, start, n, FIRST, D, BLOCK_N, WIDTH, MASKED):
 
 @triton.jit
 def _load(head, start, n, D, BLOCK_N, BLOCK_D, TAIL, MASKED):
-    """BLOCK_N tokens from `start` as a tuple: columns up to BLOCK_D and, if TAIL is not 0, that many more."""
+    """Load BLOCK_N tokens from `start` as a tuple: BLOCK_D columns and, unless it is 0, TAIL more."""
     x = _load_part(head, start, n, 0, D, BLOCK_N, BLOCK_D, MASKED)
     return (x, _load_part(head, start, n, BLOCK_D, D, BLOCK_N, TAIL, MASKED)) if TAIL > 0 else (x,)
 
 
 @triton.jit
 def _store(head, x, factor, start, n, D, BLOCK_N, BLOCK_D, TAIL, MASKED):
-    """Write x times a factor per token or for all."""
+    """Store x times a factor, which is one number or one per token."""
     _store_part(head, x[0] * factor, start, n, 0, D, BLOCK_N, BLOCK_D, MASKED)
     if TAIL > 0:
         _store_part(head, x[1] * factor, start, n, BLOCK_D, D, BLOCK_N, TAIL, MASKED)
@@ -118,21 +118,21 @@ def _zeros(BLOCK_N, BLOCK_D, TAIL):
 
 @triton.jit
 def _scale(x, factor):
-    """x with each row times its factor."""
+    """Multiply each row of x by its factor."""
     y = x[0] * factor[:, None]
     return (y, x[1] * factor[:, None]) if len(x) == 2 else (y,)
 
 
 @triton.jit
 def _subtract(x, factor, y):
-    """x - factor * y, a factor per row."""
+    """Compute x - factor * y with a factor per row."""
     z = x[0] - factor[:, None] * y[0]
     return (z, x[1] - factor[:, None] * y[1]) if len(x) == 2 else (z,)
 
 
 @triton.jit
 def _weigh(x, weights):
-    """x with each column times its weight; weights None: x."""
+    """Multiply each column of x by its weight; without weights return x."""
     if weights is not None:
         y = x[0] * weights[0][None, :]
         x = (y, x[1] * weights[1][None, :]) if len(x) == 2 else (y,)
@@ -141,7 +141,7 @@ def _weigh(x, weights):
 
 @triton.jit
 def _row_products(x, y):
-    """rowsum(x * y) in float32."""
+    """Compute rowsum(x * y) in float32."""
     total = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)
     if len(x) == 2:
         total += tl.sum(x[1].to(tl.float32) * y[1].to(tl.float32), 1)
@@ -150,7 +150,7 @@ def _row_products(x, y):
 
 @triton.jit
 def _scores(x, y, accumulator, PRECISION):
-    """accumulator + x y', where None is zero."""
+    """Compute accumulator + x y', where None is zero."""
     if x is not None and y is not None:
         accumulator = _dot(x[0], tl.trans(y[0]), accumulator, PRECISION)
         if len(x) == 2:
@@ -160,7 +160,7 @@ def _scores(x, y, accumulator, PRECISION):
 
 @triton.jit
 def _mix(p, y, accumulator, PRECISION):
-    """accumulator + p y, p rounded to the type of y; y None is zero."""
+    """Compute accumulator + p y with p rounded to the type of y, where None is zero."""
     if y is not None:
         p = _round(p, y[0].dtype)
         z = _dot(p, y[0], accumulator[0], PRECISION)
@@ -183,7 +183,7 @@ def _store_statistic(pointer, x, index, start, n, BLOCK_N):
 
 @triton.jit
 def _load_gain(gain, D, BLOCK_D, TAIL):
-    """The gain of each column; None without one."""
+    """Load the gain of each column; None without one."""
     x = None
     if gain is not None:
         columns = tl.arange(0, BLOCK_D)
@@ -205,16 +205,16 @@ def _store_gain(gain, x, D, BLOCK_D, TAIL):
 
 @triton.jit
 def _add_column_products(total, x, y):
-    """total + colsum(x * y)."""
+    """Compute total + colsum(x * y)."""
     z = total[0] + tl.sum(x[0] * y[0], 0)
     return (z, total[1] + tl.sum(x[1] * y[1], 0)) if len(x) == 2 else (z,)
 
 
 @triton.jit
 def _statistics(x, tx, D):
-    """(r, bend) of each row: its RMS norm is y = r x, and the tangent of that ty = r (tx - bend x).
+    """Compute (r, bend) of each row: its RMS norm is y = r x, with the tangent ty = r (tx - bend x).
 
-    Without tx bend means nothing.
+    Without tx, bend has no meaning.
     """
     if tx is None:
         tx = x
@@ -226,7 +226,7 @@ def _statistics(x, tx, D):
 def _norm(
     matrix, tangent, normed, tnormed, gain, index, heads, start, n, D, BLOCK_N, BLOCK_D, TAIL, MASKED, ALIGNED
 ):
-    """Write the RMS norm of BLOCK_N rows, times the gain of its columns, and its tangent, if there is one."""
+    """Store the RMS norm of BLOCK_N rows, times the gain of its columns, and its tangent, if there is one."""
     head, thead = _head(matrix, tangent, index, heads, ALIGNED)
     y_head, ty_head = _head(normed, tnormed, index, heads, ALIGNED)
     weights = _load_gain(gain, D, BLOCK_D, TAIL)
@@ -244,13 +244,13 @@ def _norm(
 def _norm_backward(
     matrix, tangent, dhead, dthead, gain, index, heads, start, n, D, BLOCK_N, BLOCK_D, TAIL, MASKED, ALIGNED
 ):
-    """Turn the gradients of what `_norm` wrote into those of its rows, where they lie; the gain's gradient.
+    """Replace the gradients of what `_norm` stored by those of its inputs; return the gradient of the gain.
 
     With dy, dty the gradients times the gain and u = dy - bend dty - r mean(y dty) tx:
 
         dx = r (u - y (mean(y u) + mean(ty dty)))    dtx = r (dty - y mean(y dty))
 
-    Run when the sums over scores are stored: the registers hold both at D = 64 alone, and barely.
+    This runs after the sums over scores are stored: registers hold both only at D = 64, and barely.
     """
     head, thead = _head(matrix, tangent, index, heads, ALIGNED)
     weights = _load_gain(gain, D, BLOCK_D, TAIL)
@@ -283,7 +283,7 @@ def _norm_backward(
 
 @triton.jit
 def _round(x, dtype):
-    """x to the nearest number of a narrower type (Triton's interpreter would cut bf16 off instead)."""
+    """Round x to the nearest number of a narrower type (Triton's interpreter would truncate to bf16)."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
@@ -292,7 +292,7 @@ def _round(x, dtype):
 
 @triton.jit
 def _dot(x, y, accumulator, PRECISION):
-    """accumulator + x y in float32 (Triton's interpreter returns garbage for bf16 operands)."""
+    """Compute accumulator + x y in float32 (Triton's interpreter returns garbage for bf16 operands)."""
     if INTERPRETED:
         x, y = x.to(tl.float32), y.to(tl.float32)
     return tl.dot(x, y, accumulator, input_precision=PRECISION)
@@ -303,10 +303,10 @@ def forward(q, tq, k, tk, v, tv, o, to, lse, mu, nq, ntq, nk, ntk, gain, lengths
             D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr,
             BLOCK_K: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
-    """o, to and the row statistics lse, mu (float32, (B * H, Nq)) of BLOCK_Q queries of one head; 6 products.
+    """Store o, to and the row statistics lse, mu (float32, (B * H, Nq)) of BLOCK_Q queries; 6 products.
 
-    Online softmax over blocks of keys. tP is formed around the running mean mu, not as P * tS - mu * P: the
-    sum for to follows mu as it moves, and nothing cancels where mu is large, as in rows that one key rules.
+    This is online softmax over blocks of keys. tP is formed around the running mean mu, not as P * tS - mu P,
+    so that nothing cancels if mu is large, as in rows with one dominant key; the sum for to follows mu.
     """
     index, start_q = _block(n_q, BLOCK_Q)
     n_k = _count(lengths, index, heads, n_k)
@@ -376,8 +376,8 @@ def backward_rows(q, tq, k, tk, v, tv, o, to, do, dto, lse, mu, delta, a, dq, dt
                   lengths, scale, heads, n_q, n_k,
                   D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr,
                   BLOCK_K: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
-    """dq, dtq of BLOCK_Q queries of one head, and the statistics delta, a for backward_columns; 9 products.
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """Store dq, dtq of BLOCK_Q queries, and the statistics delta, a for backward_columns; 9 products.
 
     dQ = c (dS K + dtS tK), dtQ = c dtS K.
     """
@@ -445,10 +445,10 @@ def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, d
                      D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr,
                      BLOCK_K: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
                      PRECISION: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr):  # fmt: skip
-    """dk, dtk (if KEYS) and dv, dtv (if VALUES) of BLOCK_K keys of one head; 12 products, or 9 and 6 apart.
+    """Store dk, dtk (if KEYS) and dv, dtv (if VALUES) of BLOCK_K keys; 12 products, or 9 and 6 apart.
 
     dK = c (dS'Q + dtS'tQ), dtK = c dtS'Q, dV = P'dO + tP'dtO, dtV = P'dtO. Scores are formed transposed, so
-    that P' and its like are left operands without a detour through shared memory.
+    that P' and the like become left operands without a detour through shared memory.
     """
     index, start_k = _block(n_k, BLOCK_K)
     n_seen = _count(lengths, index, heads, n_k)

@@ -1,4 +1,4 @@
-"""Commands as they can be pasted into the shell that shows them."""
+"""Commands as they can be pasted into the shell that shows them, and where the project's own files lie."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+INSTALLED = Path(__file__).with_name("yamls")  # where setup.py puts the checkout's yamls/
+YAMLS = INSTALLED if INSTALLED.is_dir() else ROOT / "yamls"
 
 
 def short(path: Path) -> str:

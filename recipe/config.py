@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from yaml import YAMLError
 
 from recipe.algorithms import EMAConfig, StepConfig
+from recipe.commands import YAMLS
 from recipe.data import DataConfig
 from recipe.dit import DiTConfig
 from recipe.objectives import TVM, AnyObjective
@@ -190,13 +191,22 @@ class TrainConfig(Settings):
         return self
 
 
+def find_yaml(name: str, folder: Path = Path()) -> Path:
+    """Return the file `name` in `folder` if there is one, else the project's own YAML of that name.
+
+    `yamls/eval/digits.yaml`, `eval/digits.yaml` and `eval/digits` are names of the same one.
+    """
+    given, own = folder / name, Path(f"{YAMLS}/{name.removeprefix('yamls/').removesuffix('.yaml')}.yaml")
+    return own if own.is_file() and not given.is_file() else given
+
+
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The YAML at `path` over the one that its key `base` names (relative to it), and so on."""
+    """Read the YAML at `path` over the one that its key `base` names (relative to it), and so on."""
     files = (*above, path.resolve())
     if files[-1] in above:
         raise ConfigError(f"{above[0]}: its base leads back to itself: {' -> '.join(map(str, files))}")
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
+        raise ConfigError(f"{path}: no such file; the project's own YAMLs are in {YAMLS}")
     try:
         config = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
@@ -210,7 +220,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return config
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: {base} is not the name of one YAML")
-    return overlay(read_yaml(path.parent / base, files), config)
+    return overlay(read_yaml(find_yaml(base, path.parent), files), config)
 
 
 def read_overrides(overrides: list[str]) -> dict[str, Any]:
@@ -280,7 +290,7 @@ def load_config(schema: type[T], path: str | None, overrides: list[str]) -> T:
 
     OmegaConf reads the user's own YAML and overrides, and resolves their references; it sees nothing else.
     """
-    given = overlay(read_yaml(Path(path)) if path else {}, read_overrides(overrides))
+    given = overlay(read_yaml(find_yaml(path)) if path else {}, read_overrides(overrides))
     config = overlay(defaults(schema), given)
     for key in missing(config):
         raise ConfigError(f"{key}: must be given")

@@ -112,7 +112,7 @@ def next_commands(config: TrainConfig, manifest: Manifest, weights: str) -> dict
     out = ["--nfe", "1", "--out", f"{config.folder}/grid.png"]
     found = {"next, to draw samples": commands.module("eval.sample", weights, *ask, *out)}
     if manifest.column == "image":
-        yaml = commands.short(commands.ROOT / "yamls/eval/digits.yaml")
+        yaml = commands.short(commands.YAMLS / "eval/digits.yaml")
         keys = {
             "folder": config.folder,
             "weights": f"[{config.folder}/weights]",

@@ -12,8 +12,6 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
-from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
@@ -64,44 +62,6 @@ class ParallelConfig(Settings):
         return self
 
 
-class AddProducts(CustomGraphPass):
-    """a b + c d of a GPU's matrices becomes one operator, whose second product adds to the first in place.
-
-    So are the weights' gradients by value and by tangent added; a kernel for it would read both and write.
-    """
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Rewrite the graph."""
-        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor):
-            products = [product(x) for x in node.args]
-            if None in products or node.kwargs or not node.meta["val"].is_cuda:
-                continue
-            if len({x.meta["val"].shape for x in products}) == 1:
-                operator = torch.ops.terminal_velocity.add_products.default
-                with graph.inserting_after(max(products)):
-                    fused = graph.call_function(operator, (*products[0].args, *products[1].args))
-                fused.meta.update(node.meta)
-                node.replace_all_uses_with(fused)
-                graph.erase_node(node)
-        graph.eliminate_dead_code()
-
-    def uuid(self) -> bytes:
-        """For Inductor's cache."""
-        return get_hash_for_files((__file__,))
-
-
-def product(node: object) -> fx.Node | None:
-    """The matrix product that a node is, twice transposed or as it is, used nowhere else."""
-    transposed = 0
-    while isinstance(node, fx.Node) and len(node.users) == 1:
-        if node.target == torch.ops.aten.mm.default and transposed % 2 == 0:
-            return node
-        if node.target != torch.ops.aten.permute.default or node.args[1] != [1, 0]:
-            return None
-        node, transposed = node.args[0], transposed + 1
-    return None
-
-
 def configure_compiler(config: ParallelConfig) -> None:
     """Settings of torch.compile, for the whole process."""
     torch._functorch.config.activation_memory_budget = config.activation_budget
@@ -111,8 +71,6 @@ def configure_compiler(config: ParallelConfig) -> None:
     # What a second reader can compute again is not written for it: 4% less traffic
     inductor.realize_opcount_threshold = inductor.realize_reads_threshold = 1000
     inductor.realize_acc_reads_threshold = 1000
-    inductor.post_grad_custom_pre_pass = AddProducts()
-    patches.merge_neighbours()
 
 
 def prepare_blocks(net: DiT, config: ParallelConfig, trained: bool) -> None:

@@ -13,8 +13,6 @@ Replaced, by the functions below:
         waits for a lock file does not notice that it has been unlinked (filelock 4.2)
     the default of allow_tf32 in composer.devices.DeviceGPU (mosaicml 0.32.1)
         breaks where TF32 is allowed elsewhere than in its __init__
-    torch._inductor.scheduler.Scheduler.are_long_distant_nodes (torch 2.7 to 2.11)
-        breaks where the scheduler orders kernels otherwise: then only the bytes change (benchmarks.compiled)
 
 Overridden in subclasses, where the reasons stand:
 
@@ -77,18 +75,6 @@ def divide_gradients_explicitly() -> None:
         return _divide_factors(scatter_group, reduce_group, torch.float16, *rest)
 
     _fsdp_collectives._get_gradient_divide_factors = explicit
-
-
-def merge_neighbours() -> None:
-    """Inductor merges kernels that are up to 64 apart: in a block's backward pass sums over tokens of its one
-    end with those of its other, where both could join the kernels beside them. 54: 8% less traffic.
-    """
-    from torch._inductor.scheduler import BaseSchedulerNode, Scheduler  # it starts processes that compile
-
-    def far_apart(_scheduler: Scheduler, one: BaseSchedulerNode, other: BaseSchedulerNode) -> bool:
-        return max(abs(one.min_order - other.max_order), abs(other.min_order - one.max_order)) > 54
-
-    Scheduler.are_long_distant_nodes = far_apart
 
 
 def choose_names_once() -> None:

@@ -45,7 +45,7 @@ def check_data(config: TrainConfig) -> Manifest:
         if not config.data.remote:
             raise ConfigError(f"data.local: {error}") from error
         answer = error.__cause__  # the service's, where that is the reason
-        hint = f". To mend: {mend(config.data.remote, answer)}" if isinstance(answer, StorageError) else ""
+        hint = f". Fix: {mend(config.data.remote, answer)}" if isinstance(answer, StorageError) else ""
         raise ConfigError(f"data.remote: {error}{hint}") from error
     channels = manifest.shape[0] // (1 if manifest.column == "image" else 2)
     found = {"channels": channels, "size": manifest.shape[1], "classes": len(manifest.class_names)}
@@ -130,7 +130,7 @@ def writable(key: str, uri: str) -> Iterator[str]:
         folder.write(probe, b"")
         folder.delete(probe)
     except StorageError as error:
-        yield f"{key}: {error}. To mend: {mend(uri, error)}"
+        yield f"{key}: {error}. Fix: {mend(uri, error)}"
 
 
 def startable(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
@@ -149,7 +149,7 @@ def startable(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
     except StorageError as error:
-        yield f"{key}: {error}. To mend: {mend(uri, error)}"
+        yield f"{key}: {error}. Fix: {mend(uri, error)}"
 
 
 def oci_agreement(config: TrainConfig) -> Iterator[str]:
@@ -165,14 +165,14 @@ def oci_agreement(config: TrainConfig) -> Iterator[str]:
         oci.config.validate_config(named)
         namespace = oci.object_storage.ObjectStorageClient(named).get_namespace().data
     except Exception as error:  # the SDK has many for a bad configuration
-        yield f"oci://: {type(error).__name__}: {error}. To mend: {OCI_LOGIN} (shown by: oci os ns get)"
+        yield f"oci://: {type(error).__name__}: {error}. Fix: {OCI_LOGIN} (shown by: oci os ns get)"
         return
     different = [k for k in ("user", "tenancy", "fingerprint", "region") if named.get(k) != home.get(k)]
     if different:
         yield (
             f"OCI_CONFIG_FILE: {os.environ['OCI_CONFIG_FILE']} and ~/.oci/config differ in "
             f"{', '.join(different)}; checkpoints would use the first, data the second. "
-            f"To mend: unset OCI_CONFIG_FILE"
+            f"Fix: unset OCI_CONFIG_FILE"
         )
     for key, uri in uris.items():
         other = uri.partition("://")[2].partition("/")[0].partition("@")[2]
@@ -221,7 +221,7 @@ def disk_space(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
         free = shutil.disk_usage(places[0]).free
         if free < sum(missing):
             figures = f"{math.ceil(sum(missing) / 1e6)} MB needed, {int(free / 1e6)} MB free"
-            yield f"{', '.join(names)}: {figures}. To mend: df -h {places[0]}"
+            yield f"{', '.join(names)}: {figures}. Fix: df -h {places[0]}"
 
 
 def cache_limit(config: TrainConfig, ranks: int, manifest: Manifest) -> Iterator[str]:
@@ -240,7 +240,7 @@ def cache_limit(config: TrainConfig, ranks: int, manifest: Manifest) -> Iterator
     if limit < need:
         yield (
             f"data.cache_limit: {config.data.cache_limit} is less than what a node shuffles over at a time "
-            f"here. To mend: data.cache_limit={int(need / 2**20) + 1}mb or more, or null"
+            f"here. Fix: set data.cache_limit={int(need / 2**20) + 1}mb or more, or null"
         )
 
 
@@ -274,7 +274,7 @@ def divisible(config: TrainConfig, ranks: int) -> list[str]:
 def precision(config: TrainConfig) -> Iterator[str]:
     """Composer trains in bf16 on a GPU alone."""
     if config.precision != "fp32" and not torch.cuda.is_available():
-        yield f"precision: {config.precision} needs a GPU, and there is none here. To mend: precision=fp32"
+        yield f"precision: {config.precision} needs a GPU, and there is none here. Fix: set precision=fp32"
 
 
 def temporary_folder(config: TrainConfig) -> Iterator[str]:
@@ -283,7 +283,7 @@ def temporary_folder(config: TrainConfig) -> Iterator[str]:
     if config.data.workers and len(folder) > longest:
         yield (
             f"data.workers: {config.data.workers} need a temporary folder of at most {longest} characters, "
-            f"{folder} has {len(folder)}. To mend: TMPDIR=/tmp, or data.workers=0"
+            f"{folder} has {len(folder)}. Fix: set TMPDIR=/tmp, or data.workers=0"
         )
 
 
@@ -295,7 +295,7 @@ def wandb_key(config: TrainConfig) -> Iterator[str]:
     with suppress(OSError, netrc.NetrcParseError):
         key = netrc.netrc().authenticators("api.wandb.ai")
     if not key:
-        yield "log.wandb: online, but there is no key. To mend: wandb login, or log.wandb=offline"
+        yield "log.wandb: online, but there is no key. Fix: run wandb login, or set log.wandb=offline"
 
 
 def problems(config: TrainConfig, ranks: int) -> tuple[list[str], Manifest | None]:

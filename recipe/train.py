@@ -168,7 +168,7 @@ def short_for_average(trainer: Trainer, ema: EMAConfig) -> str | None:
     if ema.ramp or batches is None or duration.value * batches * (1 - ema.decay) >= 3:
         return None
     left = ema.decay ** (duration.value * batches)
-    return f"ema.decay: {ema.decay} keeps {left:.0%} of the first weights to the end. To mend: ema.ramp=true"
+    return f"ema.decay: {ema.decay} keeps {left:.0%} of the first weights to the end. Fix: set ema.ramp=true"
 
 
 def start(config: TrainConfig, preemption: Preemption) -> tuple[Trainer, Manifest]:

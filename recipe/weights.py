@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,14 +57,27 @@ class Facts(TypedDict):
 
 
 def commit() -> str:
-    """The checkout's commit, with `+` where files differ from it; `unknown` outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """Return the commit of the checkout that this code is in, with `+` where files differ from it.
+
+    Code that pip installed is in none, though a repository of someone else's may contain the environment: its
+    commit is `version 0.1.0`. Where there is no version either, it is `unknown`.
+    """
+    git, here = ["git", "-C", str(Path(__file__).parent)], Path(__file__).name
     try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", here], capture_output=True, check=True)
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, check=True)
         changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return installed_version()
     return head.stdout.decode().strip() + ("+" if changes.stdout.strip() else "")
+
+
+def installed_version() -> str:
+    """Return `version X.Y.Z` of the installed project, or `unknown` where it is not installed."""
+    try:
+        return f"version {metadata.version('terminal-velocity')}"
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def file_digest(path: Path, digest: Any) -> str:  # noqa: ANN401

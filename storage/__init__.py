@@ -1,7 +1,7 @@
 """Files of one folder, on a disk or in a bucket (s3://, gs://, oci://), through the services' own clients.
 
-A request is tried again while its failure may pass; only an answer of 404 means that a file is not there.
-Clients are imported when a bucket is first used: loading them takes longer than many a command.
+A request is repeated while its failure may be temporary; only a 404 means that a file does not exist. Clients
+are imported when a bucket is first used, since loading them takes longer than many a command.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import botocore.exceptions
 import urllib3.exceptions
@@ -27,31 +27,31 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 8
-NETWORK_ERRORS = (  # every client's own have one of these behind them
+NETWORK_ERRORS = (  # every client's own network error has one of these as its cause
     ConnectionError,
     TimeoutError,
     urllib3.exceptions.HTTPError,
     botocore.exceptions.IncompleteReadError,
 )
 DISK_ERRORS = [os.strerror(e) for e in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.EFBIG)]
-DISK_ERRORS.append("PytorchStreamWriter failed writing file")  # all that torch.save says of a full disk
+DISK_ERRORS.append("PytorchStreamWriter failed writing file")  # all that torch.save says about a full disk
 OCI_PART = 64 * 2**20  # bytes per request; one stream is slower than the network
 
 
 class StorageError(OSError):
-    """A file that cannot be listed, read, written or deleted; names it and the service's answer."""
+    """A file cannot be listed, read, written or deleted; the message names it and the service's answer."""
 
 
 class MissingError(StorageError, FileNotFoundError):
-    """There is no such file or bucket."""
+    """The file or the bucket does not exist."""
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Turn the failure of the disk under a local file into a StorageError that names the file.
 
-    torch, safetensors and sharded checkpoints have errors of their own for it, with the system's answer, or
-    traces of it, in their text. Any other error passes as it is.
+    torch, safetensors and sharded checkpoints raise errors of their own, whose text holds the system's answer
+    or a part of it. Any other error passes through unchanged.
     """
     try:
         yield
@@ -67,7 +67,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def normalize_uri(uri: str) -> str:
-    """The spelling that all libraries take: no trailing slash, a known scheme. Raises ValueError."""
+    """Return `uri` without trailing slashes. Raises ValueError for an unknown scheme."""
     if "://" in uri and uri.partition("://")[0] not in CLIENTS:
         known = ", ".join(f"{scheme}://" for scheme in CLIENTS)
         raise ValueError(f"{uri!r} is neither a local path nor one of {known}")
@@ -75,10 +75,10 @@ def normalize_uri(uri: str) -> str:
 
 
 class Folder:
-    """The files under `uri`, named relative to it. Safe to use from several threads, not across a fork."""
+    """The files under `uri`, named relative to it. Threads may share one, forked processes may not."""
 
     def __init__(self, uri: str) -> None:
-        """Raises ValueError for an unknown scheme, StorageError where there are no usable credentials."""
+        """Open `uri`. Raises ValueError for an unknown scheme, StorageError without usable credentials."""
         self.uri = normalize_uri(uri)
         self.remote = "://" in self.uri
         scheme, _, rest = self.uri.partition("://")
@@ -88,29 +88,32 @@ class Folder:
         self._client = self._attempt("open", "", lambda: client(where))
 
     def names(self) -> list[str]:
-        """All files, at any depth; none for a folder that does not exist, and none halfway through `put`."""
+        """List all files at any depth; none if the folder does not exist. Unfinished writes are left out."""
         keys = self._attempt("list", "", lambda: self._client.list(self.prefix))
         return [key.removeprefix(self.prefix) for key in keys if not key.endswith((".tmp", "/"))]
 
     def put(self, name: str, source: Path) -> None:
-        """Copies the local file `source` here; it appears whole or not at all."""
+        """Copy the local file `source` to `name` in this folder; it appears whole or not at all."""
         self._attempt("write", name, lambda: self._client.put(self.prefix + name, str(source)))
 
     def get(self, name: str, target: Path) -> None:
-        """Copies a file from here to the local path `target`. Raises MissingError if there is none."""
+        """Copy the file `name` to the local path `target`. Raises MissingError if it does not exist."""
         target.parent.mkdir(parents=True, exist_ok=True)
         self._attempt("read", name, lambda: self._client.get(self.prefix + name, f"{target}.tmp"))
         os.replace(f"{target}.tmp", target)
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a small file."""
+        """Write `content` as the file `name`, whole or not at all."""
         with writing(tempfile.gettempdir()), tempfile.TemporaryDirectory() as scratch:
             source = Path(scratch, "file")
             source.write_bytes(content)
             self.put(name, source)
 
     def read(self, name: str, limit: int = 2**32) -> bytes:
-        """Content of a file of at most `limit` bytes. Raises MissingError if there is none."""
+        """Return the content of the file `name`.
+
+        Raises MissingError if it does not exist, StorageError if it has more than `limit` bytes.
+        """
         if not self.remote:
             return self._attempt("read", name, lambda: read_bytes(Path(self.uri, name), limit))
         with writing(tempfile.gettempdir()), tempfile.TemporaryDirectory() as scratch:
@@ -119,7 +122,7 @@ class Folder:
             return self._attempt("read", name, lambda: read_bytes(target, limit))
 
     def delete(self, name: str) -> None:
-        """Removes a file; no error if it is gone already."""
+        """Delete the file `name`; a file that does not exist is no error."""
         with suppress(MissingError):
             self._attempt("delete", name, lambda: self._client.delete(self.prefix + name))
 
@@ -127,8 +130,24 @@ class Folder:
         return attempt(f"{verb} {self.uri}/{name}".rstrip("/"), action)
 
 
-class Disk:
-    """A local folder. Like the clients below it lists, writes, reads and deletes, with any error at all."""
+class Client(Protocol):
+    """The access to one place by names of files below it; every method may raise any error."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Return the names of all files that begin with `prefix`."""
+
+    def put(self, key: str, source: str) -> None:
+        """Copy the local file `source` to the file `key`."""
+
+    def get(self, key: str, target: str) -> None:
+        """Copy the file `key` to the local path `target`."""
+
+    def delete(self, key: str) -> None:
+        """Delete the file `key`."""
+
+
+class Disk(Client):
+    """A local folder."""
 
     def __init__(self, root: str) -> None:
         self.root = Path(root)
@@ -156,8 +175,8 @@ class Disk:
         (self.root / key).unlink()
 
 
-class S3:
-    """A bucket of S3, or of another service by its protocol; `options` are those of boto3's client."""
+class S3(Client):
+    """A bucket of S3 or of a service with the same protocol; `options` go to boto3's client."""
 
     def __init__(self, bucket: str, **options: str) -> None:
         import boto3
@@ -182,8 +201,8 @@ class S3:
         self.client.delete_object(Bucket=self.bucket, Key=key)
 
 
-class GCS:
-    """A bucket of Google's, with its default credentials."""
+class GCS(Client):
+    """A bucket of Google Cloud Storage, opened with the default credentials."""
 
     def __init__(self, bucket: str) -> None:
         from google.cloud.storage import Client
@@ -204,15 +223,15 @@ class GCS:
 
 
 def google(bucket: str) -> GCS | S3:
-    """A bucket of Google's; where GCS_KEY and GCS_SECRET hold an HMAC key, by the protocol of S3."""
+    """Open a bucket of Google Cloud Storage, by S3's protocol if GCS_KEY and GCS_SECRET hold an HMAC key."""
     if not {"GCS_KEY", "GCS_SECRET"} <= os.environ.keys():
         return GCS(bucket)
     login = {"aws_access_key_id": os.environ["GCS_KEY"], "aws_secret_access_key": os.environ["GCS_SECRET"]}
     return S3(bucket, region_name="auto", endpoint_url="https://storage.googleapis.com", **login)
 
 
-class OCI:
-    """A bucket of Oracle's, in the account's own namespace."""
+class OCI(Client):
+    """A bucket of Oracle's object storage, in the namespace of the account."""
 
     def __init__(self, bucket: str) -> None:
         import oci
@@ -258,7 +277,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def status(error: BaseException) -> int | None:
-    """HTTP status behind an error of any of the services' libraries."""
+    """Return the HTTP status behind an error of any of the clients, or None."""
     for e in _chain(error):
         response = getattr(e, "response", None)
         if isinstance(response, dict):
@@ -270,7 +289,7 @@ def status(error: BaseException) -> int | None:
 
 
 def transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later: overload, server fault, or the network."""
+    """Return True if the same request may succeed later: overload, server fault, or a network error."""
     code = status(error)
     if code is not None:
         return code in (408, 429) or code >= 500
@@ -278,16 +297,16 @@ def transient(error: BaseException) -> bool:
 
 
 def attempt(what: str, action: Callable[[], T], error_class: type[Exception] = StorageError) -> T:
-    """Runs `action`, again after 1, 2, 4, ... seconds while the failure may pass.
+    """Return the result of `action`, repeated after 1, 2, 4, ... seconds while its failure may be temporary.
 
-    Raises `error_class`, or MissingError, with "cannot WHAT: the service's answer".
+    Raises `error_class`, or MissingError, with the message "cannot WHAT: the service's answer".
     """
     for number in range(ATTEMPTS):
         try:
             return action()
-        except Exception as error:  # each service has its own
-            root = list(_chain(error))[-1]  # which says most
-            reason = f"{type(root).__name__}: {' '.join(str(root).split())[:300]}"
+        except Exception as error:  # each service has errors of its own
+            cause = list(_chain(error))[-1]  # the first cause says most
+            reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
             if error_class is StorageError and (isinstance(error, FileNotFoundError) or status(error) == 404):
                 raise MissingError(f"cannot {what}: {reason}") from error
             if number + 1 == ATTEMPTS or not transient(error):

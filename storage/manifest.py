@@ -1,10 +1,10 @@
-"""What a converted dataset says about itself: `manifest.json`, written last, so its presence means complete.
+"""The description of a converted dataset, `manifest.json`; it is written last, so it exists if all else does.
 
 A dataset folder, local or in a bucket, holds `index.json` and `shard.*.mds` (MosaicML Streaming's format) and
 this file. Training reads it for the class names and the per-channel statistics; `verify` checks it.
 
-`open_dataset` is the only way to a dataset's shards: an index may name any decoder that Streaming has (one of
-them unpickles) and any file, so nothing of it is used before it is what the manifest describes.
+`open_dataset` is the only way to a dataset's shards: an index could name any decoder of Streaming (one of
+them unpickles) and any file, so it is compared with the manifest before anything of it is used.
 """
 
 import base64
@@ -43,11 +43,11 @@ Size = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 
 
 class DatasetError(ValueError):
-    """The input, the target or the request is wrong in a way that the user can mend; shown as one line."""
+    """The input, the target or the request is wrong in a way that the user can fix; shown as one line."""
 
 
 class Input(TypedDict):
-    """What went into a conversion; see `Manifest`."""
+    """The input of a conversion; `Manifest` describes the keys."""
 
     __pydantic_config__ = Strict
     split: str
@@ -58,7 +58,7 @@ class Input(TypedDict):
 
 
 class Stored(TypedDict):
-    """What the manifest says of a shard's file."""
+    """The manifest's entry for the file of a shard."""
 
     __pydantic_config__ = Strict
     bytes: Annotated[int, Field(ge=0, lt=SHARD_BYTES)]
@@ -67,7 +67,7 @@ class Stored(TypedDict):
 
 
 class TextFacts(TypedDict):
-    """The text encoder of a dataset with embeddings; see `Manifest`."""
+    """The text encoder of a dataset with embeddings; `Manifest` describes the keys."""
 
     __pydantic_config__ = Strict
     encoder: str
@@ -80,7 +80,7 @@ class TextFacts(TypedDict):
 
 @dataclass
 class Manifest:
-    """Description of one split. Without its results it is the plan that a conversion follows.
+    """The description of one split. Without its results it is the plan that a conversion follows.
 
     column: "image" (uint8, C,H,W) or "latents" (float16, 2c,h,w: posterior mean, then standard deviation).
     input: {split, splits, samples, flips, xxh64}: this split, all splits of the dataset, and what went in:
@@ -119,7 +119,7 @@ class Manifest:
 
     @property
     def columns(self) -> dict[str, str]:
-        """Names and MDS types of a sample's values."""
+        """The MDS type of each column of a sample, by name."""
         shape = ",".join(map(str, self.shape))
         columns = {self.column: f"ndarray:{STORED_DTYPE[self.column]}:{shape}", "label": "int64"}
         if self.caption_bytes is not None:
@@ -131,7 +131,7 @@ class Manifest:
 
     @property
     def sizes(self) -> dict[str, int | None]:
-        """Bytes of each column's value in a shard, None for a caption, whose length varies."""
+        """The bytes that each column's value takes in a shard; None for a caption, whose length varies."""
         value = STORED_BYTES[STORED_DTYPE[self.column]] * math.prod(self.shape)
         text = 2 * self.text["tokens"] * self.text["width"] if self.text else None
         known = {self.column: value, "label": 8, "caption": None, "text": text, "text_length": 8}
@@ -139,27 +139,27 @@ class Manifest:
 
     @property
     def channels(self) -> int:
-        """Channels of what a network sees: of latents the means alone."""
+        """The number of channels that a network sees: of latents only the means."""
         return self.shape[0] // (1 if self.column == "image" else 2)
 
     def check_label(self, label: int, where: str) -> None:
-        """Raises DatasetError if the label of the sample `where` is no class; without classes all are 0."""
+        """Raise DatasetError, naming `where`, if a label is not a class; without classes all labels are 0."""
         classes = len(self.class_names) or 1
         if not 0 <= label < classes:
             raise DatasetError(f"{where}: label {label} is not in 0..{classes - 1}")
 
     @property
     def copies(self) -> int:
-        """How often an input sample is stored: twice where this conversion adds its mirror image."""
+        """The number of times that an input sample is stored: 2 if this conversion adds its mirror image."""
         return 2 if self.flips and not self.input["flips"] else 1
 
     def to_json(self) -> bytes:
-        """The file's bytes; equal manifests give equal bytes."""
+        """Return the content of the file; equal manifests give equal bytes."""
         return (json.dumps(_values(self), indent=2) + "\n").encode()
 
     @classmethod
     def from_json(cls, text: bytes, where: str, plan: bool = False) -> "Manifest":
-        """Parses `text`, read from `where` (named in errors); a `plan` has no results yet.
+        """Parse `text`, read from `where` (named in errors); a `plan` has no results yet.
 
         Raises DatasetError with the first key whose value cannot be, in itself or beside the others.
         """
@@ -179,7 +179,7 @@ class Manifest:
 
 
 def contradiction(manifest: Manifest, plan: bool) -> str | None:
-    """The first key that does not fit the others: numbers of values, and sums. A plan has no results yet."""
+    """Return what is wrong with the first key that contradicts another (counts, sums), or None."""
     if manifest.column == "latents" and manifest.shape[0] % 2:
         return f"shape: {manifest.shape} of latents, whose means and deviations have as many channels"
     if len(set(manifest.class_names)) < len(manifest.class_names):
@@ -204,7 +204,7 @@ def contradiction(manifest: Manifest, plan: bool) -> str | None:
 
 
 def _empty_prompt(text: TextFacts) -> str | None:
-    """What is wrong with the embedding of the empty prompt."""
+    """Return what is wrong with the embedding of the empty prompt, or None."""
     try:
         size = len(base64.b64decode(text["empty"], validate=True))
     except ValueError as error:
@@ -214,16 +214,16 @@ def _empty_prompt(text: TextFacts) -> str | None:
 
 
 def check_names(names: Iterable[str], where: str) -> None:
-    """Raises DatasetError if one of the names that `where` lists is not that of a shard in its own folder."""
+    """Raise DatasetError if a name that `where` lists is not the name of a shard in the same folder."""
     for name in names:
         if not SHARD.fullmatch(name):
             raise DatasetError(f"{where} names a file that is not a shard of its folder: {short(name)}")
 
 
 def read_manifest(uri: str) -> Manifest:
-    """Reads the manifest of the dataset folder `uri` (a local path, or s3://, gs://, oci://).
+    """Read the manifest of the dataset folder `uri` (a local path, or s3://, gs://, oci://).
 
-    Raises DatasetError when there is none: the folder is empty, or its conversion has not finished.
+    Raises DatasetError if there is none: the folder is empty, or its conversion has not finished.
     """
     try:
         return Manifest.from_json(Folder(uri).read(MANIFEST, LARGEST), f"{uri}/{MANIFEST}")
@@ -238,7 +238,7 @@ def read_manifest(uri: str) -> Manifest:
 
 
 class File(TypedDict):
-    """What the index says of a file: its name, bytes and checksum."""
+    """The index's description of a file: its name, size in bytes and checksum."""
 
     __pydantic_config__ = Strict
     basename: str
@@ -247,7 +247,7 @@ class File(TypedDict):
 
 
 class Shard(TypedDict):
-    """An entry of the index; zip_data is the file as stored where there is compression, raw_data else."""
+    """An entry of the index. The stored file is zip_data if the shard is compressed, else raw_data."""
 
     __pydantic_config__ = Strict
     column_encodings: list[str]
@@ -272,12 +272,12 @@ class Index(TypedDict):
 
 
 def stored_file(entry: Shard) -> File:
-    """What the index says of the file that holds a shard."""
+    """Return the index's description of the file in which a shard is stored."""
     return entry["zip_data"] or entry["raw_data"]
 
 
 def list_shards(entries: list[Shard]) -> dict[str, Stored]:
-    """Entries of the index as the manifest has them: {file name: {bytes, xxh64, samples}}."""
+    """Convert entries of the index to the manifest's form: {file name: {bytes, xxh64, samples}}."""
     files = [(stored_file(entry), entry["samples"]) for entry in entries]
     return {
         file["basename"]: {"bytes": file["bytes"], "xxh64": file["hashes"]["xxh64"], "samples": samples}
@@ -286,9 +286,9 @@ def list_shards(entries: list[Shard]) -> dict[str, Stored]:
 
 
 def open_dataset(uri: str) -> tuple[Manifest, list[Shard]]:
-    """The manifest of the dataset folder `uri` and its index's shards, in the order of their samples.
+    """Return the manifest of the dataset folder `uri` and the shards of its index, in the order of samples.
 
-    Raises DatasetError where one is missing, wrong in itself, or says something else than the other.
+    Raises DatasetError if one of the two is missing or invalid, or if they contradict each other.
     """
     manifest = read_manifest(uri)
     try:
@@ -298,9 +298,9 @@ def open_dataset(uri: str) -> tuple[Manifest, list[Shard]]:
 
 
 def read_index(text: bytes, manifest: Manifest, where: str) -> list[Shard]:
-    """The shards of an index, read from `where` (named in errors), that fits the manifest.
+    """Return the shards of an index, read from `where` (named in errors), if it agrees with the manifest.
 
-    Raises DatasetError with the shard and the key that does not.
+    Raises DatasetError with the shard and the key that contradicts the manifest.
     """
     try:
         entries = parse_json(text, where)
@@ -319,16 +319,16 @@ def read_index(text: bytes, manifest: Manifest, where: str) -> list[Shard]:
 
 
 def files_of(entry: Shard) -> list[File]:
-    """The files that a shard may be in: as it is decoded, and compressed."""
+    """Return the descriptions of a shard's files: uncompressed and, if there is one, compressed."""
     return [file for file in (entry["raw_data"], entry["zip_data"]) if file]
 
 
 def _disagreement(entry: Shard, manifest: Manifest) -> str | None:
-    """Where an entry of the index says something else than the manifest, or cannot be."""
+    """Return how an entry of the index contradicts the manifest or itself, or None."""
     file, names = stored_file(entry), entry["column_names"]
     stated = manifest.shards.get(file["basename"])
     if stated is None:
-        return f"{MANIFEST} does not know it"
+        return f"{MANIFEST} does not list it"
     found = {"bytes": file["bytes"], "xxh64": file["hashes"]["xxh64"], "samples": entry["samples"]}
     found |= {"compression": entry["compression"], "columns": sorted(names)}
     wanted = {**stated, "compression": manifest.compression, "columns": sorted(manifest.columns)}
@@ -348,13 +348,13 @@ def _disagreement(entry: Shard, manifest: Manifest) -> str | None:
 
 
 def _values(manifest: Manifest) -> dict:
-    """Its keys, without those of captions where there are none."""
+    """Return the manifest's keys and values, without the optional ones that are not set."""
     values = dataclasses.asdict(manifest)
     return {key: value for key, value in values.items() if key not in OPTIONAL or value is not None}
 
 
 def _decisive(plan: Manifest) -> dict:
-    """What decides the bytes of a dataset: not its results, the command's words or the models' folders."""
+    """Return the keys that decide the bytes of a dataset: not results, the command or folders of models."""
     values = _values(plan)
     values["encoder"].pop("model", None)
     if plan.text:
@@ -363,12 +363,12 @@ def _decisive(plan: Manifest) -> dict:
 
 
 def fingerprint(plan: Manifest) -> str:
-    """xxh64 that two plans share if they describe the same dataset."""
+    """Return a checksum (xxh64) that two plans share if they describe the same dataset."""
     return xxhash.xxh64(json.dumps(_decisive(plan), sort_keys=True)).hexdigest()
 
 
 def difference(plan: Manifest, other: Manifest) -> str | None:
-    """Says where two plans describe different datasets, or None."""
+    """Return where two plans describe different datasets, as text, or None."""
     here, there = _decisive(plan), _decisive(other)
     for key in {**here, **there}:
         if here.get(key) != there.get(key):

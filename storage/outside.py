@@ -1,7 +1,7 @@
-"""JSON from outside: read within bounds, every fault one line that names the file and the key.
+"""JSON from outside: read within bounds, with one line per fault that names the file and the key.
 
-Whatever another program or another person may have written goes through `parse_json`, and what it must look
-like through `conform`: nothing is executed, resolved or looked up on behalf of a file.
+What another program or person may have written is read by `parse_json` and checked by `conform`. Nothing is
+executed, resolved or looked up on behalf of a file.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ ESCAPE = re.compile(rb"\\(?:u[dD][89a-fA-F]..|.)", re.DOTALL)
 
 
 class OutsideError(ValueError):
-    """A file from outside is not what it must be; the message is one line that names the file."""
+    """A file from outside is invalid; the message is one line that names the file."""
 
 
 def read_bytes(path: str | Path, limit: int = LARGEST) -> bytes:
-    """The content of a regular file of at most `limit` bytes. Raises OSError, OutsideError."""
+    """Return the content of a regular file of at most `limit` bytes. Raises OSError, OutsideError."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe, or a device that never ends
             raise OutsideError(f"{path} is not a regular file")
@@ -39,7 +39,7 @@ def read_bytes(path: str | Path, limit: int = LARGEST) -> bytes:
 
 
 def parse_json(text: str | bytes, where: str, nan: bool = False) -> Any:  # noqa: ANN401
-    """The value of a JSON text that comes from `where`. Raises OutsideError.
+    """Return the value of a JSON text that comes from `where`. Raises OutsideError.
 
     Refused are texts of more than LARGEST bytes, nesting of more than 200 levels, integers beyond 64 bits
     and, unless `nan`, numbers that are not finite.
@@ -58,17 +58,17 @@ def parse_json(text: str | bytes, where: str, nan: bool = False) -> Any:  # noqa
 
 
 def without_halves(text: bytes) -> bytes:
-    """A JSON text with U+FFFD for escaped halves of characters: so Python writes names that are not UTF-8."""
+    """Replace escaped surrogates, which Python writes for file names that are not UTF-8, by U+FFFD."""
     return ESCAPE.sub(lambda found: rb"\ufffd" if len(found[0]) == 6 else found[0], text)
 
 
 def read_json(path: str | Path, nan: bool = False) -> Any:  # noqa: ANN401
-    """`parse_json` of a local file. Raises OSError, OutsideError."""
+    """Return the value of a local JSON file (see `parse_json`). Raises OSError, OutsideError."""
     return parse_json(read_bytes(path), str(path), nan)
 
 
 def _check_numbers(value: Any, where: str, nan: bool) -> None:  # noqa: ANN401
-    """Raises OutsideError for an integer beyond 64 bits and, unless `nan`, for 1e999."""
+    """Raise OutsideError for an integer beyond 64 bits and, unless `nan`, for a number like 1e999."""
     pending = [value]
     while pending:
         item = pending.pop()
@@ -83,7 +83,7 @@ def _check_numbers(value: Any, where: str, nan: bool) -> None:  # noqa: ANN401
 
 
 def conform(kind: type, text: bytes, where: str) -> None:
-    """Checks by pydantic's rules that a JSON text, which `parse_json` has taken, describes a `kind`.
+    """Check by pydantic's rules that a JSON text, which `parse_json` has accepted, describes a `kind`.
 
     Raises OutsideError with the first key that is wrong, what it is, and what is allowed.
     """
@@ -94,7 +94,7 @@ def conform(kind: type, text: bytes, where: str) -> None:
 
 
 def describe(error: ValidationError) -> str:
-    """The first fault in one line: `input.samples: -3: input should be greater than or equal to 0`."""
+    """Return the first fault in one line: `input.samples: -3: input should be greater than or equal to 0`."""
     first = error.errors(include_url=False, include_context=False)[0]
     key = ascii(".".join(map(str, first["loc"])) or "the whole")[1:-1][:100]
     reason = first["msg"].removeprefix("Value error, ")
@@ -104,6 +104,6 @@ def describe(error: ValidationError) -> str:
 
 
 def short(value: object) -> str:
-    """A value as JSON in at most 100 characters of ASCII, for a message."""
+    """Return a value as JSON in at most 100 ASCII characters, for a message."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 100 else text[:97] + "..."

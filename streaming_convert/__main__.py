@@ -1,6 +1,6 @@
 """`python -m streaming_convert SOURCE --out FOLDER_OR_URI`: from images to a dataset that training streams.
 
-Sources: digits, images, zip, emoji, mds. Then: merge, verify, show. Each explains itself with --help.
+Sources: digits, images, zip, emoji, mds. Other commands: merge, verify, show. --help explains each of them.
 """
 
 import argparse
@@ -22,15 +22,16 @@ from streaming_convert import captions, reader, sources, writer
 from streaming_convert.encoders import DTYPES, VAE, Encoder, Stored, load_text_encoder
 from streaming_convert.sources import Source
 
-PASSING_OPTIONS = ("--workers", "--device", "--shard", "--max-rejected")  # do not decide what is written
+# These have no influence on what is written.
+PASSING_OPTIONS = ("--workers", "--device", "--shard", "--max-rejected")
 YAML = "train.yaml"
 CAPTIONS_HELP = f"CSV or JSON lines with file and caption; `{captions.BESIDE}`: 1.txt for 1.jpg"
-MOST_BYTES = 256  # of a caption and one more, for a network that reads them, in YAML
-SHARD_HEADER = 1024  # bytes that a shard's description of its columns stays below
+MOST_BYTES = 256  # most tokens that train.yaml gives a network that reads captions as bytes
+SHARD_HEADER = 1024  # bytes at most of a shard's description of its columns
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. Exit status: 0 done, 1 refused or failed (with one message), 2 usage."""
+    """Run one command. Exit status: 0 done, 1 refused or failed (with one message), 2 wrong usage."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     try:
@@ -44,26 +45,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line: one subcommand per source, and merge, verify, show."""
+    """Return the parser of the command line: one subcommand per source, and merge, verify, show."""
     top = argparse.ArgumentParser(prog="python -m streaming_convert", description=__doc__, allow_abbrev=False)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_sources(commands)
 
     merge = commands.add_parser(
-        "merge", help="complete a dataset that several machines converted with --shard"
+        "merge", help="complete a dataset that several machines have converted with --shard"
     )
-    merge.add_argument("out", type=_target, metavar="FOLDER_OR_URI", help="the --out that they had in common")
+    merge.add_argument("out", type=_target, metavar="FOLDER_OR_URI", help="the --out of all these machines")
     merge.add_argument("--max-rejected", type=_at_least(0), default=0, help="as in the conversion")
     merge.set_defaults(run=run_merge)
 
-    check = commands.add_parser("verify", help="check every sample of a dataset against index and manifest")
-    check.add_argument("uri", type=_target, metavar="FOLDER_OR_URI")
-    check.set_defaults(run=run_verify)
+    verify = commands.add_parser("verify", help="check every sample of a dataset against index and manifest")
+    verify.add_argument("uri", type=_target, metavar="FOLDER_OR_URI")
+    verify.set_defaults(run=run_verify)
 
-    show = commands.add_parser("show", help="a picture of samples of a dataset")
+    show = commands.add_parser("show", help="draw a picture of samples of a dataset")
     show.add_argument("uri", type=_target, metavar="FOLDER_OR_URI")
     show.add_argument("--out", required=True, metavar="PNG")
-    show.add_argument("--vae", metavar="NAME", help="decodes latents: a diffusers folder or hub name")
+    show.add_argument("--vae", metavar="NAME", help="decoder of latents: a diffusers folder or hub name")
     show.add_argument("--rows", type=_at_least(1), default=10)
     show.add_argument("--columns", type=_at_least(1), default=10)
     show.set_defaults(run=run_show)
@@ -114,33 +115,36 @@ def _add_sources(commands: argparse._SubParsersAction) -> None:
 def _target_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     add = options.add_argument
-    where = "writes its train/ and val/; s3://, gs://, oci:// too"
+    where = "the dataset: train/ and val/ are written there; s3://, gs://, oci:// too"
     add("--out", type=_target, required=True, metavar="FOLDER_OR_URI", help=where)
     add("--val", type=_share, default=0.0, metavar="SHARE", help="share of samples for val/ (default: 0)")
-    add("--only", nargs="+", metavar="CLASS", help="these classes only, numbered in this order")
-    add("--limit", type=_at_least(1), metavar="N", help="N samples only, drawn at random")
-    add("--seed", type=_at_least(0), default=0, help="of --val and --limit (default: 0)")
+    add("--only", nargs="+", metavar="CLASS", help="keep only these classes, numbered in this order")
+    add("--limit", type=_at_least(1), metavar="N", help="keep only N samples, drawn at random")
+    add("--seed", type=_at_least(0), default=0, help="seed of --val and --limit (default: 0)")
     add("--flips", action="store_true", help="store every sample a second time, mirrored")
     add("--encoder", choices=("none", "vae"), default="none", help="default: none, which stores uint8 pixels")
     add("--vae", default="stabilityai/sd-vae-ft-ema", metavar="NAME", help="diffusers folder or hub name")
     add("--dtype", choices=DTYPES, default="fp32", help="precision of the encoder (default: fp32)")
     add("--batch-size", type=_at_least(1), default=32, help="of the encoder (default: %(default)s)")
-    add("--text-encoder", metavar="NAME", help="of captions: T5, CLIP, Qwen; transformers folder or hub name")
-    add("--text-tokens", type=_at_least(1), default=64, help="of a caption, at most (default: %(default)s)")
-    add("--device", help="of the encoders, such as cuda:1 (default: a GPU if there is one)")
-    add("--shard-samples", type=_at_least(1), default=1000, help="most per shard (default: %(default)s)")
-    add(
-        "--shard-size", type=_bytes, default="16mb", help="most bytes per shard, uncompressed (default: 16mb)"
-    )
+    text = "encoder of captions (T5, CLIP, Qwen): a transformers folder or hub name"
+    add("--text-encoder", metavar="NAME", help=text)
+    add("--text-tokens", type=_at_least(1), default=64, help="most tokens per caption (default: %(default)s)")
+    add("--device", help="device of the encoders, such as cuda:1 (default: a GPU if there is one)")
+    samples = "most samples per shard (default: %(default)s)"
+    add("--shard-samples", type=_at_least(1), default=1000, help=samples)
+    size = "most bytes per shard, uncompressed (default: %(default)s)"
+    add("--shard-size", type=_bytes, default="16mb", help=size)
     add("--compression", type=_compression, help="of shards, in Streaming's names: zstd:3 (default: none)")
-    add("--max-rejected", type=_at_least(0), default=0, help="bad samples to leave out, in all splits")
-    add("--workers", type=_at_least(1), default=os.cpu_count(), help="default: one per core (%(default)s)")
-    add("--shard", type=_machine, default=(1, 1), metavar="I/N", help="machine I of N; at the end, run merge")
+    add("--max-rejected", type=_at_least(0), default=0, help="most bad samples to leave out, over all splits")
+    workers = "worker processes (default: one per core, %(default)s)"
+    add("--workers", type=_at_least(1), default=os.cpu_count(), help=workers)
+    part = "convert as machine I of N; run merge at the end"
+    add("--shard", type=_machine, default=(1, 1), metavar="I/N", help=part)
     return options
 
 
 def run_convert(args: argparse.Namespace, argv: list[str]) -> int:
-    """Converts a source, split by split; a finished identical dataset is left as it is."""
+    """Convert a source split by split; a finished identical dataset stays as it is."""
     path = getattr(args, "path", None)
     if path and "://" not in args.out and Path(args.out).resolve().is_relative_to(Path(path).resolve()):
         raise DatasetError(f"--out {args.out} lies inside the source {path}")
@@ -172,21 +176,22 @@ def _convert(args: argparse.Namespace, argv: list[str]) -> int:
     if args.shard == (1, 1):
         _finish(args.out, list(splits), args.max_rejected)
     elif not all(complete):
-        print(f"{args.out}: this machine's part is done; run merge {args.out} when all are")
+        print(f"{args.out}: this machine's part is done; when all parts are, run merge {args.out}")
     return 0
 
 
 def _check_mirrors(source: Source, flips: bool, val: float) -> None:
-    """DatasetError if --flips or --val cannot be had of this source."""
+    """Raise DatasetError if this source does not allow --flips or --val."""
     if flips and source.column == "latents":
         raise DatasetError("--flips: mirrored latents are not those of the mirrored image; flip the pixels")
     if source.flips and (flips or val):
-        asked = "--flips" if flips else "--val"  # which would put an image here and its mirror image there
+        # --val would put an image into one split and its mirror image into the other
+        asked = "--flips" if flips else "--val"
         raise DatasetError(f"{asked}: the source holds mirror images of its samples already")
 
 
 def split_items(samples: int, share: float, seed: int) -> dict[str, np.ndarray]:
-    """Positions of the training and, if `share` > 0, of round(share * samples) random validation samples."""
+    """Draw round(share * samples) validation samples; return the positions of train and of val, if any."""
     held_out = np.zeros(samples, bool)
     held_out[np.random.default_rng(seed).permutation(samples)[: round(share * samples)]] = True
     parts = {"train": np.flatnonzero(~held_out), "val": np.flatnonzero(held_out)}
@@ -197,7 +202,7 @@ def split_items(samples: int, share: float, seed: int) -> dict[str, np.ndarray]:
 
 
 def split_source(source: Source, share: float, seed: int) -> dict[str, np.ndarray]:
-    """Positions of its training and validation samples; those of one picture are not parted."""
+    """Split a source like `split_items`, but keep all samples of one picture in the same split."""
     pictures = {key: number for number, key in enumerate(dict.fromkeys(source.keys))}
     numbers = np.array([pictures[key] for key in source.keys])
     splits = split_items(len(pictures), share, seed)
@@ -213,7 +218,7 @@ def make_plan(
     splits: dict[str, np.ndarray],
     split: str,
 ) -> Manifest:
-    """The manifest of one split without results: everything that decides the bytes of the dataset."""
+    """Return the manifest of one split without results: all that decides the bytes of the dataset."""
     listing = xxhash.xxh64()
     for i in splits[split]:
         version = source.versions[i] if source.versions else ""
@@ -250,7 +255,7 @@ def make_plan(
 
 
 def _command(argv: list[str]) -> str:
-    """The command as the manifest states it: OUT for --out, and without what does not change the result."""
+    """Return the command for the manifest, with OUT for --out and without options that change no result."""
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     kept = []
     for previous, word in zip([None, *words], words, strict=False):
@@ -262,7 +267,7 @@ def _command(argv: list[str]) -> str:
 
 
 def run_merge(args: argparse.Namespace, argv: list[str]) -> int:
-    """Completes train/ and val/ from the parts that all machines converted."""
+    """Complete train/ and val/ from the parts that all machines have converted."""
     folder = Folder(args.out)
     names = folder.names()
     known = [f"{split}/{file}" for split in ("train", "val") for file in (writer.PLAN, MANIFEST)]
@@ -286,7 +291,7 @@ def _finish(out: str, splits: list[str], max_rejected: int) -> None:
         if manifest.text and (cut := manifest.text["cut"]):
             print(f"warning: {uri}: {cut} captions longer than {manifest.text['tokens']} tokens were cut")
     folder = Folder(out)
-    if YAML not in folder.names():  # or the user's changes would be lost
+    if YAML not in folder.names():  # an existing file may hold changes of the user
         folder.write(YAML, training_yaml(out, manifests[0]).encode())
     fetch = f"copy {out}/{YAML} here, then " if folder.remote else ""
     train = commands.composer("recipe/train.py", YAML if folder.remote else f"{out}/{YAML}")
@@ -294,13 +299,14 @@ def _finish(out: str, splits: list[str], max_rejected: int) -> None:
 
 
 def training_yaml(out: str, manifest: Manifest) -> str:
-    """A first configuration that trains on the dataset `out`, to be changed.
+    """Return the text of a first configuration that trains on the dataset `out`.
 
-    Up to 32 pixels it is a network for a laptop, of at most 8x8 tokens; above, S on at most 16x16 for a GPU.
+    Up to 32 pixels its network is for a laptop, with at most 8x8 tokens; above, it is S with at most 16x16
+    tokens, for a GPU.
     """
     name = re.sub(r"[^\w.-]", "_", out.rpartition("/")[2]).lstrip(".-")[:80] or "mine"
     latents, size = manifest.column == "latents", manifest.shape[1]
-    small, samples, classes = size <= 32 and not latents, manifest.num_samples, len(manifest.class_names)
+    small, classes = size <= 32 and not latents, len(manifest.class_names)
     side = 8 if small else 16
     patch = next(p for p in range(min(size, 2), size + 1) if size % p == 0 and size // p <= side)
     quarter, batch = (600, 32) if small else (2000, 128)
@@ -314,9 +320,9 @@ def training_yaml(out: str, manifest: Manifest) -> str:
         **dict.fromkeys(("save_interval", "export_interval"), f"{quarter}ba"),
         "data": {
             **where,
-            "batch_size": min(batch, samples),
+            "batch_size": min(batch, manifest.num_samples),
             "workers": 0 if small else 4,
-            "canonical_nodes": min(2, samples),
+            "canonical_nodes": min(2, manifest.num_samples),
             "normalize": "manifest" if latents else "pixels",
         },
         "model": {**model, "patch": patch, **network, "label_std": 0.5, **_text_model(manifest)},
@@ -327,14 +333,14 @@ def training_yaml(out: str, manifest: Manifest) -> str:
         "grid": {"interval": f"{quarter}ba", "vae": manifest.encoder.get("model")},
     }
     return (
-        "# Written by the converter, to begin with; every key: recipe/config.py.\n"
+        "# Written by the converter as a start; all keys are in recipe/config.py.\n"
         "# On a GPU add: precision=amp_bf16 parallel.compile=true\n"
         + yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
     )
 
 
 def _text_model(manifest: Manifest) -> dict:
-    """What a network says of the captions that it takes: their bytes, or the dataset's embeddings of them."""
+    """Return the section `model.text`: captions as bytes, or the dataset's embeddings of them."""
     if manifest.text:
         return {"text": {"encoder": "dataset", **{key: manifest.text[key] for key in ("tokens", "width")}}}
     if not manifest.caption_bytes:
@@ -344,7 +350,7 @@ def _text_model(manifest: Manifest) -> dict:
 
 
 def run_verify(args: argparse.Namespace, argv: list[str]) -> int:
-    """Checks every split of a dataset and prints what is wrong; 1 if anything is."""
+    """Check every split of a dataset and print what is wrong. Returns 1 if anything is, else 0."""
     found = {uri: reader.verify(uri) for uri in reader.dataset_folders(args.uri).values()}
     for uri, problems in found.items():
         print(f"{uri}: {f'{len(problems)} problems' if problems else 'sound'}")
@@ -354,7 +360,7 @@ def run_verify(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def run_show(args: argparse.Namespace, argv: list[str]) -> int:
-    """Writes a PNG with samples of the first split."""
+    """Write a PNG with samples of the first split."""
     uri = next(iter(reader.dataset_folders(args.uri).values()))
     reader.sample_grid(uri, args.columns, args.rows, args.vae).save(args.out, format="PNG")
     print(f"{args.out}: samples of {uri}")
@@ -412,7 +418,7 @@ def _bytes(text: str) -> int:
 def _compression(text: str) -> str:
     from streaming.base.compression import is_compression
 
-    if not is_compression(text) or text.startswith("gz"):  # which would store the time of day
+    if not is_compression(text) or text.startswith("gz"):  # gzip would store the time of day
         raise argparse.ArgumentTypeError(
             f"{text!r} is not one of br, bz2, snappy, zstd, or one of these with a level, such as zstd:3"
         )

@@ -1,7 +1,7 @@
-"""Captions of pictures: from a CSV or JSON-lines file, or from a .txt beside each of them.
+"""Captions of pictures, from a CSV or JSON-lines file or from a .txt file beside each picture.
 
-Both readers give [(position of the file, caption)], in the order of the files and then of their captions. A
-file without a caption has a Rejected instead, which says why; an empty caption is a caption.
+Both readers return [(position of the picture, caption)], ordered by picture and then by caption. A picture
+without a caption gets a Rejected with the reason instead; an empty caption is a caption.
 """
 
 import csv
@@ -24,7 +24,7 @@ BESIDE = "beside"  # in place of a caption file's name
 
 
 def beside(keys: list[str], files: "Archive") -> Captions:
-    """The whole text of cat/1.txt for cat/1.jpg, both among `files`."""
+    """Take the whole text of cat/1.txt as the caption of cat/1.jpg; both are among `files`."""
 
     def caption(key: str) -> str | Rejected:
         name = posixpath.splitext(key)[0] + ".txt"
@@ -39,9 +39,9 @@ def beside(keys: list[str], files: "Archive") -> Captions:
 
 
 def from_file(path: str, keys: list[str]) -> Captions:
-    """The columns `file` and `caption` of a CSV file (commas or tabs), or these keys of JSON lines.
+    """Read the columns `file` and `caption` of a CSV file (commas or tabs), or these keys of JSON lines.
 
-    Raises DatasetError for a row that does not have both, and for files that are not among `keys`.
+    Raises DatasetError for a row without both, and for files that are not among `keys`.
     """
     text = read_text(path)
     found, strange = {key: [] for key in keys}, []
@@ -55,18 +55,18 @@ def from_file(path: str, keys: list[str]) -> Captions:
         else:
             strange.append(name)
     if strange:
-        raise DatasetError(f"{path}: {len(strange)} rows name images that are not there, first {strange[0]}")
+        raise DatasetError(f"{path}: {len(strange)} rows name images that do not exist, first {strange[0]}")
     rows = enumerate(captions or [Rejected("no caption")] for captions in found.values())
     return [(position, caption) for position, captions in rows for caption in captions]
 
 
 def _is_text(value: object) -> bool:
-    """Whether it is a string that UTF-8 can hold; JSON may escape halves of characters."""
+    """Return True if `value` is text that UTF-8 can encode; JSON may hold lone surrogates."""
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
 def _json_lines(text: str, path: str) -> Iterator[tuple[int, dict]]:
-    """Number and object of each line that is not blank."""
+    """Yield the line number and the object of each line that is not blank."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -80,7 +80,7 @@ def _json_lines(text: str, path: str) -> Iterator[tuple[int, dict]]:
 
 
 def _csv(text: str, path: str) -> Iterator[tuple[int, dict]]:
-    """Line number and cells, by the header's names, of each row."""
+    """Yield the line number of each row and its cells by the names in the header."""
     header = text.partition("\n")[0]
     rows = csv.DictReader(io.StringIO(text), delimiter="\t" if "\t" in header else ",", strict=True)
     try:

@@ -1,4 +1,4 @@
-"""What is stored: uint8 pixels as they are, or latents of an autoencoder; and embeddings of captions."""
+"""Encoders of what is stored: unchanged uint8 pixels, an autoencoder's latents, captions' embeddings."""
 
 import base64
 from typing import TYPE_CHECKING, Protocol
@@ -15,10 +15,10 @@ DTYPES = ("fp32", "fp16", "bf16")
 
 
 class Encoder(Protocol):
-    """Maps a batch of loaded samples to what is stored. `info` goes into the manifest.
+    """A function from a batch of loaded samples to what is stored. `info` goes into the manifest.
 
-    in_process: True for an encoder that wants one process (a GPU, threads of its own) fed by loader threads;
-    False where every worker process can encode its own parts.
+    in_process: True for an encoder that needs one process (a GPU, threads of its own) fed by loader threads;
+    False if every worker process can encode its own parts.
     """
 
     column: str
@@ -31,7 +31,7 @@ class Encoder(Protocol):
 
 
 class Stored:
-    """The encoder `none`: stores what the source gives (pixels, or latents that were made elsewhere)."""
+    """The encoder `none`, which stores the samples of the source unchanged: pixels, or existing latents."""
 
     batch_size = 16
     in_process = False
@@ -45,17 +45,19 @@ class Stored:
 
 
 class VAE:
-    """A diffusers AutoencoderKL: uint8 (N,3,H,W) to float16 (N,2c,h,w), the posterior's mean, then its std.
+    """A diffusers AutoencoderKL: uint8 (N,3,H,W) => float16 (N,2c,h,w), the posterior's mean, then its std.
 
-    Latents are the encoder's own, not times the model's scaling factor: `scaling` is 1.0 in the manifest.
+    Latents are not multiplied by the model's scaling factor, so `scaling` is 1.0 in the manifest.
     """
 
     column = "latents"
     in_process = True
 
     def __init__(self, source: Source, model: str, dtype: str, batch_size: int, device: str | None) -> None:
-        """`model` is a folder or hub name, `dtype` one of DTYPES, `device` None the GPU if there is one."""
+        """Load `model`, a folder or hub name, in the precision `dtype`, one of DTYPES.
 
+        A device of None is the GPU if there is one. Raises DatasetError if the images do not fit the model.
+        """
         from recipe.pretrained import hash_weights, load_vae
 
         if source.column != "image":
@@ -66,7 +68,7 @@ class VAE:
         factor = 2 ** (len(config.block_out_channels) - 1)
         if channels != config.in_channels or height % factor or width % factor:
             raise DatasetError(
-                f"--vae: {model} wants {config.in_channels} channels and sides divisible by {factor}, "
+                f"--vae: {model} needs {config.in_channels} channels and sides divisible by {factor}, "
                 f"the images are {channels}x{height}x{width}"
             )
         self.shape = (2 * config.latent_channels, height // factor, width // factor)
@@ -86,7 +88,7 @@ class VAE:
 def load_text_encoder(
     source: Source, model: str, tokens: int, device: str | None
 ) -> tuple["TextEncoder", dict]:
-    """The text encoder of the folder or hub name `model`, and what the manifest says of it."""
+    """Load the text encoder `model`, a folder or hub name; return it and its facts for the manifest."""
     from recipe.pretrained import TextEncoder
 
     if not source.captions:

@@ -1,7 +1,7 @@
-"""From an image file's bytes to uint8 pixels of the requested size, or a stated reason why not.
+"""Image files decoded to uint8 pixels of the requested size, or rejected with a reason.
 
-Every picture that this project reads from a file is opened here: the converter's and those of a plain folder
-that samples are compared with.
+All pictures that this project reads from files are opened here: those that are converted and those of a plain
+folder that samples are compared with.
 """
 
 import io
@@ -14,11 +14,11 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million: a larger picture is taken for a decompression bomb
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million; a larger picture is rejected as a decompression bomb
 ADM_CROP = "ADM centre crop"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-PROFILED = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # modes of pixels, by an ICC profile's colour space
-UPRIGHT = {  # what undoes each EXIF orientation
+PROFILED = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # mode of pixels by an ICC profile's colour space
+UPRIGHT = {  # the transposition that undoes each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -28,27 +28,27 @@ UPRIGHT = {  # what undoes each EXIF orientation
     8: Image.Transpose.ROTATE_90,
 }
 
-warnings.filterwarnings("ignore", module="PIL")  # on huge or damaged files, into the progress bar
+warnings.filterwarnings("ignore", module="PIL")  # its warnings would break the progress bar
 
 
 class Rejected(Exception):
-    """This sample cannot be converted; the message is the reason that `rejected.jsonl` gives."""
+    """A sample cannot be converted; the message is its reason in `rejected.jsonl`."""
 
 
-Note = Callable[[str], object]  # takes a sentence about a picture that was read all the same
+Note = Callable[[str], object]  # receives a sentence about what is unusual in a picture that can be used
 
 
 def ignore(text: str) -> None:
-    """Take a note of nothing."""
+    """Drop a note."""
 
 
 def decode(data: bytes, size: int | None = None, keep_grey: bool = False, note: Note = ignore) -> np.ndarray:
-    """Decodes a JPEG, PNG or WebP file to (3, size, size) uint8 in sRGB, or (3, H, W) without `size`.
+    """Decode a JPEG, PNG or WebP file to (3, size, size) uint8 in sRGB, or (3, H, W) without `size`.
 
     EXIF orientation is applied; an embedded ICC profile is converted to sRGB; CMYK, palette and grey become
     RGB, 16 bit becomes 8 by rounding, transparency becomes white; `keep_grey` makes a grey image (1, ...).
-    `note` is told of an animation, whose first frame is taken, and of a profile that cannot be used. Raises
-    Rejected for anything but one whole image of at most MAX_PIXELS pixels.
+    `note` is called for an animation, whose first frame is used, and for an unusable profile. Raises Rejected
+    for anything but one whole image of at most MAX_PIXELS pixels.
     """
     if not data:
         raise Rejected("empty file")
@@ -72,7 +72,7 @@ def decode(data: bytes, size: int | None = None, keep_grey: bool = False, note: 
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation asks; unreadable EXIF asks for nothing."""
+    """Turn the image by its EXIF orientation; unreadable EXIF data is ignored."""
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # a damaged block can raise nearly anything
@@ -86,8 +86,8 @@ def _refuse_bomb(width: int, height: int) -> None:
 
 
 def to_mode(image: Image.Image, mode: str, note: Note = ignore) -> Image.Image:
-    """Converts to 8-bit "RGB" or "L" in sRGB, compositing transparency on white."""
-    profile = image.info.get("icc_profile", b"")  # None where the file's own is damaged
+    """Convert to 8-bit "RGB" or "L" in sRGB, with transparency composited on white."""
+    profile = image.info.get("icc_profile", b"")  # None if the profile of the file is damaged
     grey = Image.getmodebase(image.mode) == "L"
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip instead of scale
         levels = np.asarray(image).astype(np.uint32)
@@ -100,11 +100,11 @@ def to_mode(image: Image.Image, mode: str, note: Note = ignore) -> Image.Image:
         image = _to_srgb(image, profile, note)
     if alpha is not None:
         image = Image.composite(image.convert("RGB"), Image.new("RGB", image.size, "white"), alpha)
-    return image if image.mode == mode else image.convert(mode)  # which would copy
+    return image if image.mode == mode else image.convert(mode)  # convert() would copy
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None, note: Note) -> Image.Image:
-    """The "L", "RGB" or "CMYK" image in sRGB; as it is, with a note, where its profile cannot be used."""
+    """Convert an "L", "RGB" or "CMYK" image to sRGB; with an unusable profile, only note that."""
     try:
         mode, transform = _transform(profile)
     except Exception:  # a damaged profile can raise nearly anything
@@ -118,9 +118,9 @@ def _to_srgb(image: Image.Image, profile: bytes | None, note: Note) -> Image.Ima
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes) -> tuple[str, Callable[[Image.Image], Image.Image] | None]:
-    """The mode of pixels that an ICC profile is for, and what takes them to sRGB; None for sRGB itself.
+    """Return the mode of pixels that an ICC profile is for, and the conversion to sRGB, None for sRGB itself.
 
-    sRGB is what changes no colour by more than one level of 255, whatever the profile calls itself.
+    A profile counts as sRGB if it changes no colour by more than one level of 255, whatever its name is.
     """
     opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     mode = PROFILED[opened.profile.xcolor_space.strip()]
@@ -129,7 +129,7 @@ def _transform(profile: bytes) -> tuple[str, Callable[[Image.Image], Image.Image
     convert = partial(ImageCms.applyTransform, transform=transform)
     levels = np.linspace(0, 255, 18).round().astype(np.uint8)
     probe = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 18, 3))
-    if mode == "L":  # little CMS interpolates dark greys badly, and 256 levels are soon converted one by one
+    if mode == "L":  # LittleCMS interpolates dark greys badly, so all 256 levels are converted
         probe = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
         convert = methodcaller("point", list(convert(probe).convert("L").tobytes()))
     same = mode != "CMYK" and np.abs(np.subtract(convert(probe), probe, dtype=int)).max() <= 1
@@ -137,10 +137,10 @@ def _transform(profile: bytes) -> tuple[str, Callable[[Image.Image], Image.Image
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The (size, size) middle of the image, scaled as by ADM's loader (guided-diffusion, image_datasets.py).
+    """Scale and crop the image to its (size, size) centre, as guided-diffusion's image_datasets.py.
 
     The short side is halved with a box filter while it is at least twice `size`, then scaled bicubically.
-    Raises Rejected if that gives more than MAX_PIXELS pixels, as of a very thin image.
+    Raises Rejected if that gives more than MAX_PIXELS pixels, as for a very thin image.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -153,12 +153,12 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """Pixels as (C, H, W) uint8."""
+    """Return the pixels as (C, H, W) uint8."""
     pixels = np.asarray(image)
-    # Contiguous, because summing and writing channels takes 5 times as long where they interleave.
+    # Contiguous, because sums over channels and writing take 5 times as long on interleaved channels.
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
-    """The inverse of `to_array`, for 1 or 3 channels."""
+    """Return the image of pixels (C, H, W) with 1 or 3 channels: the inverse of `to_array`."""
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))

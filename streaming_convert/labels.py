@@ -1,4 +1,4 @@
-"""Class labels of files: from the folders they lie in or from a label file, and their numbers 0..K-1."""
+"""Class labels of files, from their folders or from a label file, and their numbers 0..K-1."""
 
 import csv
 import io
@@ -12,18 +12,18 @@ from storage import outside
 from storage.manifest import DatasetError
 
 LABEL_FILES = ("labels.csv", "labels.json", "dataset.json")
-MAX_CLASSES = 2**20  # of labels that are numbers; a larger one is a slip
+MAX_CLASSES = 2**20  # limit for labels that are numbers; a larger one is a mistake
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder of that name is passed over: .DS_Store, and what macOS adds to a ZIP."""
+    """Return True for names of files and folders to ignore: .DS_Store, and what macOS adds to a ZIP."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def from_folders(folder: str, keys: list[str], allow_empty: bool = False) -> tuple[list[str], list[str]]:
-    """The first folder of each file's name, and all folders in `folder` in the order that numbers them.
+    """Return the class of each file, that is its first folder, and all classes in the order of their numbers.
 
-    DatasetError for a file outside, or, unless `allow_empty`, a folder without files.
+    Raises DatasetError for a file outside a class folder, and for a class without files unless `allow_empty`.
     """
     loose = [key for key in keys if "/" not in key]
     if loose:
@@ -42,7 +42,7 @@ def from_folders(folder: str, keys: list[str], allow_empty: bool = False) -> tup
 
 
 def from_file(path: str, keys: list[str]) -> list[str | int]:
-    """The label of each file in a CSV or JSON label file, where names may lack their suffix."""
+    """Return the label of each of the files `keys` from a CSV or JSON file, where names may lack a suffix."""
     text = read_text(path)
     rows = parse_json(text, path) if path.endswith(".json") else parse_csv(text, path)
     if rows is None:
@@ -51,7 +51,7 @@ def from_file(path: str, keys: list[str]) -> list[str | int]:
 
 
 def match(rows: dict[str, str | int], keys: list[str], path: str) -> list[str | int]:
-    """The label of each key. DatasetError naming the first without one."""
+    """Return the label of each key. Raises DatasetError with the first key that has none."""
     found = [rows.get(key, rows.get(key.rpartition(".")[0])) for key in keys]
     missing = [key for key, label in zip(keys, found, strict=True) if label is None]
     if missing:
@@ -60,7 +60,7 @@ def match(rows: dict[str, str | int], keys: list[str], path: str) -> list[str | 
 
 
 def parse_json(text: str | bytes, path: str) -> dict[str, str | int] | None:
-    """{file: label} of {"labels": [[file, label], ...]}; None where it says null: there are no labels."""
+    """Parse {"labels": [[file, label], ...]} into {file: label}, or None if it is {"labels": null}."""
     try:
         content = outside.parse_json(text, path)
     except outside.OutsideError as error:
@@ -75,7 +75,7 @@ def parse_json(text: str | bytes, path: str) -> dict[str, str | int] | None:
 
 
 def parse_csv(text: str, path: str) -> dict[str, str | int]:
-    """{file: label} of rows `file,label`, or of ImageNet's LOC_val_solution.csv."""
+    """Parse rows `file,label`, or ImageNet's LOC_val_solution.csv, into {file: label}."""
     try:
         rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text), strict=True) if row]
     except csv.Error as error:
@@ -89,7 +89,7 @@ def parse_csv(text: str, path: str) -> dict[str, str | int]:
 
 
 def read_classes(path: str) -> list[str]:
-    """Class names, one a line, in label order; after an ImageNet synset its title may follow."""
+    """Read class names, one per line, in label order; after an ImageNet synset its title may follow."""
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if all(re.match(r"n\d{8}\b", name) for name in names):
         names = [name.split()[0] for name in names]
@@ -102,9 +102,9 @@ def read_classes(path: str) -> list[str]:
 
 
 def number(labels: list[str | int], names: list[str] | None = None) -> tuple[np.ndarray, list[str]]:
-    """Labels as int64 in 0..K-1, and the K class names: `names`, or what occurs, in order.
+    """Return the labels as int64 in 0..K-1, and the K class names: `names`, or the sorted labels.
 
-    Whole numbers are taken as they are, names by their position. DatasetError for a label outside `names`.
+    Whole numbers stay as they are, names become their positions. Raises DatasetError for an unknown label.
     """
     kinds = {type(label) for label in labels}
     if kinds == {int}:
@@ -125,13 +125,13 @@ def number(labels: list[str | int], names: list[str] | None = None) -> tuple[np.
 
 
 def unknown_class(name: str, names: list[str]) -> str:
-    """The error text for a class that is not among `names`."""
+    """Return the error text for a class that is not among `names`."""
     known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     return f"unknown class {name!r}; there are {len(names)}: {known}"
 
 
 def read_text(path: str) -> str:
-    """The UTF-8 text of a file that the user named, less its byte order mark; DatasetError if unreadable."""
+    """Read a UTF-8 text file without its byte order mark. Raises DatasetError if it cannot be read."""
     try:
         return Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Text of any script in pictures: which font of the system draws it, and what is written where none does."""
+"""Text of any script in pictures: the font that can draw it, or escapes if there is none."""
 
 from functools import cache
 from pathlib import Path
@@ -9,10 +9,10 @@ from matplotlib.ft2font import FT2Font
 
 
 def lettering(text: str) -> tuple[str, str | None]:
-    """The text as it can be drawn, and the font file to draw it with; None for the usual font.
+    """Return the text as it can be drawn, and the font file to draw it with; None for the default font.
 
-    The first font that has every letter is taken: matplotlib's own, then those of the system. Where there is
-    none, letters that matplotlib's own font lacks are written as escapes: \\u732b.
+    This is the first font that has all letters: matplotlib's own, then those of the system. If there is none,
+    the letters that matplotlib's font lacks become escapes such as \\u732b.
     """
     if text.isascii():
         return text, None
@@ -31,7 +31,7 @@ def _escaped(letter: str) -> str:
 
 @cache
 def _letters(file: str) -> frozenset[int]:
-    """The code points that a font file has outlines of; none if it is damaged or made of bitmaps."""
+    """Return the code points that a font file has outlines for; none if it is damaged or has only bitmaps."""
     try:
         face = FT2Font(file)
         return frozenset(face.get_charmap() if face.scalable else ())

@@ -1,4 +1,4 @@
-"""Finished datasets: read as a source, checked sample by sample, shown as a picture."""
+"""Finished datasets: read as a source, verified sample by sample, shown as a picture."""
 
 import atexit
 import functools
@@ -29,26 +29,27 @@ from streaming_convert.images import ADM_CROP, Note, ignore, to_array, to_image
 from streaming_convert.sources import Source, scaled
 from streaming_convert.writer import REJECTED, Moments
 
-CAPTION_WIDTH, CAPTION_LINES, LINE_HEIGHT = 128, 3, 12  # pixels, below a picture; letters are 6 wide
+CAPTION_WIDTH, LINE_HEIGHT = 128, 12  # pixels; letters are 6 wide
+CAPTION_LINES = 3
 
 
 def dataset_folders(uri: str) -> dict[str, str]:
-    """Names and URIs of the finished splits below `uri`, which is a converter's --out or one split itself."""
+    """Return {name: URI} of the finished splits of `uri`, which is a converter's --out or a split itself."""
     uri = uri.rstrip("/")
     names = Folder(uri).names()
     splits = {name: f"{uri}/{name}" for name in ("train", "val") if f"{name}/{MANIFEST}" in names}
     if MANIFEST in names:
         splits = {uri.rsplit("/", 1)[-1]: uri}
     if not splits:
-        read_manifest(uri)  # raises, saying what is missing
+        read_manifest(uri)  # raises an error that says what is missing
     return splits
 
 
 def read_shard(folder: Folder, entry: Shard) -> list[dict]:
-    """The samples of one shard, by column; `entry` is its own in the index, from `open_dataset`.
+    """Return the samples of a shard, each {column: value}; `entry` is its entry in the index.
 
-    Raises DatasetError if its file is missing or damaged. Reads it without a StreamingDataset's shared memory
-    and caches.
+    The file is read without the shared memory and caches of a StreamingDataset. Raises DatasetError if it is
+    missing or damaged.
     """
     from streaming.base.compression import decompress  # here, as importing Streaming takes seconds
     from streaming.base.format.mds import MDSReader
@@ -69,14 +70,14 @@ def read_shard(folder: Folder, entry: Shard) -> list[dict]:
     try:
         offsets = np.frombuffer(data, np.uint32, entry["samples"] + 1, offset=4)
         return [reader.decode_sample(data[start:end]) for start, end in pairwise(offsets)]
-    except ValueError as error:  # its checksum is right, so it was made like that
+    except ValueError as error:  # the checksum is right, so the file was written like that
         raise DatasetError(f"{name}: does not hold samples of the columns of the index: {error}") from error
 
 
 def mds(uri: str, size: int | None = None) -> Source:
-    """A finished dataset of this program, to store it in other shards, encoded, scaled or in part.
+    """Open a finished dataset as a source, to store it in other shards, encoded, scaled or in part.
 
-    A remote one is downloaded to the temporary folder first.
+    A remote dataset is first downloaded to the temporary folder.
     """
     folders = dataset_folders(uri)
     if len(folders) > 1:
@@ -90,7 +91,8 @@ def mds(uri: str, size: int | None = None) -> Source:
     store = Folder(_local_copy(folder))
     _, entries = open_dataset(store.uri)
     shard = functools.lru_cache(maxsize=2)(lambda number: read_shard(store, entries[number]))
-    keys, numbers, versions, texts = [], [], [], []
+    keys, numbers = [], []
+    versions, texts = [], []
     for i, entry in enumerate(tqdm(entries, desc="reading labels", unit="shard", disable=len(entries) < 100)):
         keys += [f"{i}/{j}" for j in range(entry["samples"])]
         numbers += [sample["label"] for sample in shard(i)]
@@ -120,7 +122,7 @@ def mds(uri: str, size: int | None = None) -> Source:
 
 
 def _local_copy(uri: str) -> str:
-    """`uri` itself if it is a folder, else a temporary copy that goes when the program ends."""
+    """Return `uri` if it is a local folder, else a temporary copy, deleted when the program ends."""
     if "://" not in uri:
         return uri
     copy = tempfile.TemporaryDirectory(prefix="streaming_convert-")
@@ -133,13 +135,12 @@ def _local_copy(uri: str) -> str:
 
 
 def verify(uri: str) -> list[str]:
-    """Problems of one split; none if it is sound.
+    """Return the problems of one split; none if it is sound.
 
-    Checked are the size and checksum of every shard; number and label range of its samples; that
-    latents are finite and deviations not negative; that embeddings of captions are finite, and zero beyond a
-    length within theirs; and the manifest's shard list, counts of classes, rejected samples and lengths of
-    captions, mean and deviation.
-    Where index and manifest are wrong in themselves or do not agree, nothing else is read.
+    This checks the size and checksum of every shard, the number and labels of its samples, that latents are
+    finite and deviations not negative, that embeddings of captions are finite and zero beyond the caption,
+    and the manifest's shards, class counts, rejected samples, lengths of captions, mean and deviation. If
+    index and manifest are invalid or contradict each other, nothing else is read.
     """
     try:
         manifest, entries = open_dataset(uri)
@@ -149,7 +150,8 @@ def verify(uri: str) -> list[str]:
 
 
 def _problems(folder: Folder, manifest: Manifest, entries: list[Shard]) -> list[str]:
-    problems, counts, lengths, moments = [], Counter(), Counter(), Moments(manifest.column)
+    counts, lengths = Counter(), Counter()
+    problems, moments = [], Moments(manifest.column)
     for entry in tqdm(entries, desc=f"verifying {folder.uri}", unit="shard", dynamic_ncols=True):
         name = stored_file(entry)["basename"]
         try:
@@ -172,8 +174,8 @@ def _problems(folder: Folder, manifest: Manifest, entries: list[Shard]) -> list[
 
 
 def _check_sample(sample: dict, manifest: Manifest) -> list[str]:
-    value, label, classes = sample[manifest.column], sample["label"], len(manifest.class_names) or 1
-    problems = []
+    value, label = sample[manifest.column], sample["label"]
+    problems, classes = [], len(manifest.class_names) or 1
     if not 0 <= label < classes:
         problems.append(f"label {label} is not in 0..{classes - 1}")
     if not np.isfinite(value).all():
@@ -186,7 +188,7 @@ def _check_sample(sample: dict, manifest: Manifest) -> list[str]:
 
 
 def _check_text(text: np.ndarray, length: int, stated: dict) -> str | None:
-    """What is wrong with the embedding of one caption."""
+    """Return what is wrong with the embedding of one caption, or None."""
     if not 1 <= length <= stated["tokens"]:
         return f"text of length {length}, not 1 to {stated['tokens']}"
     if not np.isfinite(text).all() or text[length:].any():
@@ -197,7 +199,7 @@ def _check_text(text: np.ndarray, length: int, stated: dict) -> str | None:
 def _check_totals(
     manifest: Manifest, counts: Counter, lengths: Counter, rejected: int, moments: Moments
 ) -> list[str]:
-    """Whether the samples add up to what the manifest says."""
+    """Return where totals over all samples differ from the manifest."""
     mean, std = moments.mean_std()
     found = {
         "num_samples": counts.total(),
@@ -218,11 +220,11 @@ def _check_totals(
 
 
 def sample_grid(uri: str, columns: int = 10, rows: int = 10, vae: str | None = None) -> Image.Image:
-    """A grid of samples spread evenly over the split `uri`, in the order in which they are stored.
+    """Draw a grid of samples, evenly spread over the split `uri`, in the order in which they are stored.
 
-    Latents are decoded from their means if `vae` (a folder or hub name) is given; without, their first three
-    channels are shown, scaled from mean -2 to mean +2 standard deviations. Captions stand under the pictures,
-    which are made larger by a whole number, up to CAPTION_WIDTH.
+    The means of latents are decoded by `vae` (a folder or hub name); without one, their first three channels
+    are shown, scaled from mean -2 to mean +2 standard deviations. Captions stand under their pictures, which
+    are enlarged by a whole number, up to CAPTION_WIDTH.
     """
     manifest, entries = open_dataset(uri)
     samples = _spread(Folder(uri), entries, min(columns * rows, manifest.num_samples))
@@ -244,7 +246,7 @@ def sample_grid(uri: str, columns: int = 10, rows: int = 10, vae: str | None = N
 
 
 def captioned(pixels: np.ndarray, caption: str) -> np.ndarray:
-    """The picture (C, H, W), enlarged, above the first lines of its caption."""
+    """Draw the picture (C, H, W), enlarged, above the first lines of its caption."""
     from streaming_convert.lettering import lettering  # here, as importing matplotlib takes a second
 
     picture = to_image(pixels)
@@ -263,7 +265,7 @@ def captioned(pixels: np.ndarray, caption: str) -> np.ndarray:
 
 
 def _spread(folder: Folder, entries: list[Shard], count: int) -> list[dict]:
-    """`count` samples, evenly spaced over the dataset; reads only the shards that hold them."""
+    """Return `count` samples, evenly spaced over the dataset, and read only the shards that hold them."""
     samples, start = [], 0
     chosen = np.linspace(0, sum(entry["samples"] for entry in entries) - 1, count).round().astype(int)
     for entry in entries:

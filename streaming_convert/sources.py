@@ -1,4 +1,4 @@
-"""Where samples come from: each function lists one kind of input and says how to load one of its samples."""
+"""Sources of samples: each function lists one kind of input, and how to load one of its samples."""
 
 import io
 import os
@@ -29,29 +29,44 @@ from streaming_convert.images import (
     to_image,
 )
 
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".txt")  # labels or captions, which may lie among the images
+TABLES = (
+    ".csv",
+    ".tsv",
+    ".json",
+    ".jsonl",
+    ".txt",
+)  # files of labels or captions, which may lie among the images
 EMOJI_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_LIST = "/usr/share/unicode/emoji/emoji-test.txt"
-EMOJI_STRIKE = 109  # pixels per em of the only bitmaps that the font holds
+EMOJI_STRIKE = 109  # pixels per em of the only bitmaps in the font
 EMOJI_WIDTH = 136  # of these bitmaps
 FP16_MAX = 65504.0
 PICTURES = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".ppm", ".svg")
-PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}  # no names of classes
-MAX_FILE_BYTES = 2**28  # of one picture, array or caption, as stored and once unpacked
-PLAIN_ZIP = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # other methods unpack without a bound
+PARTS = {
+    "train",
+    "training",
+    "test",
+    "testing",
+    "val",
+    "valid",
+    "validation",
+    "dev",
+}  # names of splits, not of classes
+MAX_FILE_BYTES = 2**28  # limit of one picture, array or caption, both compressed and not
+PLAIN_ZIP = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # other methods have no bound on the unpacked size
 
 
 @dataclass(frozen=True)
 class Source:
-    """A listed input: `load(keys[i])` returns a `shape` array with label `labels[i]`, or raises Rejected.
+    """A listed input: `load(keys[i])` returns an array of `shape` with label `labels[i]`, or raises Rejected.
 
-    load: takes a function, too, that is told what is unusual about a picture that was read all the same.
+    load: also takes a Note, which is called for what is unusual in a picture that can be used.
     column: "image" (uint8, C,H,W) or "latents" (float16, 2c,h,w) as `load` returns it.
-    versions: sizes or checksums of the inputs, so that changed files are noticed.
-    crop: how an image was brought to `shape`, in words; "none" where it already had it.
-    encoder: who made the latents, for a source that holds them.
+    versions: sizes or checksums of the input files, by which changes are noticed.
+    crop: how images were brought to `shape`, in words; "none" if they already had it.
+    encoder: facts about the encoder that made the latents, for a source of latents.
     flips: whether mirror images are among the samples.
-    captions: of each sample, or why it has none; a key with several captions occurs as often.
+    captions: the caption of each sample, or why it has none; a key is repeated for each of its captions.
     """
 
     name: str
@@ -68,14 +83,14 @@ class Source:
     captions: list[str | Rejected] | None = None
 
     def take(self, positions: np.ndarray) -> "Source":
-        """The same source with the samples at these positions only."""
+        """Return the same source with only the samples at these positions."""
         lists = {name: getattr(self, name) for name in ("keys", "versions", "captions")}
         taken = {name: values and [values[i] for i in positions] for name, values in lists.items()}
         return replace(self, labels=self.labels[positions], **taken)
 
 
 def subset(source: Source, only: list[str] | None, limit: int | None, seed: int) -> Source:
-    """Keeps the classes `only`, numbered in that order, and `limit` random samples in their old order."""
+    """Keep the classes `only`, numbered in that order, and `limit` random samples in their old order."""
     if only:
         unknown = [name for name in only if name not in source.class_names]
         if unknown:
@@ -94,7 +109,7 @@ def subset(source: Source, only: list[str] | None, limit: int | None, seed: int)
 
 
 def digits() -> Source:
-    """scikit-learn's 1797 handwritten digits, 8x8, their values 0..16 scaled to 0..255."""
+    """List scikit-learn's 1797 handwritten digits, 8x8, with their values 0..16 scaled to 0..255."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -118,13 +133,13 @@ def image_folder(
     allow_empty: bool = False,
     caption_file: str | None = None,
 ) -> Source:
-    """JPEG, PNG and WebP files in one folder per class, or anywhere in `folder` with a label or caption file.
+    """List JPEG, PNG and WebP files in one folder per class, or anywhere with a label or caption file.
 
     Without a label file the first folder level names the classes, in alphabetical order, which for ImageNet's
-    synsets is ImageNet's own; a file `classes` (ImageNet's LOC_synset_mapping.txt) fixes another order.
-    labels.csv, labels.json and dataset.json in `folder` are found by themselves. A class folder without
-    images is an error, or with `allow_empty` a class without samples, as for torchvision's ImageFolder.
-    With captions (`caption_file`, or "beside") files need no label if none lies in a folder.
+    synsets is ImageNet's own; a file `classes` (ImageNet's LOC_synset_mapping.txt) sets another order.
+    labels.csv, labels.json and dataset.json in `folder` are found automatically. A class folder without
+    images is an error, or with `allow_empty` a class without samples. With captions (`caption_file`, or
+    "beside") files need no label if none of them lies in a subfolder.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -157,7 +172,7 @@ def image_folder(
 
 
 def _refuse_parts(folder: str, keys: list[str]) -> None:
-    """Raises DatasetError if the first folders are the parts of a dataset and no classes."""
+    """Raise DatasetError if the first folders are named like the splits of a dataset, not like classes."""
     parts = sorted({key.split("/")[0] for key in keys})
     if PARTS.issuperset(part.lower() for part in parts):
         first = next((part for part in parts if part.lower().startswith("train")), parts[0])
@@ -168,7 +183,7 @@ def _refuse_parts(folder: str, keys: list[str]) -> None:
 
 
 def _captioned(source: Source, files: "Archive", caption_file: str | None) -> Source:
-    """The source with a sample for each caption of each file, in `caption_file` or beside it."""
+    """Return the source with a sample for each caption, read from `caption_file` or beside the files."""
     if not caption_file:
         return source
     if caption_file == captions.BESIDE:
@@ -180,7 +195,7 @@ def _captioned(source: Source, files: "Archive", caption_file: str | None) -> So
 
 
 def list_images(files: "Archive", suffixes: tuple[str, ...] = SUFFIXES) -> list[str]:
-    """Names of the files with these suffixes, in order; prints which other files are left out."""
+    """Return the sorted names of the files with these suffixes, and print which others are left out."""
     keys = sorted(name for name in files.names if name.lower().endswith(suffixes))
     others = [name for name in files.names.difference(keys) if not name.lower().endswith(TABLES)]
     read = ", ".join(suffixes)
@@ -197,13 +212,13 @@ def list_images(files: "Archive", suffixes: tuple[str, ...] = SUFFIXES) -> list[
 
 
 def _counted(names: Iterable[str]) -> str:
-    """How many files of each suffix there are, as text: "3 .gif and 1 .tif files"."""
+    """Count the files of each suffix, as text: "3 .gif and 1 .tif files"."""
     counts = Counter(Path(name).suffix.lower() or "unnamed" for name in names)
     return " and ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items())) + " files"
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Names of the files below `root`, but for hidden ones; links are followed unless they lead up again."""
+    """Yield the names of files below `root`, except hidden ones; links are followed unless they lead up."""
     for folder, subfolders, files in os.walk(root, followlinks=True):
         here = Path(folder).resolve()
         subfolders[:] = [
@@ -219,10 +234,10 @@ def _walk(root: Path) -> Iterator[str]:
 def archive(
     path: str, size: int | None = None, unlabelled: bool = False, caption_file: str | None = None
 ) -> Source:
-    """The released code's datasets: a ZIP or folder of PNG or NPY files, with their labels in dataset.json.
+    """List a dataset of the released code: a ZIP or folder of PNG or NPY files, with labels in dataset.json.
 
     NPY files hold uint8 pixels (C,H,W), or float latents (2c,h,w): the posterior's mean, then its deviation.
-    Shape and kind are those of the first good file; `size` crops and scales pixels.
+    The first good file sets shape and kind; `size` crops and scales pixels.
     """
     files = Archive(path)
     keys = list_images(files, (*SUFFIXES, ".npy"))
@@ -271,16 +286,16 @@ def _first_good(files: "Archive", keys: list[str], size: int | None) -> np.ndarr
 
 
 def _negative_deviation(sample: np.ndarray) -> str | None:
-    """What is wrong with float16 latents (2c,h,w) whose second half are no standard deviations."""
+    """Return what is wrong with float16 latents (2c,h,w) with negative deviations, else None."""
     if sample.dtype != np.float16 or not (sample[len(sample) // 2 :] < 0).any():
         return None
     return f"the last {len(sample) // 2} of {len(sample)} channels, the deviations, hold negative values"
 
 
 def read_regular(path: Path) -> bytes:
-    """Content of a regular file of at most MAX_FILE_BYTES, or of what a link leads to. Raises Rejected.
+    """Read a regular file, or the one that a link leads to, of at most MAX_FILE_BYTES. Raises Rejected.
 
-    A pipe would block and a device has no end: they are not opened.
+    Pipes and devices are not opened: a pipe would block and a device may have no end.
     """
     try:
         found = path.stat()
@@ -299,11 +314,11 @@ def _refuse_huge(size: int) -> None:
 
 
 class Archive:
-    """The files of a ZIP, or of a folder in the same layout; `names` are relative to it."""
+    """The files of a ZIP or of a folder in the same layout; `names` are relative to it."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
-        self._local = threading.local()  # an open ZIP has one file position, so: one per thread and process
+        self._local = threading.local()  # an open ZIP has one file position, so each thread opens its own
         names = _walk(self.path) if self.path.is_dir() else self._zip().namelist()
         self.names = {name for name in names if not any(map(labels.hidden, name.split("/")))}
 
@@ -318,7 +333,7 @@ class Archive:
         return self._local.zip
 
     def read(self, name: str) -> bytes:
-        """Content of one file; Rejected if it is damaged, no regular file or larger than MAX_FILE_BYTES."""
+        """Read one file. Raises Rejected if it is damaged, not regular or larger than MAX_FILE_BYTES."""
         if self.path.is_dir():
             return read_regular(self.path / name)
         archive = self._zip()
@@ -327,20 +342,20 @@ class Archive:
             _refuse_huge(member.file_size)
             if member.compress_type not in PLAIN_ZIP:
                 raise Rejected("is compressed by another method than Deflate")
-            with archive.open(member) as file:  # unpacks no more than asked for, then compares the checksum
+            with archive.open(member) as file:  # read() unpacks only this many bytes and checks the CRC
                 return file.read(member.file_size)
         except Rejected:
             raise
-        except Exception as error:  # damaged or encrypted: each has its own
+        except Exception as error:  # damage and encryption raise many kinds
             raise Rejected(f"cannot be read: {error}") from error
 
     def size(self, name: str) -> str:
-        """Bytes of one file of a folder; "missing" for a dangling link."""
+        """Return the size in bytes of one file of a folder, or "missing" for a dangling link."""
         path = self.path / name
         return str(path.stat().st_size) if path.exists() else "missing"
 
     def version(self, name: str) -> str:
-        """A checksum of one file's content: NPY files of one kind have one size, whatever they hold."""
+        """Return a checksum of one file; sizes would not do, as a dataset's NPY files all have the same."""
         if self.path.is_dir():
             try:
                 return xxhash.xxh64(read_regular(self.path / name)).hexdigest()
@@ -349,7 +364,7 @@ class Archive:
         return f"{self._zip().getinfo(name).CRC:08x}"
 
     def labels(self) -> dict[str, str | int] | None:
-        """The rows of dataset.json; None if it says that there are no labels."""
+        """Read {file: label} from dataset.json; None if it says that there are no labels."""
         if "dataset.json" not in self.names:
             raise DatasetError(
                 f"{self.path} holds no dataset.json with labels; pass --unlabelled to do without"
@@ -361,7 +376,7 @@ class Archive:
         return labels.parse_json(text, f"{self.path}: dataset.json")
 
     def sample(self, name: str, size: int | None, keep_grey: bool, note: Note = ignore) -> np.ndarray:
-        """One image as uint8 (C,H,W), scaled to `size`, or latents as float16 (2c,h,w)."""
+        """Load one image as uint8 (C,H,W), scaled to `size`, or latents as float16 (2c,h,w)."""
         data = self.read(name)
         if name.lower().endswith(".npy"):
             return scaled(_array(data), size)
@@ -369,7 +384,7 @@ class Archive:
 
 
 def _array(data: bytes) -> np.ndarray:
-    """An NPY file as uint8 pixels or float16 latents (C,H,W); leading axes of length 1 are dropped."""
+    """Parse an NPY file into uint8 pixels or float16 latents (C,H,W) without leading axes of length 1."""
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
         array = array.reshape(-1, *array.shape[-2:])
@@ -388,23 +403,26 @@ def _array(data: bytes) -> np.ndarray:
 
 
 def scaled(pixels: np.ndarray, size: int | None) -> np.ndarray:
-    """Pixels (C,H,W) cropped and scaled to `size`; as they are without."""
+    """Crop and scale uint8 pixels (C,H,W) to `size`; without a size, and for latents, change nothing."""
     return to_array(centre_crop(to_image(pixels), size)) if size and pixels.dtype == np.uint8 else pixels
 
 
-def emoji(size: int, font: str = EMOJI_FONT, listing: str = EMOJI_LIST) -> Source:
-    """Noto Color Emoji on white, with groups and names of Unicode's emoji-test.txt; fully qualified ones."""
-    missing = [path for path in (font, listing) if not Path(path).is_file()]
+def emoji(size: int) -> Source:
+    """List the fully qualified emoji of Unicode's emoji-test.txt, drawn in Noto Color Emoji on white.
+
+    Groups are the classes, names the captions.
+    """
+    missing = [path for path in (EMOJI_FONT, EMOJI_LIST) if not Path(path).is_file()]
     if missing:
         raise DatasetError(f"{missing[0]} is missing: apt-get install fonts-noto-color-emoji unicode-data")
     layout = ImageFont.Layout.RAQM if features.check("raqm") else ImageFont.Layout.BASIC
-    typeface = ImageFont.truetype(font, EMOJI_STRIKE, layout_engine=layout)
-    listed = list(_listed_emoji(listing))
+    typeface = ImageFont.truetype(EMOJI_FONT, EMOJI_STRIKE, layout_engine=layout)
+    listed = list(_listed_emoji(EMOJI_LIST))
     drawn = [emoji for emoji in listed if _is_one_glyph(typeface, emoji[0])]
     skipped = len(listed) - len(drawn)
     if skipped:
         why = "" if features.check("raqm") else "; Pillow lacks libraqm, which sequences of code points need"
-        print(f"passing over {skipped} emoji that cannot be drawn as one picture{why}")
+        print(f"skipping {skipped} emoji that cannot be drawn as one picture{why}")
     keys, names = [key for key, _, _ in drawn], [name for _, _, name in drawn]
     numbers, class_names = labels.number([group for _, group, _ in drawn])
     lock = threading.Lock()  # FreeType faces are not thread-safe
@@ -417,7 +435,7 @@ def emoji(size: int, font: str = EMOJI_FONT, listing: str = EMOJI_LIST) -> Sourc
 
 
 def _listed_emoji(listing: str) -> Iterator[tuple[str, str, str]]:
-    """Code points ("1F1EF 1F1F5"), group ("Flags") and name ("flag: Japan") of each fully qualified emoji."""
+    """Yield the code points ("1F1EF 1F1F5"), group ("Flags") and name ("flag: Japan") of each emoji."""
     group = ""
     for line in labels.read_text(listing).splitlines():
         if line.startswith("# group: "):
@@ -431,13 +449,13 @@ def _emoji_text(key: str) -> str:
 
 
 def _is_one_glyph(typeface: ImageFont.FreeTypeFont, key: str) -> bool:
-    """Whether the font draws these code points as one picture: not as none, and not side by side."""
+    """Return True if the font draws these code points as one picture: not as none, not side by side."""
     left, top, right, bottom = typeface.getbbox(_emoji_text(key))
     return bottom > top and right - left <= EMOJI_WIDTH
 
 
 def _draw_emoji(typeface: ImageFont.FreeTypeFont, key: str) -> Image.Image:
-    """The emoji in the middle of a white square."""
+    """Draw the emoji in the middle of a white square."""
     text = _emoji_text(key)
     left, top, right, bottom = typeface.getbbox(text)
     corner = (EMOJI_WIDTH - right - left) // 2, (EMOJI_WIDTH - bottom - top) // 2

@@ -1,9 +1,9 @@
-"""Turns a source into a dataset folder, in parts that are independent of each other.
+"""The conversion of a source into a dataset folder, in parts that are independent of each other.
 
 One part is one shard: a fixed range of the input, converted by one worker and moved into place whole, first
-the shard, then its record under `.parts/`. A run that is killed loses the parts in progress and nothing else;
-the next run converts what has no record. The index and, last, the manifest come from the records alone, so
-they have the same bytes, however often and with however many workers and machines the conversion ran.
+the shard, then its record under `.parts/`. A run that is killed loses only the parts in progress; the next
+run converts all parts without a record. The index and, last, the manifest are made only from the records, so
+they have the same bytes however often, and with however many workers and machines, the conversion ran.
 """
 
 import fcntl
@@ -58,12 +58,13 @@ if TYPE_CHECKING:
 
     from recipe.pretrained import TextEncoder
 
-REJECTED, NOTES, PLAN = "rejected.jsonl", "notes.jsonl", f"{WORK}/plan.json"
+REJECTED, NOTES = "rejected.jsonl", "notes.jsonl"  # in the folder of a split
+PLAN = f"{WORK}/plan.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A split to convert: `items` are the positions of its samples in the source; `text` encodes captions."""
+    """A split to convert: `items` are the positions of its samples in the source, `text` encodes captions."""
 
     uri: str
     source: Source
@@ -73,15 +74,15 @@ class Job:
     text: "TextEncoder | None" = None
 
     def part(self, number: int) -> np.ndarray:
-        """Positions in the source of the samples of part `number`."""
+        """Return the positions in the source of the samples of part `number`."""
         size = _part_items(self.plan)
         return self.items[number * size : (number + 1) * size]
 
 
 def is_complete(job: Job) -> bool:
-    """Whether the target already holds this dataset.
+    """Return True if the target already holds this dataset.
 
-    Raises DatasetError if it holds another one, finished or not, or files that no conversion put there.
+    Raises DatasetError if it holds another one, finished or not, or files that are not from a conversion.
     """
     folder = Folder(job.uri)
     names = folder.names()
@@ -92,7 +93,9 @@ def is_complete(job: Job) -> bool:
         if change:
             raise DatasetError(f"{job.uri} holds a different dataset: {change}. Nothing was changed")
     elif any(not name.startswith(f"{WORK}/") for name in names):
-        raise DatasetError(f"{job.uri} is not empty and holds no dataset of ours. Nothing was changed")
+        raise DatasetError(
+            f"{job.uri} is not empty and holds no dataset of this program. Nothing was changed"
+        )
     if found == MANIFEST:
         _clean_up(folder)
     return found == MANIFEST
@@ -100,10 +103,10 @@ def is_complete(job: Job) -> bool:
 
 @contextmanager
 def alone(out: str, shard: tuple[int, int]) -> Iterator[None]:
-    """Keeps other conversions of the same machine number away from the local folder `out`.
+    """Lock the local folder `out` against other conversions with the same machine number.
 
-    The lock goes with this process, however it ends, and not to its workers. In a bucket two conversions
-    write the same bytes twice. Raises DatasetError, saying who writes there.
+    The lock ends with this process, however that ends, and its workers do not inherit it. A bucket has no
+    lock: two conversions write the same bytes twice. Raises DatasetError with the process that writes there.
     """
     if "://" in out:
         yield
@@ -122,14 +125,14 @@ def alone(out: str, shard: tuple[int, int]) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-            with suppress(OSError):  # files of the conversion stay, and the folder with them
+            with suppress(OSError):  # the folder is not empty: the conversion has written files
                 path.parent.rmdir()
 
 
 def convert(job: Job, workers: int, shard: tuple[int, int] = (1, 1)) -> None:
-    """Converts what is missing of the parts of machine `shard[0]` of `shard[1]`; `finish` does the rest.
+    """Convert the missing parts of machine `shard[0]` of `shard[1]`; `finish` completes the dataset.
 
-    Raises DatasetError when a part cannot be written; finished parts stay and are not converted again.
+    Raises DatasetError if a part cannot be written; finished parts stay and are not converted again.
     """
     folder = Folder(job.uri)
     names = set(folder.names())
@@ -151,7 +154,7 @@ def convert(job: Job, workers: int, shard: tuple[int, int] = (1, 1)) -> None:
 
 
 def _convert_in_processes(job: Job, parts: list[int], workers: int, bar: tqdm) -> None:
-    # Forked, not spawned: a list of a million files is shared instead of sent, and torch is imported once.
+    # Forked, not spawned, so that a list of a million files is shared and torch is imported only once.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, context, _start_worker, (job, os.getpid())) as pool:
         futures = [pool.submit(_work, number) for number in parts]
@@ -175,7 +178,7 @@ def _start_worker(job: Job, parent: int) -> None:
 
 
 def _exit_with(parent: int) -> None:
-    """Ends this worker when its parent was killed; otherwise it would wait for work forever."""
+    """End this worker when its parent is killed; otherwise it would wait for work forever."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)
@@ -190,10 +193,11 @@ def _work(number: int) -> int:
 def _convert_part(
     job: Job, number: int, folder: Folder, loaders: Executor | None, progress: Callable[[int], object]
 ) -> None:
-    """Writes the shard of one part, then its record: index entry, counts, moments, rejected samples."""
+    """Write the shard of one part, then its record: index entry, counts, moments, rejected samples."""
     from streaming import MDSWriter  # here, as importing it takes seconds
 
-    counts, lengths, moments = Counter(), Counter(), Moments(job.plan.column)
+    counts, lengths = Counter(), Counter()
+    moments = Moments(job.plan.column)
     rejected, notes = [], []
     cut = job.text.cut if job.text else 0
     work = None if folder.remote else Path(job.uri, WORK)
@@ -216,7 +220,7 @@ def _convert_part(
             writer.finish()
             entry = _publish_shard(folder, number, writer)
             results = {"shard": entry, "counts": counts, "moments": moments.sums, "rejected": rejected}
-            results["notes"] = sorted(notes, key=lambda line: line["key"])  # loaders do not keep an order
+            results["notes"] = sorted(notes, key=lambda line: line["key"])  # loaders finish in any order
             if job.source.captions:
                 results |= {"caption_bytes": lengths, "cut": job.text.cut - cut if job.text else 0}
             record = {"plan": fingerprint(job.plan), **results}
@@ -229,7 +233,7 @@ def _convert_part(
 
 
 def _columns(job: Job, positions: np.ndarray, samples: np.ndarray, rejected: list[dict]) -> dict:
-    """What is stored of the samples at these positions in the source, less those added to `rejected`."""
+    """Return what is stored of the samples at these positions, by column; add bad ones to `rejected`."""
     stored = job.encoder(samples)
     if stored.dtype != np.uint8:
         finite = np.isfinite(stored).all(axis=(1, 2, 3))
@@ -255,8 +259,9 @@ def _batches(
     notes: list[dict],
     progress: Callable[[int], object],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (positions in the source, samples) in batches; fills `rejected` with what cannot be loaded and
-    `notes` with what is unusual about the rest.
+    """Yield (positions in the source, samples) in batches.
+
+    Samples that cannot be loaded are added to `rejected`, what is unusual in the others to `notes`.
     """
     positions, samples = [], []
     items = job.part(number)
@@ -279,7 +284,7 @@ def _batches(
 def _load(
     source: Source, items: Iterable[int], loaders: Executor | None, ahead: int, notes: list[dict]
 ) -> Iterator[np.ndarray | Rejected]:
-    """Loads samples in order, with `loaders` up to `ahead` of the one that is asked for."""
+    """Yield samples in order; `loaders`, if there are any, load up to `ahead` samples in advance."""
     dtype = STORED_DTYPE[source.column]
 
     def load(position: int) -> np.ndarray | Rejected:
@@ -306,7 +311,7 @@ def _load(
 
 
 def _publish_shard(folder: Folder, number: int, writer: "MDSWriter") -> dict | None:
-    """Gives the written shard its number, moves it into place and returns its entry of the index."""
+    """Give the written shard its number, move it into place and return its entry in the index."""
     if not writer.shards:  # every sample of the part was rejected
         return None
     (entry,) = writer.shards
@@ -319,11 +324,10 @@ def _publish_shard(folder: Folder, number: int, writer: "MDSWriter") -> dict | N
 
 
 def finish(uris: list[str], max_rejected: int = 0) -> list[Manifest]:
-    """Makes index and manifest of the splits `uris` of a dataset from the records of their parts, whoever
-    converted them. A finished split stays as it is.
+    """Write index and manifest of the splits `uris` from the records of their parts; return the manifests.
 
-    Raises DatasetError if parts are missing or more than `max_rejected` samples were rejected in all splits;
-    the lists of those are then in rejected.jsonl, and no split gets a manifest.
+    A finished split stays as it is. Raises DatasetError if parts are missing, or if more than `max_rejected`
+    samples were rejected in all splits: rejected.jsonl then lists them, and no split gets a manifest.
     """
     collected = {uri: _collect(uri) for uri in uris}
     if sum(manifest.rejected for manifest, _ in collected.values()) > max_rejected:
@@ -340,8 +344,9 @@ def finish(uris: list[str], max_rejected: int = 0) -> list[Manifest]:
 
 
 def _collect(uri: str) -> tuple[Manifest, list[dict]]:
-    """The plan with the number of rejected samples, and the records of its parts; if it is finished already,
-    the manifest and no records.
+    """Return the plan with the number of rejected samples, and the records of all parts.
+
+    For a finished split these are its manifest and no records.
     """
     folder = Folder(uri)
     names = set(folder.names())
@@ -352,7 +357,8 @@ def _collect(uri: str) -> tuple[Manifest, list[dict]]:
     plan = Manifest.from_json(folder.read(PLAN), f"{uri}/{PLAN}", plan=True)
     records = _read_records(folder, plan, names)
     rejected, notes = ([line for r in records for line in r.get(key, ())] for key in ("rejected", "notes"))
-    notes = list({(line["key"], line["note"]): line for line in notes}.values())  # once for several captions
+    # A picture with several captions was loaded, and noted, several times.
+    notes = list({(line["key"], line["note"]): line for line in notes}.values())
     for name, lines in ((REJECTED, rejected), (NOTES, notes)):
         if lines:
             folder.write(name, "".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -362,7 +368,7 @@ def _collect(uri: str) -> tuple[Manifest, list[dict]]:
 
 
 def _clean_up(folder: Folder) -> None:
-    """Deletes the records of a finished dataset; in a bucket, where that takes a request each, they stay."""
+    """Delete the records of a finished local dataset; in a bucket they stay, as each takes a request."""
     if not folder.remote:
         shutil.rmtree(Path(folder.uri, WORK), ignore_errors=True)
 
@@ -374,7 +380,7 @@ def _read_records(folder: Folder, plan: Manifest, names: set[str]) -> list[dict]
         raise DatasetError(
             f"{folder.uri}: {len(missing)} of {len(wanted)} parts are missing, the first is {missing[0]}"
         )
-    with ThreadPoolExecutor(16) as pool:  # from a bucket, thousands of files one by one would take minutes
+    with ThreadPoolExecutor(16) as pool:  # in sequence, thousands of files of a bucket would take minutes
         texts = list(pool.map(folder.read, wanted))
     records = []
     for name, text in zip(wanted, texts, strict=True):
@@ -385,7 +391,7 @@ def _read_records(folder: Folder, plan: Manifest, names: set[str]) -> list[dict]
 
 
 class Sums(TypedDict):
-    """Sums of `Moments`: 0.0 of no samples, else one for each channel."""
+    """The sums of `Moments`: one for each channel, or 0.0 if there are no samples."""
 
     __pydantic_config__ = Strict
     n: int
@@ -398,8 +404,9 @@ Label = Annotated[str, Field(pattern="^-?[0-9]{1,19}$")]
 
 
 class Record(TypedDict):
-    """What is known of a finished part, by the plan that it belongs to; `caption_bytes` and `cut` only with
-    captions, `notes` only where something is to be said of a picture.
+    """The record of a finished part and the fingerprint of its plan.
+
+    It has `caption_bytes` and `cut` only with captions, `notes` only for unusual pictures.
     """
 
     __pydantic_config__ = Strict
@@ -414,7 +421,7 @@ class Record(TypedDict):
 
 
 def _parse_record(text: bytes, where: str) -> Record:
-    """The record of a part. Raises DatasetError where it is damaged."""
+    """Parse the record of a part, read from `where`. Raises DatasetError if it is damaged."""
     try:
         record = parse_json(text, where)
         conform(Record, text, where)
@@ -426,10 +433,11 @@ def _parse_record(text: bytes, where: str) -> Record:
 
 
 def _complete(plan: Manifest, records: list[dict]) -> Manifest:
-    """The plan with the results of all parts filled in; without records it is finished as it is."""
+    """Return the plan with the results of all parts filled in; without records it is already finished."""
     if not records:
         return plan
-    moments, counts, lengths = Moments(plan.column), Counter(), Counter()
+    counts, lengths = Counter(), Counter()
+    moments = Moments(plan.column)
     for record in records:
         moments.merge(record["moments"])
         counts.update({int(label): count for label, count in record["counts"].items()})
@@ -461,7 +469,7 @@ def _rejection_message(collected: dict[str, tuple[Manifest, list[dict]]], allowe
 
 
 def _part_items(plan: Manifest) -> int:
-    """Input samples per part."""
+    """Return the number of input samples per part."""
     return max(1, plan.shard_samples // plan.copies)
 
 
@@ -474,11 +482,10 @@ def _record_name(number: int) -> str:
 
 
 class Moments:
-    """Per-channel mean and deviation of what training sees before it normalises.
+    """Per-channel mean and deviation of pixels, or of mean + std * noise for latents.
 
-    They come from sums that can be added up, over pixels, or over mean + std * noise for latents.
-
-    Everything is float64. Sums over pixels are exact integers up to 2^53, which is more than ImageNet at 256.
+    They come from sums that can be added, all in float64. Sums over pixels are exact integers up to 2^53,
+    which is more than ImageNet at 256 needs.
     """
 
     def __init__(self, column: str) -> None:
@@ -486,8 +493,8 @@ class Moments:
         self.sums: dict = {"n": 0, "x": 0.0, "xx": 0.0, "var": 0.0}
 
     def add(self, samples: np.ndarray) -> None:
-        """Adds stored samples (N, C, H, W); the first half of latents' C are means, the second deviations."""
-        values = np.empty(samples.shape[1:])  # once: new memory costs more than the sums
+        """Add stored samples (N, C, H, W); the first half of latents' C are means, the second deviations."""
+        values = np.empty(samples.shape[1:])  # allocated once, since new memory costs more than the sums
         for sample in samples:
             values[:] = sample
             means, stds = np.split(values, 2) if self.latents else (values, values[:, :0])
@@ -495,18 +502,18 @@ class Moments:
                 {
                     "n": means[0].size,
                     "x": means.sum((1, 2)).tolist(),
-                    # row by row: for long ones BLAS would wake its threads, which takes 0.4 ms
+                    # row by row, since for long vectors BLAS would wake its threads, which takes 0.4 ms
                     "xx": np.vecdot(means, means).sum(1).tolist(),
                     "var": np.vecdot(stds, stds).sum(1).tolist(),
                 }
             )
 
     def merge(self, sums: dict) -> None:
-        """Adds the sums of other samples."""
+        """Add the sums of other samples."""
         self.sums = {key: (np.array(value) + sums[key]).tolist() for key, value in self.sums.items()}
 
     def mean_std(self) -> tuple[list[float], list[float]]:
-        """Per-channel mean, and sqrt(var(mean) + E[std^2])."""
+        """Return the per-channel mean and deviation, sqrt(var(mean) + E[std^2])."""
         n, x, xx, var = (np.array(self.sums[key], np.float64) for key in ("n", "x", "xx", "var"))
         mean = x / n
         return mean.tolist(), np.sqrt(np.maximum(xx / n - mean**2, 0) + var / n).tolist()

@@ -468,15 +468,15 @@ class TestPreflight:
     @pytest.mark.parametrize(
         ("override", "message"),
         [
-            ("data.remote=s3://nowhere/x", r"data\.remote: .*To mend: aws s3 (mb|ls) s3://nowhere"),
+            ("data.remote=s3://nowhere/x", r"data\.remote: .*Fix: aws s3 (mb|ls) s3://nowhere"),
             (
                 "save_folder=s3://nowhere/x",
-                r"To mend: aws s3 mb s3://nowhere --endpoint-url \"\$S3_ENDPOINT_URL",
+                r"Fix: aws s3 mb s3://nowhere --endpoint-url \"\$S3_ENDPOINT_URL",
             ),
-            ("folder=/proc/none", r"folder: cannot write /proc/none/.*To mend: ls -ld /proc/none"),
+            ("folder=/proc/none", r"folder: cannot write /proc/none/.*Fix: ls -ld /proc/none"),
             ("fork_from=s3://tests/none/ep0-ba4", r"fork_from: .* is not a complete checkpoint"),
             ("data.batch_size=5", r"data\.batch_size: 5 is not a multiple of the 2 ranks"),
-            ("log.wandb=online", r"log\.wandb: online, but there is no key\. To mend: wandb login"),
+            ("log.wandb=online", r"log\.wandb: online, but there is no key\. Fix: run wandb login"),
             ("model.size=16", r"model\.size: 16 differs from the 8"),
             ("data.cache_limit=50kb", r"data\.cache_limit: 50kb is less .*data\.cache_limit=1mb or more"),
             ("data.cache_limit=much", r"data\.cache_limit: 'much' is not a size"),
@@ -494,7 +494,7 @@ class TestPreflight:
     def test_without_credentials_it_says_how_to_get_them(self, s3, s3_digits, tmp_path, monkeypatch):
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-        with pytest.raises(SystemExit, match=r"save_folder: .*NoCredentialsError.*To mend: aws configure"):
+        with pytest.raises(SystemExit, match=r"save_folder: .*NoCredentialsError.*Fix: aws configure"):
             preflight.main(settings(tmp_path, s3_digits, s3.uri("preflight")))
 
     def test_disks_need_room_for_what_is_not_there_yet_and_for_all_that_goes_there(
@@ -508,7 +508,7 @@ class TestPreflight:
         more = config_of(digits, tmp_path / "save", "ema.posthoc=[0.05,0.1]")
         assert preflight.checkpoint_bytes(more) * 5 == size * 7  # of 5 tensors of that size, to 7
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * size))
-        assert re.match(r"save_folder: .* MB needed, .* MB free\. To mend: df", *disk_space(config))
+        assert re.match(r"save_folder: .* MB needed, .* MB free\. Fix: df", *disk_space(config))
         Folder(config.save_folder).write("ep0-ba4/rank0.pt", bytes(size))
         assert disk_space(config) == []
         more = (f"data.remote={digits}", f"data.local={tmp_path}/cache")
@@ -518,7 +518,7 @@ class TestPreflight:
     def test_an_endpoint_that_does_not_answer_is_named(self, s3, s3_digits, tmp_path, monkeypatch):
         monkeypatch.setattr(storage, "ATTEMPTS", 1)
         monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")
-        with pytest.raises(SystemExit, match=r"save_folder: .*To mend: curl -I http://127.0.0.1:1"):
+        with pytest.raises(SystemExit, match=r"save_folder: .*Fix: curl -I http://127.0.0.1:1"):
             preflight.main(settings(tmp_path, s3_digits, s3.uri("preflight")))
 
     def test_oci_configurations_that_differ_are_named(self, oci, tmp_path, monkeypatch):
@@ -530,7 +530,7 @@ class TestPreflight:
         (problem,) = preflight.oci_agreement(config_of(ROOT / "recipe", "oci://tests/run"))
         assert problem.startswith("OCI_CONFIG_FILE:")
         assert "differ in user; checkpoints would use the first" in problem
-        assert problem.endswith("To mend: unset OCI_CONFIG_FILE")
+        assert problem.endswith("Fix: unset OCI_CONFIG_FILE")
 
     def test_a_namespace_that_is_not_the_accounts_is_named(self, oci):
         (problem,) = preflight.oci_agreement(config_of(ROOT / "recipe", "oci://tests@elsewhere/run"))
@@ -543,11 +543,11 @@ class TestPreflight:
         monkeypatch.setenv("HOME", str(tmp_path))
         (problem,) = preflight.oci_agreement(config_of(ROOT / "recipe", "oci://tests/run"))
         assert "ConfigFileNotFound" in problem
-        assert "To mend: oci setup config" in problem
+        assert "Fix: oci setup config" in problem
 
     def test_a_bucket_that_is_not_there_comes_with_the_command_that_makes_it(self, oci):
         (problem,) = preflight.writable("save_folder", "oci://nowhere/run")
-        assert "To mend: oci os bucket create --name nowhere" in problem
+        assert "Fix: oci os bucket create --name nowhere" in problem
 
 
 def test_a_bucket_itself_is_a_folder(s3, cloud_env):

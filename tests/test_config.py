@@ -1,7 +1,7 @@
 """Every setting, fed what it should not be: a run can start from it, or it is one line that names its key."""
 
 import types
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Union, get_args, get_origin, get_type_hints
 
 import pytest
@@ -256,6 +256,18 @@ def test_a_yaml_that_cannot_be_read_is_one_line(tmp_path, files, message):
     if "b" in files:
         names = ["a.yaml", "b.yaml", "a.yaml"]
         assert " -> ".join(str(tmp_path / name) for name in names) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["yamls/digits.yaml", "digits.yaml", "digits"])
+def test_the_projects_yamls_are_found_by_their_names_from_any_folder(tmp_path, monkeypatch, name):
+    here = load_config(TrainConfig, "yamls/digits.yaml", [])
+    monkeypatch.chdir(tmp_path)
+    assert load_config(TrainConfig, name, []) == here
+    (tmp_path / "mine.yaml").write_text(f"base: {name}\nseed: 7")
+    assert load_config(TrainConfig, "mine.yaml", []) == replace(here, seed=7)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{run_name: own, folder: x, duration: 9ba}")
+    assert load_config(TrainConfig, name, []).run_name == "own"
 
 
 def test_a_plan_needs_no_data_and_takes_any_gpu(small, capsys):

@@ -868,9 +868,10 @@ def test_emoji_of_both_kinds_are_drawn(tmp_path):
     assert source.class_names[source.labels[source.keys.index("1F34E")]] == "Food & Drink"
 
 
-def test_emoji_without_its_packages_says_what_to_install(tmp_path):
+def test_emoji_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "EMOJI_FONT", str(tmp_path / "none.ttf"))
     with pytest.raises(DatasetError, match="apt-get install fonts-noto-color-emoji unicode-data"):
-        sources.emoji(32, font=str(tmp_path / "none.ttf"))
+        sources.emoji(32)
 
 
 def _flip_byte(folder: Path) -> str:

@@ -133,7 +133,7 @@ def test_captions_of_a_zip(folder, tmp_path, beside):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file,caption\nx.png,a\na.png,b\ny.png,c\n", "2 rows name images that are not there, first x.png"),
+        ("file,caption\nx.png,a\na.png,b\ny.png,c\n", "2 rows name images that do not exist, first x.png"),
         ("file,caption\na.png,red, wide\n", "line 2: not one file and one caption: {'file': 'a.png', "),
         ("file,caption\na.png,b\na.png\n", "line 3: not one file and one caption: {'file': 'a.png', "),
         ("a.png,a red cat\n", "is neither JSON lines nor CSV whose header names file and caption"),

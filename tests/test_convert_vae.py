@@ -135,7 +135,7 @@ def test_half_precision_encoder_stays_close(pictures, vae_folder, tmp_path):
 
 def test_impossible_requests_are_refused_before_any_work(pictures, vae_folder, tmp_path, capsys):
     digits = sources.digits()
-    with pytest.raises(DatasetError, match="wants 3 channels and sides divisible by 2, the images are 1x8x8"):
+    with pytest.raises(DatasetError, match="needs 3 channels and sides divisible by 2, the images are 1x8x8"):
         encoders.VAE(digits, vae_folder, "fp32", 8, "cpu")
     words = command(pictures, vae_folder, tmp_path / "out")
     words[words.index("--size") + 1] = 15

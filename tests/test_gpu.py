@@ -66,7 +66,7 @@ def test_predicted_stands_beside_measured(tmp_path, monkeypatch):
 
 def test_only_what_is_missing_or_of_another_commit_is_run(tmp_path, monkeypatch, capsys):
     ran = []
-    monkeypatch.setattr(gpu, "attempt", lambda stage, *_: ran.append(stage) or "stopped")
+    monkeypatch.setattr(gpu, "run_apart", lambda stage, *_: ran.append(stage) or "stopped")
     monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--out", str(tmp_path)])
     found(tmp_path, "correctness", ran=3, wrong=0)
     found(tmp_path, "attention", rows=[])
@@ -83,8 +83,8 @@ def test_only_what_is_missing_or_of_another_commit_is_run(tmp_path, monkeypatch,
 
 
 def test_a_stage_that_fails_or_hangs_is_named(tmp_path, monkeypatch):
-    reason = gpu.attempt("nonsense", tmp_path, True)
+    reason = gpu.run_apart("nonsense", tmp_path, True)
     assert "error: 'nonsense' is not one of correctness, attention" in reason
     assert reason.endswith("; see nonsense.log")
     monkeypatch.setattr(gpu, "LIMIT", 0.1)
-    assert gpu.attempt("correctness", tmp_path, True) == "still ran after 0.1 s"
+    assert gpu.run_apart("correctness", tmp_path, True) == "still ran after 0.1 s"

@@ -73,8 +73,8 @@ def exact(tensors, gradients, scale):
     return [*outputs, *torch.autograd.grad(outputs, wanted, [g.double() for g in gradients])]
 
 
-def measured(tensors, gradients, scale=None):
-    outputs = kernels.jvp_attention(*tensors, scale=scale)
+def measured(tensors, gradients):
+    outputs = kernels.jvp_attention(*tensors)
     given = [x for x in tensors if x is not None]
     return [*outputs, *torch.autograd.grad(outputs, given, gradients)]
 
@@ -92,10 +92,10 @@ def errors(actual, expected):
     ]
 
 
-def assert_close(tensors, tolerance, scale=None):
+def assert_close(tensors, tolerance):
     gradients = output_gradients(tensors[0])
-    expected = exact(tensors, gradients, tensors[0].shape[-1] ** -0.5 if scale is None else scale)
-    actual = measured(tensors, gradients, scale)
+    expected = exact(tensors, gradients, tensors[0].shape[-1] ** -0.5)
+    actual = measured(tensors, gradients)
     worst = max(errors(actual, expected))
     assert worst < tolerance, dict(zip(NAMES, errors(actual, expected), strict=False))
 
@@ -235,7 +235,7 @@ def test_any_strides(device):
     tq = tq.detach().contiguous().requires_grad_()
     v = v.detach().mT.contiguous().mT.requires_grad_()
     k = k.detach()[:, :1].expand(-1, 3, -1, -1).requires_grad_()
-    assert_close([q, k, v, tq, tk, tv], TOLERANCE, scale=0.3)
+    assert_close([q, k, v, tq, tk, tv], TOLERANCE)
 
 
 @every_backend
@@ -578,9 +578,9 @@ def test_flops_are_counted(device):
 def test_plain_attention():
     q, k, v = inputs(17, 33, 16, "cpu", torch.float64)[:3]
     with FlopCounterMode(display=False) as flops:
-        o = kernels.attention(q, k, v, scale=0.3)
+        o = kernels.attention(q, k, v)
         o.sum().backward()
-    torch.testing.assert_close(o, plain_attention(q, k, v, 0.3))
+    torch.testing.assert_close(o, plain_attention(q, k, v, 16**-0.5))
     assert flops.get_total_flops() == 6 * q.numel() * 2 * 33
 
 

@@ -109,7 +109,7 @@ EDITS = {  # file => change, what is said
         (shard("raw_data.bytes", 2**32), "shards.0.raw_data.bytes: 4294967296: input should be less than"),
         (shard("raw_data.basename", "index.json"), 'not a shard of its folder: "index.json"'),
         (shard("raw_data.basename", "/etc/passwd"), 'not a shard of its folder: "/etc/passwd"'),
-        (shard("raw_data.basename", "shard.00009.mds"), "shard.00009.mds: manifest.json does not know it"),
+        (shard("raw_data.basename", "shard.00009.mds"), "shard.00009.mds: manifest.json does not list it"),
         (shard("raw_data.hashes", {}), "shards.0.raw_data.hashes.xxh64: field required"),
         (shard("raw_data.hashes", {"xxh64": "0" * 16}), 'xxh64: "0000000000000000", manifest.json says'),
         (shard("column_encodings", ["ndarray:uint8:1,4,4", "pkl"]), '"label": "pkl"}, manifest.json says'),

@@ -10,13 +10,11 @@ import xxhash
 from composer.devices import DeviceGPU
 from composer.utils import get_device
 from filelock import FileLock
-from torch._inductor.scheduler import Scheduler
 
 from recipe import patches
 from storage.manifest import DatasetError
 from tests.conftest import run
 
-DISTANCE = "torch._inductor.scheduler:Scheduler.are_long_distant_nodes"
 FACTORS = "torch.distributed.fsdp._fully_shard._fsdp_collectives:_get_gradient_divide_factors"
 
 # Of the source of a module or function: more than one where versions differ and all have been read.
@@ -28,13 +26,9 @@ READ = {
     "streaming.base.stream": ["0ca6d322efe4b138"],
     "streaming.base.shared.prefix": ["fd91d67a9e6486d9"],
     "streaming.base.shared.memory": ["94beff959fa40164"],
-    DISTANCE: ["8c4f68e3cb6897fe", "fe85bc694b14d3ce"],
     FACTORS: ["9eef1d177dfc92cb", "55e35e84df1de539"],
 }
-ORIGINAL = {
-    FACTORS: patches._divide_factors,
-    DISTANCE: Scheduler.are_long_distant_nodes,
-}  # which other tests of this process may have replaced
+ORIGINAL = {FACTORS: patches._divide_factors}  # which other tests of this process may have replaced
 
 
 @pytest.mark.parametrize("name", READ)
