@@ -160,12 +160,12 @@ class HeldOut:
         image does to its own, ties counting half (the Mann-Whitney statistic; Meehan et al. 2020).
         """
         near = nearest(features, self.train)[0]
+        distance = resampled_distance(features, self.features, *self.resampling)[0]
         return {
-            "equal_numbers": self.count,
-            "held_out_images": len(self.near),
             "distance_to_training": resampled_distance(features, self.train, *self.resampling)[0],
-            "distance_to_held_out": resampled_distance(features, self.features, *self.resampling)[0],
+            "distance_to_held_out": distance,
             **self.floors,
+            "ratio_to_held_out": distance / self.floors["real_to_held_out"][0],
             "nearer_share": float(mannwhitneyu(self.near, near).statistic / (len(near) * len(self.near))),
         }
 

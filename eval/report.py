@@ -39,6 +39,50 @@ from streaming_convert.lettering import lettering
 
 Row = dict[str, Any]
 
+MARK = " (trained on)"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else f"{value:{spec}}"
+
+
+def _mark(row: Row, key: str) -> str:
+    """What stands beside a number in features that the weights were finished on."""
+    return MARK if row.get(f"trained_on{key}") else ""
+
+
+def _distance(row: Row, key: str = "") -> str:
+    return _number(row[f"frechet_distance{key}"], ".3f") + _mark(row, key)
+
+
+def _by_floor(row: Row, key: str = "") -> str:
+    floor = row[f"floor{key}"]
+    return _number(floor and row[f"frechet_distance{key}"] / floor, ".2f")
+
+
+def _to_held_out(row: Row, key: str = "", what: str = "to_held_out") -> str:
+    """The distance of the samples and, in brackets, of as many real images."""
+    if f"nearer_share{key}" not in row:
+        return "-"
+    distances = row[f"distance_{what}{key}"], row[f"real_{what}{key}"][0]
+    return "{:.3f} ({:.3f})".format(*distances) + _mark(row, key)
+
+
+def _by_real(row: Row, key: str = "") -> str:
+    """How far the samples are from held-out images, by how far real images are; of several extractors."""
+    return _number(row.get(f"ratio_to_held_out{key}") if further(row) else None, ".3f")
+
+
+def _mean_ratio(row: Row) -> str:
+    marks = [_mark(row, key) for key in ("", *further(row))]
+    return _number(row.get("FDr"), ".3f") + (max(marks) if "FDr" in row else "")
+
+
+def further(row: Row) -> list[str]:
+    """What ends the columns of each extractor but the first, such as [pixels]."""
+    return [name.removeprefix("frechet_distance") for name in row if name.startswith("frechet_distance[")]
+
+
 # Column title => the row's text; a column that is empty in every row is left out.
 COLUMNS = {
     "weights": lambda r: f"{Path(r['weights']).parent.parent.name}/{Path(r['weights']).name}",
@@ -47,8 +91,8 @@ COLUMNS = {
     "step": lambda r: _number(r["step"], "d"),
     "NFE": lambda r: _number(r["nfe"], "d"),
     "w": lambda r: _number(r["w"], "g"),
-    "Frechet distance": lambda r: _number(r["frechet_distance"], ".3f"),
-    "/ floor": lambda r: _number(r["floor"] and r["frechet_distance"] / r["floor"], ".2f"),
+    "Frechet distance": _distance,
+    "/ floor": _by_floor,
     "KID x 1000": lambda r: _number(1000 * r["kid"] if "kid" in r else None, ".3f"),
     "Inception score": lambda r: _number(r.get("inception_score"), ".2f"),
     "precision": lambda r: _number(r.get("precision"), ".3f"),
@@ -57,26 +101,21 @@ COLUMNS = {
     "retrieval": lambda r: _number(r.get("retrieval"), ".3f"),
     "CLIP score": lambda r: _number(r.get("clip_score"), ".2f"),
     "class agreement": lambda r: _number(r["class_agreement"], ".3f"),
-    "to training (real)": lambda r: _beside_real(r, "to_training"),
-    "to held-out (real)": lambda r: _beside_real(r, "to_held_out"),
+    "to training (real)": lambda r: _to_held_out(r, "", "to_training"),
+    "to held-out (real)": _to_held_out,
+    "/ real": _by_real,
     "nearer than held-out": lambda r: _number(r.get("nearer_share"), ".3f"),
 }
+FURTHER = ("Frechet distance", "/ floor", "to held-out (real)", "/ real")  # of further extractors, too
 LEFT_ALIGNED = ("weights", "objective", "average")
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else f"{value:{spec}}"
-
-
-def _beside_real(row: Row, what: str) -> str:
-    """The distance of the samples and, in brackets, of as many real images."""
-    known = "nearer_share" in row
-    return f"{row[f'distance_{what}']:.3f} ({row[f'real_{what}'][0]:.3f})" if known else "-"
 
 
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Titles of the columns that say something, and the cells as text, the newest weights first."""
     cells = {title: [text(r) for r in rows] for title, text in COLUMNS.items()}
+    for key in further(rows[0]):
+        cells |= {f"{title} {key}": [COLUMNS[title](r, key) for r in rows] for title in FURTHER}
+    cells["FDr"] = list(map(_mean_ratio, rows))
     titles = [title for title in cells if set(cells[title]) != {"-"}]
     return titles, [[cells[title][i] for title in titles] for i in range(len(rows))]
 
@@ -86,11 +125,17 @@ def notes(rows: list[Row], protocol: str, doubts: list[str]) -> list[str]:
     first = rows[0]
     features = f"Features: {first['extractor']}"
     if (accuracy := first["classifier_accuracy"]) is not None:
-        features += f", of held-out accuracy {accuracy:.4f}"
+        features += f", {'the first ' if further(first) else ''}of held-out accuracy {accuracy:.4f}"
     features += f". Reference: {first['reference']}. Network in {first['dtype']}, seed {first['seed']}."
     lines = [*(f"Warning: {doubt}" for doubt in doubts), protocol, features]
     if (floor := first["floor"]) is not None:
-        lines.append(f"Floor: {floor:.3f}, the mean distance between random halves of the real data.")
+        floors = ", ".join([f"{floor:.3f}", *(f"{first[f'floor{key}']:.3f} {key}" for key in further(first))])
+        lines.append(f"Floor: {floors}, the mean distance between random halves of the real data.")
+    if any(_mark(row, key) for row in rows for key in ("", *further(row))):
+        lines.append(
+            f"{MARK.strip()}: the weights were finished on this extractor (objective frechet): no number in "
+            "its features is an independent score."
+        )
     if "retrieval" in first:
         lines.append(
             f"Prompts: captions of the reference, encoder {first['encoder'] or 'none'}. Retrieval: how often "
@@ -109,7 +154,8 @@ def copying_note(row: Row) -> str:
         f"held-out ones of {row['held_out']}, in brackets those of as many (other) training images; single "
         f"draws of the latter scatter by {scatter}. Nearer than held-out: the probability that a sample lies "
         "nearer to its nearest training image than a held-out image does to its own; "
-        f"0.500 +- {chance:.3f} where nothing is copied."
+        f"0.500 +- {chance:.3f} where nothing is copied. FDr: the distance to held-out images by that of "
+        "real ones, 1 for real images; the mean over extractors."
     )
 
 
@@ -194,14 +240,17 @@ TITLES = {
 
 
 def plot_distances(panel: Axes, rows: list[Row], axis: str) -> None:
-    """Distance over one axis of the grid, a line for each objective, average and NFE."""
+    """Distance over one axis of the grid, a line for each objective, average and NFE, and another one for
+    weights that were finished on the extractor.
+    """
     lines = ("objective", "average", *(() if axis == "nfe" else ("nfe",)))
     values = [list(dict.fromkeys(r[name] for r in rows)) for name in lines]
-    for key in product(*values):
+    for *key, trained in product(*values, (False, True)):
         named = zip(lines, key, values, strict=True)
-        words = [f"{v} NFE" if n == "nfe" else v for n, v, all_v in named if len(all_v) > 1]
-        if chosen := [r for r in rows if tuple(r[name] for name in lines) == key]:
-            panel.plot(*best_curve(chosen, axis), marker="o", label=" ".join(words) or "samples")
+        words = [f"{v} NFE" if n == "nfe" else v for n, v, all_v in named if len(all_v) > 1] or ["samples"]
+        chosen = [r for r in rows if [r[name] for name in lines] == key]
+        if chosen := [r for r in chosen if r.get("trained_on", False) == trained]:
+            panel.plot(*best_curve(chosen, axis), marker="o", label=" ".join(words) + MARK * trained)
     if rows[0]["floor"] is not None:
         panel.axhline(rows[0]["floor"], color="grey", linestyle=":", label="halves of the real data")
     title = TITLES[axis]
@@ -382,14 +431,19 @@ def html_page(rows: list[Row], said: list[str], title: str, pictures: dict[str, 
 
 
 def write_report(
-    folder: Path, rows: list[Row], reference: Reference, generator: Generator, protocol: str
+    folder: Path,
+    rows: list[Row],
+    reference: Reference,
+    generator: Generator,
+    protocol: str,
+    doubts: list[str],
 ) -> None:
     """results.md (also printed), metrics.png, samples.png and report.html in the folder; nearest.png where
     there are held-out images.
 
-    generator: of the first row's weights; protocol: in words.
+    generator: of the first row's weights; protocol: in words; doubts: what speaks against the extractors.
     """
-    text = markdown(rows, protocol, reference.doubts)
+    text = markdown(rows, protocol, doubts)
     (folder / "results.md").write_text(text)
     pictures = {"Curves": folder / "metrics.png", "Samples": folder / "samples.png"}
     plot_metrics(rows, pictures["Curves"])
@@ -399,7 +453,7 @@ def write_report(
         heading = f"Samples of {steps} steps, each above its nearest training image"
         pictures[heading] = folder / "nearest.png"
         draw_nearest(rows, reference, generator, pictures[heading])
-    said = notes(rows, protocol, reference.doubts)
+    said = notes(rows, protocol, doubts)
     page = html_page(rows, said, f"Sweep {folder.name}", pictures)
     (folder / "report.html").write_text(page)
     names = ", ".join(["results.md", *(path.name for path in pictures.values())])

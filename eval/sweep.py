@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -35,9 +36,11 @@ from eval.report import parse_lines, reportable, write_report
 from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, choose_labels, describe
 from recipe.algorithms import MAX_LENGTH, length_of
 from recipe.config import ConfigError, load_config
-from recipe.features import EXTRACTORS, FeatureExtractor, FeatureSet, SmallImageClassifier
+from recipe.features import EXTRACTORS, FeatureExtractor, FeatureSet, Pixels, SmallImageClassifier
 from recipe.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from recipe.objectives import from_facts
+from recipe.objectives.frechet import is_known
+from recipe.pretrained import hash_weights
 from recipe.reference import STATISTICS, make_extractor
 from recipe.settings import (
     CountOrZero,
@@ -73,6 +76,13 @@ def with_distance(names: list[str]) -> list[str]:
     return names
 
 
+def extractor(name: str) -> str:
+    """The name of an extractor, or name:argument as objective.features has it. Raises ValueError."""
+    if name not in EXTRACTORS and not is_known(name):
+        raise ValueError
+    return name
+
+
 Average = Annotated[
     str,
     AfterValidator(average),
@@ -82,6 +92,14 @@ Metrics = Annotated[
     Many[Literal[tuple(METRICS)]],
     AfterValidator(with_distance),
     Says(f"must hold fd, and may hold {', '.join(name for name in METRICS if name != 'fd')}"),
+]
+Extractor = Annotated[
+    str,
+    AfterValidator(extractor),
+    Says(
+        "must be classifier, classifier:SEED (from 1), pixels, pixels:POOL, inception-2015, dinov2-vitl14 "
+        "(both also with :WEIGHTS) or image-model:FOLDER"
+    ),
 ]
 
 
@@ -133,12 +151,13 @@ class SweepConfig(Settings):
     vae: LocalPath | None = Field(
         None, description="Folder of the autoencoder that decodes latents; null takes that of the weights."
     )
-    extractor: Literal[tuple(EXTRACTORS)] = Field(
-        "classifier",
-        description="Network whose features are compared; the classifier is trained on the reference.",
+    extractor: Filled[Extractor] = Field(
+        ["classifier"],
+        description="Networks whose features are compared; a classifier is trained on the reference. All "
+        "metrics are of the first, further ones add distances.",
     )
     extractor_weights: LocalPath | None = Field(
-        None, description="Weights of the extractor; null fetches or, for the classifier, trains them."
+        None, description="Weights of the first extractor; null fetches or, for a classifier, trains them."
     )
     floor_splits: int = Field(
         20,
@@ -157,6 +176,13 @@ class SweepConfig(Settings):
             raise ConfigError("clip: scores prompts, of which there are none")
         if self.held_out is not None and not self.floor_splits:
             raise ConfigError("held_out: needs floor_splits of at least 1")
+        if len(set(self.extractor)) < len(self.extractor):
+            raise ConfigError(f"extractor: {self.extractor} names one of them twice")
+        if len(self.extractor) > 1 and Path(self.reference).suffix in STATISTICS:
+            raise ConfigError(
+                f"extractor: {self.extractor} need a folder of real images as reference, a file of "
+                "statistics is of one extractor"
+            )
         return self
 
     @property
@@ -174,10 +200,11 @@ def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, d
     reference, classifier or labels have changed.
     """
     asked = "none" if config.prompts else ""  # of weights without prompts
-    digest = setup.reference.digest + (setup.held_out.digest if setup.held_out else "") + (config.clip or "")
+    digest = "".join(one.digest for one in setup.judges.values()) + (config.clip or "")
     for export, labels in zip(setup.exports, setup.labels, strict=True):
         inputs = hashlib.sha256(digest.encode() + labels.numpy().tobytes()).hexdigest()
         encoder = text_encoder(export)
+        trained = {f"trained_on{key}": True for key, one in setup.judges.items() if one.trained(export.facts)}
         guidance = config.w or [from_facts(export.facts["method"]).default_w]
         for w, nfe, prompts in product(guidance, config.nfe, config.prompts if encoder else [asked]):
             cell = {
@@ -192,10 +219,11 @@ def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, d
                 "seed": config.seed,
                 "dtype": config.dtype,
                 "reference": config.reference,
-                "extractor": config.extractor,
+                "extractor": ", ".join(config.extractor),
                 "metrics": ",".join(sorted(config.metrics)),
                 "floor_splits": config.floor_splits,
                 "inputs": inputs,
+                **trained,
             }
             yield export, labels, cell
 
@@ -236,20 +264,20 @@ def score(
     """One row of results; the samples are shared among the ranks."""
     began, facts, extractor = time.time(), generator.facts, setup.reference.extractor
     network, prompts = generator.net.config, cell["prompts"]
-    found = FeatureSet(extractor, config.keep)
-    is_classifier = config.extractor == "classifier" and network.classes > 0
+    found = {key: FeatureSet(one.reference.extractor, one.keep) for key, one in setup.judges.items()}
+    is_classifier = isinstance(extractor, SmallImageClassifier) and network.classes > 0
     asked = torch.full_like(labels, network.null) if prompts == "empty" else labels
     text = partial(setup.prompts.text, prompts, network.text) if cell["encoder"] else None
     what = asked, config.seed + torch.arange(setup.samples), cell["nfe"], cell["w"], config.batch_size
     for images, index in generator.batches(*what, dist.get_global_rank(), dist.get_world_size(), text):
-        found.add(images, index, labels[index] if is_classifier else None)
+        for features in found.values():
+            features.add(images, index, labels[index] if is_classifier else None)
         if setup.prompts is not None:
             setup.prompts.see(images, index)
     return {
         **cell,
         **compare(found, setup, config),
-        "class_agreement": found.matches() / setup.samples if is_classifier else None,
-        "floor": setup.reference.floor,
+        "class_agreement": found[""].matches() / setup.samples if is_classifier else None,
         "held_out": config.held_out,
         "classifier_accuracy": getattr(extractor, "accuracy", None),
         "labels": PROTOCOLS[config.protocol].labels,
@@ -264,16 +292,31 @@ def score(
     }
 
 
-def compare(found: FeatureSet, setup: Setup, config: SweepConfig) -> dict[str, float]:
-    """The metrics of a set of samples, by their columns in results.jsonl.
+def compare(found: dict[str, FeatureSet], setup: Setup, config: SweepConfig) -> dict[str, Any]:
+    """The metrics of a set of samples, by their columns in results.jsonl; found: its features by the keys of
+    `Setup.judges`, which end the names of columns.
+
+    FDr: the mean over extractors of the distance to held-out images by that of real images.
+    """
+    values = compare_first(found[""], setup, config)
+    for key, one in setup.judges.items():
+        values |= {f"{name}{key}": value for name, value in one.compare(found[key]).items()}
+    if setup.held_out is not None:
+        values["equal_numbers"], values["held_out_images"] = setup.held_out.count, len(setup.held_out.near)
+        values["FDr"] = fmean(values[f"ratio_to_held_out{key}"] for key in setup.judges)
+    return values
+
+
+def compare_first(found: FeatureSet, setup: Setup, config: SweepConfig) -> dict[str, Any]:
+    """What is measured in the features of the first extractor alone.
 
     Kernel distance on 100 subsets of 1000 (or of all, if there are fewer); precision and recall against at
     most as many real images as there are samples, picked by the seed.
     """
-    reference, metrics, seed = setup.reference, config.metrics, config.seed
-    values: dict[str, Any] = {"frechet_distance": frechet_distance(*found.moments(), *reference.moments)}
-    features = found.rows("features") if "features" in config.keep else None
-    real = reference.features
+    values: dict[str, Any] = {}
+    metrics, seed = config.metrics, config.seed
+    features = found.rows("features") if config.keep & {"features"} else None
+    real = setup.reference.features
     if "kid" in metrics:
         size = min(1000, len(features), len(real))
         values["kid"], values["kid_std"] = kernel_distance(features, real, subset_size=size, seed=seed)
@@ -284,9 +327,7 @@ def compare(found: FeatureSet, setup: Setup, config: SweepConfig) -> dict[str, f
     if "is" in metrics:
         score = inception_score(found.rows("logits"), seed=seed)
         values["inception_score"], values["inception_score_std"] = score
-    if setup.prompts is not None:
-        values |= setup.prompts.scores(features, real)
-    return values if setup.held_out is None else {**values, **setup.held_out.compare(features)}
+    return values if setup.prompts is None else {**values, **setup.prompts.scores(features, real)}
 
 
 def read_finished(path: Path) -> list[dict[str, Any]]:
@@ -317,42 +358,121 @@ def wandb_run(config: SweepConfig) -> AbstractContextManager[Any]:
     return wandb.init(**settings, config=vars(config))
 
 
+class Judge(NamedTuple):
+    """An extractor, by the name that the configuration gives it and the hash of its weights, what is kept of
+    its features and class scores for each sample, and the real images as it sees them.
+    """
+
+    name: str
+    weights: str
+    keep: set[str]
+    reference: Reference
+    held_out: HeldOut | None
+
+    @property
+    def digest(self) -> str:
+        """All that distances in its features depend on beside the samples."""
+        return self.reference.digest + (self.held_out.digest if self.held_out else "")
+
+    def trained(self, facts: dict[str, Any]) -> bool:
+        """Return True if weights with these facts were finished on this extractor, by hash or by name.
+
+        A hash alone would miss a classifier of the same images and seed that another machine has trained.
+        """
+        finished = facts.get("finished", [])
+        return any(self.weights == x.get("weights") or self.name == x.get("extractor") for x in finished)
+
+    def compare(self, found: FeatureSet) -> dict[str, Any]:
+        """Distances of samples in its features."""
+        reference = self.reference
+        distance = frechet_distance(*found.moments(), *reference.moments)
+        values = {"frechet_distance": distance, "floor": reference.floor}
+        return values if self.held_out is None else values | self.held_out.compare(found.rows("features"))
+
+
 class Setup(NamedTuple):
-    """What every cell shares, found and checked before the first sample is drawn."""
+    """What every cell shares, found and checked before the first sample is drawn.
+
+    judges: extractors by what ends the names of their columns, "" for the first and [NAME] for others.
+    """
 
     exports: list[Export]
     labels: list[Tensor]
-    reference: Reference
-    held_out: HeldOut | None
+    judges: dict[str, Judge]
     prompts: Captions | None
     samples: int
 
+    @property
+    def reference(self) -> Reference:
+        """The real images in the features of the first extractor."""
+        return self.judges[""].reference
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        """The held-out images in the features of the first extractor."""
+        return self.judges[""].held_out
+
+    @property
+    def doubts(self) -> list[str]:
+        """What speaks against the extractors, in sentences."""
+        return [
+            f"{key}: {doubt}".removeprefix(": ")
+            for key, one in self.judges.items()
+            for doubt in one.reference.doubts
+        ]
+
 
 def prepare(config: SweepConfig, device: torch.device) -> Setup:
-    """Finds weights and reference, makes the extractor. Raises ConfigError where something does not fit."""
+    """Finds weights and reference, makes extractors. Raises ConfigError where something does not fit."""
     folder = Path(config.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         exports = find_weights(config.weights, config.averages, config.latest, folder)
         images = None if Path(config.reference).suffix in STATISTICS else open_images(config.reference)
-        extractor = make_extractor(config.extractor, config.extractor_weights, images, config.folder, device)
+        extractors = make_extractors(config, images, device)
         samples = config.samples or PROTOCOLS[config.protocol].samples or len(images or ())
-        check_metrics(config, images, extractor, samples)
+        check_metrics(config, images, extractors[0], samples)
         prompts = Captions(images, samples, config.clip, config.seed) if config.prompts else None
         check_prompts(exports, prompts)
         check_class_names(exports)
-        check_shapes(exports, extractor)
+        for one in extractors:
+            check_shapes(exports, one)
         labels = choose(config, exports, samples, prompts)
         for _, facts in exports:
             objective = from_facts(facts["method"])
             for w in config.w:
                 check_guidance(objective, w)
-        settings = (config.batch_size, config.floor_splits, config.seed)
-        reference = Reference(config.reference, images, extractor, config.keep, *settings)
-        held_out = HeldOut(config.held_out, reference, samples, *settings) if config.held_out else None
+        judges = {
+            f"[{one.name}]" if i else "": one
+            for i, one in enumerate(make_judges(config, extractors, images, samples))
+        }
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
-    return Setup(exports, labels, reference, held_out, prompts, samples)
+    return Setup(exports, labels, judges, prompts, samples)
+
+
+def make_extractors(
+    config: SweepConfig, images: Dataset | None, device: torch.device
+) -> list[FeatureExtractor]:
+    """The extractors in the order of the configuration. Raises ValueError, OSError, ImportError."""
+    weights = [config.extractor_weights] + [None] * (len(config.extractor) - 1)
+    return [
+        make_extractor(name, path, images, config.folder, device)
+        for name, path in zip(config.extractor, weights, strict=True)
+    ]
+
+
+def make_judges(
+    config: SweepConfig, extractors: list[FeatureExtractor], images: Dataset | None, samples: int
+) -> Iterator[Judge]:
+    """The extractors with features of reference and held-out images. Raises ValueError, OSError."""
+    settings = (config.batch_size, config.floor_splits, config.seed)
+    keep = config.keep
+    for name, extractor in zip(config.extractor, extractors, strict=True):
+        reference = Reference(config.reference, images, extractor, keep, *settings)
+        held_out = HeldOut(config.held_out, reference, samples, *settings) if config.held_out else None
+        yield Judge(name, hash_weights(extractor.network), keep, reference, held_out)
+        keep = {"features"} if config.held_out else set()  # all that further ones need
 
 
 def check_prompts(exports: list[Export], prompts: Captions | None) -> None:
@@ -379,16 +499,16 @@ def check_class_names(exports: list[Export]) -> None:
 
 
 def check_shapes(exports: list[Export], extractor: FeatureExtractor) -> None:
-    """Raises ValueError for weights that make pictures of another shape than the classifier takes."""
-    if not isinstance(extractor, SmallImageClassifier):
+    """Raises ValueError for weights that make pictures of another shape than a classifier or pixels take."""
+    if not isinstance(extractor, SmallImageClassifier | Pixels):
         return
-    wanted = extractor.settings["channels"], extractor.settings["size"]
     for path, facts in exports:
-        found = facts["model"]["channels"], facts["model"]["size"]
-        if facts["data"]["column"] == "image" and found != wanted:
-            sides = "of {} channels and {} pixels".format
+        found = facts["model"]["channels"], facts["model"]["size"], facts["model"]["size"]
+        if facts["data"]["column"] == "image" and found != extractor.shape:
+            sides = "of {} channels and {}x{} pixels".format
             raise ValueError(
-                f"weights: {path} makes pictures {sides(*found)}, the classifier takes those {sides(*wanted)}"
+                f"weights: {path} makes pictures {sides(*found)}, extractor {extractor.name} takes those "
+                f"{sides(*extractor.shape)}"
             )
 
 
@@ -417,7 +537,7 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     dist.broadcast_object_list(finished, src=0)  # each node may have a folder of its own
     rows, generator, loaded, main_rank = [], None, None, dist.get_global_rank() == 0
     grid = list(cells(config, setup))
-    for doubt in setup.reference.doubts if main_rank else ():
+    for doubt in setup.doubts if main_rank else ():
         sys.stderr.write(f"warning: {doubt}\n")
     with wandb_run(config) as run:
         for export, labels, cell in tqdm(grid, "sweep", unit="cell", disable=not main_rank):
@@ -434,7 +554,7 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     if main_rank:
         newest = make_generator(config, rows[0]["weights"], device)
         protocol = describe(config.protocol, setup.samples)
-        write_report(Path(config.folder), rows, setup.reference, newest, protocol)
+        write_report(Path(config.folder), rows, setup.reference, newest, protocol, setup.doubts)
     return rows
 
 

@@ -203,6 +203,11 @@ class SmallImageClassifier(FeatureExtractor):
         facts_file.write_text(json.dumps(facts, indent=2) + "\n")
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that it takes."""
+        return self.settings["channels"], self.settings["size"], self.settings["size"]
+
+    @property
     def device(self) -> torch.device:
         """Where its features are."""
         return next(self.network.parameters()).device
@@ -214,9 +219,8 @@ class SmallImageClassifier(FeatureExtractor):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (N, C, S, S) => features (N, F) and class scores (N, K)."""
-        channels, size = self.settings["channels"], self.settings["size"]
-        if pixels.shape[1:] != (channels, size, size):
-            wanted = f"{channels} channels of {size}x{size} pixels"
+        if pixels.shape[1:] != self.shape:
+            wanted = "{} channels of {}x{} pixels".format(*self.shape)
             raise ValueError(f"expected images with {wanted}, got {tuple(pixels.shape[1:])}")
         parts = (part.to(self.device, torch.float64) for part in pixels.split(512))
         features = torch.cat([self.network[:-1](_to_network(part)) for part in parts])
@@ -424,7 +428,7 @@ class Pixels(FeatureExtractor):
 
     def __init__(self, shape: tuple[int, int, int], pool: int = 1, device: Device = "cpu") -> None:
         """`shape`: (C, H, W) of an image. Raises ValueError."""
-        channels, height, width = shape
+        channels, height, width = self.shape = shape
         self.pool, self.device = pool, torch.device(device)
         self.num_features = channels * (height // pool) * (width // pool)
         if height % pool or width % pool or self.num_features > MAX_PIXELS:
