@@ -41,6 +41,7 @@ EXTRAS["dev"] = [
     "pytest>=8",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
+    "jsonschema>=4.20",
     "moto[server]>=5",
     "ruff>=0.8",
 ]
@@ -58,5 +59,5 @@ setup(
     # The YAMLs are installed inside recipe/, where recipe.commands.YAMLS finds them.
     packages=[*PACKAGES, "recipe.yamls"],
     package_dir={"recipe.yamls": "yamls"},
-    package_data={"recipe.yamls": ["*.yaml", "eval/*.yaml", "launch/*"]},
+    package_data={"recipe.yamls": ["*.yaml", "*.json", "eval/*", "launch/*"]},
 )

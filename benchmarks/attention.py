@@ -214,13 +214,17 @@ def tune(size: tuple[int, ...], dtype: torch.dtype) -> None:
     configs.TABLE[key] = table
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Print the results and write them as JSON. Returns 1 if a bar is missed, 2 without a device."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(
+        prog="python -m benchmarks.attention",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, help="the JSON file")
     parser.add_argument("--tune", action="store_true", help="time the candidate tiles instead")
     parser.add_argument("--interpret", action="store_true", help="dry run on the CPU at a tiny size")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     cuda = torch.cuda.is_available() and not args.interpret
     if not cuda and not args.interpret:
         sys.stderr.write("No CUDA device: nothing measured. --interpret debugs this script without one.\n")
@@ -249,4 +253,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

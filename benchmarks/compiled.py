@@ -35,6 +35,7 @@ from recipe import plan
 from recipe.config import ConfigError, TrainConfig
 from recipe.dit import Block, DiTConfig
 from recipe.dual import Dual
+from recipe.manual import answer
 from recipe.objectives.base import Pass
 from recipe.parallel import configure_compiler
 
@@ -469,8 +470,8 @@ def report(config: TrainConfig, roofline: plan.Roofline) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Run the command line: CONFIG.yaml, then key=value of Roofline and of the configuration."""
-    if not arguments:
-        raise SystemExit("usage: python -m benchmarks.compiled CONFIG.yaml [gpu=h100] [key=value ...]")
+    usage = "python -m benchmarks.compiled CONFIG.yaml [gpu=h100] [key=value ...]"
+    answer(arguments, usage, __doc__, plan.Roofline, TrainConfig)
     try:
         config, roofline = plan.read(arguments, plan.Roofline)
         plan.layout(config, 1)

@@ -325,14 +325,16 @@ def report(out: Path, failed: dict[str, str]) -> list[str]:
     return problems
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Run the command line; 1 if the page lacks anything or a bar is missed, 2 without device or checkout."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all but emoji_detached")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/GPU-DATE")
     parser.add_argument("--tiny", action="store_true", help="debug the stages on a CPU")
     parser.add_argument("--here", action="store_true", help="in this process, without limit or page")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if unknown := [stage for stage in args.stages if stage not in STAGES]:
         parser.error(f"{unknown[0]!r} is not one of {', '.join(STAGES)}")
     if not torch.cuda.is_available() and not args.tiny:
@@ -364,4 +366,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

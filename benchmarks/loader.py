@@ -123,13 +123,17 @@ def print_rate(name: str, ours: float, other: str, theirs: float, ratio: float, 
     return met
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Run all comparisons in a temporary folder (about 1 GB). Returns 1 if a bar is missed, else 0."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loader",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--samples", type=int, default=20000, help="latents (default: %(default)s)")
     parser.add_argument("--photos", type=int, default=600, help="JPEGs (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=5, help="measured pairs (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     met = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -150,4 +154,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import environment, paired, seconds
 from recipe import plan
 from recipe.algorithms import average_names, ema_update
-from recipe.config import ConfigError, TrainConfig, load_config
+from recipe.config import ConfigError, TrainConfig, load_config, yaml_of
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
 from recipe.objectives import TVM, FlowMatching, Objective
@@ -308,20 +308,24 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Run the command line; exits with 1 if a bar is missed."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(
+        prog="python -m benchmarks.step", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", nargs="?", help="time whole steps of this YAML on the device at hand")
-    parser.add_argument("overrides", nargs="*", help="key=value")
+    parser.add_argument(
+        "overrides", nargs="*", help="keys of the YAML as key=value; python -m recipe.train --help lists them"
+    )
     parser.add_argument("--steps", type=int, default=10, help="with a YAML: timed steps")
     parser.add_argument("--out", type=Path, help="with a YAML: write JSON to this file")
     parser.add_argument("--pairs", type=int, default=7, help="paired runs; the median is reported")
-    parser.add_argument("--batch", type=int, default=4, help="samples per step")
+    parser.add_argument("--batch", type=int, default=4, help="without a YAML: samples of a step")
     parser.add_argument("--no-compile", action="store_true", help="leave out what needs a C++ compiler")
-    options = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args(arguments)
     if options.config:
         try:
-            result = measure_variants(options.config, options.overrides, options.steps)
+            result = measure_variants(yaml_of(options.config), options.overrides, options.steps)
         except ConfigError as error:
             raise SystemExit(f"config error: {error}") from error
         sys.stdout.write(table(result))
@@ -335,4 +339,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -259,12 +259,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.reference", description=__doc__)
     parser.add_argument("source", help="dataset folder, folder of images or (with --against) statistics file")
     parser.add_argument("--against", metavar="OTHER", help="the same, to print the distance of both")
-    parser.add_argument("--extractor", choices=sorted(EXTRACTORS), required=True)
+    parser.add_argument(
+        "--extractor", choices=sorted(EXTRACTORS), required=True, help="the network of the features"
+    )
     parser.add_argument("--weights", help="the extractor's weights; fetched if possible when not given")
     parser.add_argument("--out", help="the .npz to write")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64, help="images at once (64)")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="default here: %(default)s")
     args = parser.parse_args(argv)
     if not (args.out or args.against):
         parser.error("nothing to do: give --out FILE.npz, --against OTHER or both")

@@ -37,6 +37,7 @@ from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, choose_lab
 from recipe.algorithms import MAX_LENGTH, length_of
 from recipe.config import ConfigError, load_config
 from recipe.features import EXTRACTORS, FeatureExtractor, FeatureSet, Pixels, SmallImageClassifier
+from recipe.manual import answer
 from recipe.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from recipe.objectives import from_facts
 from recipe.objectives.frechet import is_known
@@ -565,8 +566,7 @@ def make_generator(config: SweepConfig, path: str | Path, device: torch.device) 
 
 def main(arguments: list[str]) -> None:
     """Command line: SWEEP.yaml [key=value ...]."""
-    if not arguments:
-        raise SystemExit("usage: composer eval/sweep.py SWEEP.yaml [key=value ...]")
+    answer(arguments, "composer eval/sweep.py SWEEP.yaml [key=value ...]", __doc__, SweepConfig)
     dist.initialize_dist(get_device("gpu" if torch.cuda.is_available() else "cpu"))
     try:
         sweep(load_config(SweepConfig, arguments[0], arguments[1:]))

@@ -230,14 +230,17 @@ def print_table(kernels: list[Compiled]) -> None:
         print("|".join(map(str, ("", *cells, ""))))
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Print the table or the candidates. Returns 1 if a bar is missed."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m kernels.inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--candidates", action="store_true", help="compile tiles beside the table's own")
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    options = parser.parse_args()
+    add = parser.add_argument
+    add("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")
+    options = parser.parse_args(arguments)
     pairs = [(arch, head_dim) for arch in options.arch for head_dim in HEAD_DIMS]
     print(f"triton {triton.__version__}, bf16, whole tiles")
     if not BLACKWELL:
@@ -264,4 +267,4 @@ def candidate_kernels(arch: int, head_dim: int) -> list[Compiled]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

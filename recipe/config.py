@@ -62,7 +62,9 @@ class OptimizerConfig(Settings):
         "end of duration.",
     )
     warmup: DurationOrZero = Field(
-        "0ba", description="Time over which the learning rate grows linearly from zero, in duration's unit."
+        "0ba",
+        description="Time over which the learning rate grows linearly: over N steps it is lr/N in the first "
+        "and lr in the last of them.",
     )
     betas: list[BelowOne] = Field(
         [0.9, 0.95],
@@ -176,10 +178,6 @@ class TrainConfig(Settings):
                 f"microbatch: {self.microbatch} is more than data.batch_size, {self.data.batch_size}; "
                 f"null takes a rank's whole batch at once"
             )
-        if self.optimizer.warmup.endswith("sp") != self.duration.endswith("sp"):
-            raise ConfigError(
-                f"optimizer.warmup: {self.optimizer.warmup} must be in the unit of duration, {self.duration}"
-            )
         if self.objective.finishes and not (self.init_from or self.fork_from):
             raise ConfigError(f"init_from: {self.objective.name} needs the weights that it finishes")
         if self.init_from and self.fork_from:
@@ -198,6 +196,21 @@ def find_yaml(name: str, folder: Path = Path()) -> Path:
     """
     given, own = folder / name, Path(f"{YAMLS}/{name.removeprefix('yamls/').removesuffix('.yaml')}.yaml")
     return own if own.is_file() and not given.is_file() else given
+
+
+def yaml_of(path: str) -> str:
+    """Return the path; for a dataset's folder, or its train/ or val/, that of the dataset's train.yaml.
+
+    Raises ConfigError for a folder without one.
+    """
+    folder = Path(path)
+    if not folder.is_dir() or find_yaml(path).is_file():
+        return path
+    places = [folder, folder.parent] if folder.name in ("train", "val") else [folder]
+    found = [str(place / "train.yaml") for place in places if (place / "train.yaml").is_file()]
+    if not found:
+        raise ConfigError(f"{path}: must be a YAML, or the folder of a dataset that holds a train.yaml")
+    return found[0]
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -1,27 +1,52 @@
-"""Settings for people: all keys, what they may be and what they mean, from the classes that check them."""
+"""Settings for people and editors: help, tables and JSON Schemas, made from the classes that check them."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from textwrap import fill
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
-from recipe.settings import Settings
+from recipe.settings import Settings, limits, nearest
 
 WORDS = {"integer": "whole number", "boolean": "true, false", "string": "text", "object": "mapping"}
-BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+FLAGS = ("-h", "--help")
+LATER = {"type": "string", "pattern": r"^\?\?\?$|\$\{"}  # a value that another YAML gives, or another key
+BASE = {"type": "string", "description": "Path of the YAML that this one changes, relative to this one."}
 
 
 class Row(NamedTuple):
-    """One key: what it may be, its default as a YAML writes it, and its meaning."""
+    """One key: what it may be, its default as in a YAML, its meaning, and the objective that has it."""
 
     key: str
     allowed: str
     default: str
     meaning: str
+    whose: str = ""
+
+
+def answer(arguments: list[str], usage: str, about: str, *sections: type[Settings]) -> None:
+    """End a program here if nothing else is asked of it than help; `about` says what it does.
+
+    Raises SystemExit: with status 0 after help was printed, which an argument after --help restricts to that
+    key of `sections` and those below it; with the usage as the message where there are no arguments.
+    """
+    if not arguments:
+        raise SystemExit(f"usage: {usage}")
+    asked = next((i for i, argument in enumerate(arguments) if argument in FLAGS), None)
+    if asked is None:
+        return
+    key = "".join(arguments[asked + 1 : asked + 2]).partition("=")[0]
+    text = "\n".join(filter(None, (manual(section, key) for section in sections)))
+    if key and not text:
+        known = f"; {nearest(sections[-1], key.rpartition('.')[2])}" if sections else ""
+        raise SystemExit(f"{key}: is not a setting{known}")
+    keys = f"\nKeys, of which --help KEY shows one, or those of a section:\n\n{text}\n" if text else ""
+    sys.stdout.write(f"{text}\n" if key else f"{about.strip()}\n\nusage: {usage}\n{keys}")
+    raise SystemExit(0)
 
 
 def rows(section: type[Settings]) -> Iterator[Row]:
@@ -40,9 +65,9 @@ def _rows(schema: dict[str, Any], known: dict[str, Any], prefix: str) -> Iterato
             default = "" if name in required else as_yaml(field["default"])
             yield Row(key, allowed(field), default, field["description"])
         for one in nested:
-            whose = f" ({one['properties']['name']['const']})" if len(nested) > 1 else ""
+            whose = one["properties"]["name"]["const"] if len(nested) > 1 else ""
             for row in _rows(one, known, f"{key}."):
-                yield row._replace(key=f"{row.key}{whose}")
+                yield row._replace(whose=whose or row.whose)
 
 
 def as_yaml(value: Any) -> str:  # noqa: ANN401
@@ -58,34 +83,74 @@ def allowed(schema: dict[str, Any]) -> str:
         parts = schema.get("anyOf") or schema["oneOf"]
         if parts[0].get("items") == parts[-1]:
             return f"{allowed(parts[-1])}; one or a list" + (" that is not empty" * ("minItems" in parts[0]))
-        return " or ".join(dict.fromkeys(map(allowed, parts)))
+        nothing_first = sorted(parts, key=lambda part: part.get("type") != "null")
+        return " or ".join(dict.fromkeys(map(allowed, nothing_first)))
     if "enum" in schema or "const" in schema:
         return ", ".join(schema.get("enum") or [schema["const"]])
     if "$ref" in schema:
-        return "section"
+        return "the keys below"
     if schema["type"] == "array":
         return f"list of {schema.get('minItems', '')} [{allowed(schema['items'])}]".replace("  ", " ")
-    limits = [f"{sign} {schema[name]:.10g}" for name, sign in BOUNDS.items() if name in schema]
-    return " ".join([WORDS.get(schema["type"], schema["type"]), ", ".join(limits)]).strip()
+    return f"{WORDS.get(schema['type'], schema['type'])} {limits(schema)}".strip()
 
 
-def table(section: type[Settings]) -> str:
-    """All keys as a Markdown table."""
-    lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
+def tables(section: type[Settings]) -> str:
+    """All keys as Markdown tables: those of the section itself, then one table for each section below it."""
+    groups: dict[str, list[Row]] = {}
     for row in rows(section):
-        default = f"`{row.default}`" if row.default else "must be given"
-        lines.append(f"| `{row.key}` | {row.allowed} | {default} | {row.meaning} |")
-    return "\n".join(lines) + "\n"
+        above = row.key.partition(".")[0] if "." in row.key else ""
+        groups.setdefault(f"{above} ({row.whose})" if row.whose else above, []).append(row)
+    lines = []
+    for title, group in groups.items():
+        if title:
+            meaning = section.__pydantic_fields__[group[0].key.partition(".")[0]].description
+            lines += [f"### {title}", "", meaning, ""]
+        lines += ["| key | value | default | meaning |", "|---|---|---|---|"]
+        for row in group:
+            default = f"`{row.default}`" if row.default else "must be given"
+            value, meaning = (text.replace("*", r"\*") for text in (row.allowed, row.meaning))
+            lines.append(f"| `{row.key}` | {value} | {default} | {meaning} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def manual(section: type[Settings], below: str = "") -> str:
-    """All keys as text for a terminal, or those that begin with `below`; empty where there are none."""
+    """All keys as text for a terminal, or one and those below it; empty where there are none."""
     lines = []
     for row in rows(section):
-        if row.key == below or row.key.startswith(f"{below}." if below else ""):
+        if f"{row.key}.".startswith(f"{below}." if below else ""):
             default = f"default {row.default}" if row.default else "must be given"
-            lines += [f"{row.key}: {row.allowed} ({default})", fill(row.meaning, 100, **_indent)]
+            key = f"{row.key} ({row.whose})" if row.whose else row.key
+            lines += [f"{key}: {row.allowed} ({default})", fill(row.meaning, 100, **_indent)]
     return "\n".join(lines)
 
 
 _indent = {"initial_indent": "    ", "subsequent_indent": "    "}
+
+
+def editor_schema(section: type[Settings], title: str) -> dict[str, Any]:
+    """Return the JSON Schema by which editors complete and check a YAML of the section.
+
+    Any key may be left to `base` or stay ???, and any value may refer to other keys, ${folder}. Which
+    objective a YAML means may be up to its base: keys of any one are taken where none is named.
+    """
+    schema = TypeAdapter(section).json_schema()
+    for one in (schema, *schema.get("$defs", {}).values()):
+        one.pop("required", None)
+        one["properties"] = {name: _left_open(field) for name, field in one["properties"].items()}
+    schema["properties"] = {"base": BASE, **schema["properties"]}
+    schema |= {"$schema": "http://json-schema.org/draft-07/schema#", "title": title}
+    schema["$defs"] = {**schema.get("$defs", {}), "later": LATER}
+    return schema
+
+
+def _left_open(field: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a key that may also be left to others; of a section, whose keys may be, as it is."""
+    about = {name: field[name] for name in ("description", "default") if name in field}
+    rule = {name: part for name, part in field.items() if name not in (*about, "title", "discriminator")}
+    if "$ref" in rule:
+        return {**about, **rule}
+    if "oneOf" in rule:
+        return {**about, "anyOf": rule["oneOf"]}
+    parts = rule["anyOf"] if rule.keys() == {"anyOf"} else [rule]
+    return {**about, "anyOf": [*parts, {"$ref": "#/$defs/later"}]}

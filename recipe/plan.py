@@ -23,8 +23,9 @@ from pydantic import Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 from recipe.algorithms import average_names
-from recipe.config import ConfigError, TrainConfig, load_config
+from recipe.config import ConfigError, TrainConfig, load_config, yaml_of
 from recipe.dit import TEXT_LAYERS, DiT, DiTConfig
+from recipe.manual import answer
 from recipe.objectives.base import Objective, Pass
 from recipe.parallel import ParallelConfig
 from recipe.preflight import divisible
@@ -498,15 +499,13 @@ def read(arguments: list[str], own: type[Roofline]) -> tuple[TrainConfig, Roofli
     mine = [a for a in arguments[1:] if a.split("=")[0] in names]
     others = [a for a in arguments[1:] if a not in mine]
     mine = [f"gpus=[{a[5:].strip('[]')}]" if a.startswith("gpus=") else a for a in mine]
-    return load_config(TrainConfig, arguments[0], others), load_config(own, None, mine)
+    return load_config(TrainConfig, yaml_of(arguments[0]), others), load_config(own, None, mine)
 
 
 def main(arguments: list[str]) -> None:
     """Command line: CONFIG.yaml, then keys of Cluster and of the configuration, as key=value."""
-    if not arguments:
-        raise SystemExit(
-            "usage: python -m recipe.plan CONFIG.yaml [gpus=8,64,512] [gpu=h100] [key=value ...]"
-        )
+    usage = "python -m recipe.plan CONFIG.yaml [gpus=8,64,512] [gpu=h100] [key=value ...]"
+    answer(arguments, usage, __doc__, Cluster, TrainConfig)
     try:
         sys.stdout.write(report(*read(arguments, Cluster)))
     except ConfigError as error:

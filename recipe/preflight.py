@@ -22,9 +22,10 @@ import torch
 from composer.utils import dist, parse_uri
 
 from recipe.algorithms import average_names
-from recipe.config import ConfigError, TrainConfig, load_config
+from recipe.config import ConfigError, TrainConfig, load_config, yaml_of
 from recipe.data import SHUFFLE_WINDOW, normalizer
 from recipe.dit import DiT
+from recipe.manual import answer
 from recipe.resume import PROBE, check_dataset, checkpoints, complete, fork
 from recipe.text import TextConfig
 from recipe.warm_start import check_weights
@@ -344,11 +345,10 @@ def check(config: TrainConfig) -> Manifest:
 
 def main(arguments: list[str]) -> None:
     """Command line: CONFIG.yaml [key=value ...]."""
-    if not arguments:
-        raise SystemExit("usage: python -m recipe.preflight CONFIG.yaml [key=value ...]")
+    answer(arguments, "python -m recipe.preflight CONFIG.yaml [key=value ...]", __doc__, TrainConfig)
     ranks = int(os.environ.get("WORLD_SIZE", 0)) or torch.cuda.device_count() or 1
     try:
-        config = load_config(TrainConfig, arguments[0], arguments[1:])
+        config = load_config(TrainConfig, yaml_of(arguments[0]), arguments[1:])
     except ConfigError as error:
         raise SystemExit(f"config error: {error}") from error
     found, _ = problems(config, ranks)

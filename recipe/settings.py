@@ -43,6 +43,34 @@ class ConfigError(ValueError):
     """
 
 
+LIMITS = {"ge": "at least", "minimum": "at least", "gt": "more than", "exclusiveMinimum": "more than"}
+LIMITS |= {"le": "at most", "maximum": "at most", "lt": "less than", "exclusiveMaximum": "less than"}
+NUMBERS = {"int": "whole number", "float": "number"}
+
+
+def limits(schema: dict[str, Any]) -> str:
+    """Return the bounds of a number in words, from pydantic's names for them or from those of JSON Schema."""
+    found = {word: f"{schema[name]:.10g}" for name, word in LIMITS.items() if name in schema}
+    if found.keys() == {"at least", "at most"}:
+        return f"from {found['at least']} to {found['at most']}"
+    return " and ".join(f"{word} {number}" for word, number in found.items())
+
+
+def say_ranges(schema: Any) -> Any:  # noqa: ANN401
+    """Return pydantic's schema with errors that say both bounds of a number that has two, not the broken one.
+
+    What has its own error already, by Says or as part of an inner section, keeps it.
+    """
+    if isinstance(schema, list | tuple):
+        return type(schema)(map(say_ranges, schema))
+    if not isinstance(schema, dict) or schema.get("type") == "custom-error":
+        return schema
+    if schema.get("type") in NUMBERS and len(schema.keys() & LIMITS.keys()) == 2:
+        text = f"must be a {NUMBERS[schema['type']]} {limits(schema)}"
+        return core_schema.custom_error_schema(schema, "rule", custom_error_message=text)
+    return {key: say_ranges(value) for key, value in schema.items()}
+
+
 @dataclass(config=STRICT)
 class Settings:
     """Base of all sections. A nested section may be given as an instance or as a dictionary of its keys."""
@@ -50,7 +78,7 @@ class Settings:
     @classmethod
     def __get_pydantic_core_schema__(cls, source: type, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Takes dictionaries for sections, which strictness would refuse; their values stay strict."""
-        schema = inner = handler.resolve_ref_schema(handler(source))
+        schema = inner = say_ranges(handler.resolve_ref_schema(handler(source)))
         while inner["type"] != "dataclass":
             inner = inner["schema"]
         inner["strict"] = False
@@ -191,24 +219,25 @@ DurationOrZero = Annotated[
 Seconds = Annotated[
     str, Field(pattern="^[0-9]{1,15}sec$"), Says("must be a time in seconds such as 86000sec")
 ]
+Text = BeforeValidator(as_text, json_schema_input_type=str | int)
 LocalPath = Annotated[
     str,
     AfterValidator(printable),
     AfterValidator(local),
-    BeforeValidator(as_text),
+    Text,
     Says("must be a local path"),
 ]
 Place = Annotated[
     str,
     AfterValidator(printable),
     AfterValidator(normalize_uri),
-    BeforeValidator(as_text),
+    Text,
     Says("must be a local path or a place in s3://, gs://, oci://"),
 ]
+Word = Annotated[str, Field(pattern=r"^\w[\w.-]{0,99}$")]
 FileName = Annotated[
-    str,
-    Field(pattern=r"^\w[\w.-]{0,99}$"),
-    BeforeValidator(as_text),
+    Word,
+    BeforeValidator(as_text, json_schema_input_type=Word | int),
     Says("must be letters, digits, `_`, `-` and `.`, at most 100, the first neither `-` nor `.`"),
 ]
 Wandb = Annotated[Literal["off", "online", "offline"], BeforeValidator(as_switch)]

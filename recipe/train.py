@@ -1,8 +1,9 @@
 """Train: `composer recipe/train.py CONFIG.yaml [key=value ...]`, or python for a single process.
 
 Started again, the same command resumes from the newest complete checkpoint, or says that the run is finished.
-With --dry-run it says what it would do, and stops. Exit status: 0 finished, 75 preempted (start again), 143
-ended by SIGTERM before it could save, anything else an error.
+CONFIG.yaml may also be the folder of a converted dataset, which holds a train.yaml. With --dry-run it says
+what it would do, and stops. Exit status: 0 finished, 75 preempted (start again), 143 ended by SIGTERM before
+it could save, anything else an error.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ from recipe.config import (
     TrainConfig,
     as_dict,
     load_config,
+    yaml_of,
 )
 from recipe.console import console, summary
 from recipe.data import Normalizer, normalizer, train_loader
 from recipe.dit import DiT
 from recipe.finish import Population, begin
+from recipe.manual import answer
 from recipe.model import GenerativeModel, StepKey
 from recipe.optimizer import LearningRate, build_optimizer, rate_of_step, take_settings
 from recipe.parallel import parallelism, prepare_blocks
@@ -259,12 +262,13 @@ def dry_run(config: TrainConfig) -> str:
 def main(arguments: list[str]) -> None:
     """Command line: CONFIG.yaml [key=value ...] [--dry-run]."""
     dry, arguments = "--dry-run" in arguments, [a for a in arguments if a != "--dry-run"]
-    if not arguments:
-        raise SystemExit("usage: composer recipe/train.py CONFIG.yaml [key=value ...] [--dry-run]")
+    answer(
+        arguments, "composer recipe/train.py CONFIG.yaml [key=value ...] [--dry-run]", __doc__, TrainConfig
+    )
     logging.basicConfig(format="%(message)s")
     logging.getLogger("recipe").setLevel(logging.INFO if dist.get_global_rank() == 0 else logging.WARNING)
     try:
-        config = load_config(TrainConfig, arguments[0], arguments[1:])
+        config = load_config(TrainConfig, yaml_of(arguments[0]), arguments[1:])
         if dry:
             sys.stdout.write(dry_run(config) if dist.get_global_rank() == 0 else "")
             return

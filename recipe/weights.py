@@ -26,6 +26,7 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from recipe.dit import DiT, DiTConfig
+from recipe.manual import answer
 from recipe.objectives import from_facts
 from recipe.settings import make
 from storage.outside import parse_json, read_bytes
@@ -208,8 +209,10 @@ def _files(path: str | Path) -> tuple[Path, Path]:
 
 def main(arguments: list[str]) -> None:
     """`python -m recipe.weights NAME [KEY]`: print the facts, or one of them."""
-    if not 1 <= len(arguments) <= 2:
-        raise SystemExit("usage: python -m recipe.weights NAME [KEY]")
+    usage = "python -m recipe.weights NAME [KEY]"
+    answer(arguments, usage, __doc__)
+    if len(arguments) > 2:
+        raise SystemExit(f"usage: {usage}")
     try:
         facts = read_facts(arguments[0])
     except (OSError, ValueError) as error:

@@ -333,7 +333,7 @@ def training_yaml(out: str, manifest: Manifest) -> str:
         "grid": {"interval": f"{quarter}ba", "vae": manifest.encoder.get("model")},
     }
     return (
-        "# Written by the converter as a start; all keys are in recipe/config.py.\n"
+        "# Written by the converter as a start; docs/settings.md explains every key, as does --help.\n"
         "# On a GPU add: precision=amp_bf16 parallel.compile=true\n"
         + yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
     )

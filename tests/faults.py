@@ -23,6 +23,7 @@ if __name__ == "__main__":  # run by path, too, this checkout's code goes before
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipe.config import TrainConfig, load_config
+from recipe.manual import answer
 from recipe.resume import checkpoints
 from recipe.weights import load_weights
 from storage import Folder
@@ -231,7 +232,7 @@ def costs():
         print(f"{interval} steps of {1000 * step:.0f} ms: {share:.2f}%")
 
 
-def main(path, schemes):
+def table(path, schemes):
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         run("-m", "streaming_convert", "digits", "--out", f"{scratch}/digits")
@@ -245,8 +246,13 @@ def main(path, schemes):
                     Path(path).write_text(HEAD + "\n".join(rows) + "\n")
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["costs"]:
+def main(arguments):
+    answer(arguments, "python -m tests.faults PAGE.md [s3] [oci], or python -m tests.faults costs", __doc__)
+    if arguments == ["costs"]:
         costs()
     else:
-        main(sys.argv[1], sys.argv[2:] or ["s3", "oci"])
+        table(arguments[0], arguments[1:] or ["s3", "oci"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -341,14 +341,18 @@ def check_folder(folder: Path) -> Table:
     return table
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    table = check_folder(parser.parse_args().folder)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.parity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="the golden data: CASE_io.npz and what belongs to it")
+    table = check_folder(parser.parse_args(arguments).folder)
     sys.stdout.write(f"{table}\n")
     sys.exit(1 if table.failed else 0)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

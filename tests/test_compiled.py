@@ -120,7 +120,7 @@ def test_an_inductor_that_changed_is_one_line_and_status_3(capsys, monkeypatch):
     ("overrides", "message"),
     [
         (["gpu=b300"], "gpu: 'b300' must be one of"),
-        (["gemm=0"], "gemm: 0 must be more than 0"),
+        (["gemm=0"], "gemm: 0 must be a number more than 0 and at most 1"),
         (["modle.depth=2"], "modle: is not a setting; did you mean model?"),
     ],
 )

@@ -97,7 +97,7 @@ def test_low_precision_norms_are_taken_in_float32():
         ({"heads": 5, "width": 384}, "model.heads: 5 does not divide model.width 384"),
         ({"patch": 3, "size": 32}, "model.patch: 3 does not divide model.size 32"),
         ({"preset": "XXL"}, "model.preset: 'XXL' must be 'S/2'"),
-        ({"classes": -1}, "model.classes: -1 must be at least 0"),
+        ({"classes": -1}, "model.classes: -1 must be a whole number from 0 to 10000000"),
         ({"time_init": "zero"}, "model.time_init: 'zero' must be 'normal' or 'spectral'"),
     ],
 )

@@ -216,7 +216,7 @@ def test_bad_sampling_options_are_named(tiny_run, options, message, capsys):
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("model", "width", 10**7, "model.width: 10000000 must be at most 65536"),
+        ("model", "width", 10**7, "model.width: 10000000 must be a whole number from 1 to 65536"),
         (
             "model",
             "width",

@@ -1,7 +1,6 @@
 """`make gpu` without one: every stage at tiny size, what is resumed, stopped and reported."""
 
 import json
-import sys
 
 import pytest
 
@@ -67,19 +66,18 @@ def test_predicted_stands_beside_measured(tmp_path, monkeypatch):
 def test_only_what_is_missing_or_of_another_commit_is_run(tmp_path, monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(gpu, "run_apart", lambda stage, *_: ran.append(stage) or "stopped")
-    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--out", str(tmp_path)])
+    words = ["--tiny", "--out", str(tmp_path)]
     found(tmp_path, "correctness", ran=3, wrong=0)
     found(tmp_path, "attention", rows=[])
     found(tmp_path, "step", variants={}, commit="another")
-    assert gpu.main() == 1
+    assert gpu.main(words) == 1
     assert ran == ["step", "emoji_data", "emoji_tvm", "emoji_flow_matching", "emoji_agree"]
     assert "step: stopped" in capsys.readouterr().out
     ran.clear()
     found(tmp_path, "correctness", ran=3, wrong=1, missed=["1 of 3 tests failed"])
-    assert gpu.main() == 1
+    assert gpu.main(words) == 1
     assert not ran  # the speed of wrong kernels is of no interest
-    monkeypatch.setattr(sys, "argv", ["gpu"])
-    assert gpu.main() == 2
+    assert gpu.main([]) == 2
 
 
 def test_a_stage_that_fails_or_hangs_is_named(tmp_path, monkeypatch):

@@ -131,7 +131,10 @@ def test_facts_of_weights_bring_the_objective_back(name):
         ),
         (["objective.name=imf", "objective.times=gap"], "objective.times: a setting of tvm, not of imf"),
         (["objective.name=ddpm"], "objective.name: 'ddpm' is not one of tvm, flow_matching, meanflow, imf"),
-        (["objective.name=meanflow", "objective.kappa=1"], "objective.kappa: 1 must be less than 1"),
+        (
+            ["objective.name=meanflow", "objective.kappa=1"],
+            "objective.kappa: 1 must be a number at least 0 and less than 1",
+        ),
         (["objective.name=imf", "objective.guidance=[4,1]"], r"objective.guidance: \[4, 1\] must be"),
         (["objective.name=imf", "objective.guidance=[]"], "objective.guidance"),
         (

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from recipe.config import OptimizerConfig, TrainConfig, load_config
-from recipe.optimizer import learning_rate, steps
+from recipe.optimizer import learning_rate, rate_of_step, steps
 from recipe.preflight import check_data
 from recipe.resume import Preemption
 from recipe.train import build_trainer
@@ -35,6 +35,13 @@ def test_schedules_fall_from_the_full_rate_to_zero_where_the_run_ends():
 
 def test_times_in_steps():
     assert [steps(time, 7, 256) for time in ("12ba", "3ep", "512sp", "513sp")] == [12, 21, 2, 3]
+
+
+def test_a_warmup_has_any_unit():
+    overrides = ["data.batch_size=256", "optimizer.lr=0.01", "duration=6ba"]
+    for warmup in ("2ba", "512sp", "500sp"):
+        config = load_config(TrainConfig, "yamls/digits.yaml", [*overrides, f"optimizer.warmup={warmup}"])
+        assert [rate_of_step(config, step, 7) for step in range(3)] == [0.005, 0.01, 0.01]
 
 
 def logged_rates(digits, folder, *overrides, load_path=None):

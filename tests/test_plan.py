@@ -290,7 +290,7 @@ def test_the_plan_of_a_run_shards_what_is_sharded_and_says_what_does_not_fit(cap
             "microbatch: 96 does not divide the 256 samples of a rank, and parallel.compile wants "
             "microbatches of one size. Fix: set microbatch=64",
         ),
-        (["gemm=2"], "gemm: 2 must be at most 1"),
+        (["gemm=2"], "gemm: 2 must be a number more than 0 and at most 1"),
         (["duration=3ep"], "duration: 3ep must be in batches"),
     ],
 )
