@@ -36,8 +36,8 @@ def inference_facts(model: GenerativeModel, data: dict[str, Any]) -> dict[str, A
     """`method` and `data` of the weights' JSON (see recipe/weights.py)."""
     statistics = {name: getattr(model.normalizer, name).flatten().tolist() for name in ("mean", "std")}
     facts = {"method": model.objective.facts(), "data": {**data, **statistics}}
-    if model.objective.finishes:
-        facts["finished"] = [*model.objective.origin["finished"], *model.objective.finished]
+    if model.objective.finished:
+        facts["finished"] = model.objective.finished
     return facts
 
 
@@ -53,6 +53,7 @@ class ExportWeights(Callback):
         self, config: TrainConfig, data: dict[str, Any], preemption: Preemption, owner: Owner
     ) -> None:
         self.folder, self.averages, self.data = Path(config.folder, "weights"), config.export, data
+        self.objective = config.objective
         self.preemption, self.owner = preemption, owner
         self.due: Callable[[State, Event], bool] = create_interval_scheduler(config.export_interval)
         self.last = -1
@@ -61,6 +62,13 @@ class ExportWeights(Callback):
     def state_dict(self) -> dict[str, str]:
         """One string, the same leaf in full and in sharded checkpoints."""
         return {"description": self.description}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Keep what the weights were finished on before the run, which `frechet` alone knows otherwise."""
+        finished = json.loads(state["description"]).get("finished")
+        if finished and not self.objective.finishes:
+            self.objective.finished = finished
+            self.description = json.dumps({**json.loads(self.description), "finished": finished})
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         """Exports when due; after the averages, which are algorithms and run before callbacks."""

@@ -22,7 +22,7 @@ from recipe.objectives.frechet import Frechet, Match
 from recipe.pretrained import hash_weights, load_decoder
 from recipe.reference import STATISTICS, MDSImages, content_digest, make_extractor, measure, statistics_for
 from recipe.resume import RUN, on_rank_zero, read_json
-from recipe.warm_start import find
+from recipe.warm_start import earlier_finishes, find
 from recipe.weights import parse_facts
 from storage import Folder
 from storage.manifest import DatasetError, Manifest
@@ -41,8 +41,7 @@ def origin(config: TrainConfig, source: str | None) -> dict[str, Any]:
         facts = parse_facts(folder.read(f"{name}.json"), f"{folder.uri}/{name}.json")
     except ValueError as error:
         raise ConfigError(f"init_from: {error}") from error
-    earlier = [{"steps": facts["step"], **one} for one in facts.get("finished", [])]
-    return {"method": facts["method"], "finished": earlier}
+    return {"method": facts["method"], "finished": earlier_finishes(facts)}
 
 
 def begin(config: TrainConfig, manifest: Manifest, normalizer: Normalizer, source: str | None) -> None:
@@ -68,7 +67,7 @@ def begin(config: TrainConfig, manifest: Manifest, normalizer: Normalizer, sourc
         values = normalizer.invert(x0)
         return decode(values) if decode else values
 
-    matches, objective.finished = {}, []
+    matches, objective.finished = {}, list(objective.origin["finished"])
     for name, reference in objective.features.items():
         try:
             matches[name] = match(name, reference, config.folder, device)

@@ -11,6 +11,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,11 @@ def check_weights(config: TrainConfig, normalizer: Normalizer) -> tuple[Folder, 
     return folder, name
 
 
+def earlier_finishes(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What weights with these facts were finished on (see `Objective`), and their number of steps by then."""
+    return [{"steps": facts["step"], **one} for one in facts.get("finished", [])]
+
+
 def output_ratio(source: Objective, target: Objective) -> float:
     """Factor r of the output, k_target r F = k_source F. Raises ValueError where it varies with w.
 
@@ -121,6 +127,8 @@ def warm_start(model: GenerativeModel, config: TrainConfig) -> str:
         except ValueError as error:
             raise ConfigError(f"init_from: {error}") from error
     source = from_facts(facts["method"])
+    if not model.objective.finishes:
+        model.objective.finished = earlier_finishes(facts)
     adapt(net, source, model.objective)
     state: dict[str, Tensor] = net.state_dict()
     for mine in (model.net, model.target, model.ema):

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from eval.export import read_checkpoint
 from recipe.metrics import frechet_distance
 from recipe.objectives.frechet import Match, round_through
 from recipe.weights import read_facts
@@ -139,6 +140,15 @@ def test_a_run_says_what_it_was_finished_on_and_resumes_without_the_weights_it_b
     assert "(tvm, step 4)" in again.stderr
     finished = read_facts(tmp_path / "two/weights/ba0000001-ema")["finished"]
     assert [one.get("steps") for one in finished] == [4, 4, None, None]
+    tvm = [word for word in command[:-1] if "objective" not in word and "init_from" not in word]
+    tvm += [f"folder={tmp_path}/three", "save_interval=1ba", f"init_from={tmp_path}/two/weights"]
+    run(*tvm, "duration=1ba")
+    shutil.rmtree(tmp_path / "two")
+    assert "resumed at step 1" in run(*tvm, "duration=2ba").stderr
+    kept = read_facts(tmp_path / "three/weights/ba0000002-ema")["finished"]
+    assert kept == [{"steps": 1, **one} for one in finished]
+    (checkpoint,) = (tmp_path / "three/checkpoints").glob("*-ba2")
+    assert read_checkpoint(checkpoint / "rank0.pt", "ema")[1]["finished"] == kept
     other = run(*command, "duration=6ba", f"objective.features.pixels:4={digits}", check=False)
     assert "objective.features: ['pixels', 'pixels:2', 'pixels:4'] differs from" in other.stderr
     assert "Traceback" not in other.stderr

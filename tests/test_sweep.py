@@ -26,8 +26,9 @@ from eval.report import (
     write,
 )
 from eval.sweep import main as sweep_main
-from recipe.features import SmallImageClassifier, load_extractor
+from recipe.features import Pixels, SmallImageClassifier, load_extractor
 from recipe.objectives import OBJECTIVES
+from recipe.pretrained import hash_weights
 from recipe.reference import content_digest, labelled, make_extractor
 from recipe.weights import load_weights, save_weights
 from streaming_convert.__main__ import main as convert
@@ -131,12 +132,17 @@ def test_names_that_do_not_fit_the_classes_are_refused(names):
         sweep_module.check_class_names([Export("x.json", facts)])
 
 
-def test_weights_and_classifier_must_be_of_one_shape(classifier):
-    extractor = load_extractor("classifier", str(classifier))
+@pytest.mark.parametrize("name", ["classifier", "pixels"])
+def test_weights_and_extractor_must_be_of_one_shape(classifier, name):
+    extractor = Pixels((1, 8, 8), 4) if name == "pixels" else load_extractor("classifier", str(classifier))
     for shape, fits in (((1, 8), True), ((1, 16), False), ((3, 8), False)):
         model = dict(zip(("channels", "size"), shape, strict=True))
         exports = [Export("x.json", {"data": {"column": "image"}, "model": model})]
-        with nullcontext() if fits else pytest.raises(ValueError, match="classifier takes those of 1 chan"):
+        with (
+            nullcontext()
+            if fits
+            else pytest.raises(ValueError, match=f"{name} takes those of 1 channels and 8x8")
+        ):
             sweep_module.check_shapes(exports, extractor)
 
 
@@ -356,6 +362,93 @@ def test_a_sweep_with_held_out_images_says_what_is_new(tiny_run, split, classifi
     assert len(again) == 4  # without held-out images these are other cells
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_several_extractors_in_one_pass_equal_a_sweep_with_each(
+    tiny_run, split, classifier, tmp_path, held_out
+):
+    common = (f"reference={split}/train", "nfe=[1]", "latest=true", "floor_splits=3")
+    common += (f"held_out={split}/val",) if held_out else ()
+    (row,) = sweep(
+        tiny_run, None, classifier, tmp_path / "all", *common, "extractor=[classifier,pixels,pixels:4]"
+    )
+    names = ["frechet_distance", "floor"]
+    if held_out:
+        names += ["distance_to_training", "distance_to_held_out", "real_to_held_out", "nearer_share"]
+    ratios = []
+    for name, key in (("classifier", ""), ("pixels", "[pixels]"), ("pixels:4", "[pixels:4]")):
+        (alone,) = sweep(tiny_run, None, classifier, tmp_path / name, *common, f"extractor={name}")
+        assert alone["extractor"] == name and not any("[" in column for column in alone)
+        assert (alone["class_agreement"] == row["class_agreement"]) == (name == "classifier")
+        for column in names:
+            assert row[column + key] == pytest.approx(alone[column], rel=1e-12), (column, key)
+        if held_out:
+            ratios.append(alone["distance_to_held_out"] / alone["real_to_held_out"][0])
+            assert alone["FDr"] == pytest.approx(ratios[-1], rel=1e-12)
+    assert row["frechet_distance[pixels]"] != row["frechet_distance[pixels:4]"]
+    head, _, line, *notes = (tmp_path / "all/results.md").read_text().splitlines()
+    assert r"| Frechet distance \[pixels\] | / floor \[pixels\] |" in head
+    shown = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+    title = r"Frechet distance \[pixels:4\]"
+    assert shown[title] == f"{row['frechet_distance[pixels:4]']:.3f}"
+    assert any("Features: classifier, pixels, pixels:4, the first of held-out acc" in note for note in notes)
+    assert ("FDr" in row) == ("FDr |" in head) == held_out
+    if held_out:
+        assert row["FDr"] == pytest.approx(sum(ratios) / 3, rel=1e-12)
+        assert shown["FDr |"] == f"{row['FDr']:.3f} |"
+        assert shown[r"/ real \[pixels\]"] == f"{ratios[1]:.3f}"
+
+
+def test_weights_that_were_finished_on_an_extractor_are_marked_and_others_are_not(
+    tiny_run, digits, classifier, tmp_path
+):
+    digest = hash_weights(load_extractor("classifier", str(classifier)).network)
+    other = {"extractor": "dinov2-vitl14", "weights": "0" * 16, "reference": "data/x/train"}
+    finished = {
+        "never": None,
+        "elsewhere": [other],
+        "by_hash": [{**other, "weights": digest}, other],
+        "pooled": [{**other, "extractor": "pixels:4"}],
+    }
+    net, facts = load_weights(tiny_run / "weights/ba0000008-ema")
+    for name, said in finished.items():
+        facts = {k: v for k, v in facts.items() if k not in ("model", "format", "finished")}
+        facts |= {"finished": said} if said else {}
+        save_weights(tmp_path / f"{name}/weights/ba8-ema", net.state_dict(), net.config, facts)
+    weights = f"weights=[{','.join(f'{tmp_path}/{name}/weights' for name in finished)}]"
+    folder, options = tmp_path / "sweep", ("nfe=[1,2]", "extractor=[classifier,pixels:4]")
+    rows = sweep(tiny_run, digits, classifier, folder, weights, *options)
+    trained = {row["weights"].split("/")[-3]: {key for key in row if "trained_on" in key} for row in rows}
+    expected = {"never": set(), "elsewhere": set(), "by_hash": {"trained_on"}}
+    assert trained == {**expected, "pooled": {"trained_on[pixels:4]"}}
+    text = (folder / "results.md").read_text()
+    for row in rows:
+        (line,) = (
+            x for x in text.splitlines() if row["weights"].split("/")[-3] in x and f"| {row['nfe']} |" in x
+        )
+        for key in ("", "[pixels:4]"):
+            mark = " (trained on)" if f"trained_on{key}" in row else ""
+            assert f"| {row[f'frechet_distance{key}']:.3f}{mark} |" in line
+    assert "(trained on): the weights were finished on this extractor" in text
+    page = (folder / "report.html").read_text()
+    assert page.count("(trained on)</td>") == 4
+    assert sweep(tiny_run, digits, classifier, folder, weights, *options) == rows
+    never = f"weights=[{tmp_path}/never/weights]"
+    sweep(tiny_run, digits, classifier, folder, never, *options)
+    assert "trained on" not in (folder / "results.md").read_text()
+
+
+def test_weights_that_were_finished_have_a_curve_of_their_own():
+    rows = [
+        {**ROW, "nfe": n, "frechet_distance": d, **({"trained_on": True} if d < 1 else {})}
+        for n, d in ((1, 3.0), (2, 2.0), (1, 0.5))
+    ]
+    _, panel = plt.subplots()
+    plot_distances(panel, rows, "nfe")
+    curves = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
+    assert curves == {"samples": [[1, 3], [2, 2]], "samples (trained on)": [[1, 0.5]]}
+    plt.close()
+
+
 def test_a_sweep_over_w_draws_a_line_for_each_nfe():
     rows = [
         {"objective": "tvm", "average": "ema", "nfe": n, "w": w, "frechet_distance": d, "floor": 0.5}
@@ -400,6 +493,18 @@ def test_wandb_gets_the_rows_when_asked_to(tiny_run, digits, classifier, tmp_pat
         (["reference=none.npz"], "samples: "),
         (["reference=none.npz", "samples=50"], "none.npz"),
         (["extractor_weights=nowhere/x"], "nowhere/x"),
+        (
+            ["extractor=vgg"],
+            "extractor: 'vgg' must be classifier, classifier:SEED (from 1), pixels, pixels:POOL",
+        ),
+        (["extractor=[classifier,classifier:0]"], "extractor[1]: 'classifier:0' must be classifier"),
+        (["extractor=[classifier,pixels:3]"], "pixels: squares of 3 must divide images of 8x8 pixels"),
+        (["extractor=[pixels,pixels]"], "extractor: ['pixels', 'pixels'] names one of them twice"),
+        (["extractor=[]"], "extractor: [] must"),
+        (
+            ["extractor=[classifier,pixels]", "reference=none.npz", "samples=50"],
+            "extractor: ['classifier', 'pixels'] need a folder of real images as reference",
+        ),
         (
             ["reference=none.npz", "samples=50", "metrics=[fd,kid]"],
             "metrics: kid need a folder of real images",

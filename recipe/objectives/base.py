@@ -90,7 +90,8 @@ class Objective(Settings, ABC):
 
     Of the class: teacher: whether the loss needs the target average of the weights; guidance_input: whether
     the network is told beta; finishes: whether it goes on with weights of another objective, which stay that
-    objective's (`frechet` alone).
+    objective's (`frechet` alone). Of an instance: finished: the extractors on which `frechet` has trained the
+    weights, before this run and in it, as their JSON has them.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Objective(Settings, ABC):
     teacher: ClassVar[bool] = False
     guidance_input: ClassVar[bool] = False
     finishes: ClassVar[bool] = False
+    finished: ClassVar[list[dict[str, Any]]] = []
 
     @abstractmethod
     def sample_times(self, u: Tensor) -> tuple[Tensor, ...]:
