@@ -321,25 +321,42 @@ def shown_rows(
     return names, labels, lambda index: images.text(index // columns, config), real
 
 
-def compared(rows: list[Row]) -> tuple[list[int], float]:
-    """Each NFE of the first row's weights, and the w of their lowest distance."""
-    newest = [r for r in rows if r["weights"] == rows[0]["weights"]]
-    return sorted({r["nfe"] for r in newest}), min(newest, key=lambda r: r["frechet_distance"])["w"]
+def compared(rows: list[Row], weights: str) -> tuple[list[int], float]:
+    """Return each NFE at which these weights were scored, and the w of their lowest distance."""
+    theirs = [r for r in rows if r["weights"] == weights]
+    return sorted({r["nfe"] for r in theirs}), min(theirs, key=lambda r: r["frechet_distance"])["w"]
+
+
+def newest_of_each_folder(rows: list[Row]) -> list[str]:
+    """Return the first weights of every folder in the rows, in their order."""
+    first: dict[Path, str] = {}
+    for row in rows:
+        first.setdefault(Path(row["weights"]).parent, row["weights"])
+    return list(first.values())
 
 
 def plot_samples(
-    rows: list[Row], images: Dataset | None, generator: Generator, path: Path, columns: int = 8
+    rows: list[Row], images: Dataset | None, generators: dict[str, Generator], path: Path, columns: int = 8
 ) -> None:
-    """One row per class, or per caption of the reference's first images: real images, then samples of the
-    first row's weights, with each NFE from the same noise.
+    """Draw one row per class, or per caption of the reference's first images: real images, samples of the
+    first weights with each NFE, and of the other weights with their smallest NFE, all from the same noise.
+
+    Weights that know other classes than the first, or take prompts where those do not, are left out.
     """
+    first, generator = next(iter(generators.items()))
+    kind = generator.net.config.classes, generator.net.config.text
     names, shown, text, real = shown_rows(images, generator, columns)
     parts = {} if real is None else {"real": real}
     requested = torch.tensor(shown).repeat_interleave(columns)
-    steps, w = compared(rows)
-    for nfe in steps:
-        drawn = generator.batches(requested, torch.arange(len(requested)), nfe, w, columns, text=text)
-        parts[f"{nfe} step{'s' if nfe > 1 else ''}"] = torch.cat([images.cpu() for images, _ in drawn])
+    for weights, generator in generators.items():
+        if (generator.net.config.classes, generator.net.config.text) != kind:
+            continue
+        steps, w = compared(rows, weights)
+        for nfe in steps if weights == first else steps[:1]:
+            drawn = generator.batches(requested, torch.arange(len(requested)), nfe, w, columns, text=text)
+            title = f"{nfe} step{'s' if nfe > 1 else ''}"
+            title = title if weights == first else f"{Path(weights).parent.parent.name}, {title}"
+            parts[title] = torch.cat([images.cpu() for images, _ in drawn])
     pictures = [grid(x, len(x) // len(shown), max(1, 32 // x.shape[-1])) for x in parts.values()]
     size = (3.2 * len(parts), 0.42 * len(shown) + 0.5)
     figure, axes = plt.subplots(1, len(parts), figsize=size, squeeze=False, layout="constrained")
@@ -347,7 +364,8 @@ def plot_samples(
         axis.imshow(picture, interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    title = f"{Path(rows[0]['weights']).name}, w = {w:g}, the same noise in every column of samples"
+    run, w = Path(first).parent.parent.name, compared(rows, first)[1]
+    title = f"{run}/{Path(first).name}, w = {w:g}, the same noise in every column of samples"
     write(figure.supxlabel("-"), title)
     step = pictures[0].shape[0] / len(shown)
     axes[0, 0].set_yticks([(i + 0.5) * step for i in range(len(shown))], ["-"] * len(shown))
@@ -375,7 +393,7 @@ def draw_nearest(
         own = seeds % len(reference.images)
         labels = reference.images.labels(own, config.classes)
         text = reference.images.text(own, config.text)
-    steps, w = compared(rows)
+    steps, w = compared(rows, rows[0]["weights"])
     lines = []
     for nfe in steps:
         samples = generator(labels, seeds, nfe, w, text).cpu()
@@ -434,25 +452,26 @@ def write_report(
     folder: Path,
     rows: list[Row],
     reference: Reference,
-    generator: Generator,
+    generators: dict[str, Generator],
     protocol: str,
     doubts: list[str],
 ) -> None:
-    """results.md (also printed), metrics.png, samples.png and report.html in the folder; nearest.png where
-    there are held-out images.
+    """Write results.md (also printed), metrics.png, samples.png and report.html to the folder, and
+    nearest.png where there are held-out images.
 
-    generator: of the first row's weights; protocol: in words; doubts: what speaks against the extractors.
+    generators: by the weights of `newest_of_each_folder`; protocol: in words; doubts: what speaks against
+    the extractors.
     """
     text = markdown(rows, protocol, doubts)
     (folder / "results.md").write_text(text)
     pictures = {"Curves": folder / "metrics.png", "Samples": folder / "samples.png"}
     plot_metrics(rows, pictures["Curves"])
-    plot_samples(rows, reference.images, generator, pictures["Samples"])
+    plot_samples(rows, reference.images, generators, pictures["Samples"])
     if "nearer_share" in rows[0]:
-        steps = ", ".join(map(str, compared(rows)[0]))
+        steps = ", ".join(map(str, compared(rows, rows[0]["weights"])[0]))
         heading = f"Samples of {steps} steps, each above its nearest training image"
         pictures[heading] = folder / "nearest.png"
-        draw_nearest(rows, reference, generator, pictures[heading])
+        draw_nearest(rows, reference, generators[rows[0]["weights"]], pictures[heading])
     said = notes(rows, protocol, doubts)
     page = html_page(rows, said, f"Sweep {folder.name}", pictures)
     (folder / "report.html").write_text(page)

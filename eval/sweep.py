@@ -32,7 +32,7 @@ if __name__ == "__main__":  # run by path, too, this checkout's code goes before
 
 from eval.export import Export, find_weights
 from eval.reference import Captions, HeldOut, Reference, open_images
-from eval.report import parse_lines, reportable, write_report
+from eval.report import newest_of_each_folder, parse_lines, reportable, write_report
 from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, choose_labels, describe
 from recipe.algorithms import MAX_LENGTH, length_of
 from recipe.config import ConfigError, load_config
@@ -553,7 +553,7 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
             if run is not None:
                 run.log({key: value for key, value in row.items() if value is not None})
     if main_rank:
-        newest = make_generator(config, rows[0]["weights"], device)
+        newest = {path: make_generator(config, path, device) for path in newest_of_each_folder(rows)}
         protocol = describe(config.protocol, setup.samples)
         write_report(Path(config.folder), rows, setup.reference, newest, protocol, setup.doubts)
     return rows
