@@ -368,7 +368,8 @@ def plot_samples(
     title = f"{run}/{Path(first).name}, w = {w:g}, the same noise in every column of samples"
     write(figure.supxlabel("-"), title)
     step = pictures[0].shape[0] / len(shown)
-    axes[0, 0].set_yticks([(i + 0.5) * step for i in range(len(shown))], ["-"] * len(shown))
+    rows_at = [(i + 0.5) * step for i in range(len(shown))]
+    axes[0, 0].set_yticks(rows_at, [lettering(name)[0] for name in names])  # a tick's text is its formatter's
     for label, name in zip(axes[0, 0].get_yticklabels(), names, strict=True):
         write(label, name)
     figure.savefig(path, dpi=120 if max(p.shape[1] for p in pictures) < 1000 else 300)

@@ -21,6 +21,7 @@ from eval.report import (
     markdown,
     plain,
     plot_distances,
+    plot_samples,
     read_lines,
     read_log,
     write,
@@ -579,3 +580,28 @@ def test_the_log_keeps_the_last_line_of_a_repeated_step(tmp_path):
     log = read_log(path)
     assert log["a"].tolist() == [1.0, 3.0]
     assert np.array_equal(log["b"], [np.nan, 4.0], equal_nan=True)
+
+
+def test_a_picture_of_samples_names_its_rows_and_shows_every_folder(tmp_path, monkeypatch):
+    """The first weights with every NFE, the others with their smallest."""
+
+    def generator(shade):
+        def batches(labels, seeds, nfe, w, size, text=None):
+            yield torch.full((len(labels), 1, 8, 8), shade + nfe, dtype=torch.uint8), seeds
+
+        config = SimpleNamespace(classes=2, text=None)
+        facts = {"data": {"class_names": ["a $5 hat", "dog"]}}
+        return SimpleNamespace(net=SimpleNamespace(config=config), facts=facts, batches=batches)
+
+    rows = [
+        {"weights": f"runs/{run}/weights/ba7-ema", "nfe": nfe, "w": 1.0, "frechet_distance": 2.0}
+        for run in ("after", "before")
+        for nfe in (4, 1)
+    ]
+    generators = {row["weights"]: generator(shade) for row, shade in zip(rows[::2], (0, 100), strict=True)}
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    plot_samples(rows, None, generators, tmp_path / "samples.png", columns=3)
+    axes = plt.gcf().axes
+    assert [axis.get_title() for axis in axes] == ["1 step", "4 steps", "before, 1 step"]
+    assert [int(axis.images[0].get_array()[5, 5, 0]) for axis in axes] == [1, 4, 101]
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["a $5 hat", "dog"]
