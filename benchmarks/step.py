@@ -12,6 +12,7 @@ import copy
 import json
 import statistics
 import sys
+import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
 from recipe.objectives import TVM, FlowMatching, Objective
 from recipe.objectives.base import Batch, draw
+from recipe.objectives.frechet import Match
 from recipe.parallel import ParallelConfig, prepare_blocks
 
 Work = Callable[[], object]
@@ -136,6 +138,60 @@ def step_times(net: DiT, target: DiT, batch: Batch, pairs: int) -> tuple[float, 
     return paired_seconds(tvm, plain, pairs)
 
 
+def blended_distance(
+    features: Tensor, mean: Tensor, second: Tensor, real_mean: Tensor, real_root: Tensor, decay: float
+) -> Tensor:
+    """Return the Frechet distance of running raw moments into which a batch (B, F) is blended, by an
+    eigendecomposition that autograd differentiates. mean (F,), second (F, F): raw moments before; real_root:
+    R with R R' the covariance of real images.
+    """
+    mean = decay * mean + (1 - decay) * features.mean(0)
+    second = decay * second + (1 - decay) * features.T @ features / len(features)
+    covariance = second - mean.outer(mean)
+    spectrum = torch.linalg.eigvalsh(real_root.T @ covariance @ real_root)
+    spectrum = spectrum[spectrum > 1e-12 * spectrum[-1]]
+    traces = covariance.trace() + real_root.square().sum()
+    return (mean - real_mean).square().sum() + traces - 2 * spectrum.sqrt().sum()
+
+
+def cpu_seconds(work: Work) -> float:
+    """Return the CPU seconds that one call takes, whatever else the machine does meanwhile."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def finish_times(
+    pairs: int, size: int = 2048, batch: int = 256, refresh: int = 10
+) -> tuple[float, float, float]:
+    """Time the loss of `frechet` alone against autograd through the Frechet distance, both in float64.
+
+    Ours is cost, backward and moments of a step, and its share of the map that `refresh` steps have in common.
+    Returns median CPU seconds of both and the median of their ratio.
+    """
+    torch.manual_seed(0)
+    real, before = (torch.randn(2 * size, size, dtype=torch.float64) for _ in range(2))
+    mean, second = before.mean(0), before.T @ before / len(before)
+    match = Match(None, real.mean(0) + 1, real.T.cov())
+    match.add(before)
+    match.fold(0)
+    features = torch.randn(batch, size, dtype=torch.float64, requires_grad=True)
+
+    def regression() -> None:
+        match.cost(features).mean().backward()
+        match.add(features)
+        match.fold(0.999)
+
+    def autograd() -> None:
+        blended_distance(features, mean, second, match.mean, match.root, 0.999).backward()
+
+    return paired(
+        lambda: cpu_seconds(regression) + cpu_seconds(match.refresh) / refresh,
+        lambda: cpu_seconds(autograd),
+        pairs,
+    )
+
+
 def variant(net: DiT, trained: bool = True, **options: object) -> DiT:
     """Copy the network with ParallelConfig's options (compile, checkpoint_every); frozen unless `trained`."""
     copied = copy.deepcopy(net).requires_grad_(trained)
@@ -180,6 +236,9 @@ def bars(pairs: int, batch_size: int, compiled: bool) -> list[tuple[str, float, 
     memory = peak_memory(variant(net, checkpoint_every=1), batch) / peak_memory(variant(net), batch)
     rows.append(("memory of the dual pass, checkpointed / not", memory, 0.35))
     rows.append(("optimizer and both averages / whole step, B/2 width", upkeep_share(), 0.10))
+    ours, differentiated, ratio = finish_times(min(pairs, 3))
+    name = f"CPU time, frechet / autograd, 2048 features ({ours:.2f} s / {differentiated:.2f} s)"
+    rows.append((name, ratio, 0.20))
 
     def timed(name: str, result: tuple[float, float, float], bar: float) -> None:
         first, second, ratio = result

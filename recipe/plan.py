@@ -28,6 +28,7 @@ from recipe.dit import TEXT_LAYERS, DiT, DiTConfig
 from recipe.manual import answer
 from recipe.objectives.base import Objective, Pass
 from recipe.parallel import ParallelConfig
+from recipe.plan_finish import Finish
 from recipe.preflight import divisible
 from recipe.settings import NotNegative, Positive, Says, Settings
 
@@ -47,13 +48,14 @@ class GPU(Settings):
     network_rate: Positive = Field(description="Bytes/s of all network cards of a node together.")
     arch: int = Field(90, ge=80, le=200, description="Compute capability times ten, 90 for 9.0.")
     multiprocessors: int = Field(132, ge=1, le=10**4, description="Number of multiprocessors.")
+    exact: Positive = Field(67e12, description="FLOP/s in float32, without TF32.")
 
 
 GPUS = {
-    "a100": GPU(312e12, 80 * GIB, 2.0e12, 300e9, 200e9, 80, 108),
+    "a100": GPU(312e12, 80 * GIB, 2.0e12, 300e9, 200e9, 80, 108, 19.5e12),
     "h100": GPU(989e12, 79.6 * GIB, 3.35e12, 450e9, 400e9, 90, 132),
     "h200": GPU(989e12, 140.4 * GIB, 4.8e12, 450e9, 400e9, 90, 132),
-    "b200": GPU(2250e12, 180 * GIB, 7.7e12, 900e9, 400e9, 100, 148),
+    "b200": GPU(2250e12, 180 * GIB, 7.7e12, 900e9, 400e9, 100, 148, 75e12),
 }
 
 
@@ -300,6 +302,11 @@ def memory(config: TrainConfig, gpus: int) -> dict[str, float]:
     autocast = config.precision == "amp_bf16" and not (sharded and gathered_size(config) == BF16)
     unchecked = 1 - checkpointed_blocks(config.model, parallel.checkpoint_every) / config.model.depth
     rounded = blocks * unchecked * (passes if parallel.compile else 1) if autocast else 0
+    finish, samples = Finish(config), layout(config, gpus)[0]
+    beside = {
+        "decoder and extractors": finish.frozen_bytes(samples),
+        "moments and maps": finish.moment_bytes(),
+    }
     return {
         "weights": FP32 * P / shards,
         "averages": FP32 * copies * P / shards,
@@ -307,8 +314,8 @@ def memory(config: TrainConfig, gpus: int) -> dict[str, float]:
         "gradients": FP32 * P / shards,
         "gathered weights": gathered_size(config) * gathered,
         "bf16 copies of weights": BF16 * rounded,
-        "activations": step_activations(config, parallel) * layout(config, gpus)[0],
-    }
+        "activations": step_activations(config, parallel) * samples,
+    } | (beside if finish.counts else {})
 
 
 def gathers(config: TrainConfig) -> tuple[int, int]:
@@ -336,7 +343,15 @@ class Collective(NamedTuple):
 
 
 def traffic(config: TrainConfig, gpus: int) -> list[Collective]:
-    """Collectives of one step. FSDP2 communicates in every microbatch, DDP once."""
+    """Collectives of one step: of the network, and of a finish's sums over samples."""
+    rows, sums = network_traffic(config, gpus), Finish(config).messages()
+    if sums:
+        rows.append(Collective("all-reduce moments", 2 * sum(sums) * (gpus - 1) / gpus, len(sums), gpus))
+    return rows
+
+
+def network_traffic(config: TrainConfig, gpus: int) -> list[Collective]:
+    """Collectives of the network in one step. FSDP2 communicates in every microbatch, DDP once."""
     blocks, rest = parameter_counts(config.model)
     P, messages = blocks + rest, config.model.depth + 1
     if not config.parallel.fsdp2:
@@ -406,9 +421,10 @@ def updated_bytes(config: TrainConfig, gpus: int) -> float:
 
 
 def compute_time(config: TrainConfig, roofline: Roofline) -> float:
-    """Seconds of one sample's passes. Checkpointed blocks run forward twice."""
+    """Seconds of one sample's passes. Checkpointed blocks run forward twice; a finish has frozen networks."""
     again = checkpointed_blocks(config.model, config.parallel.checkpoint_every) / config.model.depth
-    return sum(
+    frozen = Finish(config).flops() / roofline.sheet.exact / roofline.gemm
+    return frozen + sum(
         roofline.seconds(0, one.products, roofline.gemm)
         + roofline.seconds(one.attention_bytes, one.attention, roofline.attention)
         + roofline.seconds(one.other_bytes)
@@ -447,6 +463,12 @@ def column(config: TrainConfig, gpus: int, cluster: Cluster) -> dict[str, str]:
         size = BF16 * config.model.text.tokens * config.model.text.width * config.data.batch_size / gpus
         rows |= {"embeddings of prompts per GPU, MB/s": f"{size / t.step / 1e6:.1f}"}
     rows |= {"PFLOP per step": f"{flops / 1e15:.2f}", "compute, ms, predicted": f"{1e3 * t.compute:.1f}"}
+    if (finish := Finish(config)).counts:
+        size = config.data.batch_size
+        rows |= {
+            "decoder and extractors, PFLOP per step, float32": f"{finish.flops() * size / 1e15:.2f}",
+            "maps, TFLOP per step and GPU, float64": f"{finish.map_flops() / 1e12:.3f}",
+        }
     rows |= {f"{c.name}, GB": f"{c.received / 1e9:.2f}" for c in traffic(config, gpus)}
     seconds = t.step * steps(config)
     return rows | {
@@ -485,12 +507,23 @@ def report(config: TrainConfig, cluster: Cluster) -> str:
         f"{cluster.assumptions()} {cluster.hop * 1e6:g} us a hop; compiled blocks.",
         "Communication is bandwidth + latency. A step takes from the first time (all of it hidden behind",
         "compute) to the second (none of it); the rows below go by the first.",
+        *finish_notes(config),
         "",
         "| GPUs | " + " | ".join(map(str, counts)) + " |",
         "|---|" + "---:|" * len(columns),
     ]
     lines += [f"| {name} | " + " | ".join(c[name] for c in columns) + " |" for name in columns[0]]
     return "\n".join(lines) + "\n"
+
+
+def finish_notes(config: TrainConfig) -> list[str]:
+    """What the plan of a finish leaves out, in one line."""
+    finish = Finish(config)
+    if not finish.counts:
+        return []
+    unknown = [f"passes of {', '.join(finish.missing)}"] if finish.missing else []
+    unknown += [f"moments of {name}" for name, size in finish.counts.items() if size is None]
+    return [f"Not counted: {', '.join(['the time of maps and of the first samples', *unknown])}."]
 
 
 def read(arguments: list[str], own: type[Roofline]) -> tuple[TrainConfig, Roofline]:

@@ -26,6 +26,7 @@ from recipe.config import ConfigError, TrainConfig, load_config, yaml_of
 from recipe.data import SHUFFLE_WINDOW, normalizer
 from recipe.dit import DiT
 from recipe.manual import answer
+from recipe.plan_finish import Finish
 from recipe.resume import PROBE, check_dataset, checkpoints, complete, fork
 from recipe.text import TextConfig
 from recipe.warm_start import check_weights
@@ -182,10 +183,13 @@ def oci_agreement(config: TrainConfig) -> Iterator[str]:
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
-    """Return the bytes of a checkpoint: the student, its averages and two moments of Adam, in float32."""
+    """Return the bytes of a checkpoint: the student, its averages and two moments of Adam, in float32, and
+    the moments and maps of a finish.
+    """
     with torch.device("meta"):
         parameters = sum(p.numel() for p in DiT(config.model).parameters())
-    return 4 * parameters * (3 + len(average_names(config.ema, config.objective)))
+    weights = 4 * parameters * (3 + len(average_names(config.ema, config.objective)))
+    return weights + Finish(config).saved_bytes()
 
 
 def held(folder: str | Path) -> int:

@@ -56,7 +56,7 @@ EACH = {
         "objective.features.pixels={digits}",
         "objective.features.pixels:2={digits}",
         "objective.population=40",
-        "objective.refresh=3",
+        "objective.refresh=2",
         "objective.decay=0.5",
         "init_from={digits}/../begin",
     ],
@@ -131,10 +131,10 @@ def edit(file, change):
     file.write_text(json.dumps(content))
 
 
-def finishing(base, shape, **settings):
+def finishing(base, shape, pool=1, **settings):
     """The objective frechet on weights of `base`, its pixels (C, H, W) matched to white noise."""
-    size = math.prod(shape)
-    match = Match(Pixels(shape), torch.zeros(size), torch.eye(size))
+    size = math.prod(shape) // pool**2
+    match = Match(Pixels(shape, pool), torch.zeros(size), torch.eye(size))
     match.moments.copy_(torch.eye(size + 1))
     match.refresh()
     objective = Frechet(features={"pixels": "real"}, **settings)

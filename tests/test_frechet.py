@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from benchmarks.step import blended_distance
 from eval.export import read_checkpoint
 from recipe.metrics import frechet_distance
 from recipe.objectives.frechet import Match, round_through
@@ -54,27 +55,17 @@ def test_the_mean_of_the_loss_is_the_frechet_distance(size, case):
     assert (one.unreached > 1e-6) == (case in ("few samples", "flat samples"))
 
 
-def blended_distance(features, before, real, decay):
-    """FD by autograd, of running raw moments into which a batch (B, F) is blended."""
-    mean = decay * before.mean(0) + (1 - decay) * features.mean(0)
-    second = decay * before.T @ before / len(before) + (1 - decay) * features.T @ features / len(features)
-    covariance = second - mean.outer(mean)
-    real_mean, real_covariance = moments(real)
-    values, vectors = torch.linalg.eigh(real_covariance)
-    half = vectors * values.clamp_min(0).sqrt()
-    spectrum = torch.linalg.eigvalsh(half.T @ covariance @ half)
-    spectrum = spectrum[spectrum > 1e-12 * spectrum[-1]]
-    traces = covariance.trace() + real_covariance.trace()
-    return (mean - real_mean).square().sum() + traces - 2 * spectrum.sqrt().sum()
-
-
 @pytest.mark.parametrize("size", [8, 64, 300])
 @pytest.mark.parametrize("rank", [None, 5])
 def test_the_gradient_is_that_of_the_distance_of_blended_moments(size, rank):
     """rank: of the real images' covariance, where it is singular."""
     real, before, decay = gaussian(1000, size, 1, rank), gaussian(900, size, 2), 0.9
     batch = gaussian(32, size, 3).requires_grad_()
-    (expected,) = torch.autograd.grad(blended_distance(batch, before, real, decay), batch)
+    raw = before.mean(0), before.T @ before / len(before)
+    mean, covariance = moments(real)
+    values, vectors = torch.linalg.eigh(covariance)
+    distance = blended_distance(batch, *raw, mean, vectors * values.clamp_min(0).sqrt(), decay)
+    (expected,) = torch.autograd.grad(distance, batch)
     one = matched(real, before)
     one.add(batch.detach())
     one.fold(decay)

@@ -2,8 +2,10 @@
 
 import base64
 import copy
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,15 +19,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from benchmarks.step import flops, random_batch
 from kernels import operators
-from recipe import plan
+from recipe import plan, plan_finish
 from recipe.config import TrainConfig, load_config
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
 from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow
 from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
+from recipe.preflight import checkpoint_bytes
 from recipe.text import Prompts, Text, TextConfig
-from recipe.train import main
-from tests.conftest import finishing
+from recipe.train import dry_run, main
+from tests.conftest import ROOT, finishing
+
+FINISH = ["objective.name=frechet", "objective.features.pixels=x", "init_from=x"]
 
 IMAGENET = {
     "imagenet256_w2": (256, (2, 2), True, "spectral", None),
@@ -88,6 +93,8 @@ SMALLER = {"width": 768, "heads": 12, "depth": 3}
         ({**SMALLER, "size": 64}, MeanFlow(omega=0.2, kappa=0.9), 0.005),
         ({**SMALLER, "size": 32}, IMF(), 0.005),
         ({**SMALLER, "size": 64}, IMF(guidance=[1, 8]), 0.005),
+        ({**SMALLER, "size": 32}, finishing(TVM(), (4, 32, 32), 8), 0.005),
+        ({**SMALLER, "size": 32}, finishing(IMF(guidance=[1, 8]), (4, 32, 32), 8, nfe=2), 0.005),
         ({**SMALLER, "size": 32, "text": STORED}, TVM(guidance=2.0), 0.005),
         ({**SMALLER, "size": 32, "text": STORED}, FlowMatching(), 0.005),
         ({**SMALLER, "size": 32, "text": TextConfig(width=256)}, IMF(guidance=[1, 8]), 0.005),
@@ -101,6 +108,8 @@ def test_flops_are_those_that_torch_counts(shape, objective, tolerance):
         batch = random_batch(model, objective, 2, "meta")
 
         student, teacher = prompted(net), prompted(target)
+    for match in objective.matches.values() if objective.finishes else ():
+        match.to("meta").extractor.device = torch.device("meta")
 
     counted = flops(lambda: objective.loss(student, teacher, batch, model.null).total.mean().backward())
     assert 2 * plan.step_flops(model, objective) == pytest.approx(counted, rel=tolerance)
@@ -224,7 +233,7 @@ def test_traffic_is_what_fsdp2_sends(eight_ranks, objective, reshard):
     ]
     overrides += ["model.preset=null", "model.size=8", "model.width=32", "model.heads=2", "model.depth=3"]
     overrides += ["precision=fp32", "data.batch_size=16", "model.classes=3", "grid.labels=[]"]
-    overrides += ["objective.features.pixels=x", "init_from=x"] if objective == "frechet" else []
+    overrides += FINISH[1:] if objective == "frechet" else []
     config = load_config(TrainConfig, "yamls/imagenet256_w2.yaml", [*overrides, "parallel.compile=false"])
     if objective == "frechet":
         config.objective = finishing(TVM(), (4, 8, 8))
@@ -276,6 +285,125 @@ def test_the_plan_of_a_run_shards_what_is_sharded_and_says_what_does_not_fit(cap
     assert float(sharded[compute][1]) > 1e3 * flops / 64 / 989e12 / 0.65
     assert "TOO MUCH" not in table("gpus=8", "gpu=b200", "microbatch=128")["memory, GiB"][0]
     assert "TOO MUCH" in table("gpus=8", "microbatch=128")["memory, GiB"][0]
+
+
+def forward_and_backward(network, shape):
+    """FLOPs forward, and of both together over forward, and bytes that autograd keeps beside parameters."""
+    inputs, kept = torch.randn(1, *shape, device="meta", requires_grad=True), {}
+    own = {p.untyped_storage()._cdata for p in (*network.parameters(), *network.buffers())}
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x
+        return x
+
+    ahead = flops(lambda: network(inputs))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        both = flops(lambda: network(inputs).sum().backward())
+    return ahead, both / ahead, sum(x.untyped_storage().nbytes() for i, x in kept.items() if i not in own)
+
+
+def stable_diffusions(size):
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    with torch.device("meta"):
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4, **blocks
+        )
+    vae.requires_grad_(False).forward = lambda z: vae.decode(z).sample
+    return vae, (4, size, size), plan_finish.decoder(DiTConfig(size=size))
+
+
+def dinov2(_):
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 518}
+    with torch.device("meta"):
+        network = transformers.Dinov2Model(transformers.Dinov2Config(**shape, patch_size=14))
+    plain = network.requires_grad_(False).forward
+    network.forward = lambda x: plain(x).last_hidden_state[:, 0]
+    return network, (3, 224, 224), plan_finish.PUBLISHED["dinov2-vitl14"]
+
+
+@pytest.mark.parametrize(("make", "size"), [(stable_diffusions, 32), (stable_diffusions, 64), (dinov2, 0)])
+def test_frozen_networks_cost_what_torch_counts(make, size):
+    network, shape, planned = make(size)
+    ahead, both, kept = forward_and_backward(network, shape)
+    assert planned.flops == pytest.approx(ahead, rel=0.005)
+    assert both == pytest.approx(1 + plan_finish.BACKWARD, rel=0.03)
+    assert planned.kept == pytest.approx(kept, rel=0.03)
+    assert planned.parameters == pytest.approx(sum(p.numel() for p in network.parameters()), rel=0.005)
+
+
+def test_moments_of_a_finish_take_the_bytes_that_the_plan_says():
+    config = load_config(TrainConfig, "yamls/digits.yaml", [*FINISH, "objective.features.pixels:4=x"])
+    (match,) = finishing(TVM(), (1, 8, 8)).matches.values()
+    (pooled,) = finishing(TVM(), (1, 8, 8), 4).matches.values()
+    finish = plan_finish.Finish(config)
+    assert finish.sizes == [64, 4]
+    saved = [x for one in (match, pooled) for x in one.state_dict().values()]
+    assert finish.saved_bytes() == sum(x.nbytes for x in saved)
+    held = sum(x.nbytes for one in (match, pooled) for x in one.buffers())
+    assert finish.moment_bytes() == pytest.approx(held, rel=0.02)
+    plain = load_config(TrainConfig, "yamls/digits.yaml", ["objective.name=flow_matching"])
+    assert checkpoint_bytes(config) - checkpoint_bytes(plain) == finish.saved_bytes()
+    assert finish.messages() == [match.sums.nbytes, pooled.sums.nbytes]
+
+
+def test_the_plan_of_a_finish_counts_what_is_known_and_names_the_rest(tmp_path):
+    mean, covariance = np.zeros(6), np.eye(6)
+    np.savez(tmp_path / "six.npz", mu=mean, sigma=covariance)
+    features = (
+        f"{{inception-2015: a.npz, classifier:1: b, image-model:c: {tmp_path}/six.npz, image-model:d: e}}"
+    )
+    overrides = ["objective={name: frechet, features: " + features + "}", "init_from=w"]
+    config = load_config(TrainConfig, "yamls/imagenet256_w2.yaml", overrides)
+    finish = plan_finish.Finish(config)
+    assert finish.sizes == [2048, 64, 6]
+    report = plan.report(config, plan.Cluster(gpus=[8]))
+    assert (
+        "first samples, passes of classifier:1, image-model:c, image-model:d, moments of image-model:d.\n"
+        in report
+    )
+    flops = 2 * (622.2e9 + 11.42e9)
+    assert f"| decoder and extractors, PFLOP per step, float32 | {flops * 2048 / 1e15:.2f} |" in report
+    plain = replace(config, objective=FlowMatching(), init_from=None)
+    cluster = plan.Cluster(gpus=[8])
+    passes = flops * 2048 / 8 / 67e12 / 0.65
+    found = plan.times(config, 8, cluster).compute - plan.times(plain, 8, cluster).compute
+    assert found == pytest.approx(passes, rel=0.001)
+    again = load_config(TrainConfig, "yamls/imagenet256_w2.yaml", [*overrides, "objective.recompute=true"])
+    assert plan_finish.Finish(again).flops() == pytest.approx(1.5 * flops, rel=0.001)
+    assert "Not counted" not in plan.report(plain, cluster)
+    assert "moments and maps" not in plan.report(plain, cluster)
+
+
+@pytest.mark.parametrize("name", ["imagenet256_w2_frechet", "imagenet256_sit_frechet"])
+def test_the_yamls_of_the_finish_hold_the_published_numbers(name):
+    config = load_config(TrainConfig, f"yamls/{name}.yaml", [])
+    objective, optimizer = config.objective, config.optimizer
+    assert (config.duration, config.data.batch_size, optimizer.warmup) == ("125000ba", 1024, "6250ba")
+    assert (optimizer.lr, optimizer.schedule, optimizer.betas) == (1e-6, "cosine", [0.9, 0.95])
+    assert optimizer.weight_decay == 0
+    assert (objective.nfe, objective.decay, objective.population, objective.epsilon) == (
+        1,
+        0.999,
+        50_000,
+        0.01,
+    )
+    assert len(objective.features) == 3
+    assert all(reference.endswith(".npz") for reference in objective.features.values())
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("yamls/*_frechet.yaml")), ids=lambda path: path.stem)
+def test_every_yaml_of_a_finish_is_a_run_of_the_weights_it_goes_on_from(path):
+    config = load_config(TrainConfig, str(path), [])
+    assert config.run_name == path.stem
+    assert "parameters: " in dry_run(config)
+    before = ROOT / f"yamls/{path.stem.removesuffix('_frechet')}.yaml"
+    if before.exists():
+        former = load_config(TrainConfig, str(before), [])
+        assert config.model == former.model
+        assert (config.data.local, config.data.normalize) == (former.data.local, former.data.normalize)
+        assert config.init_from == f"{former.folder}/weights"
 
 
 @pytest.mark.parametrize(
