@@ -166,7 +166,7 @@ def finish_times(
 ) -> tuple[float, float, float]:
     """Time the loss of `frechet` alone against autograd through the Frechet distance, both in float64.
 
-    Ours is cost, backward and moments of a step, and its share of the map that `refresh` steps have in common.
+    Ours is cost, backward and moments of a step, and its share of the map that `refresh` steps use.
     Returns median CPU seconds of both and the median of their ratio.
     """
     torch.manual_seed(0)
