@@ -73,7 +73,11 @@ class MDSImages(Dataset):
         return torch.from_numpy(self.row(index)["image"].copy())
 
     def row(self, index: int) -> dict[str, Any]:
-        """All columns of a sample. Raises ValueError where its shard holds something else."""
+        """All columns of a sample. Raises ValueError where its shard holds something else, and IndexError,
+        which ends a loop over the samples, behind the last one.
+        """
+        if index >= len(self):
+            raise IndexError(index)
         where = f"{self.folder}: sample {index}"
         try:
             row = self.samples[index]

@@ -116,7 +116,7 @@ def test_latents_are_decoded_or_shown_in_false_colours():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("grid.nfe=[0]", r"grid.nfe: \[0\]"),
+        ("grid.nfe=[0]", r"grid.nfe\[0\]: 0 must be"),
         ("grid.labels=[11]", r"grid.labels: \[11\] must be in 0..10"),
         ("grid.columns=0", "grid.columns: 0"),
         ("log.interval=0", "log.interval: 0"),

@@ -479,7 +479,7 @@ class TestPreflight:
             ("log.wandb=online", r"log\.wandb: online, but there is no key\. Fix: run wandb login"),
             ("model.size=16", r"model\.size: 16 differs from the 8"),
             ("data.cache_limit=50kb", r"data\.cache_limit: 50kb is less .*data\.cache_limit=1mb or more"),
-            ("data.cache_limit=much", r"data\.cache_limit: 'much' is not a size"),
+            ("data.cache_limit=much", r"data\.cache_limit: 'much' must be a size such as 100gb"),
             ("model.width=40000", r"folder: .* \d+ MB needed, \d+ MB free"),
         ],
     )

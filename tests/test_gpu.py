@@ -1,6 +1,7 @@
 """`make gpu` without one: every stage at tiny size, what is resumed, stopped and reported."""
 
 import json
+import re
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_stages_at_tiny_size(tmp_path):
         f"{stage}: not run" for stage in ("correctness", "attention", "emoji_flow_matching", "emoji_agree")
     ]
     assert "| pictures |  | 1797 |  |" in text
-    assert "| step, tvm, s | not predicted | 0.0" in text
+    assert re.search(r"\| step, tvm, s \| not predicted \| \d\.\d{3} ", text)
     result = gpu.result_of(tmp_path, "emoji_tvm")
     assert list(result["frechet_distance"]) == ["1", "2"]
     assert 0.55 < result["floor_H"] < 0.7

@@ -139,7 +139,11 @@ def _one_thread():
 
 @pytest.mark.usefixtures("_one_thread")
 def test_accumulation_costs_little_more_than_its_matrix_product():
-    n, f, batch = 2000, 2048, 50
+    n, f, batch = (
+        2048,
+        2048,
+        256,
+    )  # a sweep's batch; of fewer rows the matrix's way through memory takes longest
     x = torch.rand(n, f, dtype=torch.float64)
 
     def seconds(work):

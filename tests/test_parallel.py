@@ -47,7 +47,7 @@ for name, overrides in list(EACH.items())[1:]:
 DIFFERENTIATED = {
     **{name: overrides for name, overrides in EACH.items() if name != "flow_matching_first"},
     "imf_prompts": [*EACH["imf"], *EACH["prompts"]],
-    "alpha_flow": ["objective.name=alpha_flow", "objective.kappa=0.25", "step.tangent_warmup=4"],
+    "alpha_flow": ["objective.name=alpha_flow", "step.tangent_warmup=4"],
 }  # every objective, with each kind of evaluation that has no gradient, and the example of docs/objectives.md
 COMPILED = "parallel.compile=true,parallel.checkpoint_every=1"  # on two ranks for few, as it takes seconds
 
