@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
+from composer.utils.misc import get_free_tcp_port
 
 import storage
 from recipe import preflight
@@ -78,6 +79,8 @@ def settings(folder, data, save_folder, *more):
     ]
 
 
+PORT = get_free_tcp_port()  # of all launchers of a run on several nodes
+
 # Streaming's shared memory is one for a machine: two nodes on one need a private /dev/shm each.
 OWN_SHM = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh"]
 
@@ -89,7 +92,7 @@ class Job:
         launcher = ["-m", "composer.cli.launcher", "-n", str(ranks)]
         if nodes > 1:
             launcher += ["--world_size", str(nodes * ranks), "--node_rank", str(node)]
-            launcher += ["--master_addr", "127.0.0.1", "--master_port", "29533"]
+            launcher += ["--master_addr", "127.0.0.1", "--master_port", str(PORT)]
         self.process = subprocess.Popen(
             [
                 *(OWN_SHM if nodes > 1 else ()),

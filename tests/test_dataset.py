@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from composer.utils.misc import get_free_tcp_port
 from streaming import MDSWriter
 from streaming.base.shared.prefix import _pack_locals
 from streaming.base.world import World
@@ -309,7 +310,7 @@ def test_ranks_agree_on_a_number_while_names_and_lock_files_of_other_jobs_vanish
     script = temporary / "rank.py"
     script.write_text(RANK)
     try:
-        launcher = ["-m", "composer.cli.launcher", "-n", 2, "--master_port", 29521]
+        launcher = ["-m", "composer.cli.launcher", "-n", 2, "--master_port", get_free_tcp_port()]
         process = run(*launcher, script, remote, temporary / "cache", *names)
     finally:
         for name in names:

@@ -9,6 +9,7 @@ import torch
 import xxhash
 from composer.devices import DeviceGPU
 from composer.utils import get_device
+from composer.utils.misc import get_free_tcp_port
 from filelock import FileLock
 
 from recipe import patches
@@ -64,7 +65,7 @@ def test_gloo_still_sums_where_it_should_average_and_the_patch_averages(tmp_path
     """Gradients 1 and 2 of two ranks. By torch 2.11 gloo averages, and the patch changes nothing."""
     script = tmp_path / "gradient.py"
     script.write_text(GRADIENT)
-    process = run("-m", "composer.cli.launcher", "-n", 2, "--master_port", 29523, script)
+    process = run("-m", "composer.cli.launcher", "-n", 2, "--master_port", get_free_tcp_port(), script)
     unpatched = "3.0" if torch.__version__.startswith("2.7.") else "1.5"
     assert process.stdout.split()[:2] == [unpatched, "1.5"]
 
@@ -114,8 +115,8 @@ def test_float32_is_float32_however_often_composer_makes_a_gpu(monkeypatch, tf32
 ENTRIES = {
     "training": "from recipe.train import start; start(None, None)",
     "samples": "from eval.sample import Generator; Generator('none')",
-    "features": "from eval.features import load_extractor; load_extractor('classifier', 'none')",
-    "classifier": "from eval.features import SmallImageClassifier; SmallImageClassifier.train(None, None)",
+    "features": "from recipe.features import load_extractor; load_extractor('classifier', 'none')",
+    "classifier": "from recipe.features import SmallImageClassifier; SmallImageClassifier.train(None, None)",
     "latents": "import diffusers; from recipe.pretrained import load_vae; load_vae('/none/here')",
 }
 
