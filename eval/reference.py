@@ -112,7 +112,7 @@ class Reference:
 
 
 def find_doubts(extractor: FeatureExtractor, images: Dataset | None, seed: int) -> list[str]:
-    """What speaks against a classifier, by a random part of the images of a dataset folder."""
+    """Return the reasons not to trust a classifier, found on a random part of a dataset folder's images."""
     if not isinstance(extractor, SmallImageClassifier) or not isinstance(images, MDSImages):
         return []
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))

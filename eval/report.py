@@ -47,7 +47,7 @@ def _number(value: float | None, spec: str) -> str:
 
 
 def _mark(row: Row, key: str) -> str:
-    """What stands beside a number in features that the weights were finished on."""
+    """Return the mark of a number in features that the weights were finished on, else an empty text."""
     return MARK if row.get(f"trained_on{key}") else ""
 
 
@@ -79,7 +79,7 @@ def _mean_ratio(row: Row) -> str:
 
 
 def further(row: Row) -> list[str]:
-    """What ends the columns of each extractor but the first, such as [pixels]."""
+    """Return the ending of the columns of each extractor but the first, such as [pixels]."""
     return [name.removeprefix("frechet_distance") for name in row if name.startswith("frechet_distance[")]
 
 

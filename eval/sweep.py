@@ -372,7 +372,7 @@ class Judge(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """All that distances in its features depend on beside the samples."""
+        """Return a hash of all that distances in its features depend on, except the samples."""
         return self.reference.digest + (self.held_out.digest if self.held_out else "")
 
     def trained(self, facts: dict[str, Any]) -> bool:
@@ -415,7 +415,7 @@ class Setup(NamedTuple):
 
     @property
     def doubts(self) -> list[str]:
-        """What speaks against the extractors, in sentences."""
+        """Return the reasons not to trust the extractors, in sentences."""
         return [
             f"{key}: {doubt}".removeprefix(": ")
             for key, one in self.judges.items()

@@ -101,7 +101,7 @@ class GridConfig(Settings):
 
 @dataclass
 class LogConfig(Settings):
-    """What a run says of itself while it goes on."""
+    """How a run reports on itself while it goes on."""
 
     interval: Count = Field(
         10,
@@ -273,7 +273,7 @@ def overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def objective_name(config: dict[str, Any], default: str) -> str:
-    """What it sets as objective.name, else the default."""
+    """Return the objective.name that a configuration sets, else the default."""
     section = config.get("objective")
     return str(section.get("name", default)) if isinstance(section, dict) else default
 

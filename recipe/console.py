@@ -30,7 +30,7 @@ class Bar(ProgressBarLogger):
     """
 
     def state_dict(self) -> dict:
-        """Nothing: the bar follows from the step and the duration."""
+        """Return nothing to save: the bar follows from the step and the duration."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:

@@ -135,7 +135,7 @@ CHUNK = 1 << 24  # bytes that a checksum reads at a time
 
 
 def in_place(remote: str | None, local: str) -> bool:
-    """Whether the dataset itself lies at `local`, not a copy that may be thrown away."""
+    """Return True if the dataset itself lies at `local`, not a copy that may be thrown away."""
     return remote is None or ("://" not in remote and Path(remote).resolve() == Path(local).resolve())
 
 
@@ -159,7 +159,7 @@ def local_index(remote: str | None, local: str, manifest: Manifest) -> list[Shar
 
 
 def damage(path: Path, expected: File, checksums: bool) -> str | None:
-    """What is wrong with a shard's file, or None."""
+    """Return what is wrong with the file of a shard, or None."""
     try:
         if (size := path.stat().st_size) != expected["bytes"]:
             return f"has {size} bytes, its index says {expected['bytes']}"

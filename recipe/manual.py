@@ -76,7 +76,7 @@ def as_yaml(value: Any) -> str:  # noqa: ANN401
 
 
 def allowed(schema: dict[str, Any]) -> str:
-    """What a value may be, in words."""
+    """Return the values that a setting may have, in words."""
     if "errorMessage" in schema:
         return schema["errorMessage"].removeprefix("must be ")
     if "anyOf" in schema or "oneOf" in schema:
@@ -95,7 +95,7 @@ def allowed(schema: dict[str, Any]) -> str:
 
 
 def tables(section: type[Settings]) -> str:
-    """All keys as Markdown tables: those of the section itself, then one table for each section below it."""
+    """Return all keys as Markdown tables: the section's own, then a table for each section below it."""
     groups: dict[str, list[Row]] = {}
     for row in rows(section):
         above = row.key.partition(".")[0] if "." in row.key else ""
@@ -115,7 +115,7 @@ def tables(section: type[Settings]) -> str:
 
 
 def manual(section: type[Settings], below: str = "") -> str:
-    """All keys as text for a terminal, or one and those below it; empty where there are none."""
+    """Return all keys as text for a terminal, or one and those below it; an empty text if there are none."""
     lines = []
     for row in rows(section):
         if f"{row.key}.".startswith(f"{below}." if below else ""):

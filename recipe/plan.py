@@ -517,7 +517,7 @@ def report(config: TrainConfig, cluster: Cluster) -> str:
 
 
 def finish_notes(config: TrainConfig) -> list[str]:
-    """What the plan of a finish leaves out, in one line."""
+    """Return one line that names what the plan of a finish leaves out."""
     finish = Finish(config)
     if not finish.counts:
         return []

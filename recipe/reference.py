@@ -73,8 +73,10 @@ class MDSImages(Dataset):
         return torch.from_numpy(self.row(index)["image"].copy())
 
     def row(self, index: int) -> dict[str, Any]:
-        """All columns of a sample. Raises ValueError where its shard holds something else, and IndexError,
-        which ends a loop over the samples, behind the last one.
+        """Return all columns of a sample.
+
+        Raises ValueError where its shard holds something else, and IndexError, which ends a loop over the
+        samples, behind the last one.
         """
         if index >= len(self):
             raise IndexError(index)
@@ -87,7 +89,7 @@ class MDSImages(Dataset):
         return row
 
     def rows(self, index: Tensor) -> list[dict[str, Any]]:
-        """All columns of these samples."""
+        """Return all columns of these samples."""
         return [self.row(i) for i in index.tolist()]
 
     def labels(self, index: Tensor, classes: int) -> Tensor:
@@ -101,7 +103,7 @@ class MDSImages(Dataset):
 
 
 def content_digest(source: str, extractor: FeatureExtractor) -> str:
-    """Of the real images and the extractor's weights, as far as files say; others give other distances.
+    """Return a hash of the real images and the extractor's weights, as far as files tell them apart.
 
     A dataset folder's index has checksums; of other folders, names and sizes count.
     """
@@ -116,7 +118,7 @@ def content_digest(source: str, extractor: FeatureExtractor) -> str:
 
 
 def statistics_for(path: str, extractor: FeatureExtractor) -> tuple[Tensor, Tensor]:
-    """Those in a file, which must be of the extractor's features. Raises OSError, ValueError."""
+    """Read statistics, which must be of the extractor's features, from a file. Raises OSError, ValueError."""
     moments = read_statistics(path)
     if (known := len(moments[0])) != (wanted := extractor.num_features):
         raise ValueError(f"reference: {path} is of {known} features, extractor {extractor.name} has {wanted}")

@@ -97,7 +97,7 @@ class Settings:
 
 
 def nearest(section: type[Settings], key: str) -> str:
-    """What to say of a key that is no setting: the one below the section that was probably meant, or all."""
+    """Return what to say of an unknown key: the setting that was probably meant, or all of the section."""
     known = {name.rpartition(".")[2]: name for name in reversed(list(keys(section)))}
     if close := get_close_matches(key, known, 1):
         return f"did you mean {known[close[0]]}?"
@@ -113,7 +113,7 @@ def sections(annotation: Any) -> Iterator[type[Settings]]:  # noqa: ANN401
 
 
 def keys(section: type[Settings]) -> Iterator[str]:
-    """Its keys and, dotted, those of its sections."""
+    """Yield the keys of a section and, dotted, those of the sections in it."""
     for name, field in section.__pydantic_fields__.items():
         yield name
         for nested in sections(field.annotation):
@@ -121,7 +121,7 @@ def keys(section: type[Settings]) -> Iterator[str]:
 
 
 def defaults(section: type[Settings]) -> dict[str, Any]:
-    """Its default values as plain containers; of the fields that must be given, MISSING."""
+    """Return the default values of a section as plain containers; MISSING for fields that must be given."""
     given = {
         name: MISSING if field.is_required() else field.get_default(call_default_factory=True)
         for name, field in section.__pydantic_fields__.items()
@@ -291,7 +291,7 @@ def dotted(loc: tuple[int | str, ...], values: Any, missing: bool, where: str) -
 
 
 def reason(error: Any) -> str:  # noqa: ANN401
-    """What is allowed, as `must ...`."""
+    """Return what a setting may be, as `must ...`."""
     if error["type"] in ("dataclass_type", "dict_type", "union_tag_not_found"):
         return "must be a mapping of keys to values"
     text = re.sub(r"^\w+ (error, )?should ", "must ", error["msg"])

@@ -87,7 +87,7 @@ def build_loggers(config: TrainConfig, owner: Owner) -> list[LoggerDestination]:
 def build_callbacks(
     config: TrainConfig, manifest: Manifest, device: str, preemption: Preemption, owner: Owner
 ) -> list[Callback]:
-    """What a run writes and measures."""
+    """Return the callbacks that write and measure for a run."""
     interval = config.log.interval
     callbacks = [
         StepKey(),
@@ -120,7 +120,7 @@ def build_grid(folder: str, config: GridConfig, column: str) -> SampleGrid:
 
 
 def build_algorithms(config: TrainConfig) -> list[Algorithm]:
-    """What guards a step, averages weights and, for an objective that finishes, keeps moments of samples."""
+    """Return the algorithms that guard a step, average weights and, in a finish, keep moments of samples."""
     algorithms = [StepGuard(config.step, config.objective.flow_matching_first), EMA(config.ema)]
     if config.objective.finishes:
         batch = config.data.per_rank(dist.get_world_size())
@@ -204,7 +204,7 @@ def start(config: TrainConfig, preemption: Preemption) -> tuple[Trainer, Manifes
 
 
 def changes(trainer: Trainer, config: TrainConfig, settings: dict | None) -> Iterator[str]:
-    """What a resumed run does otherwise than before: settings, and a learning rate that jumps.
+    """Yield what a resumed run does otherwise than before: settings, and a learning rate that jumps.
 
     The rate of the last step comes with the optimizer; of this run's rates it would have been another.
     """

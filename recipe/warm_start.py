@@ -72,7 +72,7 @@ def check_weights(config: TrainConfig, normalizer: Normalizer) -> tuple[Folder, 
 
 
 def earlier_finishes(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """What weights with these facts were finished on (see `Objective`), and their number of steps by then."""
+    """Return what weights with these facts were finished on (see `Objective`), with their steps by then."""
     return [{"steps": facts["step"], **one} for one in facts.get("finished", [])]
 
 

@@ -313,7 +313,7 @@ shift
 "$@"
 status=$?
 rm "$DISK/other"
-"$@" && cp -r "$DISK/train.jsonl" "$DISK/weights" "$OUT" && exit $status
+"$@" && cp -r "$DISK/train.jsonl" "$DISK/weights" "$KEPT" && exit $status
 """
 
 
@@ -326,7 +326,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_the_restart_is_exact(
     process = subprocess.run(
         ["unshare", "-rm", "sh", "-c", FULL, "sh", disk, sys.executable, *command, "log.interval=1"],
         cwd=ROOT,
-        env={**os.environ, "DISK": str(disk), "OUT": str(tmp_path)},
+        env={**os.environ, "DISK": str(disk), "KEPT": str(tmp_path)},
         capture_output=True,
         text=True,
     )

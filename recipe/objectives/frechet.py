@@ -43,7 +43,7 @@ ARGUMENTS = {
 
 
 def is_known(name: str) -> bool:
-    """Whether it is an extractor, or extractor:argument. Raises ValueError where that must be a number."""
+    """Return True for an extractor or extractor:argument. Raises ValueError where that must be a number."""
     kind, _, argument = name.partition(":")
     return kind in ARGUMENTS and ARGUMENTS[kind](argument)
 
@@ -180,37 +180,37 @@ class Frechet(Objective):
 
     @property
     def guidance_input(self) -> bool:
-        """As the weights have it, like all that follows."""
+        """Whether the network is told beta, as the weights have it; the properties below are theirs, too."""
         return self.base.guidance_input
 
     @property
     def guidance_range(self) -> tuple[float, float]:
-        """Of the weights."""
+        """The range of guidance weights that the weights were trained for."""
         return self.base.guidance_range
 
     @property
     def default_w(self) -> float:
-        """The weight that is trained at."""
+        """The guidance weight of the samples in training."""
         return self.base.default_w if self.w is None else self.w
 
     def scale(self, w: Tensor | float) -> Tensor | float:
-        """Of the weights."""
+        """Return k of the parameterisation of the weights."""
         return self.base.scale(w)
 
     def average_velocity(self, *arguments: Any) -> Tensor:  # noqa: ANN401
-        """Of the weights."""
+        """Return the velocity of one step of sampling, as the objective of the weights has it."""
         return self.base.average_velocity(*arguments)
 
     def facts(self) -> dict[str, Any]:
-        """The weights remain of the objective that they came from: see `finished` in their JSON."""
+        """Return the facts of the weights' own objective, which they remain of; `finished` says the rest."""
         return self.base.facts()
 
     def sample_times(self, u: Tensor) -> tuple[()]:
-        """None: samples begin at t = 1."""
+        """Return no times: samples begin at t = 1."""
         return ()
 
     def see(self, x0: Tensor) -> list[Tensor]:
-        """Features (B, F) of the network's output (B, C, H, W) as it is scored, by each extractor."""
+        """Return each extractor's features (B, F) of the network's output (B, C, H, W), as it is scored."""
         with torch.autocast(x0.device.type, enabled=False):
             pixels = round_through(self.pixels(x0))
             return [match.extractor.forward(pixels)[0] for match in self.matches.values()]
@@ -227,7 +227,7 @@ class Frechet(Objective):
         return Loss(total, terms, {"x0": x0.detach()}, features)
 
     def passes(self) -> list[Pass]:
-        """One of the student for each step of sampling; decoder and extractors come on top."""
+        """Return a pass of the student for each step of sampling; decoder and extractors come on top."""
         return [Pass()] * self.nfe
 
 
