@@ -567,7 +567,8 @@ def make_generator(config: SweepConfig, path: str | Path, device: torch.device) 
 def main(arguments: list[str]) -> None:
     """Command line: SWEEP.yaml [key=value ...]."""
     answer(arguments, "composer eval/sweep.py SWEEP.yaml [key=value ...]", __doc__, SweepConfig)
-    dist.initialize_dist(get_device("gpu" if torch.cuda.is_available() else "cpu"))
+    device = get_device("gpu" if torch.cuda.is_available() else "cpu")
+    dist.initialize_dist(device, timeout=3600)  # one rank copies weights or trains a classifier, others wait
     try:
         sweep(load_config(SweepConfig, arguments[0], arguments[1:]))
     except (ConfigError, DatasetError) as error:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import DataLoader
 
 from recipe.algorithms import average_of_child, check_finite, unwrap
-from recipe.config import GridConfig, TrainConfig
+from recipe.config import ConfigError, GridConfig, TrainConfig
 from recipe.data import Normalizer, to_uint8
 from recipe.model import GenerativeModel
 from recipe.plan import step_flops
@@ -64,9 +64,20 @@ class ExportWeights(Callback):
         return {"description": self.description}
 
     def load_state_dict(self, state: dict[str, str]) -> None:
-        """Keep what the weights were finished on before the run, which `frechet` alone knows otherwise."""
-        finished = json.loads(state["description"]).get("finished")
-        if finished and not self.objective.finishes:
+        """Keep what the weights were finished on before the run, which `frechet` alone knows otherwise.
+
+        Raises ConfigError where a finish would go on with other extractors or real images than its moments.
+        """
+        finished = json.loads(state["description"]).get("finished", [])
+        if self.objective.finishes:
+            for here, there in zip(self.objective.finished, finished, strict=True):
+                if any(here[key] != there[key] for key in ("weights", "digest")):
+                    name, place = here["extractor"], here["reference"]
+                    raise ConfigError(
+                        f"objective.features.{name}: its weights or real images are not the checkpoint's. "
+                        f"Fix: restore {self.folder.parent}/classifier* and {place}, or begin a new run"
+                    )
+        elif finished:
             self.objective.finished = finished
             self.description = json.dumps({**json.loads(self.description), "finished": finished})
 

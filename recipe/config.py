@@ -265,10 +265,15 @@ def check_references(value: Any, key: str = "") -> None:  # noqa: ANN401
 
 
 def overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on `under`, section by section; where it names another objective, that section begins anew."""
-    name = objective_name(over, "")
+    """`over` on `under`, section by section; where it names another objective, that section begins anew, and
+    so does `objective.features`, which could only grow otherwise.
+    """
+    name, section = objective_name(over, ""), over.get("objective")
     if name and name != objective_name(under, TVM.name):
         under = {key: value for key, value in under.items() if key != "objective"}
+    if isinstance(section, dict) and "features" in section and isinstance(under.get("objective"), dict):
+        kept = {key: value for key, value in under["objective"].items() if key != "features"}
+        under = {**under, "objective": kept}
     return merge(under, over)
 
 

@@ -37,7 +37,7 @@ from recipe import patches
 from recipe.draws import Stream, keys, normal
 from recipe.settings import ConfigError, Count, LocalPath, Number, Place, Says, Settings
 from recipe.text import TextConfig, byte_tokens
-from storage import Folder, StorageError, attempt
+from storage import Folder, StorageError, attempt, writing
 from storage.manifest import (
     INDEX,
     DatasetError,
@@ -193,7 +193,8 @@ def check_local(remote: str | None, local: str, manifest: Manifest, checksums: b
                 raise DatasetError(f"{path} {problem}: put a sound copy there, or convert again")
             if problem:
                 log.warning("%s %s: fetched again", path, problem)
-                path.unlink()
+                with writing(path):
+                    path.unlink()
 
 
 def prepare_local(remote: str | None, local: str, manifest: Manifest, checksums: bool) -> IO[str] | None:

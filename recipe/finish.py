@@ -77,6 +77,11 @@ def begin(config: TrainConfig, manifest: Manifest, normalizer: Normalizer, sourc
         found = {"extractor": name, "weights": hash_weights(extractor.network), "reference": reference}
         digest = content_digest(reference, extractor)
         objective.finished.append({**found, "digest": digest, "nfe": objective.nfe, "w": objective.w})
+    if any(one != objective.finished for one in dist.all_gather_object(objective.finished)):
+        raise ConfigError(
+            f"objective.features: nodes have different extractors or real images. Fix: copy {config.folder}/"
+            f"classifier* of one node to all, and the same references"
+        )
     objective.begin(base, matches, pixels)
 
 

@@ -51,6 +51,9 @@ class GenerativeModel(ComposerModel):
         self.prompts, self.null = prompts, net.config.null
         for i, match in enumerate(objective.matches.values() if objective.finishes else ()):
             self.add_module(f"match_{i}", match)  # not a list: FSDP2 takes none
+        # DDP would send these from rank 0 in every step: they are equal on all ranks, but for a rank's sums.
+        moments = [name for name, _ in self.named_buffers() if name.startswith("match_")]
+        self._ddp_params_and_buffers_to_ignore = moments
         self.tangent, self.flow_matching = 1.0, False
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:

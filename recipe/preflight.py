@@ -303,6 +303,13 @@ def wandb_key(config: TrainConfig) -> Iterator[str]:
         yield "log.wandb: online, but there is no key. Fix: run wandb login, or set log.wandb=offline"
 
 
+def references(config: TrainConfig) -> Iterator[str]:
+    """Yield the real images or statistics of a finish that are not there."""
+    for name, path in config.objective.features.items() if config.objective.finishes else ():
+        if not Path(path).exists():
+            yield f"objective.features.{name}: {path} does not exist. Fix: convert it, or name another"
+
+
 def problems(config: TrainConfig, ranks: int) -> tuple[list[str], Manifest | None]:
     """All that would make a run of `config` on that many ranks fail, and the dataset's manifest."""
     found, manifest = [*divisible(config, ranks), *precision(config), *wandb_key(config)], None
@@ -314,7 +321,7 @@ def problems(config: TrainConfig, ranks: int) -> tuple[list[str], Manifest | Non
     found += [*writable("folder", config.folder), *writable("save_folder", config.save_folder)]
     if not found:
         found = [*cache_limit(config, ranks, manifest), *disk_space(config, manifest)]
-        found += startable(config, manifest)
+        found += [*startable(config, manifest), *references(config)]
     return found, manifest
 
 

@@ -571,10 +571,11 @@ class Preemption(Callback):
 
     def overdue(self, arrived: float) -> bool:
         """Whether the step has lasted PATIENCE, and twice the longest, since the signal and its own start."""
-        if self.step_began is None:
+        began, longest = self.step_began, self.longest  # once: the main thread changes them meanwhile
+        if began is None:
             return False
-        patience = 0.0 if self.longest is None else max(PATIENCE, 2 * self.longest)
-        return time.monotonic() - max(arrived, self.step_began) > patience
+        patience = 0.0 if longest is None else max(PATIENCE, 2 * longest)
+        return time.monotonic() - max(arrived, began) > patience
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         """A step begins."""

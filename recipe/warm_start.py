@@ -7,7 +7,6 @@ nothing and is learned.
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,19 +24,19 @@ from recipe.objectives import from_facts
 from recipe.objectives.base import Objective
 from recipe.resume import INIT_ONLY
 from recipe.settings import make
-from recipe.weights import load_weights, parse_facts
+from recipe.weights import load_weights, newest_name, parse_facts
 from storage import Folder
 
 EMBEDDERS = ("s_embedder", "guidance_embedder")
 
 
 def find(uri: str) -> tuple[Folder, str]:
-    """The folder and the name of weights; of a folder of exports the newest evaluation average is meant.
+    """Return the folder and the name of weights; of a folder of exports its newest are meant.
 
     Raises StorageError.
     """
-    exported = [name for name in Folder(uri).names() if re.fullmatch(r"ba\d+-ema\.json", name)]
-    uri = f"{uri}/{max(exported)}" if exported else uri
+    newest = newest_name(Folder(uri).names())
+    uri = f"{uri}/{newest}" if newest else uri
     folder, _, name = uri.removesuffix(".json").removesuffix(".safetensors").rpartition("/")
     return Folder(folder or "."), name
 

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -195,11 +196,16 @@ def newest(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         return folder
-    found = [re.fullmatch(r"ba(\d+)-(\w+)\.json", file.name) for file in folder.iterdir()]
-    exported = [(int(name[1]), name[2] == "ema", name[0]) for name in found if name]
-    if not exported:
+    name = newest_name(file.name for file in folder.iterdir())
+    if name is None:
         raise FileNotFoundError(f"weights: {folder} is a folder without weights of a run (ba*-ema.json)")
-    return folder / max(exported)[2]
+    return folder / name
+
+
+def newest_name(names: Iterable[str]) -> str | None:
+    """Return the name of the newest exported JSON, of one step the evaluation average first, or None."""
+    found = filter(None, (re.fullmatch(r"ba(\d+)-(\w+)\.json", name) for name in names))
+    return max(((int(name[1]), name[2] == "ema", name[0]) for name in found), default=(0, False, None))[2]
 
 
 def _files(path: str | Path) -> tuple[Path, Path]:

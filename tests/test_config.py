@@ -282,3 +282,9 @@ def test_a_temporary_folder_too_long_for_sockets_is_one_line_instead_of_a_run_th
     problems, _ = preflight.problems(load_config(TrainConfig, small, ["data.workers=1"]), 1)
     assert [line for line in problems if line.startswith("data.workers: 1 need a temporary folder")]
     assert preflight.problems(load_config(TrainConfig, small, ["data.workers=0"]), 1)[0] == []
+
+
+def test_features_that_are_given_replace_those_of_the_yaml():
+    given = ["objective.features={pixels: a}", "objective.features.pixels:2=b"]
+    config = load_config(TrainConfig, "yamls/digits_frechet.yaml", given)
+    assert config.objective.features == {"pixels": "a", "pixels:2": "b"}

@@ -140,6 +140,12 @@ def test_a_run_says_what_it_was_finished_on_and_resumes_without_the_weights_it_b
     assert kept == [{"steps": 1, **one} for one in finished]
     (checkpoint,) = (tmp_path / "three/checkpoints").glob("*-ba2")
     assert read_checkpoint(checkpoint / "rank0.pt", "ema")[1]["finished"] == kept
+    shutil.copytree(digits, tmp_path / "other")
+    with (tmp_path / "other/index.json").open("a") as file:
+        file.write("\n")
+    other = run(*command, "duration=6ba", f"objective.features.pixels={tmp_path}/other", check=False)
+    assert "features.pixels: its weights or real images are not the checkpoint's" in other.stderr
+    assert "Traceback" not in other.stderr
     other = run(*command, "duration=6ba", f"objective.features.pixels:4={digits}", check=False)
     assert "objective.features: ['pixels', 'pixels:2', 'pixels:4'] differs from" in other.stderr
     assert "Traceback" not in other.stderr

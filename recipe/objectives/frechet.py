@@ -15,7 +15,6 @@ FD is that of a regression of each sample onto where the map takes it, and the m
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -136,7 +135,8 @@ class Frechet(Objective):
     features: Features = Field(
         {},
         description="Extractors, each with the real images to be matched on it, a dataset folder or a file "
-        "of statistics (eval.reference): {classifier:1: data/digits/train, pixels: data/digits/train}.",
+        "of statistics (eval.reference), instead of all that a base names: {classifier:1: data/digits/train, "
+        "pixels: data/digits/train}.",
     )
     w: Positive | None = Field(
         None, description="Guidance weight of the samples; null is the one at which the weights are sampled."
@@ -223,7 +223,7 @@ class Frechet(Objective):
         costs = {name: match.cost(features[name]) for name, match in self.matches.items()}
         total = sum(cost / (self.matches[name].distance + self.epsilon) for name, cost in costs.items())
         ones = torch.ones_like(batch.w)
-        terms = {Path(name).name: Term(cost.detach(), ones) for name, cost in costs.items()}
+        terms = {name.replace("/", "_"): Term(cost.detach(), ones) for name, cost in costs.items()}
         return Loss(total, terms, {"x0": x0.detach()}, features)
 
     def passes(self) -> list[Pass]:
