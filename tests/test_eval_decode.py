@@ -25,7 +25,7 @@ def test_without_diffusers_the_message_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize("model", [None, "somewhere", "/data/vae", "a/b/c", "../vae"])
 def test_the_network_is_not_asked_for_an_autoencoder_of_a_made_up_name(monkeypatch, model):
-    monkeypatch.setattr("eval.sample.load_vae", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("recipe.pretrained.load_vae", lambda *_: pytest.fail("asked"))
     encoder = {"name": "precomputed", "hash": None, "model": model, "scaling": 1.0}
     with pytest.raises(
         ValueError, match=f"autoencoder .'{model or 'precomputed'}'. is not known here: give --vae"

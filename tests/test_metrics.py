@@ -139,11 +139,8 @@ def _one_thread():
 
 @pytest.mark.usefixtures("_one_thread")
 def test_accumulation_costs_little_more_than_its_matrix_product():
-    n, f, batch = (
-        2048,
-        2048,
-        256,
-    )  # a sweep's batch; of fewer rows the matrix's way through memory takes longest
+    # A sweep's batch; of fewer rows the matrix's way through memory takes longest.
+    n, f, batch = 6144, 2048, 256
     x = torch.rand(n, f, dtype=torch.float64)
 
     def seconds(work):
