@@ -34,7 +34,7 @@ class Bar(ProgressBarLogger):
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing."""
+        """Keep nothing of what was saved."""
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Build the bar also in mid-epoch, where no epoch starts, at the step of the resume."""

@@ -442,7 +442,7 @@ def to_uint8(values: Tensor) -> Tensor:
 
 def normalizer(config: DataConfig, manifest: Manifest) -> Normalizer:
     """The normaliser that `data.normalize` asks for."""
-    channels = manifest.shape[0] if manifest.column == "image" else manifest.shape[0] // 2
+    channels = manifest.channels
     if config.normalize == "pixels":
         mean, std = [127.5] * channels, [127.5] * channels
     elif config.normalize == "manifest":

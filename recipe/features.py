@@ -402,7 +402,7 @@ class DinoV2(ImageModel):
         super().__init__(weights or _fetched("facebook/dinov2-large"), device)
 
     def preprocessing(self, weights: str) -> tuple[int, Sequence[float], Sequence[float]]:
-        """As the published distances have it, whatever the folder says."""
+        """Return size, mean and deviation of the published distances, whatever the folder says."""
         return 224, IMAGENET_MEAN, IMAGENET_STD
 
 

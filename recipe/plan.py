@@ -128,7 +128,7 @@ class Roofline(Settings):
 
 @dataclass
 class Cluster(Roofline):
-    """Where the run is planned."""
+    """The GPUs that a run is planned for."""
 
     gpus: list[Annotated[int, Field(ge=1, le=10**6)]] = Field(
         [],

@@ -49,8 +49,7 @@ def check_data(config: TrainConfig) -> Manifest:
         answer = error.__cause__  # the service's, where that is the reason
         hint = f". Fix: {mend(config.data.remote, answer)}" if isinstance(answer, StorageError) else ""
         raise ConfigError(f"data.remote: {error}{hint}") from error
-    channels = manifest.shape[0] // (1 if manifest.column == "image" else 2)
-    found = {"channels": channels, "size": manifest.shape[1], "classes": len(manifest.class_names)}
+    found = {"channels": manifest.channels, "size": manifest.shape[1], "classes": len(manifest.class_names)}
     for key, value in found.items():
         if getattr(config.model, key) != value and not (key == "classes" and config.model.classes == 0):
             raise ConfigError(
