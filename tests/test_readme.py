@@ -1,16 +1,19 @@
-"""The README's way from a folder of pictures to a first sweep, run as it stands there but for its length."""
+"""The README's way from a folder of pictures to a first sweep, run as it stands; the pages; the floors."""
 
 import json
 import re
 import shlex
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, TINY, run
 
 SHORT = [*TINY, "duration=8ba", "export_interval=4ba", "grid.interval=null"]
 PROGRAMS = {".venv/bin/python": [], ".venv/bin/composer": ["-m", "composer.cli.launcher", "-n", "1"]}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MADE = ("settings.md", "faults.md", "registers.md")  # by programs, to look things up in
 
 
 def commands():
@@ -48,3 +51,16 @@ def test_packages_import_from_the_floors_below_alone():
         for file in (ROOT / package).rglob("*.py"):
             imported = re.findall(r"^\s*(?:from|import) (\w+)", file.read_text(), re.MULTILINE)
             assert not set(imported) & set(floors[floor + 1 :]), file
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere_and_pages_stay_short(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert link.startswith("http") or (page.parent / link).exists(), link
+    assert len(text.splitlines()) <= (160 if page.parent == ROOT else 200) or page.name in MADE
+
+
+def test_the_index_names_every_page():
+    index = (ROOT / "docs/README.md").read_text()
+    assert all(f"({page.name})" in index for page in PAGES if page.name != "README.md")
