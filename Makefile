@@ -7,7 +7,7 @@ VENV := .venv$(if $(filter next,$(STACK)),-next)
 BIN := $(VENV)/bin
 RANKS := $(shell [ "$$(nproc 2>/dev/null || echo 1)" -ge 2 ] && echo 2 || echo 1)
 
-.PHONY: install test lint settings demo compare heldout gpu faults clean
+.PHONY: install test check lint settings demo compare heldout gpu faults clean
 
 .venv/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,10 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What to run after an edit: all tests but those that start programs.
+check: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile --quick
 
 # Writes docs/settings.md and the schemas of the YAMLs from the settings' classes; a test compares.
 settings: install

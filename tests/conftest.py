@@ -31,6 +31,7 @@ from storage.manifest import Manifest
 from streaming_convert import writer
 from streaming_convert.encoders import Stored
 from streaming_convert.sources import Source
+from tests import program
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -77,6 +78,27 @@ def documented_objective():
     return module.AlphaFlow
 
 
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="skip tests that start programs")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick(request):
+    """With --quick a test is skipped where it would start a program."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("quick"):
+            start = subprocess.Popen.__init__
+
+            def only_others(process, command, *arguments, **options):
+                if sys.executable in map(str, command):
+                    pytest.skip("starts a program")
+                start(process, command, *arguments, **options)
+
+            patch.setattr(subprocess.Popen, "__init__", only_others)
+            patch.setattr(program, "run", lambda *_: pytest.skip("starts a program"))
+        yield
+
+
 PATIENCE = 600  # seconds for a process that takes half a minute on a quiet machine
 
 
@@ -90,23 +112,14 @@ def outputs(process):
         raise AssertionError(f"{process.args} still ran after {PATIENCE} s\n{stdout}\n{stderr}") from None
 
 
-def run(*command, check=True, env=None, cwd=ROOT):
-    """Run a command of the project from its root; returns the completed process with its output as text."""
-    command = [sys.executable, *map(str, command)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **(env or {})}
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    stdout, stderr = outputs(process)
+def run(*command, check=True, env=None, cwd=ROOT, ranks=None):
+    """Run a command of the project from its root, or its ranks; a completed process with output as text."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    process = program.run([*map(str, command)], cwd, env, ranks, PATIENCE)
     if check and process.returncode:
-        raise AssertionError(f"{command} exited with {process.returncode}\n{stdout}\n{stderr}")
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+        said = f"{process.stdout}\n{process.stderr}"
+        raise AssertionError(f"{command} exited with {process.returncode}\n{said}")
+    return process
 
 
 def store(folder, pixels, labels=None, names=(), **changes):

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from composer.utils.misc import get_free_tcp_port
 from streaming import MDSWriter
 from streaming.base.shared.prefix import _pack_locals
 from streaming.base.world import World
@@ -310,8 +309,7 @@ def test_ranks_agree_on_a_number_while_names_and_lock_files_of_other_jobs_vanish
     script = temporary / "rank.py"
     script.write_text(RANK)
     try:
-        launcher = ["-m", "composer.cli.launcher", "-n", 2, "--master_port", get_free_tcp_port()]
-        process = run(*launcher, script, remote, temporary / "cache", *names)
+        process = run(script, remote, temporary / "cache", *names, ranks=2)
     finally:
         for name in names:
             name.unlink(missing_ok=True)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from composer.core import Precision
 from composer.distributed.fsdp2 import create_mixed_precision_policy
-from composer.utils.misc import get_free_tcp_port
 from torch._dynamo.utils import counters
 
 from recipe.dit import DiT, DiTConfig
@@ -75,8 +74,7 @@ GRADIENTS = {
 def launch(digits, folder, ranks, cases):
     """What tests/parallel_worker.py makes of the cases."""
     path, cases = folder / "results.pt", {name: how.format(digits=digits) for name, how in cases.items()}
-    launcher = ["-m", "composer.cli.launcher", "-n", ranks, "--master_port", get_free_tcp_port()]
-    run(*launcher, "tests/parallel_worker.py", digits, path, *map("=".join, cases.items()))
+    run("tests/parallel_worker.py", digits, path, *map("=".join, cases.items()), ranks=ranks)
     return torch.load(path)
 
 

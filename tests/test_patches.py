@@ -9,7 +9,6 @@ import torch
 import xxhash
 from composer.devices import DeviceGPU
 from composer.utils import get_device
-from composer.utils.misc import get_free_tcp_port
 from filelock import FileLock
 
 from recipe import patches
@@ -65,7 +64,7 @@ def test_gloo_still_sums_where_it_should_average_and_the_patch_averages(tmp_path
     """Gradients 1 and 2 of two ranks. By torch 2.11 gloo averages, and the patch changes nothing."""
     script = tmp_path / "gradient.py"
     script.write_text(GRADIENT)
-    process = run("-m", "composer.cli.launcher", "-n", 2, "--master_port", get_free_tcp_port(), script)
+    process = run(script, ranks=2)
     unpatched = "3.0" if torch.__version__.startswith("2.7.") else "1.5"
     assert process.stdout.split()[:2] == [unpatched, "1.5"]
 

@@ -9,7 +9,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from composer.utils.misc import get_free_tcp_port
 from PIL import Image
 
 from eval import sweep as sweep_module
@@ -283,8 +282,7 @@ def test_two_ranks_and_batches_of_one_give_the_same_numbers(tiny_run, digits, cl
         "floor_splits=2",
         "batch_size=7",
     ]
-    launcher = ["-m", "composer.cli.launcher", "-n", 2, "--master_port", get_free_tcp_port()]
-    run(*launcher, "eval/sweep.py", *arguments)
+    run("eval/sweep.py", *arguments, ranks=2)
     (ranks,) = read_lines(tmp_path / "ranks/results.jsonl")
     keys = ("frechet_distance", "kid", "inception_score", "precision", "recall", "floor", "class_agreement")
     for key in keys:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from composer import Trainer
 from composer.core import Callback, Time
-from composer.utils.misc import get_free_tcp_port
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
@@ -396,9 +395,9 @@ def test_a_run_begins_with_weights_and_resumes_without_them(digits, tiny_run, tm
 
 def test_two_ranks_take_the_same_samples_and_reach_the_same_weights(digits, tiny_run, tmp_path):
     run(
-        *("-m", "composer.cli.launcher", "-n", 2, "--master_port", get_free_tcp_port(), "recipe/train.py"),
-        *("yamls/digits.yaml", f"data.local={digits}", *TINY, f"folder={tmp_path}/run", "duration=8ba"),
-        *("save_interval=8ba", "log.interval=1", "export=[ema,net]"),
+        *("recipe/train.py", "yamls/digits.yaml", f"data.local={digits}", *TINY, f"folder={tmp_path}/run"),
+        *("duration=8ba", "save_interval=8ba", "log.interval=1", "export=[ema,net]"),
+        ranks=2,
     )
     one, two = last_rows(tiny_run), last_rows(tmp_path / "run")
     assert one.keys() == two.keys()
