@@ -32,10 +32,11 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from eval.sample import check_guidance, quantize
-from recipe.algorithms import combination, exponent, length_of
-from recipe.data import Normalizer
 from recipe.dit import DiTConfig
+from recipe.ema import combination, exponent, length_of
+from recipe.normalizer import Normalizer
 from recipe.objectives import from_facts
+from recipe.objectives.base import Condition
 from recipe.sampler import check_steps, sample
 from recipe.weights import load_tensors, load_weights, parse_facts, read_facts, save_weights
 from storage import Folder, StorageError
@@ -248,8 +249,8 @@ class Sampler(nn.Module):
         check_guidance(self.objective, self.w)
 
     def forward(self, noise: Tensor, label: Tensor) -> Tensor:
-        null = self.net.config.null
-        x0 = sample(self.net, noise, label, self.nfe, self.w, self.objective, null)
+        asked = Condition(label, self.w, self.net.config.null)
+        x0 = sample(self.net, noise, asked, self.nfe, self.objective)
         values = self.normalizer.invert(x0)
         return quantize(values, "nearest") if self.facts["data"]["column"] == "image" else values.float()
 

@@ -61,7 +61,8 @@ def configuration(state: dict[str, Tensor], heads: int | None) -> DiTConfig:
 def convert(state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
     """Return weights of our network that give the negative of SiT's output. Raises ValueError by name."""
     side, features = config.size // config.patch, (config.patch, config.patch, -1, config.channels)
-    state, table, rows = dict(state), state["pos_embed"], config.patch**2 * config.channels
+    state, table = dict(state), state["pos_embed"]
+    rows = config.patch**2 * config.channels
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         if name not in state or len(state[name]) not in (rows, 2 * rows):
             raise ValueError(f"{name}: does not give {config.channels} channels, nor twice as many")

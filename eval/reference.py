@@ -96,7 +96,8 @@ class Reference:
         floor_splits: int = 0,
         seed: int = 0,
     ) -> None:
-        self.extractor, self.images, self.features, self.floor = extractor, images, None, None
+        self.extractor, self.images = extractor, images
+        self.features = self.floor = None
         self.doubts = find_doubts(extractor, images, seed)
         self.digest = content_digest(source, extractor)
         if images is None:

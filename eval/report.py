@@ -31,11 +31,10 @@ from torch.utils.data import Dataset
 from eval.reference import Reference
 from eval.sample import Generator
 from recipe.metrics import nearest
+from recipe.pictures import grid, lettering
 from recipe.reference import MDSImages
-from recipe.sampler import grid
 from recipe.text import Text
 from storage.outside import OutsideError, parse_json
-from streaming_convert.lettering import lettering
 
 Row = dict[str, Any]
 
@@ -388,7 +387,8 @@ def draw_nearest(
     rows: list[Row], reference: Reference, generator: Generator, path: Path, columns: int = 20
 ) -> None:
     """Samples of the first row's weights, each above its nearest training image; two lines for each NFE."""
-    config, seeds, text = generator.net.config, torch.arange(columns), None
+    config, text = generator.net.config, None
+    seeds = torch.arange(columns)
     labels = seeds % max(1, config.classes)
     if config.text is not None:
         own = seeds % len(reference.images)

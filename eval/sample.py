@@ -29,16 +29,17 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from recipe.data import Normalizer, to_uint8
 from recipe.draws import Stream, keys, uniform
+from recipe.normalizer import Normalizer
 from recipe.objectives import Objective, from_facts
+from recipe.objectives.base import Condition
 from recipe.patches import exact_float32
+from recipe.pictures import captioned, grid, to_uint8
 from recipe.pretrained import TextEncoder, load_decoder
-from recipe.sampler import check_steps, grid, initial_noise, sample
+from recipe.sampler import check_steps, initial_noise, sample
 from recipe.settings import Count, Positive, make
 from recipe.text import Prompts, Text, byte_tokens
-from recipe.weights import load_weights, newest
-from streaming_convert.reader import captioned
+from recipe.weights import load_weights, newest_weights
 
 DTYPES = ("fp32", "fp64", "amp_bf16")
 Seed = Annotated[int, Field(ge=0, le=2**62)]  # sample i has the seed + i, an int64
@@ -139,7 +140,7 @@ class Generator:
         vae: str | None = None,
     ) -> None:
         exact_float32()
-        self.net, self.facts = load_weights(newest(path), device)
+        self.net, self.facts = load_weights(newest_weights(path), device)
         self.device, self.rounding = torch.device(device), rounding
         self.dtype = torch.float64 if dtype == "fp64" else torch.float32
         self.autocast = dtype == "amp_bf16"
@@ -148,7 +149,10 @@ class Generator:
         data = self.facts["data"]
         self.normalizer = Normalizer(data["mean"], data["std"]).to(self.device, self.dtype)
         text = self.net.config.text
-        self.prompts = None if text is None else Prompts(text, data.get("text")).to(self.device, self.dtype)
+        self.prompts = None
+        if text is not None:
+            prompts = Prompts(text, data.get("text"), self.net.config.null)
+            self.prompts = prompts.to(self.device, self.dtype)
         latent = data["column"] == "latents"
         self.decode = load_decoder(data["encoder"], vae, device) if latent else None
 
@@ -171,15 +175,16 @@ class Generator:
         trained with a label alone. Raises ValueError for a label or a number of steps that cannot be,
         FloatingPointError where the output is not finite.
         """
-        check_labels(label, self.net.config.null)
-        net, null, label = self.net, self.net.config.null, label.to(self.device)
+        net, null = self.net, self.net.config.null
+        check_labels(label, null)
+        label = label.to(self.device)
         if self.prompts is not None:
             label = torch.full_like(label, null) if text is None else label
             text = self.prompts.empty(len(label)) if text is None else text.to(self.device)
-            label = label if net.config.classes else self.prompts.unlabelled(label, text, null)
-            net = self.prompts(net, text, null)
+            label = label if net.config.classes else self.prompts.unlabelled(label, text)
+            net = self.prompts(net, text)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            x0 = sample(net, noise, label, nfe, w, self.objective, null)
+            x0 = sample(net, noise, Condition(label, w, null), nfe, self.objective)
         values = self.normalizer.invert(x0)
         if not values.isfinite().all():
             raise FloatingPointError(f"the network's output is not finite with {nfe} steps at w = {w:g}")

@@ -34,8 +34,8 @@ from eval.export import Export, find_weights
 from eval.reference import Captions, HeldOut, Reference, open_images
 from eval.report import newest_of_each_folder, parse_lines, reportable, write_report
 from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, choose_labels, describe
-from recipe.algorithms import MAX_LENGTH, length_of
 from recipe.config import ConfigError, load_config
+from recipe.ema import MAX_LENGTH, length_of
 from recipe.features import EXTRACTORS, FeatureExtractor, FeatureSet, Pixels, SmallImageClassifier
 from recipe.manual import answer
 from recipe.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
@@ -263,7 +263,8 @@ def score(
     config: SweepConfig, setup: Setup, cell: dict[str, Any], generator: Generator, labels: Tensor
 ) -> dict[str, Any]:
     """One row of results; the samples are shared among the ranks."""
-    began, facts, extractor = time.time(), generator.facts, setup.reference.extractor
+    began = time.time()
+    facts, extractor = generator.facts, setup.reference.extractor
     network, prompts = generator.net.config, cell["prompts"]
     found = {key: FeatureSet(one.reference.extractor, one.keep) for key, one in setup.judges.items()}
     is_classifier = isinstance(extractor, SmallImageClassifier) and network.classes > 0

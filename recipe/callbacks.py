@@ -15,18 +15,21 @@ from composer.core import Callback, Event, State, Time, get_precision_context
 from composer.loggers import Logger, LoggerDestination, WandBLogger
 from composer.utils import create_interval_scheduler, dist
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 
-from recipe.algorithms import average_of_child, check_finite, unwrap
+from recipe.checkpoints import Owner
 from recipe.config import ConfigError, GridConfig, TrainConfig
-from recipe.data import Normalizer, to_uint8
+from recipe.ema import average_of_child
+from recipe.guard import check_finite
 from recipe.model import GenerativeModel
-from recipe.plan import step_flops
+from recipe.objectives.base import Condition
+from recipe.parallel import on_rank_zero, unwrap
+from recipe.pictures import grid, to_pixels
+from recipe.preemption import Preemption
 from recipe.pretrained import load_vae
-from recipe.resume import Owner, Preemption, on_rank_zero
-from recipe.sampler import grid, initial_noise, sample
+from recipe.sampler import initial_noise, sample
 from recipe.text import Text
 from recipe.weights import save_weights
 from storage import writing
@@ -52,8 +55,9 @@ class ExportWeights(Callback):
     def __init__(
         self, config: TrainConfig, data: dict[str, Any], preemption: Preemption, owner: Owner
     ) -> None:
-        self.folder, self.averages, self.data = Path(config.folder, "weights"), config.export, data
-        self.objective = config.objective
+        self.folder = Path(config.folder, "weights")
+        self.averages, self.objective = config.export, config.objective
+        self.data = data
         self.preemption, self.owner = preemption, owner
         self.due: Callable[[State, Event], bool] = create_interval_scheduler(config.export_interval)
         self.last = -1
@@ -127,7 +131,8 @@ class SampleGrid(Callback):
     """
 
     def __init__(self, folder: str, config: GridConfig, column: str) -> None:
-        self.folder, self.config, self.column = Path(folder), config, column
+        self.folder = Path(folder)
+        self.config, self.column = config, column
         self.due: Callable[[State, Event], bool] = create_interval_scheduler(config.interval)
         wanted = column == "latents" and config.vae and dist.get_global_rank() == 0
         self.vae = load_vae(config.vae) if wanted else None
@@ -140,8 +145,8 @@ class SampleGrid(Callback):
             with get_precision_context(state.precision):
                 x0 = self.sample(unwrap(state.model), nfe, state.train_dataloader)
             if dist.get_global_rank() == 0:
-                images = pictures(x0, unwrap(state.model).normalizer, self.column, self.vae)
-                picture = grid(images, self.config.columns)
+                images = to_pixels(x0, unwrap(state.model).normalizer, self.column, self.vae)
+                picture = grid(images.cpu(), self.config.columns)
                 path = self.folder / f"ba{int(state.timestamp.batch):07d}-nfe{nfe}.png"
                 with writing(path):
                     self.folder.mkdir(parents=True, exist_ok=True)
@@ -162,45 +167,28 @@ class SampleGrid(Callback):
             }
             text, ema = Text(rows["text"], rows["text_length"]), model.prompted(model.ema, rows)
             label = rows["label"].clamp(max=net.classes)
-            label = label if net.classes else model.prompts.unlabelled(label, text, net.null)
+            label = label if net.classes else model.prompts.unlabelled(label, text)
         seeds, dtype = torch.arange(len(label), device=device), model.normalizer.mean.dtype
         noise = initial_noise(seeds, (net.channels, net.size, net.size), dtype)
-        objective = model.objective
-        return sample(ema, noise, label, nfe, objective.default_w, objective, model.null)
-
-
-def pictures(x0: Tensor, normalizer: Normalizer, column: str, vae: nn.Module | None) -> Tensor:
-    """Network output (B, C, H, W) => uint8 pixels (B, 1 or 3, ...).
-
-    Latents go through the autoencoder; without one their first three channels are shown as colours, two
-    standard deviations on either side of grey.
-    """
-    if column == "image":
-        return to_uint8(normalizer.invert(x0))
-    if vae is None:
-        return to_uint8(127.5 + 63.75 * x0[:, :3])
-    latents = normalizer.invert(x0).to(vae.device, vae.dtype)
-    with torch.no_grad():
-        decoded = [vae.decode(one).sample.float() for one in latents.split(1)]
-    return to_uint8(127.5 + 127.5 * torch.cat(decoded))
+        asked = Condition(label, model.objective.default_w, net.null)
+        return sample(ema, noise, asked, nfe, model.objective)
 
 
 class Throughput(SpeedMonitor):
     """Composer's SpeedMonitor, told the FLOPs of a batch: images/s, FLOP/s and, where the peak is known, MFU.
 
-    FLOPs are those of `plan.step_flops`: nothing that is recomputed counts. window: batches averaged over;
+    window: batches averaged over; flops: of one sample in a step, nothing recomputed (`plan.step_flops`);
     peak_tflops: of one device, None for Composer's table of GPUs.
     """
 
-    def __init__(self, window: int, peak_tflops: float | None = None) -> None:
+    def __init__(self, window: int, flops: float, peak_tflops: float | None = None) -> None:
         peak = None if peak_tflops is None else peak_tflops * 1e12
         super().__init__(window_size=window, gpu_flops_available=peak)
+        self.flops = flops
 
     def init(self, state: State, logger: Logger) -> None:
-        """Gives the model the method that SpeedMonitor calls."""
-        model = unwrap(state.model)
-        flops = step_flops(model.net.config, model.objective)
-        model.flops_per_batch = lambda batch: flops * len(batch["sample"])
+        """Give the model the method that SpeedMonitor calls."""
+        unwrap(state.model).flops_per_batch = lambda batch: self.flops * len(batch["sample"])
         super().init(state, logger)
 
 
@@ -248,7 +236,8 @@ class JSONLines(LoggerDestination):
     """
 
     def __init__(self, path: str, interval: int, owner: Owner) -> None:
-        self.path, self.interval, self.owner = Path(path), Time(interval, "ba"), owner
+        self.path, self.owner = Path(path), owner
+        self.interval = Time(interval, "ba")
         self.row: dict[str, float] = {}
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:

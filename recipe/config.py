@@ -18,24 +18,23 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from yaml import YAMLError
 
-from recipe.algorithms import EMAConfig, StepConfig
 from recipe.commands import YAMLS
 from recipe.data import DataConfig
 from recipe.dit import DiTConfig
+from recipe.ema import EMAConfig
+from recipe.guard import StepConfig
 from recipe.objectives import TVM, AnyObjective
+from recipe.optimizer import OptimizerConfig
 from recipe.parallel import ParallelConfig
 from recipe.settings import (
     MISSING,
-    BelowOne,
     ConfigError,
     Count,
     Duration,
-    DurationOrZero,
     FileName,
     Filled,
     LocalPath,
     Many,
-    NotNegative,
     Place,
     Positive,
     Says,
@@ -49,35 +48,6 @@ from recipe.settings import (
 )
 
 T = TypeVar("T")
-
-
-@dataclass
-class OptimizerConfig(Settings):
-    """AdamW, its learning rate over time; the defaults are the paper's."""
-
-    lr: Positive = Field(1e-4, description="Learning rate after the warm-up.")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant",
-        description="How the learning rate goes on after the warm-up; linear and cosine reach zero at the "
-        "end of duration.",
-    )
-    warmup: DurationOrZero = Field(
-        "0ba",
-        description="Time over which the learning rate grows linearly: over N steps it is lr/N in the first "
-        "and lr in the last of them.",
-    )
-    betas: list[BelowOne] = Field(
-        [0.9, 0.95],
-        min_length=2,
-        max_length=2,
-        description="Decay per step of AdamW's running means of the gradient and of its square.",
-    )
-    eps: Positive = Field(
-        1e-8, description="Number that AdamW adds to the root of the second moment before it divides by it."
-    )
-    weight_decay: NotNegative = Field(
-        0.0, description="AdamW's decoupled weight decay, which is multiplied by the learning rate."
-    )
 
 
 @dataclass
@@ -187,6 +157,33 @@ class TrainConfig(Settings):
         if not all(label <= self.model.classes for label in self.grid.labels):
             raise ConfigError(f"grid.labels: {self.grid.labels} must be in 0..{self.model.classes}")
         return self
+
+
+def uneven_microbatch(config: TrainConfig, share: int) -> list[str]:
+    """Refuse a smaller last microbatch with `compile`: blocks are compiled for each size, which doubles the
+    graphs and exceeds dynamo's limit of eight. share: a rank's samples of a batch.
+    """
+    size = config.microbatch
+    if not config.parallel.compile or size is None or size >= share or share % size == 0:
+        return []
+    below = max(n for n in range(1, size) if share % n == 0)
+    return [
+        f"microbatch: {size} does not divide the {share} samples of a rank, and parallel.compile wants "
+        f"microbatches of one size. Fix: set microbatch={below}"
+    ]
+
+
+def divisible(config: TrainConfig, ranks: int) -> list[str]:
+    """Say what does not divide evenly: the global batch, a rank's share of it, and the ranks themselves."""
+    problems = []
+    try:
+        share = config.data.per_rank(ranks)
+        problems += uneven_microbatch(config, share)
+    except ValueError as error:
+        problems.append(str(error))
+    if ranks % config.parallel.replicas:
+        problems.append(f"parallel.replicas: {config.parallel.replicas} does not divide the {ranks} ranks")
+    return problems
 
 
 def find_yaml(name: str, folder: Path = Path()) -> Path:

@@ -1,4 +1,4 @@
-"""Training data: MDS shards => dict batches of {image | latents, label, sample} => normalised network input.
+"""Training data: MDS shards => dict batches of {image | latents, label, sample}.
 
 Streaming's silent traps are closed: shards are checked before they count as present, a failed download ends
 the run instead of the epoch, and a cache serves one job at a time.
@@ -30,11 +30,10 @@ from pydantic.dataclasses import dataclass
 from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.util import bytes_to_int
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import TypedDict
 
 from recipe import patches
-from recipe.draws import Stream, keys, normal
 from recipe.settings import ConfigError, Count, LocalPath, Number, Place, Says, Settings
 from recipe.text import TextConfig, byte_tokens
 from storage import Folder, StorageError, attempt, writing
@@ -49,7 +48,7 @@ from storage.manifest import (
     read_manifest,
     stored_file,
 )
-from storage.outside import LARGEST, read_bytes
+from storage.outside import LARGEST, file_digest, read_bytes
 
 SHUFFLE_WINDOW = 1 << 18  # samples of each canonical node among which the order is drawn; Streaming's default
 
@@ -131,7 +130,6 @@ class DataConfig(Settings):
 
 
 log = logging.getLogger("recipe.data")
-CHUNK = 1 << 24  # bytes that a checksum reads at a time
 
 
 def in_place(remote: str | None, local: str) -> bool:
@@ -158,18 +156,13 @@ def local_index(remote: str | None, local: str, manifest: Manifest) -> list[Shar
     return entries
 
 
-def damage(path: Path, expected: File, checksums: bool) -> str | None:
+def file_damage(path: Path, expected: File, checksums: bool) -> str | None:
     """Return what is wrong with the file of a shard, or None."""
     try:
         if (size := path.stat().st_size) != expected["bytes"]:
             return f"has {size} bytes, its index says {expected['bytes']}"
-        if checksums:
-            digest = xxhash.xxh64()
-            with path.open("rb") as file:
-                while block := file.read(CHUNK):
-                    digest.update(block)
-            if digest.hexdigest() != expected["hashes"]["xxh64"]:
-                return "has another checksum than its index says"
+        if checksums and file_digest(path, xxhash.xxh64()) != expected["hashes"]["xxh64"]:
+            return "has another checksum than its index says"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return None
@@ -186,7 +179,7 @@ def check_local(remote: str | None, local: str, manifest: Manifest, checksums: b
     needed = {stored_file(entry)["basename"] for entry in entries} if ours else set()
     there = [file for file in files if file["basename"] in needed or Path(local, file["basename"]).exists()]
     with ThreadPoolExecutor() as pool:  # xxhash and reading let go of the interpreter
-        found = pool.map(lambda file: damage(Path(local, file["basename"]), file, checksums), there)
+        found = pool.map(lambda file: file_damage(Path(local, file["basename"]), file, checksums), there)
         for file, problem in zip(there, found, strict=True):
             path = Path(local, file["basename"])
             if problem and ours:
@@ -410,45 +403,3 @@ def train_loader(
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
     )
-
-
-class Normalizer(nn.Module):
-    """Stored sample => network input x0 = (value - mean) / std per channel, and back to uint8 pixels."""
-
-    def __init__(self, mean: list[float], std: list[float]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
-
-    def forward(self, batch: dict[str, Tensor], step: Tensor, seed: int) -> Tensor:
-        """(B, C, H, W). Latents are drawn from the posterior, keyed by (seed, step, sample id)."""
-        if "image" in batch:
-            value = batch["image"].to(self.mean.dtype)
-        else:
-            mean, std = batch["latents"].to(self.mean.dtype).chunk(2, 1)
-            noise = normal(keys(seed, step, batch["sample"], Stream.POSTERIOR), *mean.shape[1:])
-            value = mean + std * noise.to(mean.dtype)
-        return (value - self.mean) / self.std
-
-    def invert(self, x0: Tensor) -> Tensor:
-        """Network output (B, C, H, W) => stored values."""
-        return x0 * self.std + self.mean
-
-
-def to_uint8(values: Tensor) -> Tensor:
-    """Pixel values in 0..255 units => uint8, rounded to nearest."""
-    return values.round().clamp(0, 255).to(torch.uint8)
-
-
-def normalizer(config: DataConfig, manifest: Manifest) -> Normalizer:
-    """The normaliser that `data.normalize` asks for."""
-    channels = manifest.channels
-    if config.normalize == "pixels":
-        mean, std = [127.5] * channels, [127.5] * channels
-    elif config.normalize == "manifest":
-        mean, std = manifest.channel_mean, manifest.channel_std
-    else:
-        mean, std = config.normalize["mean"], config.normalize["std"]
-    if len(mean) != channels or len(std) != channels:
-        raise ValueError(f"data.normalize: needs {channels} values of mean and std, one per channel")
-    return Normalizer(list(mean), list(std))

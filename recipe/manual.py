@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
-from recipe.settings import Settings, limits, nearest
+from recipe.settings import Settings, limits, suggestion
 
 WORDS = {"integer": "whole number", "boolean": "true, false", "string": "text", "object": "mapping"}
 FLAGS = ("-h", "--help")
@@ -42,7 +42,7 @@ def answer(arguments: list[str], usage: str, about: str, *sections: type[Setting
     key = "".join(arguments[asked + 1 : asked + 2]).partition("=")[0]
     text = "\n".join(filter(None, (manual(section, key) for section in sections)))
     if key and not text:
-        known = f"; {nearest(sections[-1], key.rpartition('.')[2])}" if sections else ""
+        known = f"; {suggestion(sections[-1], key.rpartition('.')[2])}" if sections else ""
         raise SystemExit(f"{key}: is not a setting{known}")
     keys = f"\nKeys, of which --help KEY shows one, or those of a section:\n\n{text}\n" if text else ""
     sys.stdout.write(f"{text}\n" if key else f"{about.strip()}\n\nusage: {usage}\n{keys}")

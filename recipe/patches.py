@@ -18,7 +18,7 @@ Overridden in subclasses, where the reasons stand:
 
     Stream._download_file, StreamingDataset.prepare_shard, _prepare_thread, _ready_thread, _event and
         _shard_states (streaming 0.13.0), in recipe/data.py
-    CheckpointSaver._save_checkpoint (mosaicml 0.32.1), in recipe/resume.py
+    CheckpointSaver._save_checkpoint (mosaicml 0.32.1), in recipe/checkpoints.py
 """
 
 from __future__ import annotations

@@ -22,14 +22,13 @@ from composer.core import Time, TimeUnit
 from pydantic import Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
-from recipe.algorithms import average_names
-from recipe.config import ConfigError, TrainConfig, load_config, yaml_of
+from recipe.config import ConfigError, TrainConfig, divisible, load_config, yaml_of
 from recipe.dit import TEXT_LAYERS, DiT, DiTConfig
+from recipe.ema import average_names
 from recipe.manual import answer
 from recipe.objectives.base import Objective, Pass
 from recipe.parallel import ParallelConfig
 from recipe.plan_finish import Finish
-from recipe.preflight import divisible
 from recipe.settings import NotNegative, Positive, Says, Settings
 
 GIB = 2**30
@@ -156,7 +155,8 @@ def forward_flops(model: DiTConfig) -> tuple[int, int, int]:
     """FLOPs of one plain forward pass of one sample: linear layers, attention's two products, and what sees
     the prompt alone. Attention to the prompt counts as linear layers, since its text has no tangent.
     """
-    N, D, patch, text = model.tokens, model.width, model.patch**2 * model.channels, model.text
+    N, D = model.tokens, model.width
+    patch, text = model.patch**2 * model.channels, model.text
     tokens = N * (model.depth * (4 + 2 * model.mlp_ratio) * D * D + 2 * patch * D)
     conditioning = model.depth * 6 * D * D + 2 * D * D + 3 * (256 * D + D * D)
     prompt = 0
@@ -444,7 +444,8 @@ def times(config: TrainConfig, gpus: int, cluster: Cluster) -> Times:
 def column(config: TrainConfig, gpus: int, cluster: Cluster) -> dict[str, str]:
     """All figures for one number of GPUs, as text."""
     microbatch, microbatches = layout(config, gpus)
-    parts, t, gpu = memory(config, gpus), times(config, gpus, cluster), cluster.sheet
+    parts, t = memory(config, gpus), times(config, gpus, cluster)
+    gpu = cluster.sheet
     flops = step_flops(config.model, config.objective) * config.data.batch_size
     others = {
         "eager": replace(config.parallel, compile=False, checkpoint_every=0),
@@ -470,7 +471,7 @@ def column(config: TrainConfig, gpus: int, cluster: Cluster) -> dict[str, str]:
             "maps, TFLOP per step and GPU, float64": f"{finish.map_flops() / 1e12:.3f}",
         }
     rows |= {f"{c.name}, GB": f"{c.received / 1e9:.2f}" for c in traffic(config, gpus)}
-    seconds = t.step * steps(config)
+    seconds = t.step * planned_steps(config)
     return rows | {
         "communication, ms, predicted": f"{1e3 * t.bandwidth:.1f} + {1e3 * t.latency:.1f}",
         "optimizer and averages, ms, predicted": f"{1e3 * t.update:.1f}",
@@ -482,7 +483,7 @@ def column(config: TrainConfig, gpus: int, cluster: Cluster) -> dict[str, str]:
     }
 
 
-def steps(config: TrainConfig) -> int:
+def planned_steps(config: TrainConfig) -> int:
     """Batches of the run. Raises ConfigError unless `duration` is in batches."""
     duration = Time.from_timestring(config.duration)
     if duration.unit != TimeUnit.BATCH:

@@ -21,13 +21,14 @@ from tempfile import gettempdir
 import torch
 from composer.utils import dist, parse_uri
 
-from recipe.algorithms import average_names
-from recipe.config import ConfigError, TrainConfig, load_config, yaml_of
-from recipe.data import SHUFFLE_WINDOW, normalizer
+from recipe.checkpoints import PROBE, check_dataset, checkpoints, complete, fork
+from recipe.config import ConfigError, TrainConfig, divisible, load_config, yaml_of
+from recipe.data import SHUFFLE_WINDOW
 from recipe.dit import DiT
+from recipe.ema import average_names
 from recipe.manual import answer
+from recipe.normalizer import make_normalizer
 from recipe.plan_finish import Finish
-from recipe.resume import PROBE, check_dataset, checkpoints, complete, fork
 from recipe.text import TextConfig
 from recipe.warm_start import check_weights
 from storage import Folder, StorageError, status, transient
@@ -46,8 +47,8 @@ def check_data(config: TrainConfig) -> Manifest:
     except DatasetError as error:
         if not config.data.remote:
             raise ConfigError(f"data.local: {error}") from error
-        answer = error.__cause__  # the service's, where that is the reason
-        hint = f". Fix: {mend(config.data.remote, answer)}" if isinstance(answer, StorageError) else ""
+        cause = error.__cause__  # the service's answer, where that is the reason
+        hint = f". Fix: {remedy(config.data.remote, cause)}" if isinstance(cause, StorageError) else ""
         raise ConfigError(f"data.remote: {error}{hint}") from error
     found = {"channels": manifest.channels, "size": manifest.shape[1], "classes": len(manifest.class_names)}
     for key, value in found.items():
@@ -62,7 +63,7 @@ def check_data(config: TrainConfig) -> Manifest:
                 f"of {config.data.source}"
             )
     try:
-        normalizer(config.data, manifest)
+        make_normalizer(config.data.normalize, manifest)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if config.model.text is not None:
@@ -97,7 +98,7 @@ def check_text(text: TextConfig, manifest: Manifest, source: str) -> None:
             )
 
 
-def mend(uri: str, error: StorageError) -> str:
+def remedy(uri: str, error: StorageError) -> str:
     """The command that mends, or at least shows, why `uri` cannot be used."""
     if "://" not in uri:
         return f"ls -ld {uri}"
@@ -131,7 +132,7 @@ def writable(key: str, uri: str) -> Iterator[str]:
         folder.write(probe, b"")
         folder.delete(probe)
     except StorageError as error:
-        yield f"{key}: {error}. Fix: {mend(uri, error)}"
+        yield f"{key}: {error}. Fix: {remedy(uri, error)}"
 
 
 def startable(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
@@ -146,11 +147,11 @@ def startable(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
             check_dataset(config, manifest, *fork(config))
         elif config.init_from:
             key, uri = "init_from", config.init_from
-            check_weights(config, normalizer(config.data, manifest))
+            check_weights(config, make_normalizer(config.data.normalize, manifest))
     except ConfigError as error:
         yield str(error)
     except StorageError as error:
-        yield f"{key}: {error}. Fix: {mend(uri, error)}"
+        yield f"{key}: {error}. Fix: {remedy(uri, error)}"
 
 
 def oci_agreement(config: TrainConfig) -> Iterator[str]:
@@ -246,33 +247,6 @@ def cache_limit(config: TrainConfig, ranks: int, manifest: Manifest) -> Iterator
             f"data.cache_limit: {config.data.cache_limit} is less than what a node shuffles over at a time "
             f"here. Fix: set data.cache_limit={int(need / 2**20) + 1}mb or more, or null"
         )
-
-
-def uneven_microbatch(config: TrainConfig, share: int) -> list[str]:
-    """Refuse a smaller last microbatch with `compile`: blocks are compiled for each size, which doubles the
-    graphs and exceeds dynamo's limit of eight. share: a rank's samples of a batch.
-    """
-    size = config.microbatch
-    if not config.parallel.compile or size is None or size >= share or share % size == 0:
-        return []
-    below = max(n for n in range(1, size) if share % n == 0)
-    return [
-        f"microbatch: {size} does not divide the {share} samples of a rank, and parallel.compile wants "
-        f"microbatches of one size. Fix: set microbatch={below}"
-    ]
-
-
-def divisible(config: TrainConfig, ranks: int) -> list[str]:
-    """Say what does not divide evenly: the global batch, a rank's share of it, and the ranks themselves."""
-    problems = []
-    try:
-        share = config.data.per_rank(ranks)
-        problems += uneven_microbatch(config, share)
-    except ValueError as error:
-        problems.append(str(error))
-    if ranks % config.parallel.replicas:
-        problems.append(f"parallel.replicas: {config.parallel.replicas} does not divide the {ranks} ranks")
-    return problems
 
 
 def precision(config: TrainConfig) -> Iterator[str]:

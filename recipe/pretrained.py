@@ -19,6 +19,7 @@ import xxhash
 from torch import Tensor, nn
 
 from recipe.patches import exact_float32
+from recipe.pictures import decode
 from storage.manifest import DatasetError
 
 FILES = ("config.json", "*.safetensors*", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
@@ -93,11 +94,7 @@ def load_decoder(
     network = network.half() if half and torch.device(device).type == "cuda" else network
     scaling = encoder.get("scaling", 1.0)
 
-    def decode(latents: Tensor) -> Tensor:
-        parts = (latents / scaling).to(network.dtype).split(batch_size)
-        return torch.cat([(network.decode(part).sample.float() + 1) * 127.5 for part in parts])
-
-    return decode
+    return lambda latents: decode(network, latents / scaling, batch_size)
 
 
 class TextEncoder:
@@ -125,7 +122,9 @@ class TextEncoder:
         most = getattr(self.model.config, "max_position_embeddings", None) or 2**16
         if not least <= tokens <= most:
             raise ValueError(f"{path} takes {least} to {most} tokens, not {tokens}")
-        self.name, self.tokens, self.width, self.cut = path, tokens, self.model.config.hidden_size, 0
+        self.name, self.tokens = path, tokens
+        self.width = self.model.config.hidden_size
+        self.cut = 0
         self.sha256 = _sha256(folder)
 
     @torch.inference_mode()

@@ -92,13 +92,13 @@ class Settings:
         for key in given_keys if isinstance(given_keys, dict) else ():
             if key not in cls.__dataclass_fields__:
                 shown = str(key) if str(key).isprintable() else ascii(key)  # a file's key may be two lines
-                raise ConfigError(f"{shown}: is not a setting; {nearest(cls, str(key))}")
+                raise ConfigError(f"{shown}: is not a setting; {suggestion(cls, str(key))}")
         return given
 
 
-def nearest(section: type[Settings], key: str) -> str:
+def suggestion(section: type[Settings], key: str) -> str:
     """Return what to say of an unknown key: the setting that was probably meant, or all of the section."""
-    known = {name.rpartition(".")[2]: name for name in reversed(list(keys(section)))}
+    known = {name.rpartition(".")[2]: name for name in reversed(list(setting_keys(section)))}
     if close := get_close_matches(key, known, 1):
         return f"did you mean {known[close[0]]}?"
     return f"only {', '.join(section.__dataclass_fields__)} are"
@@ -112,12 +112,12 @@ def sections(annotation: Any) -> Iterator[type[Settings]]:  # noqa: ANN401
         yield from sections(part)
 
 
-def keys(section: type[Settings]) -> Iterator[str]:
+def setting_keys(section: type[Settings]) -> Iterator[str]:
     """Yield the keys of a section and, dotted, those of the sections in it."""
     for name, field in section.__pydantic_fields__.items():
         yield name
         for nested in sections(field.annotation):
-            yield from (f"{name}.{key}" for key in keys(nested))
+            yield from (f"{name}.{key}" for key in setting_keys(nested))
 
 
 def defaults(section: type[Settings]) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def printable(text: str) -> str:
     return text
 
 
-def local(path: str) -> str:
+def without_scheme(path: str) -> str:
     """A path without a scheme such as s3://. Raises ValueError."""
     if "://" in path:
         raise ValueError
@@ -219,19 +219,19 @@ DurationOrZero = Annotated[
 Seconds = Annotated[
     str, Field(pattern="^[0-9]{1,15}sec$"), Says("must be a time in seconds such as 86000sec")
 ]
-Text = BeforeValidator(as_text, json_schema_input_type=str | int)
+NumberAsText = BeforeValidator(as_text, json_schema_input_type=str | int)
 LocalPath = Annotated[
     str,
     AfterValidator(printable),
-    AfterValidator(local),
-    Text,
+    AfterValidator(without_scheme),
+    NumberAsText,
     Says("must be a local path"),
 ]
 Place = Annotated[
     str,
     AfterValidator(printable),
     AfterValidator(normalize_uri),
-    Text,
+    NumberAsText,
     Says("must be a local path or a place in s3://, gs://, oci://"),
 ]
 Word = Annotated[str, Field(pattern=r"^\w[\w.-]{0,99}$")]

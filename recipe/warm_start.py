@@ -15,27 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recipe.checkpoints import INIT_ONLY
 from recipe.config import ConfigError, TrainConfig
-from recipe.data import Normalizer
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
 from recipe.model import GenerativeModel
+from recipe.normalizer import Normalizer
 from recipe.objectives import from_facts
 from recipe.objectives.base import Objective
-from recipe.resume import INIT_ONLY
 from recipe.settings import make
-from recipe.weights import load_weights, newest_name, parse_facts
+from recipe.weights import load_weights, newest_export, parse_facts
 from storage import Folder
 
 EMBEDDERS = ("s_embedder", "guidance_embedder")
 
 
-def find(uri: str) -> tuple[Folder, str]:
+def locate_weights(uri: str) -> tuple[Folder, str]:
     """Return the folder and the name of weights; of a folder of exports its newest are meant.
 
     Raises StorageError.
     """
-    newest = newest_name(Folder(uri).names())
+    newest = newest_export(Folder(uri).names())
     uri = f"{uri}/{newest}" if newest else uri
     folder, _, name = uri.removesuffix(".json").removesuffix(".safetensors").rpartition("/")
     return Folder(folder or "."), name
@@ -46,7 +46,7 @@ def check_weights(config: TrainConfig, normalizer: Normalizer) -> tuple[Folder, 
 
     Raises StorageError.
     """
-    folder, name = find(config.init_from)
+    folder, name = locate_weights(config.init_from)
     try:
         facts = parse_facts(folder.read(f"{name}.json"), f"{folder.uri}/{name}.json")
         theirs = asdict(make(DiTConfig, facts["model"], "model"))

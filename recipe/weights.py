@@ -30,7 +30,7 @@ from recipe.dit import DiT, DiTConfig
 from recipe.manual import answer
 from recipe.objectives import from_facts
 from recipe.settings import make
-from storage.outside import parse_json, read_bytes
+from storage.outside import file_digest, parse_json, read_bytes
 
 FORMAT = 1
 
@@ -80,14 +80,6 @@ def installed_version() -> str:
         return f"version {metadata.version('terminal-velocity')}"
     except metadata.PackageNotFoundError:
         return "unknown"
-
-
-def file_digest(path: Path, digest: Any) -> str:  # noqa: ANN401
-    """Hexadecimal digest of a file of any size, by a new object of hashlib or xxhash."""
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def save_weights(
@@ -140,7 +132,7 @@ def shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def described(facts: dict[str, Any], path: Path) -> DiTConfig:
+def stated_architecture(facts: dict[str, Any], path: Path) -> DiTConfig:
     """The architecture that a weights' JSON names, if the tensors at `path` have it. Raises ValueError.
 
     Nothing is believed before it has been compared with the file's header, so no JSON can fill the memory.
@@ -172,7 +164,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of weights by name. Raises FileNotFoundError, ValueError as `load_weights` does."""
     facts, file = read_facts(path), _files(path)[0]
     check_digest(path, facts)
-    described(facts, file)
+    stated_architecture(facts, file)
     return load_file(file)
 
 
@@ -183,12 +175,12 @@ def load_weights(path: str | Path, device: str | torch.device = "cpu") -> tuple[
     """
     facts = read_facts(path)
     check_digest(path, facts)
-    net = DiT(described(facts, _files(path)[0]), initialize=False).to(device)
+    net = DiT(stated_architecture(facts, _files(path)[0]), initialize=False).to(device)
     net.load_state_dict(load_file(_files(path)[0], device=str(device)))
     return net.eval().requires_grad_(False), facts
 
 
-def newest(path: str | Path) -> Path:
+def newest_weights(path: str | Path) -> Path:
     """Return `path`; of a folder of exports its newest weights, of one step the evaluation average first.
 
     Raises FileNotFoundError where a folder has none.
@@ -196,13 +188,13 @@ def newest(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         return folder
-    name = newest_name(file.name for file in folder.iterdir())
+    name = newest_export(file.name for file in folder.iterdir())
     if name is None:
         raise FileNotFoundError(f"weights: {folder} is a folder without weights of a run (ba*-ema.json)")
     return folder / name
 
 
-def newest_name(names: Iterable[str]) -> str | None:
+def newest_export(names: Iterable[str]) -> str | None:
     """Return the name of the newest exported JSON, of one step the evaluation average first, or None."""
     found = filter(None, (re.fullmatch(r"ba(\d+)-(\w+)\.json", name) for name in names))
     return max(((int(name[1]), name[2] == "ema", name[0]) for name in found), default=(0, False, None))[2]

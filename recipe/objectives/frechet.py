@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recipe.features import FeatureExtractor
 from recipe.metrics import root
-from recipe.objectives.base import Batch, Loss, Network, Objective, Pass, Term
+from recipe.objectives.base import Condition, Draw, Loss, Network, Objective, Pass, Term
 from recipe.objectives.flow_matching import FlowMatching
 from recipe.sampler import generate
 from recipe.settings import BelowOne, ConfigError, Count, LocalPath, Positive, Says, Share
@@ -175,7 +175,8 @@ class Frechet(Objective):
         """Tell it the objective of the weights, what is matched by the keys of `features`, and how the
         network's output (B, C, H, W) becomes pixel values in 0..255; returns self.
         """
-        self.base, self.matches, self.pixels = base, matches, pixels
+        self.base, self.matches = base, matches
+        self.pixels = pixels
         return self
 
     @property
@@ -197,9 +198,9 @@ class Frechet(Objective):
         """Return k of the parameterisation of the weights."""
         return self.base.scale(w)
 
-    def average_velocity(self, *arguments: Any) -> Tensor:  # noqa: ANN401
+    def average_velocity(self, net: Network, x: Tensor, t: float, s: float, asked: Condition) -> Tensor:
         """Return the velocity of one step of sampling, as the objective of the weights has it."""
-        return self.base.average_velocity(*arguments)
+        return self.base.average_velocity(net, x, t, s, asked)
 
     def facts(self) -> dict[str, Any]:
         """Return the facts of the weights' own objective, which they remain of; `finished` says the rest."""
@@ -215,14 +216,15 @@ class Frechet(Objective):
             pixels = round_through(self.pixels(x0))
             return [match.extractor.forward(pixels)[0] for match in self.matches.values()]
 
-    def loss(self, student: Network, teacher: None, batch: Batch, null: int, tangent: float = 1.0) -> Loss:
-        """The sum over extractors of |phi - sg M(phi)|^2 / (FD + epsilon) for a sample of each label."""
-        x0 = generate(student, batch.noise, batch.label, self.nfe, self.default_w, self.base, null)
+    def loss(self, student: Network, teacher: None, drawn: Draw, tangent_scale: float = 1.0) -> Loss:
+        """Return the sum over extractors of |phi - sg M(phi)|^2 / (FD + epsilon) for one sample a label."""
+        asked = Condition(drawn.label, self.default_w, drawn.null)
+        x0 = generate(student, drawn.noise, asked, self.nfe, self.base)
         seen = checkpoint(self.see, x0, use_reentrant=False) if self.recompute else self.see(x0)
         features = dict(zip(self.matches, seen, strict=True))
         costs = {name: match.cost(features[name]) for name, match in self.matches.items()}
         total = sum(cost / (self.matches[name].distance + self.epsilon) for name, cost in costs.items())
-        ones = torch.ones_like(batch.w)
+        ones = torch.ones_like(drawn.w)
         terms = {name.replace("/", "_"): Term(cost.detach(), ones) for name, cost in costs.items()}
         return Loss(total, terms, {"x0": x0.detach()}, features)
 
