@@ -45,7 +45,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def configuration(state: dict[str, Tensor], heads: int | None) -> DiTConfig:
-    """What the shapes say; `heads`, which they do not, is that of the published sizes. Raises ValueError."""
+    """Return the architecture that the shapes show; `heads`, which they do not, as published.
+
+    Raises ValueError.
+    """
     try:
         model = architecture(state)
     except (KeyError, ValueError) as error:
@@ -95,7 +98,7 @@ def new_embedders(width: int) -> dict[str, Tensor]:
 
 
 def import_sit(path: str | Path, heads: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights and what describes them. Raises OSError, ValueError."""
+    """Return the weights in a published file and what describes them. Raises OSError, ValueError."""
     state = read_state(path)
     try:
         config = configuration(state, heads)
@@ -110,7 +113,7 @@ def import_sit(path: str | Path, heads: int | None = None) -> tuple[dict[str, Te
 
 
 def main(arguments: list[str]) -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.import_sit",
         description=__doc__,

@@ -36,7 +36,7 @@ from storage import writing
 
 
 def inference_facts(model: GenerativeModel, data: dict[str, Any]) -> dict[str, Any]:
-    """`method` and `data` of the weights' JSON (see recipe/weights.py)."""
+    """Return `method`, `data` and `finished` of the weights' JSON (see recipe/weights.py)."""
     statistics = {name: getattr(model.normalizer, name).flatten().tolist() for name in ("mean", "std")}
     facts = {"method": model.objective.facts(), "data": {**data, **statistics}}
     if model.objective.finished:
@@ -64,7 +64,7 @@ class ExportWeights(Callback):
         self.description = ""
 
     def state_dict(self) -> dict[str, str]:
-        """One string, the same leaf in full and in sharded checkpoints."""
+        """Return the description as one string, the same leaf in full and in sharded checkpoints."""
         return {"description": self.description}
 
     def load_state_dict(self, state: dict[str, str]) -> None:
@@ -86,7 +86,7 @@ class ExportWeights(Callback):
             self.description = json.dumps({**json.loads(self.description), "finished": finished})
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        """Exports when due; after the averages, which are algorithms and run before callbacks."""
+        """Export when it is due; the averages, which are algorithms, have been updated by then."""
         if event == Event.INIT:
             model = unwrap(state.model)
             description = {"model": asdict(model.net.config), **inference_facts(model, self.data)}
@@ -97,7 +97,7 @@ class ExportWeights(Callback):
             self.export(state)
 
     def export(self, state: State) -> None:
-        """Gathers the weights on rank 0 and writes them there. Raises DivergedError, StorageError."""
+        """Gather the weights on rank 0 and write them there. Raises DivergedError, StorageError."""
         step = int(state.timestamp.batch)
         if step == self.last:
             return
@@ -138,7 +138,7 @@ class SampleGrid(Callback):
         self.vae = load_vae(config.vae) if wanted else None
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        """Draws when due; after the averages, which are algorithms and run before callbacks."""
+        """Draw when it is due; the averages, which are algorithms, have been updated by then."""
         if event != Event.BATCH_CHECKPOINT or not self.due(state, event):
             return
         for nfe in self.config.nfe:
@@ -154,7 +154,7 @@ class SampleGrid(Callback):
                 logger.log_images(picture, name=f"samples/nfe{nfe}", channels_last=True, use_table=False)
 
     def sample(self, model: GenerativeModel, nfe: int, loader: DataLoader) -> Tensor:
-        """Normalised images (labels x columns, C, H, W), row by row."""
+        """Draw normalised images (labels x columns, C, H, W) from the evaluation average, row by row."""
         net = model.net.config
         device, columns = model.normalizer.mean.device, self.config.columns
         if net.text is None:
@@ -175,7 +175,7 @@ class SampleGrid(Callback):
 
 
 class Throughput(SpeedMonitor):
-    """Composer's SpeedMonitor, told the FLOPs of a batch: images/s, FLOP/s and, where the peak is known, MFU.
+    """Composer's SpeedMonitor with the FLOPs of a batch: images/s, FLOP/s and, where the peak is known, MFU.
 
     window: batches averaged over; flops: of one sample in a step, nothing recomputed (`plan.step_flops`);
     peak_tflops: of one device, None for Composer's table of GPUs.
@@ -193,7 +193,7 @@ class Throughput(SpeedMonitor):
 
 
 class LossByTime(Callback):
-    """Mean of each term of the loss in quarters of its time, over `interval` batches and all ranks.
+    """Logs the mean of each term of the loss in quarters of its time, over `interval` batches and all ranks.
 
     What the map jumps over goes by the gap t - s (0.75-1: nearly from noise to data in one step), a velocity
     by its time. A quarter without samples is left out.
@@ -206,13 +206,13 @@ class LossByTime(Callback):
         self.totals: dict[str, Tensor] = {}
 
     def after_loss(self, state: State, logger: Logger) -> None:
-        """Adds this microbatch's sums and counts, (2, 4 quarters) a term, on its device."""
+        """Add this microbatch's sums and counts, (2, 4 quarters) a term, on its device."""
         for name, term in state.outputs.terms.items():
             sums = quarter_sums(term.time, term.value)
             self.totals[name] = self.totals[name] + sums if name in self.totals else sums
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Logs the means when they are due."""
+        """Log the means when they are due."""
         if int(state.timestamp.batch) % self.interval:
             return
         for name, totals in self.totals.items():
@@ -223,7 +223,7 @@ class LossByTime(Callback):
 
 
 def quarter_sums(time: Tensor, value: Tensor) -> Tensor:
-    """Sums of `value` (B,) over the quarters of `time` (B,) in [0, 1], and their counts: float64 (2, 4)."""
+    """Return sums of `value` (B,) over the quarters of `time` (B,) in [0, 1], and counts: float64 (2, 4)."""
     quarter = (4 * time).long().clamp(max=3)
     member = torch.nn.functional.one_hot(quarter, 4).bool()
     return torch.stack([torch.where(member, value[:, None].double(), 0.0).sum(0), member.double().sum(0)])
@@ -241,17 +241,17 @@ class JSONLines(LoggerDestination):
         self.row: dict[str, float] = {}
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Collects what has been logged since the last line."""
+        """Collect what has been logged since the last line."""
         self.row.update(metrics)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Writes a line when it is due. Raises StorageError, on all ranks."""
+        """Write a line when it is due. Raises StorageError, on all ranks."""
         if int(state.timestamp.batch) % self.interval.value == 0:
             on_rank_zero(lambda: self.write(int(state.timestamp.batch)))
         self.row.clear()
 
     def write(self, step: int) -> None:
-        """Appends one line, where the file is still this start's."""
+        """Append one line, unless a later start of this run has the file."""
         self.owner.check_files()
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -260,7 +260,7 @@ class JSONLines(LoggerDestination):
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends a line to a file, in place of half a line that a full disk may have left at its end."""
+    """Append a line to a file, in place of half a line that a full disk may have left at its end."""
     with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -273,5 +273,5 @@ class MetricsToWandB(WandBLogger):
     """Weights & Biases for metrics alone; Composer would also look there for a checkpoint to resume from."""
 
     def download_file(self, *args: object, **kwargs: object) -> None:
-        """No file ever comes from there."""
+        """Refuse: no file ever comes from Weights & Biases."""
         raise NotImplementedError

@@ -90,7 +90,7 @@ class DamageError(StorageError):
 
 
 def read_json(folder: Folder, name: str, keys: set[str]) -> dict:
-    """The object in a file of this layout. Raises StorageError, DamageError."""
+    """Return the object in a file of this layout. Raises StorageError, DamageError."""
     try:
         content = parse_json(folder.read(name, LARGEST), name)
     except OutsideError:
@@ -101,7 +101,7 @@ def read_json(folder: Folder, name: str, keys: set[str]) -> dict:
 
 
 def receipts(folder: Folder, checkpoint: Checkpoint) -> list[dict] | None:
-    """The receipts of all ranks, of one attempt at saving; None if the checkpoint is not complete.
+    """Return the receipts of all ranks, of one attempt at saving; None if the checkpoint is not complete.
 
     Raises StorageError, DamageError.
     """
@@ -115,7 +115,7 @@ def receipts(folder: Folder, checkpoint: Checkpoint) -> list[dict] | None:
 
 
 def checksum(path: Path) -> str:
-    """xxh64 of a file, hexadecimal."""
+    """Return xxh64 of a file, hexadecimal."""
     return file_digest(path, xxhash.xxh64())
 
 
@@ -142,7 +142,7 @@ def identity(config: TrainConfig) -> dict:
 
 
 def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: bool = False) -> None:
-    """Raises ConfigError if the folder is another run's, or of another architecture, or not ours at all."""
+    """Raise ConfigError if the folder is another run's, or of another architecture, or not ours at all."""
     key = "fork_from" if fork else "save_folder"
     if RUN not in names:
         raise ConfigError(
@@ -165,7 +165,7 @@ def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: 
 
 
 def sign_in(config: TrainConfig, folder: Folder, start: str | None = None) -> None:
-    """Writes whose folder this is, and which start of that run has it now."""
+    """Write whose folder this is, and which start of that run has it now."""
     owner = {"run_name": config.run_name, "identity": identity(config), "attempt": start}
     owner["origin"] = getattr(config.objective, "origin", None)  # of the weights that `frechet` finishes
     folder.write(RUN, json.dumps(owner, indent=2).encode())
@@ -282,7 +282,7 @@ def claim(config: TrainConfig, manifest: Manifest) -> tuple[str, list[Saved]]:
 
 
 def fork(config: TrainConfig) -> tuple[str, list[Saved]]:
-    """The folder and the checkpoint that `fork_from` names. Raises ConfigError, StorageError."""
+    """Return the folder and the checkpoint that `fork_from` names. Raises ConfigError, StorageError."""
     uri, _, name = config.fork_from.rpartition("/")
     parent = Folder(uri)
     names = parent.names()
@@ -326,7 +326,7 @@ class Found(NamedTuple):
 
 @contextmanager
 def newest_checkpoint(config: TrainConfig, manifest: Manifest) -> Iterator[Found | None]:
-    """The newest usable checkpoint, None if the run is new.
+    """Return the newest usable checkpoint, None if the run is new.
 
     All ranks call it; each node has its own copy of a remote checkpoint until the end of the block.
 
@@ -371,7 +371,7 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def ours(folder: Folder, checkpoint: Checkpoint, run_name: str) -> bool:
-    """Whether its first receipt, where there is one, can be read and names that run."""
+    """Return True if its first receipt, where there is one, can be read and names that run."""
     if "rank0.json" not in checkpoint.files:
         return True
     with suppress(DamageError):
@@ -380,7 +380,7 @@ def ours(folder: Folder, checkpoint: Checkpoint, run_name: str) -> bool:
 
 
 def prune(folder: Folder, keep: int, run_name: str, step: int) -> None:
-    """Deletes all but the `keep` newest complete checkpoints (-1: none), and leftovers older than those.
+    """Delete all but the `keep` newest complete checkpoints (-1: none), and leftovers older than those.
 
     Later ones than `step`, the one just saved, stay and do not count: the run resumed before them, so they
     are damaged. Only names of this layout are touched, and no checkpoint whose receipt is not this run's.
@@ -465,7 +465,7 @@ class Checkpoints(CheckpointSaver):
             prune(self.target, self.config.save_keep, self.config.run_name, step)
 
     def mirror(self) -> None:
-        """Copies exported weights and the log of numbers beside remote checkpoints."""
+        """Copy exported weights and the log of numbers beside remote checkpoints."""
         if not self.target.remote:
             return
         there = set(self.target.names())
@@ -487,7 +487,7 @@ class Checkpoints(CheckpointSaver):
             pending.result()
 
     def newest_before(self, step: int) -> str | None:
-        """The newest complete checkpoint of at most `step` steps, after the uploads of all ranks."""
+        """Return the newest complete checkpoint of at most `step` steps, after the uploads of all ranks."""
         self.settle()
         found = on_rank_zero(lambda: complete(self.target, checkpoints(self.target, self.target.names())))
         sound = [s.name for s in found if s.problem is None and Checkpoint(s.name, set()).step <= step]
@@ -499,7 +499,7 @@ class Checkpoints(CheckpointSaver):
         dist.barrier()
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Uploads and prunes for the last time."""
+        """Upload and prunes for the last time."""
         self.settle()
         if dist.get_global_rank() == 0:
             self.mirror()

@@ -140,7 +140,7 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def combinations(self) -> TrainConfig:
-        """Raises ConfigError for settings that exclude each other."""
+        """Raise ConfigError for settings that exclude each other."""
         if self.save_keep == 0:
             raise ConfigError("save_keep: 0 must be a whole number from 1 to 1000, or -1 for all")
         if self.microbatch is not None and self.microbatch > self.data.batch_size:
@@ -234,7 +234,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def read_overrides(overrides: list[str]) -> dict[str, Any]:
-    """key=value arguments as a configuration."""
+    """Return key=value arguments as a configuration. Raises ConfigError."""
     given: dict[str, Any] = {}
     for override in overrides:
         if "=" not in override or override.startswith("-"):
@@ -249,7 +249,7 @@ def read_overrides(overrides: list[str]) -> dict[str, Any]:
 
 
 def check_references(value: Any, key: str = "") -> None:  # noqa: ANN401
-    """Raises ConfigError for what OmegaConf would compute.
+    """Raise ConfigError for a value that OmegaConf would compute.
 
     A value may refer to another key, ${folder}; but what a resolver computes or reads from the environment
     may not end up in a name that goes to a bucket.
@@ -262,8 +262,10 @@ def check_references(value: Any, key: str = "") -> None:  # noqa: ANN401
 
 
 def overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on `under`, section by section; where it names another objective, that section begins anew, and
-    so does `objective.features`, which could only grow otherwise.
+    """Return `over` laid on `under`, section by section.
+
+    Where it names another objective, that section begins anew, and so does `objective.features`, which could
+    only grow otherwise.
     """
     name, section = objective_name(over, ""), over.get("objective")
     if name and name != objective_name(under, TVM.name):
@@ -281,7 +283,7 @@ def objective_name(config: dict[str, Any], default: str) -> str:
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on `under`, both of plain containers; a key that still has to be given replaces nothing."""
+    """Return `over` laid on `under`, both plain containers; a key yet to be given replaces nothing."""
     merged = dict(under)
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
@@ -292,7 +294,7 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def missing(config: dict[str, Any], above: str = "") -> Iterator[str]:
-    """The keys that still have to be given."""
+    """Yield the keys that still have to be given."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from missing(value, f"{above}{key}.")
@@ -301,7 +303,7 @@ def missing(config: dict[str, Any], above: str = "") -> Iterator[str]:
 
 
 def load_config(schema: type[T], path: str | None, overrides: list[str]) -> T:
-    """The configuration as an instance of `schema`; path None: its defaults. Raises ConfigError.
+    """Read a configuration as an instance of `schema`; path None means its defaults. Raises ConfigError.
 
     OmegaConf reads the user's own YAML and overrides, and resolves their references; it sees nothing else.
     """
@@ -318,5 +320,5 @@ def load_config(schema: type[T], path: str | None, overrides: list[str]) -> T:
 
 
 def as_dict(config: Any) -> dict[str, Any]:  # noqa: ANN401
-    """The configuration as plain containers, to log and to print."""
+    """Return the configuration as plain containers, to log and to print."""
     return asdict(config)

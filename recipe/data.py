@@ -54,7 +54,7 @@ SHUFFLE_WINDOW = 1 << 18  # samples of each canonical node among which the order
 
 
 def size_of(text: str) -> str:
-    """A size in bytes that is more than none. Raises ValueError."""
+    """Return a size that is more than no bytes. Raises ValueError for any other."""
     if bytes_to_int(text) <= 0:
         raise ValueError
     return text
@@ -105,7 +105,7 @@ class DataConfig(Settings):
 
     @model_validator(mode="after")
     def combinations(self) -> DataConfig:
-        """Raises ConfigError for a limit of nothing."""
+        """Raise ConfigError for a limit of a copy that is not made."""
         if self.cache_limit and not self.remote:
             raise ConfigError(
                 f"cache_limit: {self.cache_limit} limits the copy of data.remote, which is not set"
@@ -118,7 +118,7 @@ class DataConfig(Settings):
         return bytes_to_int(self.cache_limit) if self.cache_limit else None
 
     def per_rank(self, ranks: int) -> int:
-        """Samples of a global batch on each rank. Raises ValueError."""
+        """Return how many samples of a global batch each rank has. Raises ValueError."""
         if self.batch_size % ranks:
             raise ValueError(f"data.batch_size: {self.batch_size} is not a multiple of the {ranks} ranks")
         return self.batch_size // ranks
@@ -138,7 +138,8 @@ def in_place(remote: str | None, local: str) -> bool:
 
 
 def local_index(remote: str | None, local: str, manifest: Manifest) -> list[Shard]:
-    """The shards of this node's index.json; fetched where it is missing, damaged or of another dataset.
+    """Return the shards of this node's index.json, which is fetched where it is missing, damaged or
+    another's.
 
     Raises DatasetError where the dataset itself lies here, or its own index is wrong; StorageError.
     """
@@ -169,7 +170,7 @@ def file_damage(path: Path, expected: File, checksums: bool) -> str | None:
 
 
 def check_local(remote: str | None, local: str, manifest: Manifest, checksums: bool) -> None:
-    """Compares this node's files with the index, and that with the manifest.
+    """Compare this node's files with the index, and that with the manifest.
 
     A damaged file of a cache is deleted, so that it is fetched again. Raises DatasetError for one of a
     dataset that lies here itself, StorageError where the index cannot be fetched.
@@ -191,7 +192,7 @@ def check_local(remote: str | None, local: str, manifest: Manifest, checksums: b
 
 
 def prepare_local(remote: str | None, local: str, manifest: Manifest, checksums: bool) -> IO[str] | None:
-    """Claims this node's cache and checks its files, on local rank 0; all ranks call it. Returns the lock.
+    """Claim this node's cache and check its files, on local rank 0; all ranks call it. Returns the lock.
 
     Raises DatasetError on all ranks where one node cannot go on.
     """
@@ -281,7 +282,9 @@ class TrainingDataset(StreamingDataset):
         verify: bool = True,
         **options: Any,  # noqa: ANN401
     ) -> None:
-        """manifest: read where it is not given; verify: see `DataConfig`; options: of Streaming's class."""
+        """Open a dataset; manifest: read where it is not given; verify: see `DataConfig`; options: of
+        Streaming.
+        """
         self._event = SharedFlag()  # set by the thread that fails; Streaming's own is for one worker
         self._present: set[int] = set()  # shards that this worker has seen to be there
         self._failure = "another worker of this rank could not read a shard, see its message"
@@ -315,14 +318,14 @@ class TrainingDataset(StreamingDataset):
         return samples[: mine * self.batch_size]
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Between two epochs that is the start of the next one; Streaming would start the old one again."""
+        """Return the position; between two epochs it is in the next, where Streaming repeats the old one."""
         state = super().state_dict(num_samples, from_beginning)
         if from_beginning and num_samples == 0:
             state["epoch"] = max(state["epoch"], self.next_epoch)
         return state
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Looking ahead, take Streaming's slow file lock only for a shard not seen to be there."""
+        """Fetch a shard; looking ahead, take Streaming's slow file lock only for one not seen to be there."""
         if shard_id in self._present and not blocking and not self.cache_limit:
             return
         super().prepare_shard(shard_id, blocking)
@@ -348,7 +351,7 @@ class TrainingDataset(StreamingDataset):
 
     @contextmanager
     def _leaving(self, it: Any) -> Iterator[None]:  # noqa: ANN401
-        """Streaming waits for its threads to say that they left; one that fails must say it too."""
+        """Let a thread that fails say that it left, since Streaming waits for that."""
         try:
             yield
         except Exception as error:
@@ -360,7 +363,7 @@ class TrainingDataset(StreamingDataset):
 
 
 def collate(samples: list[dict[str, Any]], text: TextConfig | None = None) -> dict[str, Tensor]:
-    """Dicts of arrays and integers to a dict of tensors, captions to what `text` asks for (None: nothing).
+    """Turn dicts of arrays and integers into a dict of tensors, captions into what `text` asks for.
 
     np.stack copies Streaming's read-only arrays.
     """
@@ -376,7 +379,7 @@ def collate(samples: list[dict[str, Any]], text: TextConfig | None = None) -> di
 def train_loader(
     config: DataConfig, seed: int, text: TextConfig | None = None, manifest: Manifest | None = None
 ) -> StreamingDataLoader:
-    """This rank's share of the global batch, in an order that depends on the seed and the epoch alone.
+    """Return the loader of this rank's share of each batch, in an order that depends on seed and epoch alone.
 
     manifest: the dataset's, read where it is not given.
     """

@@ -87,7 +87,7 @@ def begin_finish(config: TrainConfig, manifest: Manifest, normalizer: Normalizer
 
 
 def make_match(name: str, reference: str, folder: str, device: torch.device) -> Match:
-    """The extractor with the moments of its reference. Raises ValueError, OSError, ImportError."""
+    """Make the extractor with the moments of its reference. Raises ValueError, OSError, ImportError."""
     images = None if Path(reference).suffix in STATISTICS else MDSImages(Path(reference))
     extractor = make_extractor(name, None, images, folder, device)
     moments = measure(images, extractor, BATCH).moments() if images else statistics_for(reference, extractor)
@@ -105,7 +105,7 @@ class Population(Algorithm):
         self.objective, self.batch_size = objective, batch_size
 
     def match(self, event: Event, state: State) -> bool:
-        """Before the first step, after each loss and each optimizer step."""
+        """Act before the first step, after each loss and each optimizer step."""
         return event in (Event.FIT_START, Event.AFTER_LOSS, Event.BATCH_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:

@@ -18,7 +18,7 @@ from recipe.text import Prompts, Text
 
 
 def frozen_copy(net: nn.Module) -> nn.Module:
-    """A copy that is never trained."""
+    """Return a copy of the network that is never trained."""
     return copy.deepcopy(net).requires_grad_(False)
 
 
@@ -77,7 +77,7 @@ class GenerativeModel(ComposerModel):
         return self.prompts(net, Text(batch["text"], batch["text_length"]))
 
     def loss(self, outputs: Loss, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Means over the microbatch; Composer differentiates `total` and logs all."""
+        """Return the means over the microbatch; Composer differentiates `total` and logs all."""
         terms = {name: term.value.detach().mean() for name, term in outputs.terms.items()}
         return {"total": outputs.total.mean(), **terms}
 
@@ -86,5 +86,5 @@ class StepKey(Callback):
     """Writes the step into the batch, so that the forward pass depends on nothing else."""
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        """Adds `step`, int64 (B,)."""
+        """Add the batch's `step`, int64 (B,)."""
         state.batch["step"] = torch.full_like(state.batch["sample"], int(state.timestamp.batch))

@@ -62,7 +62,7 @@ class ParallelConfig(Settings):
 
     @model_validator(mode="after")
     def combinations(self) -> ParallelConfig:
-        """Raises ConfigError for hybrid sharding without sharding."""
+        """Raise ConfigError for hybrid sharding without sharding."""
         if self.replicas > 1 and not self.fsdp2:
             raise ConfigError(f"replicas: {self.replicas} needs parallel.fsdp2: true")
         return self
@@ -98,7 +98,7 @@ def on_rank_zero(action: Callable[[], T]) -> T:
 
 
 def configure_compiler(config: ParallelConfig) -> None:
-    """Settings of torch.compile, for the whole process."""
+    """Set torch.compile's options, for the whole process."""
     torch._functorch.config.activation_memory_budget = config.activation_budget
     inductor = torch._inductor.config
     # Sums over tokens join the kernels that make their terms: 7% less traffic backward (benchmarks.compiled)
@@ -126,7 +126,7 @@ def prepare_blocks(net: DiT, config: ParallelConfig, trained: bool) -> None:
 
 
 def parallelism(config: ParallelConfig, device: str) -> ParallelismConfig | None:
-    """Composer's configuration of FSDP2; None leaves it to DistributedDataParallel. Raises ValueError."""
+    """Return Composer's configuration of FSDP2, or None for DistributedDataParallel. Raises ValueError."""
     if not config.fsdp2:
         return None
     if device == "cpu":

@@ -24,7 +24,7 @@ PATIENCE = 20.0  # seconds; Composer's launcher kills after 30
 
 
 def ignore_sigterm(_worker: int) -> None:
-    """For the loader's workers: schedulers signal them, too, and training needs them for one more step."""
+    """Let a loader's worker ignore SIGTERM, which schedulers send it: training needs it for one more step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -50,11 +50,11 @@ class Preemption(Callback):
         threading.Thread(target=self.watch, args=(reader, writer), daemon=True).start()
 
     def on_signal(self, *_: object) -> None:
-        """Only a flag: the state may be halfway through a step."""
+        """Set a flag alone, since the state may be halfway through a step."""
         self.signalled = True
 
     def watch(self, signals: socket.socket, _writer: socket.socket) -> None:
-        """On a thread of its own, since a rank that waits for another one does not get to its handlers."""
+        """Wait for SIGTERM on a thread, since a rank that waits for another does not get to its handlers."""
         while signal.SIGTERM not in signals.recv(1):
             pass
         arrived = time.monotonic()
@@ -64,7 +64,7 @@ class Preemption(Callback):
         os._exit(UNSAVED)
 
     def overdue(self, arrived: float) -> bool:
-        """Whether the step has lasted PATIENCE, and twice the longest, since the signal and its own start."""
+        """Return True if, since signal and start, the step has lasted PATIENCE and twice the longest."""
         began, longest = self.step_began, self.longest  # once: the main thread changes them meanwhile
         if began is None:
             return False
@@ -72,15 +72,15 @@ class Preemption(Callback):
         return time.monotonic() - max(arrived, began) > patience
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        """A step begins."""
+        """Note when a step begins."""
         self.step_began = time.monotonic()
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        """There was no batch left."""
+        """Note that no step has begun: there was no batch left."""
         self.step_began = None
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Asks all ranks, stops if one was told to."""
+        """Ask all ranks, and stop if one was told to."""
         orphaned = self.launcher is not None and os.getppid() != self.launcher
         stop = self.signalled or orphaned or time.monotonic() - self.started > self.limit
         flag = state.device.tensor_to_device(torch.tensor([int(stop)]))

@@ -30,7 +30,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load_vae(model: str, dtype: str = "fp32", device: str | None = None):  # noqa: ANN201 (diffusers is optional)
-    """The AutoencoderKL in the folder, or of the hub name, `model`. DatasetError if it cannot be loaded."""
+    """Load the AutoencoderKL in the folder, or of the hub name, `model`.
+
+    Raises DatasetError if that fails.
+    """
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
@@ -46,7 +49,7 @@ def load_vae(model: str, dtype: str = "fp32", device: str | None = None):  # noq
 
 
 def hash_weights(model: nn.Module) -> str:
-    """xxh64 over the names and values of all parameters, in the order of their names, in fp32."""
+    """Return the xxh64 of the names and fp32 values of all parameters, in the order of their names."""
     digest = xxhash.xxh64()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -76,7 +79,7 @@ def load_decoder(
     batch_size: int = 16,
     half: bool = True,
 ) -> Callable[[Tensor], Tensor]:
-    """A function from latents (N, c, h, w), as stored, to pixels (N, 3, H, W) in 0..255 units, not rounded.
+    """Return a function from stored latents (N, c, h, w) to pixels (N, 3, H, W) in 0..255, not rounded.
 
     It works in fp16 on a GPU, as the published evaluations do, and in fp32 on a CPU or where `half` is false,
     `batch_size` at a time. Gradients flow through it to the latents.
@@ -105,7 +108,7 @@ class TextEncoder:
     """
 
     def __init__(self, path: str, tokens: int, device: str | torch.device | None = None) -> None:
-        """`path`: a folder (nothing is downloaded) or a hub name; `device`: None is a GPU if there is one.
+        """Load the model in a folder (nothing is downloaded) or of a hub name; device None is a GPU if any.
 
         Raises ValueError if the model cannot be loaded whole or does not take `tokens` tokens.
         """
@@ -129,7 +132,8 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings (n, tokens, width) float16, zero beyond each prompt's length, and lengths (n,) int64.
+        """Return embeddings (n, tokens, width) float16, zero beyond a prompt's length, and lengths (n,)
+        int64.
 
         Lengths are 1 to `tokens`: a prompt without any token, as the empty one of some models, becomes their
         BOS, EOS or padding token; one that is too long is cut, but for the tokens that end a prompt, and
@@ -151,7 +155,7 @@ class TextEncoder:
         return text, lengths
 
     def _tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask (n, tokens), filled up on the right."""
+        """Return token ids and mask (n, tokens), filled up on the right."""
         self.cut += sum(len(ids) > self.tokens for ids in self.tokenizer(prompts, verbose=False)["input_ids"])
         found = self.tokenizer(
             prompts, truncation=True, max_length=self.tokens, padding="max_length", return_tensors="pt"
@@ -165,7 +169,7 @@ class TextEncoder:
 
 
 def _folder(path: str) -> Path:
-    """The folder itself, or where the files of the hub's model lie once they are downloaded."""
+    """Return the folder itself, or where the files of the hub's model lie once they are downloaded."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
@@ -174,7 +178,7 @@ def _folder(path: str) -> Path:
 
 
 def _load(folder: Path, device: torch.device) -> tuple[torch.nn.Module, object]:
-    """The text model of `folder` and its tokenizer."""
+    """Return the text model of `folder` and its tokenizer."""
     import transformers
 
     safe = {"trust_remote_code": False, "local_files_only": True}
@@ -201,7 +205,7 @@ def _load(folder: Path, device: torch.device) -> tuple[torch.nn.Module, object]:
 
 
 def _sha256(folder: Path) -> str:
-    """Over names and contents of the FILES in `folder`, in the order of their names."""
+    """Return the hash of names and contents of the FILES in `folder`, in the order of their names."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in FILES for path in folder.glob(pattern)}):
         digest.update(path.name.encode())

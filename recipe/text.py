@@ -37,25 +37,27 @@ class TextConfig(Settings):
 
     @model_validator(mode="after")
     def combinations(self) -> TextConfig:
-        """Raises ConfigError for a width that the encoder of bytes cannot divide into heads."""
+        """Raise ConfigError for a width that the encoder of bytes cannot divide into heads."""
         if self.encoder == "bytes" and self.width % 32:
             raise ConfigError(f"width: {self.width} must be a multiple of 32")
         return self
 
 
 class Text(NamedTuple):
-    """tokens: int64 (B, L) bytes or float (B, L, width) embeddings; length: int64 (B,)."""
+    """Prompts of a batch: tokens, int64 (B, L) bytes or float (B, L, width) embeddings, and length, int64
+    (B,).
+    """
 
     tokens: Tensor
     length: Tensor
 
     def to(self, device: torch.device) -> Text:
-        """Both on a device."""
+        """Return tokens and lengths on a device."""
         return Text(self.tokens.to(device), self.length.to(device))
 
 
 def byte_tokens(prompts: list[str], tokens: int) -> tuple[Text, int]:
-    """UTF-8 of prompts, and how many of them were cut."""
+    """Return the UTF-8 of prompts, and how many of them were cut."""
     coded = [prompt.encode() for prompt in prompts]
     table = np.full((len(prompts), tokens), BEGIN)
     for row, code in zip(table, coded, strict=True):
@@ -66,7 +68,7 @@ def byte_tokens(prompts: list[str], tokens: int) -> tuple[Text, int]:
 
 
 def empty_prompt(config: TextConfig, stored: dict[str, Any] | None) -> Text:
-    """Of one row; `stored` is what the manifest says of the encoder of a dataset's embeddings."""
+    """Return the empty prompt, as one row; stored: what the manifest says of a dataset's text encoder."""
     if config.encoder == "bytes":
         return byte_tokens([""], config.tokens)[0]
     values = np.frombuffer(base64.b64decode(stored["empty"]), "<f2").reshape(-1, config.width)

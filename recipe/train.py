@@ -62,7 +62,9 @@ log = logging.getLogger("recipe.train")
 
 
 def build_model(config: TrainConfig, manifest: Manifest, source: str | None = None) -> GenerativeModel:
-    """Student and averages from the seed alone: the same on every rank. source: the checkpoint to come."""
+    """Return student and averages from the seed alone: the same on every rank. source: the checkpoint to
+    come.
+    """
     text, normalize = config.model.text, make_normalizer(config.data.normalize, manifest)
     if config.objective.finishes:
         begin_finish(config, manifest, normalize, source)
@@ -117,7 +119,7 @@ def about_data(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
 
 
 def build_grid(folder: str, config: GridConfig, column: str) -> SampleGrid:
-    """The grid with its autoencoder loaded, where it needs one. Raises ConfigError."""
+    """Return the grid with its autoencoder loaded, where it needs one. Raises ConfigError."""
     try:
         return SampleGrid(folder, config, column)
     except DatasetError as error:
@@ -140,7 +142,7 @@ def build_trainer(
     preemption: Preemption,
     source: str | None = None,
 ) -> Trainer:
-    """Everything that one run needs, from its configuration; load_path, source: see `Found`."""
+    """Return everything that one run needs, from its configuration; load_path, source: see `Found`."""
     model = build_model(config, manifest, source)
     if config.init_from and load_path is None:
         log.info("%s: %s", config.run_name, warm_start(model, config))
@@ -180,7 +182,7 @@ def short_for_average(trainer: Trainer, ema: EMAConfig) -> str | None:
 
 
 def start(config: TrainConfig, preemption: Preemption) -> tuple[Trainer, Manifest]:
-    """Checks the surroundings, and builds the trainer at the step where the run stands."""
+    """Check the surroundings, and builds the trainer at the step where the run stands."""
     exact_float32()
     device = "gpu" if torch.cuda.is_available() else "cpu"
     dist.initialize_dist(device, timeout=3600)  # while a checkpoint is downloaded, the other ranks wait
@@ -249,7 +251,7 @@ def fit(trainer: Trainer, config: TrainConfig) -> None:
 
 
 def dry_run(config: TrainConfig) -> str:
-    """The run in words, its network built of shapes alone: nothing is read, allocated or sent."""
+    """Return the run in words, its network built of shapes alone: nothing is read, allocated or sent."""
     world, batch = dist.get_world_size(), config.data.batch_size
     if problems := divisible(config, world):
         raise ConfigError("\n".join(problems))

@@ -36,7 +36,7 @@ FORMAT = 1
 
 
 class DataFacts(TypedDict):
-    """What weights say of their data: what is normalised, by which mean and deviation of each channel."""
+    """What weights say of their data: which column is normalised, and by which mean and deviation."""
 
     __pydantic_config__ = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     column: Literal["image", "latents"]
@@ -101,7 +101,10 @@ def save_weights(
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
-    """The JSON of the weights at `path`, with or without suffix. Raises FileNotFoundError or ValueError."""
+    """Read the JSON of the weights at `path`, with or without suffix.
+
+    Raises FileNotFoundError, ValueError.
+    """
     weights, description = _files(path)
     for file in (weights, description):
         if not file.is_file():
@@ -110,7 +113,7 @@ def read_facts(path: str | Path) -> dict[str, Any]:
 
 
 def parse_facts(text: bytes, where: str) -> dict[str, Any]:
-    """The content of a weights' JSON, read from `where`. Raises ValueError, naming it."""
+    """Parse a weights' JSON that comes from `where`. Raises ValueError, naming it."""
     try:
         facts = dict(parse_json(text, where))
     except (ValueError, TypeError) as error:
@@ -126,14 +129,14 @@ def parse_facts(text: bytes, where: str) -> dict[str, Any]:
 
 
 def shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights of this architecture."""
+    """Return the names and shapes of the weights of this architecture."""
     with torch.device("meta"):
         state = DiT(config, initialize=False).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def stated_architecture(facts: dict[str, Any], path: Path) -> DiTConfig:
-    """The architecture that a weights' JSON names, if the tensors at `path` have it. Raises ValueError.
+    """Return the architecture in a weights' JSON, if the tensors at `path` have it. Raises ValueError.
 
     Nothing is believed before it has been compared with the file's header, so no JSON can fill the memory.
     """
@@ -169,7 +172,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, dict[str, Any]]:
-    """The network in evaluation mode, without gradients, and its facts.
+    """Load the network, in evaluation mode and without gradients, and its facts.
 
     Raises FileNotFoundError or ValueError, the latter also where tensors and JSON do not belong together.
     """
@@ -206,7 +209,7 @@ def _files(path: str | Path) -> tuple[Path, Path]:
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m recipe.weights NAME [KEY]`: print the facts, or one of them."""
+    """Run the command line: print the facts, or one of them."""
     usage = "python -m recipe.weights NAME [KEY]"
     answer(arguments, usage, __doc__)
     if len(arguments) > 2:

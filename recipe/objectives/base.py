@@ -80,7 +80,7 @@ class Condition(NamedTuple):
         return self.label == self.null
 
     def without_label(self) -> Condition:
-        """The same weights, and the label that means none for every sample."""
+        """Return the same weights, and the label that means none for every sample."""
         return self._replace(label=torch.full_like(self.label, self.null))
 
 
@@ -140,7 +140,7 @@ class Objective(Settings, ABC):
 
     @abstractmethod
     def sample_times(self, u: Tensor) -> tuple[Tensor, ...]:
-        """Uniform numbers (B, 4) to times, each (B,)."""
+        """Map uniform numbers (B, 4) to the times of training, each (B,)."""
 
     def sample_guidance(self, u: Tensor, unlabelled: Tensor) -> Tensor:
         """Map uniform numbers (B,) to the guidance weights of training; unlabelled (B,): see `guide`."""
@@ -155,7 +155,7 @@ class Objective(Settings, ABC):
         return w
 
     def flow_time(self, times: tuple[Tensor, ...]) -> Tensor:
-        """The time at which plain velocities are matched."""
+        """Return the time at which plain velocities are matched."""
         return times[0]
 
     @abstractmethod
@@ -170,7 +170,7 @@ class Objective(Settings, ABC):
 
     @abstractmethod
     def passes(self) -> list[Pass]:
-        """The evaluations of the network in a step."""
+        """Return the evaluations of the network in a step, for the planner."""
 
     @property
     def guidance_range(self) -> tuple[float, float]:
@@ -184,11 +184,11 @@ class Objective(Settings, ABC):
         return min(max(1.0, low), high)
 
     def scale(self, w: Tensor | float) -> Tensor | float:
-        """k of the parameterisation u = k F."""
+        """Return k of the parameterisation u = k F."""
         return 1.0
 
     def beta(self, w: Tensor) -> Tensor | None:
-        """What the network is told of w."""
+        """Return what the network is told of w (B,), or None where it is told nothing."""
         return 1 / w if self.guidance_input else None
 
     def average_velocity(self, net: Network, x: Tensor, t: float, s: float, asked: Condition) -> Tensor:
@@ -203,7 +203,7 @@ class Objective(Settings, ABC):
         return broadcast(self.scale(w) * torch.ones_like(w)) * velocity
 
     def facts(self) -> dict[str, Any]:
-        """The settings, as exported weights describe their `method`; `objective` is the name."""
+        """Return the settings, as exported weights describe their `method`; `objective` is the name."""
         settings = asdict(self)
         return {"objective": settings.pop("name"), **settings}
 
@@ -217,7 +217,7 @@ def ends(w: Number | list[Number]) -> tuple[float, float]:
 
 
 def guidance_weights(w: Number | list[Number]) -> Number | list[Number]:
-    """A weight or a range of weights that are positive. Raises ValueError."""
+    """Return a weight or a range of weights. Raises ValueError unless all are positive and in order."""
     low, high = ends(w)
     if not 0 < low <= high < math.inf:
         raise ValueError
@@ -262,5 +262,5 @@ def mean_square(residual: Tensor) -> Tensor:
 
 
 def logit_normal(u: Tensor, mean: float, std: float) -> Tensor:
-    """Quantile function of the logit-normal law: sigmoid(mean + std z), z the normal quantile of u."""
+    """Return quantiles of the logit-normal law: sigmoid(mean + std z), z the normal quantile of u."""
     return torch.sigmoid(mean + std * torch.special.ndtri(u))

@@ -38,13 +38,13 @@ class FlowMatching(Objective):
 
     @model_validator(mode="after")
     def combinations(self) -> FlowMatching:
-        """Raises ConfigError for a time after which flow matching would become flow matching."""
+        """Raise ConfigError for a time after which flow matching would go on as flow matching."""
         if self.flow_matching_first is not None:
             raise ConfigError("flow_matching_first: flow_matching is that from the first step to the last")
         return self
 
     def sample_times(self, u: Tensor) -> tuple[Tensor]:
-        """(t,), logit-normal."""
+        """Return (t,), logit-normal."""
         third = u[:, 2]  # from which TVM draws s', so that both match velocities at the same times
         return (logit_normal(third, self.t_mean, self.t_std),)
 
@@ -70,7 +70,7 @@ class FlowMatching(Objective):
         return free + broadcast(w) * (velocity - free)
 
     def passes(self) -> list[Pass]:
-        """Plain student."""
+        """Return one plain pass of the student."""
         return [Pass()]
 
 

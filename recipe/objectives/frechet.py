@@ -48,7 +48,7 @@ def is_known(name: str) -> bool:
 
 
 def known(features: dict[str, str]) -> dict[str, str]:
-    """Extractors that can be matched. Raises ValueError."""
+    """Return extractors that can be matched. Raises ValueError for any other."""
     if not all(map(is_known, features)):
         raise ValueError
     return features
@@ -88,11 +88,11 @@ class Match(nn.Module):
         self.register_buffer("unreached", mean.new_zeros(()))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Match:
-        """Moves to other devices and stays float64, whatever type the model gets."""
+        """Move to other devices and stay float64, whatever type the model gets."""
         return super()._apply(lambda x: x.to(fn(x).device), recurse)
 
     def cost(self, features: Tensor) -> Tensor:
-        """|phi - sg M(phi)|^2 of features (B, F), and a constant that makes its mean FD: (B,)."""
+        """Return |phi - sg M(phi)|^2 of features (B, F), plus a constant that makes its mean FD: (B,)."""
         offset = features.double() - self.mean
         target = (offset.detach() - self.centre) @ self.transport
         return (offset - target).square().sum(1) + self.unreached
@@ -162,7 +162,7 @@ class Frechet(Objective):
 
     @model_validator(mode="after")
     def combinations(self) -> Frechet:
-        """Raises ConfigError where nothing is matched, or flow matching comes first."""
+        """Raise ConfigError where nothing is matched, or flow matching comes first."""
         if not self.features:
             raise ConfigError("features: must be given")
         if self.flow_matching_first is not None:
@@ -172,8 +172,10 @@ class Frechet(Objective):
     def begin(
         self, base: Objective, matches: dict[str, Match], pixels: Callable[[Tensor], Tensor]
     ) -> Frechet:
-        """Tell it the objective of the weights, what is matched by the keys of `features`, and how the
-        network's output (B, C, H, W) becomes pixel values in 0..255; returns self.
+        """Set what is known only when a run begins, and return self.
+
+        base: the objective of the weights; matches: by the keys of `features`; pixels: from the network's
+        output (B, C, H, W) to pixel values in 0..255.
         """
         self.base, self.matches = base, matches
         self.pixels = pixels
@@ -234,5 +236,5 @@ class Frechet(Objective):
 
 
 def round_through(values: Tensor) -> Tensor:
-    """Pixel values as uint8 has them, in their own type, and the gradient of the values as they were."""
+    """Round pixel values to what uint8 holds, in their own type; the gradient passes straight through."""
     return values.detach().round().clamp(0, 255) + (values - values.detach())

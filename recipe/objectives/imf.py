@@ -41,7 +41,7 @@ class IMF(Objective):
     guidance_input: ClassVar[bool] = True
 
     def sample_times(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(t, r), see `ordered_times`."""
+        """Return (t, r), see `ordered_times`."""
         return ordered_times(u, self.t_mean, self.t_std, self.equal_share)
 
     def sample_guidance(self, u: Tensor, unlabelled: Tensor) -> Tensor:
@@ -83,5 +83,5 @@ class IMF(Objective):
         )
 
     def passes(self) -> list[Pass]:
-        """The student's own velocity, with and without label, then the dual pass."""
+        """Return the pass of the student's own velocity, with and without label, then the dual pass."""
         return [Pass(gradient="none", batches=1 + (self.guidance_range != (1, 1))), Pass(dual=True)]

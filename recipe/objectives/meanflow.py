@@ -42,7 +42,7 @@ class MeanFlow(Objective):
     norm_eps: Positive = Field(0.01, description="Offset of the error in the adaptive weight.")
 
     def sample_times(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(t, r), see `ordered_times`."""
+        """Return (t, r), see `ordered_times`."""
         return ordered_times(u, self.t_mean, self.t_std, self.equal_share)
 
     @property
@@ -89,7 +89,7 @@ class MeanFlow(Objective):
 
 
 def ordered_times(u: Tensor, mean: float, std: float, equal_share: float) -> tuple[Tensor, Tensor]:
-    """(t, r): the larger and the smaller of two logit-normal draws, and r = t with that probability."""
+    """Return the larger and the smaller of two logit-normal draws, t and r; equal with that probability."""
     first, second = (logit_normal(z, mean, std) for z in u.unbind(-1)[:2])
     t, r = torch.maximum(first, second), torch.minimum(first, second)
     return t, torch.where(u[:, 3] < equal_share, t, r)
@@ -98,11 +98,11 @@ def ordered_times(u: Tensor, mean: float, std: float, equal_share: float) -> tup
 def average_velocity_along(
     net: Network, x_t: Tensor, v: Tensor, t: Tensor, r: Tensor, label: Tensor, beta: Tensor | None
 ) -> Dual:
-    """u(x_t, t, r) and its derivative du/dt along (x, t, r) -> (v, 1, 0), without gradient through that."""
+    """Return u(x_t, t, r) and its derivative du/dt along (v, 1, 0), without gradient through that."""
     one = torch.ones_like(t)
     return dual.detach(net(Dual(x_t, v), Dual(t, one), Dual(t - r, one), label, beta, detach_tangent=True))
 
 
 def adaptive(error: Tensor, p: float, eps: float) -> Tensor:
-    """error / sg(error + eps)^p, (B,)."""
+    """Return error / sg(error + eps)^p, (B,)."""
     return error / (error.detach() + eps) ** p

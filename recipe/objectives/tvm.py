@@ -66,7 +66,7 @@ class TVM(Objective):
     guidance_input: ClassVar[bool] = True
 
     def sample_times(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(t, s, s'), with 0 <= s <= t <= 1.
+        """Return (t, s, s'), with 0 <= s <= t <= 1.
 
         gap*: gap = t - s is logit-normal, s is logit-normal truncated to s < 1 - gap, s' is independent.
         gap: the same with s' = s. trunc: t is logit-normal, s logit-normal truncated to s < t, s' = s.
@@ -87,7 +87,7 @@ class TVM(Objective):
         return torch.where(equal < self.equal_share, s, t), s, s_prime
 
     def flow_time(self, times: tuple[Tensor, ...]) -> Tensor:
-        """s'."""
+        """Return s'."""
         return times[2]
 
     def sample_guidance(self, u: Tensor, unlabelled: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class TVM(Objective):
         return ends(self.guidance)
 
     def scale(self, w: Tensor | float) -> Tensor | float:
-        """w if scaled, else 1."""
+        """Return w if the network's output is scaled, else 1."""
         return w if self.scaled else 1.0
 
     def loss(self, student: Network, teacher: Network, drawn: Draw, tangent_scale: float = 1.0) -> Loss:
@@ -149,7 +149,7 @@ class TVM(Objective):
         return Loss(terminal + flow_matching, terms, {"F": F.value.detach(), "dF_ds": F.tangent.detach()})
 
     def passes(self) -> list[Pass]:
-        """Dual student, teacher (twice where w is not always 1), plain student."""
+        """Return the passes: dual student, teacher (twice where w is not always 1), plain student."""
         return [
             Pass(dual=True, gradient="value" if self.detach_jvp else "both"),
             Pass(gradient="none", batches=1 if self.guidance_range == (1, 1) else 2, teacher=True),
@@ -179,6 +179,6 @@ def displacement(
 
 
 def truncated_logit_normal(u: Tensor, mean: float, std: float, upper: Tensor) -> Tensor:
-    """Quantile function of the logit-normal law conditioned on being below `upper`."""
+    """Return quantiles of the logit-normal law conditioned on being below `upper`."""
     mass = torch.special.ndtr((torch.logit(upper) - mean) / std)
     return logit_normal(u * mass, mean, std).clamp(max=upper)
