@@ -12,7 +12,6 @@ PACKAGES = ["storage", "kernels", "recipe", "recipe.objectives", "streaming_conv
 INSTALL_REQUIRES = [
     "numpy>=2",
     "torch>=2.7",
-    "torchvision",
     "triton>=3.3; platform_system == 'Linux'",
     "mosaicml>=0.32.1,<0.33",
     "mosaicml-streaming>=0.13,<0.14",

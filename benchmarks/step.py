@@ -30,12 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import environment, paired, seconds
 from recipe import plan
-from recipe.algorithms import average_names, ema_update
 from recipe.config import ConfigError, TrainConfig, load_config, yaml_of
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
+from recipe.ema import average_names, ema_update
 from recipe.objectives import TVM, FlowMatching, Objective
-from recipe.objectives.base import Batch, draw
+from recipe.objectives.base import Draw, draw
 from recipe.objectives.frechet import Match
 from recipe.parallel import ParallelConfig, prepare_blocks
 
@@ -56,7 +56,7 @@ KINDS = {
 }
 
 
-def random_batch(config: DiTConfig, objective: Objective, size: int, device: str) -> Batch:
+def random_draw(config: DiTConfig, objective: Objective, size: int, device: str) -> Draw:
     """Make `size` random images and a step's draws for them."""
     ids = torch.arange(size, device=device)
     x0 = torch.randn(size, config.channels, config.size, config.size, device=device)
@@ -76,10 +76,10 @@ def flop_ratio(size: int) -> float:
         config = DiTConfig(preset="XL/2-18", size=size)
         net = DiT(config)
         target = copy.deepcopy(net).requires_grad_(False)
-        batch = random_batch(config, GUIDED, 2, "meta")
+        drawn = random_draw(config, GUIDED, 2, "meta")
 
     def pass_of(objective: Objective) -> int:
-        return flops(lambda: objective.loss(net, target, batch, config.null).total.mean().backward())
+        return flops(lambda: objective.loss(net, target, drawn).total.mean().backward())
 
     return pass_of(GUIDED) / pass_of(PLAIN)
 
@@ -89,7 +89,7 @@ def paired_seconds(first: Work, second: Work, pairs: int) -> tuple[float, float,
     return paired(partial(seconds, first), partial(seconds, second), pairs)
 
 
-def build(size: int) -> tuple[DiT, Batch]:
+def build(size: int) -> tuple[DiT, Draw]:
     """Build a network of width 256, depth 6 and 256 tokens, with no weights at zero, and a batch for it."""
     torch.manual_seed(0)
     config = DiTConfig(size=32, channels=4, width=256, depth=6, heads=4)
@@ -97,22 +97,22 @@ def build(size: int) -> tuple[DiT, Batch]:
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    return net, random_batch(config, GUIDED, size, "cpu")
+    return net, random_draw(config, GUIDED, size, "cpu")
 
 
-def explicit_jvp(net: DiT, batch: Batch) -> None:
+def explicit_jvp(net: DiT, drawn: Draw) -> None:
     """Run a forward pass with explicit tangents and a backward pass through value and tangent."""
-    t, s, _ = batch.times
-    value, tangent = net(batch.x0, t, Dual(t - s, -torch.ones_like(t)), batch.label, 1 / batch.w)
+    t, s, _ = drawn.times
+    value, tangent = net(drawn.x0, t, Dual(t - s, -torch.ones_like(t)), drawn.label, 1 / drawn.w)
     (value.square().mean() + tangent.square().mean()).backward()
 
 
-def functional_jvp(net: DiT, batch: Batch) -> None:
+def functional_jvp(net: DiT, drawn: Draw) -> None:
     """Compute the same as `explicit_jvp` by torch.func.jvp of the plain network."""
-    params, (t, s, _) = dict(net.named_parameters()), batch.times
+    params, (t, s, _) = dict(net.named_parameters()), drawn.times
 
     def plain(d: Tensor) -> Tensor:
-        return functional_call(net, params, (batch.x0, t, d, batch.label, 1 / batch.w)).value
+        return functional_call(net, params, (drawn.x0, t, d, drawn.label, 1 / drawn.w)).value
 
     with sdpa_kernel(SDPBackend.MATH):
         value, tangent = jvp(plain, (t - s,), (-torch.ones_like(t),))
@@ -120,21 +120,21 @@ def functional_jvp(net: DiT, batch: Batch) -> None:
 
 
 def training_step(
-    objective: Objective, net: DiT, target: DiT, batch: Batch, optimizer: torch.optim.Optimizer
+    objective: Objective, net: DiT, target: DiT, drawn: Draw, optimizer: torch.optim.Optimizer
 ) -> None:
     """Run one optimizer step, in bf16 on a GPU."""
-    device = batch.x0.device.type
+    device = drawn.x0.device.type
     optimizer.zero_grad()
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        total = objective.loss(net, target, batch, net.config.null).total
+        total = objective.loss(net, target, drawn).total
     total.mean().backward()
     optimizer.step()
 
 
-def step_times(net: DiT, target: DiT, batch: Batch, pairs: int) -> tuple[float, float, float]:
+def step_times(net: DiT, target: DiT, drawn: Draw, pairs: int) -> tuple[float, float, float]:
     """Time a whole TVM step against a whole flow-matching step (see `paired_seconds`)."""
     optimizer = torch.optim.AdamW(net.parameters(), 1e-6)
-    tvm, plain = (partial(training_step, which, net, target, batch, optimizer) for which in (GUIDED, PLAIN))
+    tvm, plain = (partial(training_step, which, net, target, drawn, optimizer) for which in (GUIDED, PLAIN))
     return paired_seconds(tvm, plain, pairs)
 
 
@@ -199,19 +199,19 @@ def variant(net: DiT, trained: bool = True, **options: object) -> DiT:
     return copied
 
 
-def peak_memory(net: DiT, batch: Batch) -> int:
+def peak_memory(net: DiT, drawn: Draw) -> int:
     """Return the peak bytes of an explicit dual pass, without the weights."""
     net.zero_grad()
     with MemTracker() as tracker:
-        explicit_jvp(net, batch)
-    return tracker.get_tracker_snapshot("peak")[batch.x0.device]["Total"]
+        explicit_jvp(net, drawn)
+    return tracker.get_tracker_snapshot("peak")[drawn.x0.device]["Total"]
 
 
 def upkeep_share() -> float:
     """Return the share of optimizer and both averages in a step of B/2 with two blocks, at batch 4."""
     config = DiTConfig(preset="B/2", size=32)
     config.depth = 2
-    net, batch = DiT(config), random_batch(config, GUIDED, 4, "cpu")
+    net, drawn = DiT(config), random_draw(config, GUIDED, 4, "cpu")
     target, average = (copy.deepcopy(net).requires_grad_(False) for _ in range(2))
     optimizer = torch.optim.AdamW(net.parameters(), 1e-6)
 
@@ -220,7 +220,7 @@ def upkeep_share() -> float:
         ema_update(net, [(target, 0.99), (average, 0.9999)])
 
     upkeep = partial(then_average, optimizer.step)
-    step = partial(then_average, partial(training_step, GUIDED, net, target, batch, optimizer))
+    step = partial(then_average, partial(training_step, GUIDED, net, target, drawn, optimizer))
     step()
     return paired_seconds(upkeep, step, 3)[2]
 
@@ -231,9 +231,9 @@ def bars(pairs: int, batch_size: int, compiled: bool) -> list[tuple[str, float, 
         ("FLOPs, TVM / flow matching, XL/2, 256 tokens", flop_ratio(32), 3.72),
         ("FLOPs, TVM / flow matching, XL/2, 1024 tokens", flop_ratio(64), 3.82),
     ]
-    net, batch = build(batch_size)
+    net, drawn = build(batch_size)
     target = variant(net, trained=False)
-    memory = peak_memory(variant(net, checkpoint_every=1), batch) / peak_memory(variant(net), batch)
+    memory = peak_memory(variant(net, checkpoint_every=1), drawn) / peak_memory(variant(net), drawn)
     rows.append(("memory of the dual pass, checkpointed / not", memory, 0.35))
     rows.append(("optimizer and both averages / whole step, B/2 width", upkeep_share(), 0.10))
     ours, differentiated, ratio = finish_times(min(pairs, 3))
@@ -244,16 +244,16 @@ def bars(pairs: int, batch_size: int, compiled: bool) -> list[tuple[str, float, 
         first, second, ratio = result
         rows.append((f"time, {name} ({first:.2f} s / {second:.2f} s)", ratio, bar))
 
-    reference = partial(functional_jvp, variant(net), batch)
-    dual = partial(explicit_jvp, net, batch)
+    reference = partial(functional_jvp, variant(net), drawn)
+    dual = partial(explicit_jvp, net, drawn)
     timed("explicit / torch.func.jvp", paired_seconds(dual, reference, pairs), 0.82)
-    timed("TVM step / flow-matching step", step_times(net, target, batch, pairs), 4.3)
+    timed("TVM step / flow-matching step", step_times(net, target, drawn, pairs), 4.3)
     if compiled:
         torch._inductor.config.cpp.threads = torch.get_num_threads()
         net, target = variant(net, compile=True), variant(net, trained=False, compile=True)
-        dual = partial(explicit_jvp, net, batch)
+        dual = partial(explicit_jvp, net, drawn)
         timed("explicit, compiled / torch.func.jvp", paired_seconds(dual, reference, pairs), 0.66)
-        timed("TVM step / flow-matching step, compiled", step_times(net, target, batch, pairs), 3.8)
+        timed("TVM step / flow-matching step, compiled", step_times(net, target, drawn, pairs), 3.8)
     return rows
 
 
@@ -269,10 +269,10 @@ def make_step(config: TrainConfig, device: str) -> Work:
     prepare_blocks(net, config.parallel, trained=True)
     prepare_blocks(averages[-1], config.parallel, trained=False)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-4, (0.9, 0.95), fused=True)
-    batch = random_batch(config.model, config.objective, plan.layout(config, 1)[0], device)
+    drawn = random_draw(config.model, config.objective, plan.layout(config, 1)[0], device)
 
     def step() -> None:
-        training_step(config.objective, net, averages[-1], batch, optimizer)
+        training_step(config.objective, net, averages[-1], drawn, optimizer)
         for average in averages:
             ema_update(net, [(average, 0.99)])
 

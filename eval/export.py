@@ -32,10 +32,11 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from eval.sample import check_guidance, quantize
-from recipe.algorithms import combination, exponent, length_of
-from recipe.data import Normalizer
 from recipe.dit import DiTConfig
+from recipe.ema import combination, exponent, length_of
+from recipe.normalizer import Normalizer
 from recipe.objectives import from_facts
+from recipe.objectives.base import Condition
 from recipe.sampler import check_steps, sample
 from recipe.weights import load_tensors, load_weights, parse_facts, read_facts, save_weights
 from storage import Folder, StorageError
@@ -44,7 +45,7 @@ Facts = dict[str, Any]
 
 
 class Export(NamedTuple):
-    """path: of the JSON; facts: its content."""
+    """Exported weights: the path of their JSON, and its content."""
 
     path: Path
     facts: Facts
@@ -57,7 +58,7 @@ STEP = ("state", "timestamp", "Timestamp", "batch")
 
 @contextmanager
 def local_copy(source: str) -> Iterator[Path]:
-    """The path of a local source; of one in a bucket, that of a copy, kept as long as it is read."""
+    """Return the path of a local source; of one in a bucket, that of a copy, kept as long as it is read."""
     if "://" not in source:
         yield Path(source)
         return
@@ -71,9 +72,10 @@ def local_copy(source: str) -> Iterator[Path]:
 
 
 def read_checkpoint(path: str | Path, average: str) -> tuple[dict[str, Tensor], Facts]:
-    """Weights of one average (`ema` or `net`) and their description. The checkpoint is trusted: see above.
+    """Return the weights of one average (`ema` or `net`) and their description.
 
-    Raises FileNotFoundError, or ValueError where it holds no such average or is not of this project.
+    The checkpoint is trusted: loading it can execute what it holds.     Raises FileNotFoundError, or
+    ValueError where it holds no such average or is not of this project.
     """
     path = Path(path)
     if not path.exists():
@@ -97,7 +99,7 @@ def _read_full(path: Path, prefix: str) -> tuple[dict[str, Tensor], str, int]:
 
 
 def _read_sharded(path: Path, prefix: str) -> tuple[dict[str, Tensor], str, int]:
-    """Reads the tensors of one average alone, however many ranks wrote them."""
+    """Read the tensors of one average alone, however many ranks wrote them."""
     reader = dcp.FileSystemReader(path)
     try:
         metadata = reader.read_metadata().state_dict_metadata
@@ -136,10 +138,10 @@ def find_snapshots(folder: Path, step: int | None = None) -> list[Export]:
 
 
 def synthesize(folder: Path, length: float, step: int | None = None) -> tuple[dict[str, Tensor], Facts]:
-    """The average of any length at a step (None: the last), from the folder's snapshots up to there.
+    """Make the average of any length at a step (None: the last) from the folder's snapshots up to there.
 
-    One snapshot is read at a time; sums are in float64. Raises ValueError where there are no snapshots,
-    or one of them is damaged or not finite.
+    One snapshot is read at a time; sums are in float64. Raises ValueError where there are no snapshots, or
+    one of them is damaged or not finite.
     """
     snapshots = find_snapshots(folder, step)
     if not snapshots:
@@ -172,7 +174,7 @@ def save(path: str | Path, state: dict[str, Tensor], facts: Facts) -> Path:
 
 
 def find_weights(names: list[str], averages: list[str], latest: bool, folder: Path) -> list[Export]:
-    """All weights asked for, newest first within each name; `latest` keeps the newest step of each.
+    """Find all weights asked for, newest first within each name; `latest` keeps the newest step of each.
 
     Buckets are copied to FOLDER/downloads, synthesised averages written to FOLDER/posthoc, on each node.
     Raises OSError, ValueError where there are none, or they cannot be read.
@@ -194,7 +196,7 @@ def find_weights(names: list[str], averages: list[str], latest: bool, folder: Pa
 
 
 def mirror(uri: str, folder: Path, latest: bool) -> Path:
-    """Copies the weights of a bucket's folder that are not there yet; returns the local folder.
+    """Copy the weights of a bucket's folder that are not here yet, and return the local folder.
 
     `latest` leaves out all but the newest step, and the snapshots that post-hoc averages are made from.
     """
@@ -219,7 +221,7 @@ def mirror(uri: str, folder: Path, latest: bool) -> Path:
 def synthesized(
     path: Path, stored: list[Export], averages: list[str], latest: bool, folder: Path
 ) -> list[Export]:
-    """Post-hoc averages of the lengths asked for that training did not store."""
+    """Make the post-hoc averages of those lengths asked for that training did not store, and return them."""
     known = {"ema", "net", *(export.facts["average"] for export in stored)}
     lengths = [length_of(average) for average in averages if average not in known]
     snapshots = find_snapshots(path) if lengths and path.is_dir() else []
@@ -236,7 +238,7 @@ def synthesized(
 
 
 class Sampler(nn.Module):
-    """(noise (B, C, H, W), label int64 (B,)) => uint8 images, or the latents that the decoder takes."""
+    """A network and its sampler: noise (B, C, H, W) and labels int64 (B,) => uint8 images, or latents."""
 
     def __init__(self, path: str | Path, nfe: int, w: float | None) -> None:
         super().__init__()
@@ -248,14 +250,14 @@ class Sampler(nn.Module):
         check_guidance(self.objective, self.w)
 
     def forward(self, noise: Tensor, label: Tensor) -> Tensor:
-        null = self.net.config.null
-        x0 = sample(self.net, noise, label, self.nfe, self.w, self.objective, null)
+        asked = Condition(label, self.w, self.net.config.null)
+        x0 = sample(self.net, noise, asked, self.nfe, self.objective)
         values = self.normalizer.invert(x0)
         return quantize(values, "nearest") if self.facts["data"]["column"] == "image" else values.float()
 
 
 def export_program(path: str | Path, nfe: int = 1, w: float | None = None) -> torch.export.ExportedProgram:
-    """The sampler with its weights as one graph, for any batch size up to 65,536."""
+    """Trace the sampler with its weights to one graph, for any batch size up to 65,536."""
     sampler = Sampler(path, nfe, w)
     config = sampler.net.config
     if config.text is not None:
@@ -267,7 +269,7 @@ def export_program(path: str | Path, nfe: int = 1, w: float | None = None) -> to
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.export",
         description=__doc__,

@@ -97,7 +97,7 @@ LATENTS = {
 
 
 def read_snapshot(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """Reads a released snapshot, executing nothing.
+    """Read a released snapshot, executing nothing.
 
     Returns the float32 parameters by the names of `recipe.dit.DiT` (the fixed position embedding is checked
     and left out), and facts: `model`, the arguments of `recipe.dit.DiTConfig`, and `method` with `objective`,
@@ -125,7 +125,7 @@ def read_snapshot(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def _attributes(module: object, where: str) -> dict:
-    """The `__dict__` of a persistent or ordinary module."""
+    """Return the `__dict__` of a persistent or ordinary module."""
     if type(module) is Node and module.function in MODULES:
         attributes = module.state
     else:
@@ -146,7 +146,7 @@ def _get(attributes: dict, name: str, kind: type, where: str) -> object:
 
 
 def _parameters(module: object, prefix: str, used: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Yields the names and values of the parameters of `module` and those below it.
+    """Yield the names and values of the parameters of `module` and those below it.
 
     `used` holds the modules and storages met so far: memory and time could otherwise grow exponentially with
     the file, since a pickle may refer to one object any number of times.
@@ -180,7 +180,7 @@ def _use_once(thing: object, where: str, used: set[int]) -> None:
 
 
 def _tensor(parameter: object, where: str, used: set[int]) -> Tensor:
-    """Copies one parameter, freeing its bytes. Snapshots have whole, contiguous float32 storages alone."""
+    """Copy one parameter, freeing its bytes. Snapshots have whole, contiguous float32 storages alone."""
     tensor = arguments(parameter, PARAMETER, where, 3)[0]
     storage, offset, size, stride = arguments(tensor, TENSOR, where, 6, 7)[:4]
     (data,) = arguments(storage, STORAGE, where, 1)
@@ -194,7 +194,7 @@ def _tensor(parameter: object, where: str, used: set[int]) -> Tensor:
 
 
 def _storage(data: bytes, where: str) -> np.ndarray:
-    """The values of a storage as torch.save wrote it before zip files: five pickles, a count, raw float32."""
+    """Return the values of a storage of torch.save before zip files: five pickles, a count, raw float32."""
     stream = io.BytesIO(data)
     header = [read_stream(stream, (), MAX_STREAM_OPERATIONS) for _ in STREAM_HEADER]
     reference = read_stream(stream, {FLOAT_STORAGE}, MAX_STREAM_OPERATIONS)
@@ -211,7 +211,7 @@ def _storage(data: bytes, where: str) -> np.ndarray:
 
 
 def architecture(state: dict[str, Tensor]) -> dict:
-    """The arguments of `DiTConfig` that the shapes of a DiT tell. Raises KeyError, ValueError."""
+    """Return the arguments of `DiTConfig` that the shapes of a DiT tell. Raises KeyError, ValueError."""
     _, tokens, width = state["pos_embed"].shape
     _, channels, patch, _ = state["x_embedder.proj.weight"].shape
     return {
@@ -226,7 +226,7 @@ def architecture(state: dict[str, Tensor]) -> dict:
 
 
 def _facts(wrapper: dict, dit: Node, state: dict[str, Tensor]) -> dict:
-    """Architecture and method, from shapes where they tell, from plain attributes where they do not."""
+    """Return architecture and method, by shapes where these tell, else by plain attributes."""
     attributes = _attributes(dit, "model")
     children = _get(attributes, "_modules", dict, "model")
     blocks = _get(_attributes(children.get("blocks"), "blocks"), "_modules", dict, "blocks")
@@ -249,7 +249,7 @@ def _facts(wrapper: dict, dit: Node, state: dict[str, Tensor]) -> dict:
 
 
 def _check_against_network(state: dict[str, Tensor], config: DiTConfig) -> None:
-    """Refuses parameters whose names and shapes are not exactly those of `recipe.dit.DiT`."""
+    """Refuse parameters whose names and shapes are not exactly those of `recipe.dit.DiT`."""
     embedding = position_embedding(config.width, config.size // config.patch)
     expected = {**shapes(config), "pos_embed": embedding.shape}
     found = {name: tensor.shape for name, tensor in state.items()}
@@ -263,7 +263,7 @@ def _check_against_network(state: dict[str, Tensor], config: DiTConfig) -> None:
 def weights_facts(
     facts: dict, guidance: float, mean: list[float] | None = None, std: list[float] | None = None
 ) -> dict:
-    """What our weights say beside the architecture: `read_snapshot`'s facts and what is not in the file.
+    """Describe the weights beside their architecture, by `read_snapshot`'s facts and what no file says.
 
     mean, std: one number, or one per channel, of what the network was trained on: latents without scaling,
     or, with 1 or 3 channels, pixels in 0..255 units; None: as published. Raises RefusedPickle where they do
@@ -293,7 +293,7 @@ def weights_facts(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m eval.import_official", description=__doc__)
     add = parser.add_argument
     add("snapshot", help="the released network-snapshot-*.pkl")

@@ -45,7 +45,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def configuration(state: dict[str, Tensor], heads: int | None) -> DiTConfig:
-    """What the shapes say; `heads`, which they do not, is that of the published sizes. Raises ValueError."""
+    """Return the architecture that the shapes show; `heads`, which they do not, as published.
+
+    Raises ValueError.
+    """
     try:
         model = architecture(state)
     except (KeyError, ValueError) as error:
@@ -61,7 +64,8 @@ def configuration(state: dict[str, Tensor], heads: int | None) -> DiTConfig:
 def convert(state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
     """Return weights of our network that give the negative of SiT's output. Raises ValueError by name."""
     side, features = config.size // config.patch, (config.patch, config.patch, -1, config.channels)
-    state, table, rows = dict(state), state["pos_embed"], config.patch**2 * config.channels
+    state, table = dict(state), state["pos_embed"]
+    rows = config.patch**2 * config.channels
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         if name not in state or len(state[name]) not in (rows, 2 * rows):
             raise ValueError(f"{name}: does not give {config.channels} channels, nor twice as many")
@@ -94,7 +98,7 @@ def new_embedders(width: int) -> dict[str, Tensor]:
 
 
 def import_sit(path: str | Path, heads: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights and what describes them. Raises OSError, ValueError."""
+    """Return the weights in a published file and what describes them. Raises OSError, ValueError."""
     state = read_state(path)
     try:
         config = configuration(state, heads)
@@ -109,7 +113,7 @@ def import_sit(path: str | Path, heads: int | None = None) -> tuple[dict[str, Te
 
 
 def main(arguments: list[str]) -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.import_sit",
         description=__doc__,

@@ -40,7 +40,7 @@ Moments = tuple[Tensor, Tensor]  # mean (F,) and covariance (F, F)
 
 
 class ImageFiles(Dataset):
-    """Every image below a folder, as RGB, opened as the converter opens it; all of one size."""
+    """Every image below a folder, as RGB, opened as the converter opens it. All must be of one size."""
 
     def __init__(self, folder: Path) -> None:
         self.files = Archive(str(folder))
@@ -65,7 +65,7 @@ class ImageFiles(Dataset):
 
 
 def open_images(source: str | Path) -> Dataset:
-    """The images of a dataset folder or image folder, as uint8 tensors (C, H, W).
+    """Return the images of a dataset folder or image folder, as uint8 tensors (C, H, W).
 
     Raises FileNotFoundError for an unknown folder, ValueError where it holds no images.
     """
@@ -96,7 +96,8 @@ class Reference:
         floor_splits: int = 0,
         seed: int = 0,
     ) -> None:
-        self.extractor, self.images, self.features, self.floor = extractor, images, None, None
+        self.extractor, self.images = extractor, images
+        self.features = self.floor = None
         self.doubts = find_doubts(extractor, images, seed)
         self.digest = content_digest(source, extractor)
         if images is None:
@@ -154,7 +155,7 @@ class HeldOut:
         }
 
     def compare(self, features: Tensor) -> dict[str, Any]:
-        """What a set of samples, by its features (N, F), scores; by the names of columns in results.jsonl.
+        """Score a set of samples by its features (N, F); returns columns of results.jsonl.
 
         nearer_share: the probability that a sample lies nearer to its nearest training image than a held-out
         image does to its own, ties counting half (the Mann-Whitney statistic; Meehan et al. 2020).
@@ -188,17 +189,18 @@ class Captions:
         self.clip = None if clip is None else load_clip(clip)
 
     def text(self, prompts: str, config: TextConfig, index: Tensor) -> Text:
-        """What the network is told for these samples: own or shuffled captions."""
+        """Return what the network is told for these samples: own or shuffled captions."""
         return self.images.text(self.asked[prompts][index], config)
 
     def see(self, pictures: Tensor, index: Tensor) -> None:
-        """uint8 samples (B, C, H, W), for the CLIP score with their images' captions."""
+        """Add uint8 samples (B, C, H, W) to the CLIP score, each with its own image's caption."""
         if self.clip is not None:
             captions = [row["caption"] for row in self.images.rows(self.own[index])]
             self.clip.update(list(pictures.cpu().expand(-1, 3, -1, -1)), captions)
 
     def scores(self, features: Tensor, real: Tensor) -> dict[str, float]:
-        """Of samples with these features (n, F), those of the images being `real` (N, F); columns of a row.
+        """Score samples by their features (n, F) and those of the real images (N, F); returns columns of a
+        row.
 
         retrieval: how often image i is among the 10 nearest of it and 99 others to sample i; chance is 0.1.
         """
@@ -210,7 +212,7 @@ class Captions:
 
 
 def load_clip(name: str) -> CLIPScore:
-    """torchmetrics' score with the CLIP of that folder or hub name. Raises ValueError."""
+    """Make torchmetrics' score with the CLIP of a folder or hub name. Raises ValueError."""
     try:
         from transformers import CLIPModel, CLIPProcessor
 
@@ -222,7 +224,7 @@ def load_clip(name: str) -> CLIPScore:
 
 
 def read_side(source: str, extractor: FeatureExtractor, args: argparse.Namespace) -> tuple[Moments, int]:
-    """The moments of a folder's images, and how many there are; of a file of statistics, and 0."""
+    """Return the moments of a folder's images and their number, or those in a file of statistics and 0."""
     if Path(source).suffix in STATISTICS:
         return statistics_for(source, extractor), 0
     images = open_images(source)
@@ -236,7 +238,7 @@ def read_side(source: str, extractor: FeatureExtractor, args: argparse.Namespace
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the statistics and prints the distance, as far as asked for. Raises OSError, ValueError."""
+    """Write the statistics and print the distance, as far as asked for. Raises OSError, ValueError."""
     extractor = load_extractor(args.extractor, args.weights, args.device)
     moments, count = read_side(args.source, extractor, args)
     if args.out:
@@ -255,7 +257,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m eval.reference", description=__doc__)
     parser.add_argument("source", help="dataset folder, folder of images or (with --against) statistics file")
     parser.add_argument("--against", metavar="OTHER", help="the same, to print the distance of both")

@@ -31,11 +31,10 @@ from torch.utils.data import Dataset
 from eval.reference import Reference
 from eval.sample import Generator
 from recipe.metrics import nearest
+from recipe.pictures import grid, lettering
 from recipe.reference import MDSImages
-from recipe.sampler import grid
 from recipe.text import Text
 from storage.outside import OutsideError, parse_json
-from streaming_convert.lettering import lettering
 
 Row = dict[str, Any]
 
@@ -61,7 +60,7 @@ def _by_floor(row: Row, key: str = "") -> str:
 
 
 def _to_held_out(row: Row, key: str = "", what: str = "to_held_out") -> str:
-    """The distance of the samples and, in brackets, of as many real images."""
+    """Return the distance of the samples and, in brackets, that of as many real images."""
     if f"nearer_share{key}" not in row:
         return "-"
     distances = row[f"distance_{what}{key}"], row[f"real_{what}{key}"][0]
@@ -69,7 +68,7 @@ def _to_held_out(row: Row, key: str = "", what: str = "to_held_out") -> str:
 
 
 def _by_real(row: Row, key: str = "") -> str:
-    """How far the samples are from held-out images, by how far real images are; of several extractors."""
+    """Return the distance to held-out images by that of real images, where extractors are several."""
     return _number(row.get(f"ratio_to_held_out{key}") if further(row) else None, ".3f")
 
 
@@ -111,7 +110,7 @@ LEFT_ALIGNED = ("weights", "objective", "average")
 
 
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Titles of the columns that say something, and the cells as text, the newest weights first."""
+    """Return the titles of columns that say something, and the cells as text, newest weights first."""
     cells = {title: [text(r) for r in rows] for title, text in COLUMNS.items()}
     for key in further(rows[0]):
         cells |= {f"{title} {key}": [COLUMNS[title](r, key) for r in rows] for title in FURTHER}
@@ -121,7 +120,7 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def notes(rows: list[Row], protocol: str, doubts: list[str]) -> list[str]:
-    """Everything a reader needs to know to compare these numbers with others, or not to trust them."""
+    """Return everything a reader needs to know to compare these numbers with others, or not to trust them."""
     first = rows[0]
     features = f"Features: {first['extractor']}"
     if (accuracy := first["classifier_accuracy"]) is not None:
@@ -145,7 +144,7 @@ def notes(rows: list[Row], protocol: str, doubts: list[str]) -> list[str]:
 
 
 def copying_note(row: Row) -> str:
-    """What the columns about held-out images mean, and how far chance takes them."""
+    """Explain the columns about held-out images, and how far chance takes them."""
     ours, theirs = row["samples"], row["held_out_images"]
     chance = math.sqrt((ours + theirs + 1) / (12 * ours * theirs))  # of the Mann-Whitney statistic
     scatter = " and ".join(f"{row[f'real_to_{name}'][1]:.2f}" for name in ("training", "held_out"))
@@ -160,7 +159,7 @@ def copying_note(row: Row) -> str:
 
 
 def markdown(rows: list[Row], protocol: str, doubts: list[str]) -> str:
-    """The rows as a table, and the notes below."""
+    """Return the rows as a Markdown table, and the notes below it."""
     titles, cells = table(rows)
     rule = ["---" if title in LEFT_ALIGNED else "---:" for title in titles]
     lines = [f"| {' | '.join(map(plain, line))} |" for line in (titles, rule, *cells)]
@@ -168,14 +167,15 @@ def markdown(rows: list[Row], protocol: str, doubts: list[str]) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that says the same in markdown, in HTML made of it and on a terminal: no tags, links or tables."""
+    """Return text that reads the same in Markdown, in HTML made of it and on a terminal: no tags or links."""
     text = "".join(letter if letter.isprintable() else " " for letter in text)
     return re.sub(r"([\\*\[\]|~])", r"\\\1", html.escape(text, quote=False))
 
 
 def parse_lines(path: Path) -> list[tuple[int, Row | None]]:
-    """Numbers and rows of a .jsonl file's lines, none if it does not exist; None for a row that is no JSON
-    object, such as one that a kill cut short.
+    """Return the numbers and rows of a .jsonl file's lines; nothing if it does not exist.
+
+    A row that is no JSON object, such as one that a kill cut short, is None.
     """
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else [], 1):
@@ -189,7 +189,7 @@ def parse_lines(path: Path) -> list[tuple[int, Row | None]]:
 
 
 def read_lines(path: Path) -> list[Row]:
-    """Rows of a .jsonl file; lines that are no JSON objects do not count."""
+    """Return the rows of a .jsonl file; lines that are no JSON objects do not count."""
     return [row for _, row in parse_lines(path) if row is not None]
 
 
@@ -205,7 +205,7 @@ def reportable(row: Row | None) -> bool:
 
 
 def read_log(path: Path) -> dict[str, np.ndarray]:
-    """Columns of numbers of a train.jsonl; of steps that a resume repeated, the last line counts."""
+    """Return a train.jsonl as columns of numbers; of steps that a resume repeated, the last line counts."""
     numbers = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in read_lines(path)]
     by_step = {row["step"]: row for row in numbers if "step" in row}
     rows = [by_step[step] for step in sorted(by_step)]
@@ -214,7 +214,7 @@ def read_log(path: Path) -> dict[str, np.ndarray]:
 
 
 def plot_losses(axis: Axes, log: dict[str, np.ndarray]) -> None:
-    """Loss terms over the steps of a run."""
+    """Plot the loss terms over the steps of a run."""
     for key in sorted(log):
         group, _, name = key.rpartition("/")
         if group == "loss/train" and name != "total":
@@ -226,7 +226,7 @@ def plot_losses(axis: Axes, log: dict[str, np.ndarray]) -> None:
 
 
 def best_curve(rows: list[Row], axis: str) -> tuple[list[float], list[float]]:
-    """For each value of `axis` that is known the lowest distance over everything else."""
+    """Return the known values of `axis`, and for each the lowest distance over everything else."""
     known = sorted({row[axis] for row in rows} - {None})
     return known, [min(row["frechet_distance"] for row in rows if row[axis] == x) for x in known]
 
@@ -240,8 +240,9 @@ TITLES = {
 
 
 def plot_distances(panel: Axes, rows: list[Row], axis: str) -> None:
-    """Distance over one axis of the grid, a line for each objective, average and NFE, and another one for
-    weights that were finished on the extractor.
+    """Plot the distance over one axis of the grid, a line for each objective, average and NFE.
+
+    Weights that were finished on the extractor have lines of their own.
     """
     lines = ("objective", "average", *(() if axis == "nfe" else ("nfe",)))
     values = [list(dict.fromkeys(r[name] for r in rows)) for name in lines]
@@ -264,7 +265,7 @@ def plot_distances(panel: Axes, rows: list[Row], axis: str) -> None:
 
 
 def plot_metrics(rows: list[Row], path: Path) -> None:
-    """The losses of the only run, if known, and the distance over each axis with several values.
+    """Draw the losses of the only run, if known, and the distance over each axis with several values.
 
     Objectives are compared by training seconds instead of steps, which cost each a different time.
     """
@@ -288,7 +289,7 @@ def plot_metrics(rows: list[Row], path: Path) -> None:
 
 
 def real_examples(images: Dataset | None, classes: list[int], columns: int) -> Tensor | None:
-    """The first images of each class (len(classes) * columns, C, H, W), white where there are too few."""
+    """Return the first images of each class, (len(classes) * columns, C, H, W), white where they are few."""
     if not isinstance(images, MDSImages):
         return None
     found: dict[int, list[Tensor]] = {c: [] for c in classes}
@@ -306,7 +307,7 @@ def real_examples(images: Dataset | None, classes: list[int], columns: int) -> T
 def shown_rows(
     images: Dataset | None, generator: Generator, columns: int
 ) -> tuple[list[str], list[int], Callable[[Tensor], Text] | None, Tensor | None]:
-    """Names, labels, prompts (see Generator.batches) and real images of the rows to show."""
+    """Return names, labels, prompts (see Generator.batches) and real images of the rows to show."""
     classes, config = generator.net.config.classes, generator.net.config.text
     if config is None:
         labels = list(range(min(max(1, classes), 10)))
@@ -377,7 +378,7 @@ def plot_samples(
 
 
 def write(label: MatplotlibText, text: str) -> None:
-    """Sets the text of a label as it stands, in a font that has its letters; `$` begins no formula."""
+    """Set the text of a label as it stands, in a font that has its letters; `$` begins no formula."""
     text, file = lettering(text)
     label.set(text=text, parse_math=False)
     if file is not None:
@@ -387,8 +388,9 @@ def write(label: MatplotlibText, text: str) -> None:
 def draw_nearest(
     rows: list[Row], reference: Reference, generator: Generator, path: Path, columns: int = 20
 ) -> None:
-    """Samples of the first row's weights, each above its nearest training image; two lines for each NFE."""
-    config, seeds, text = generator.net.config, torch.arange(columns), None
+    """Draw samples of the first row's weights above their nearest training images, two lines for each NFE."""
+    config, text = generator.net.config, None
+    seeds = torch.arange(columns)
     labels = seeds % max(1, config.classes)
     if config.text is not None:
         own = seeds % len(reference.images)
@@ -417,7 +419,7 @@ tr.best { background: #e7f3ea; font-weight: 600 } p, footer { color: #4a5365 }
 
 
 def html_table(rows: list[Row]) -> str:
-    """The table, with the row of the lowest distance marked."""
+    """Return the table as HTML, with the row of the lowest distance marked."""
     titles, cells = table(rows)
     classes = [' class="left"' if title in LEFT_ALIGNED else "" for title in titles]
     best = min(range(len(rows)), key=lambda i: rows[i]["frechet_distance"])
@@ -432,7 +434,7 @@ def html_table(rows: list[Row]) -> str:
 
 
 def html_page(rows: list[Row], said: list[str], title: str, pictures: dict[str, Path]) -> str:
-    """One file that needs no other: what is said of the rows, the table, the pictures by their headings."""
+    """Return a page that needs no other file: notes, the table, and the pictures by their headings."""
     text = "".join(f"<p>{html.escape(note).replace('`', '')}</p>" for note in said)
     figures = ""
     for heading, path in pictures.items():

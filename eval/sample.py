@@ -29,16 +29,17 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from recipe.data import Normalizer, to_uint8
 from recipe.draws import Stream, keys, uniform
+from recipe.normalizer import Normalizer
 from recipe.objectives import Objective, from_facts
+from recipe.objectives.base import Condition
 from recipe.patches import exact_float32
+from recipe.pictures import captioned, grid, to_uint8
 from recipe.pretrained import TextEncoder, load_decoder
-from recipe.sampler import check_steps, grid, initial_noise, sample
+from recipe.sampler import check_steps, initial_noise, sample
 from recipe.settings import Count, Positive, make
 from recipe.text import Prompts, Text, byte_tokens
-from recipe.weights import load_weights, newest
-from streaming_convert.reader import captioned
+from recipe.weights import load_weights, newest_weights
 
 DTYPES = ("fp32", "fp64", "amp_bf16")
 Seed = Annotated[int, Field(ge=0, le=2**62)]  # sample i has the seed + i, an int64
@@ -49,8 +50,10 @@ Seed = Annotated[int, Field(ge=0, le=2**62)]  # sample i has the seed + i, an in
 
 @dataclass(frozen=True)
 class Protocol:
-    """samples: how many, 0 for as many as there are real images; labels: a key of `LABELS`; rounding: of
-    pixels to uint8, `nearest` or `down`; reference: what the distance is measured to, for the reader.
+    """How samples for a score are drawn.
+
+    samples: their number, 0 for as many as there are real images; labels: a key of `LABELS`; rounding: of
+    pixels to uint8, `nearest` or `down`; reference: what the distance is measured to, in words.
     """
 
     samples: int
@@ -77,7 +80,7 @@ LABELS = {
 
 
 def describe(name: str, samples: int) -> str:
-    """One line for people, printed with every number."""
+    """Return a protocol in one line, which is printed with every number."""
     protocol = PROTOCOLS[name]
     usual = f" (the protocol's number is {protocol.samples:,})" if samples != protocol.samples > 0 else ""
     return (
@@ -87,7 +90,7 @@ def describe(name: str, samples: int) -> str:
 
 
 def choose_labels(name: str, classes: int, class_counts: list[int], seeds: Tensor) -> Tensor:
-    """int64 labels (n,) of the protocol for samples with these seeds; 0 for a network without classes.
+    """Return the protocol's labels, int64 (n,), for samples with these seeds; 0 where there are no classes.
 
     Drawn labels depend on the samples' seeds alone, the others are in order. class_counts: training samples
     of each class. Raises ValueError where the protocol needs them and they are not known (an empty list), or
@@ -116,7 +119,7 @@ def choose_labels(name: str, classes: int, class_counts: list[int], seeds: Tenso
 
 
 def quantize(values: Tensor, rounding: str) -> Tensor:
-    """Pixel values in 0..255 units => uint8, to the `nearest` integer or `down`."""
+    """Round pixel values in 0..255 units to uint8, to the `nearest` integer or `down`."""
     return to_uint8(values if rounding == "nearest" else values.floor())
 
 
@@ -139,7 +142,7 @@ class Generator:
         vae: str | None = None,
     ) -> None:
         exact_float32()
-        self.net, self.facts = load_weights(newest(path), device)
+        self.net, self.facts = load_weights(newest_weights(path), device)
         self.device, self.rounding = torch.device(device), rounding
         self.dtype = torch.float64 if dtype == "fp64" else torch.float32
         self.autocast = dtype == "amp_bf16"
@@ -148,12 +151,15 @@ class Generator:
         data = self.facts["data"]
         self.normalizer = Normalizer(data["mean"], data["std"]).to(self.device, self.dtype)
         text = self.net.config.text
-        self.prompts = None if text is None else Prompts(text, data.get("text")).to(self.device, self.dtype)
+        self.prompts = None
+        if text is not None:
+            prompts = Prompts(text, data.get("text"), self.net.config.null)
+            self.prompts = prompts.to(self.device, self.dtype)
         latent = data["column"] == "latents"
         self.decode = load_decoder(data["encoder"], vae, device) if latent else None
 
     def noise(self, seeds: Tensor) -> Tensor:
-        """(B, C, H, W) from int64 seeds (B,)."""
+        """Return noise (B, C, H, W) from int64 seeds (B,)."""
         config = self.net.config
         shape = config.channels, config.size, config.size
         return initial_noise(seeds.to(self.device), shape, self.dtype)
@@ -171,15 +177,16 @@ class Generator:
         trained with a label alone. Raises ValueError for a label or a number of steps that cannot be,
         FloatingPointError where the output is not finite.
         """
-        check_labels(label, self.net.config.null)
-        net, null, label = self.net, self.net.config.null, label.to(self.device)
+        net, null = self.net, self.net.config.null
+        check_labels(label, null)
+        label = label.to(self.device)
         if self.prompts is not None:
             label = torch.full_like(label, null) if text is None else label
             text = self.prompts.empty(len(label)) if text is None else text.to(self.device)
-            label = label if net.config.classes else self.prompts.unlabelled(label, text, null)
-            net = self.prompts(net, text, null)
+            label = label if net.config.classes else self.prompts.unlabelled(label, text)
+            net = self.prompts(net, text)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            x0 = sample(net, noise, label, nfe, w, self.objective, null)
+            x0 = sample(net, noise, Condition(label, w, null), nfe, self.objective)
         values = self.normalizer.invert(x0)
         if not values.isfinite().all():
             raise FloatingPointError(f"the network's output is not finite with {nfe} steps at w = {w:g}")
@@ -196,7 +203,7 @@ class Generator:
         world: int = 1,
         text: Callable[[Tensor], Text] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, index) of every world-th batch, beginning with the rank's; index: which of the samples.
+        """Yield the images of every world-th batch, beginning with the rank's, and their places in `label`.
 
         text: from an index to these samples' prompts; None for empty ones.
         """
@@ -204,7 +211,7 @@ class Generator:
             yield self(label[index], seeds[index], nfe, w, text and text(index)), index
 
     def encode(self, prompts: list[str], text_encoder: str | None = None) -> Text:
-        """Prompts for this network; those that are too long are cut, with a warning that counts them.
+        """Encode prompts for this network; those that are too long are cut, with a warning that counts them.
 
         text_encoder: of stored embeddings, folder or hub name of the model; None: as the weights say. Raises
         ValueError where it is not the one that the network was trained with.
@@ -237,7 +244,7 @@ def check_labels(label: Tensor, null: int) -> None:
 
 
 def check_guidance(objective: Objective, w: float) -> None:
-    """Warns of a w that the network has not been trained for."""
+    """Warn of a w that the network has not been trained for."""
     low, high = objective.guidance_range
     if not low <= w <= high:
         trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
@@ -245,7 +252,7 @@ def check_guidance(objective: Objective, w: float) -> None:
 
 
 def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """`steps` points of the great circle from start to end (C, H, W), ends included, normal noise throughout.
+    """Return `steps` points of the great circle from start to end (C, H, W), both included, all normal noise.
 
     A straight line would pass through noise of too small a norm, which the network has never seen.
     """
@@ -270,7 +277,7 @@ def write_pngs(
 
 
 def write_npz(path: Path, batches: Iterable[tuple[Tensor, Tensor]], labels: Tensor) -> None:
-    """arr_0 (N, H, W, C) uint8 and arr_1 (N,) int64, written batch by batch: 50,000 images need no memory."""
+    """Write arr_0 (N, H, W, C) uint8 and arr_1 (N,) int64, batch by batch: 50,000 images need no memory."""
     with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             for position, (images, _) in enumerate(batches):
@@ -367,7 +374,7 @@ def _check(options: argparse.Namespace) -> None:
 def draw_grid(
     generator: Generator, labels: Tensor, prompts: list[str], w: float, options: argparse.Namespace
 ) -> np.ndarray:
-    """One row for each label, or prompt: other seeds, or the way from one seed to another."""
+    """Draw a row for each label or prompt: of other seeds, or on the way from one seed to another."""
     columns, repeated = options.columns, labels.repeat_interleave(options.columns)
     text = generator.encode(prompts, options.text_encoder) if prompts else None
     if options.interpolate is not None:
@@ -432,7 +439,7 @@ def draw_set(generator: Generator, w: float, options: argparse.Namespace) -> Non
 
 
 def main(arguments: list[str]) -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.sample",
         description=__doc__,

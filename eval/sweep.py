@@ -34,8 +34,8 @@ from eval.export import Export, find_weights
 from eval.reference import Captions, HeldOut, Reference, open_images
 from eval.report import newest_of_each_folder, parse_lines, reportable, write_report
 from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, choose_labels, describe
-from recipe.algorithms import MAX_LENGTH, length_of
 from recipe.config import ConfigError, load_config
+from recipe.ema import MAX_LENGTH, length_of
 from recipe.features import EXTRACTORS, FeatureExtractor, FeatureSet, Pixels, SmallImageClassifier
 from recipe.manual import answer
 from recipe.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
@@ -64,21 +64,21 @@ KEEP = {"kid": "features", "precision_recall": "features", "is": "logits"}
 
 
 def average(name: str) -> str:
-    """`ema`, `net` or `posthoc:LENGTH`. Raises ValueError."""
+    """Return a name that is `ema`, `net` or `posthoc:LENGTH`. Raises ValueError for any other."""
     if name not in ("ema", "net"):
         length_of(name)
     return name
 
 
 def with_distance(names: list[str]) -> list[str]:
-    """Metrics, the distance among them. Raises ValueError."""
+    """Return metrics of which one is the distance. Raises ValueError without it."""
     if "fd" not in names:
         raise ValueError
     return names
 
 
 def extractor(name: str) -> str:
-    """The name of an extractor, or name:argument as objective.features has it. Raises ValueError."""
+    """Return the name of an extractor, or name:argument as in objective.features. Raises ValueError."""
     if name not in EXTRACTORS and not is_known(name):
         raise ValueError
     return name
@@ -172,7 +172,7 @@ class SweepConfig(Settings):
 
     @model_validator(mode="after")
     def combinations(self) -> SweepConfig:
-        """Raises ConfigError for settings that need others."""
+        """Raise ConfigError for settings that need others."""
         if self.clip and not self.prompts:
             raise ConfigError("clip: scores prompts, of which there are none")
         if self.held_out is not None and not self.floor_splits:
@@ -194,8 +194,9 @@ class SweepConfig(Settings):
 
 
 def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, dict[str, Any]]]:
-    """The grid, newest weights first, then w, then NFE: the weights, labels (n,) of the samples, and all that
-    the numbers of this cell depend on.
+    """Yield weights, labels (n,) of the samples and all that a cell's numbers depend on, for every cell.
+
+    The newest weights come first, then the order is by w and by NFE.
 
     A row of results with the same values is finished; the digests make a cell be scored again when weights,
     reference, classifier or labels have changed.
@@ -230,7 +231,7 @@ def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, d
 
 
 def text_encoder(export: Export) -> str:
-    """What makes text of prompts for these weights; empty for weights without."""
+    """Return the name of what encodes prompts for these weights; empty for weights without prompts."""
     text = export.facts["model"].get("text")
     if text is None or text["encoder"] == "bytes":
         return text["encoder"] if text else ""
@@ -241,8 +242,10 @@ def text_encoder(export: Export) -> str:
 def choose(
     config: SweepConfig, exports: list[Export], samples: int, prompts: Captions | None
 ) -> list[Tensor]:
-    """Labels (n,) for each export: with prompts, those of the images whose captions are asked for; else the
-    protocol's, with class counts from `labels`, else the weights, else the reference.
+    """Return the labels (n,) of the samples for each export.
+
+    With prompts they are those of the images whose captions are asked for; else the protocol's, with class
+    counts from `labels`, else the weights, else the reference.
     """
     source = config.labels or config.reference
     known = config.labels or Path(source, "manifest.json").is_file()
@@ -262,8 +265,9 @@ def choose(
 def score(
     config: SweepConfig, setup: Setup, cell: dict[str, Any], generator: Generator, labels: Tensor
 ) -> dict[str, Any]:
-    """One row of results; the samples are shared among the ranks."""
-    began, facts, extractor = time.time(), generator.facts, setup.reference.extractor
+    """Score one cell; the samples are shared among the ranks. Returns its row of results."""
+    began = time.time()
+    facts, extractor = generator.facts, setup.reference.extractor
     network, prompts = generator.net.config, cell["prompts"]
     found = {key: FeatureSet(one.reference.extractor, one.keep) for key, one in setup.judges.items()}
     is_classifier = isinstance(extractor, SmallImageClassifier) and network.classes > 0
@@ -294,10 +298,10 @@ def score(
 
 
 def compare(found: dict[str, FeatureSet], setup: Setup, config: SweepConfig) -> dict[str, Any]:
-    """The metrics of a set of samples, by their columns in results.jsonl; found: its features by the keys of
-    `Setup.judges`, which end the names of columns.
+    """Return the metrics of a set of samples, by their columns in results.jsonl.
 
-    FDr: the mean over extractors of the distance to held-out images by that of real images.
+    found: its features by the keys of `Setup.judges`, which end the names of columns. FDr: the mean over
+    extractors of the distance to held-out images by that of real images.
     """
     values = compare_first(found[""], setup, config)
     for key, one in setup.judges.items():
@@ -309,7 +313,7 @@ def compare(found: dict[str, FeatureSet], setup: Setup, config: SweepConfig) -> 
 
 
 def compare_first(found: FeatureSet, setup: Setup, config: SweepConfig) -> dict[str, Any]:
-    """What is measured in the features of the first extractor alone.
+    """Return what is measured in the features of the first extractor alone.
 
     Kernel distance on 100 subsets of 1000 (or of all, if there are fewer); precision and recall against at
     most as many real images as there are samples, picked by the seed.
@@ -332,7 +336,7 @@ def compare_first(found: FeatureSet, setup: Setup, config: SweepConfig) -> dict[
 
 
 def read_finished(path: Path) -> list[dict[str, Any]]:
-    """The rows of finished cells; names on stderr the lines that are none, whose cells are scored again."""
+    """Return the rows of finished cells; lines that are none are named on stderr, and scored again."""
     found = parse_lines(path)
     for number, row in found:
         if not reportable(row):
@@ -341,7 +345,7 @@ def read_finished(path: Path) -> list[dict[str, Any]]:
 
 
 def append_result(path: Path, row: dict[str, Any]) -> None:
-    """Adds a line; first ends one that a kill cut short."""
+    """Add a line to the results; first end one that a kill cut short."""
     with path.open("a+b") as file:
         file.seek(0)
         unfinished = not file.read().endswith(b"\n") and file.tell() > 0
@@ -349,7 +353,7 @@ def append_result(path: Path, row: dict[str, Any]) -> None:
 
 
 def wandb_run(config: SweepConfig) -> AbstractContextManager[Any]:
-    """The Weights & Biases run of rank 0, or None where none was asked for."""
+    """Return the Weights & Biases run of rank 0, or None where none was asked for."""
     if config.wandb == "off" or dist.get_global_rank() != 0:
         return nullcontext()
     import wandb
@@ -360,8 +364,10 @@ def wandb_run(config: SweepConfig) -> AbstractContextManager[Any]:
 
 
 class Judge(NamedTuple):
-    """An extractor, by the name that the configuration gives it and the hash of its weights, what is kept of
-    its features and class scores for each sample, and the real images as it sees them.
+    """An extractor, and the real images as it sees them.
+
+    name: as in the configuration; weights: their hash; keep: what is kept of its features and class scores
+    for each sample.
     """
 
     name: str
@@ -384,7 +390,7 @@ class Judge(NamedTuple):
         return any(self.weights == x.get("weights") or self.name == x.get("extractor") for x in finished)
 
     def compare(self, found: FeatureSet) -> dict[str, Any]:
-        """Distances of samples in its features."""
+        """Return the distances of samples in its features."""
         reference = self.reference
         distance = frechet_distance(*found.moments(), *reference.moments)
         values = {"frechet_distance": distance, "floor": reference.floor}
@@ -424,7 +430,7 @@ class Setup(NamedTuple):
 
 
 def prepare(config: SweepConfig, device: torch.device) -> Setup:
-    """Finds weights and reference, makes extractors. Raises ConfigError where something does not fit."""
+    """Find weights and reference, and make extractors. Raises ConfigError where something does not fit."""
     folder = Path(config.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -455,7 +461,7 @@ def prepare(config: SweepConfig, device: torch.device) -> Setup:
 def make_extractors(
     config: SweepConfig, images: Dataset | None, device: torch.device
 ) -> list[FeatureExtractor]:
-    """The extractors in the order of the configuration. Raises ValueError, OSError, ImportError."""
+    """Make the extractors in the order of the configuration. Raises ValueError, OSError, ImportError."""
     weights = [config.extractor_weights] + [None] * (len(config.extractor) - 1)
     return [
         make_extractor(name, path, images, config.folder, device)
@@ -466,7 +472,7 @@ def make_extractors(
 def make_judges(
     config: SweepConfig, extractors: list[FeatureExtractor], images: Dataset | None, samples: int
 ) -> Iterator[Judge]:
-    """The extractors with features of reference and held-out images. Raises ValueError, OSError."""
+    """Yield the extractors with features of reference and held-out images. Raises ValueError, OSError."""
     settings = (config.batch_size, config.floor_splits, config.seed)
     keep = config.keep
     for name, extractor in zip(config.extractor, extractors, strict=True):
@@ -477,7 +483,7 @@ def make_judges(
 
 
 def check_prompts(exports: list[Export], prompts: Captions | None) -> None:
-    """Raises ValueError for weights whose prompts are not asked for, or cannot be had from the reference."""
+    """Raise ValueError for weights whose prompts are not asked for, or cannot be had from the reference."""
     for path, facts in exports:
         text = facts["model"].get("text")
         if text and prompts is None:
@@ -490,7 +496,7 @@ def check_prompts(exports: list[Export], prompts: Captions | None) -> None:
 
 
 def check_class_names(exports: list[Export]) -> None:
-    """Raises ValueError for weights whose names of classes are not one text for each class."""
+    """Raise ValueError for weights whose names of classes are not one text for each class."""
     for path, facts in exports:
         names, classes = facts["data"].get("class_names"), facts["model"]["classes"]
         fit = isinstance(names, list) and len(names) == classes and all(isinstance(x, str) for x in names)
@@ -500,7 +506,7 @@ def check_class_names(exports: list[Export]) -> None:
 
 
 def check_shapes(exports: list[Export], extractor: FeatureExtractor) -> None:
-    """Raises ValueError for weights that make pictures of another shape than a classifier or pixels take."""
+    """Raise ValueError for weights that make pictures of another shape than a classifier or pixels take."""
     if not isinstance(extractor, SmallImageClassifier | Pixels):
         return
     for path, facts in exports:
@@ -516,7 +522,7 @@ def check_shapes(exports: list[Export], extractor: FeatureExtractor) -> None:
 def check_metrics(
     config: SweepConfig, images: Dataset | None, extractor: FeatureExtractor, samples: int
 ) -> None:
-    """Raises ValueError for a metric that this reference, extractor or number of samples cannot give."""
+    """Raise ValueError for a metric that this reference, extractor or number of samples cannot give."""
     fewest = max(METRICS[name] for name in config.metrics)
     if samples < fewest:
         names = ", ".join(config.metrics)
@@ -530,7 +536,7 @@ def check_metrics(
 
 
 def sweep(config: SweepConfig) -> list[dict[str, Any]]:
-    """Scores every cell that has no result yet; returns the rows of this sweep's cells."""
+    """Score every cell that has no result yet; return the rows of all of this sweep's cells."""
     device = torch.device("cuda", dist.get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     setup = prepare(config, device)
     results = Path(config.folder) / "results.jsonl"
@@ -560,12 +566,12 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
 
 
 def make_generator(config: SweepConfig, path: str | Path, device: torch.device) -> Generator:
-    """Weights that sample as the configuration says."""
+    """Load weights that sample as the configuration says."""
     return Generator(path, device, config.dtype, PROTOCOLS[config.protocol].rounding, config.vae)
 
 
 def main(arguments: list[str]) -> None:
-    """Command line: SWEEP.yaml [key=value ...]."""
+    """Run the command line: SWEEP.yaml [key=value ...]."""
     answer(arguments, "composer eval/sweep.py SWEEP.yaml [key=value ...]", __doc__, SweepConfig)
     device = get_device("gpu" if torch.cuda.is_available() else "cpu")
     dist.initialize_dist(device, timeout=3600)  # one rank copies weights or trains a classifier, others wait

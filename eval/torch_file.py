@@ -45,7 +45,7 @@ class TorchFile:
     """An open file of `torch.save`. content: what its pickle holds, tensors as `Node`s (see `tensor`)."""
 
     def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
-        """`size`: bytes of the file. Raises RefusedPickle, or one of DAMAGE."""
+        """Read the pickle of a file of `size` bytes. Raises RefusedPickle, or one of DAMAGE."""
         self.archive, self.used = archive, set()
         self.members = {info.filename: info for info in archive.infolist()}
         for info in archive.infolist():

@@ -16,7 +16,7 @@ TOO_MUCH = 0.5  # of what separates the worst case from the best
 
 
 def doubts(classifier: SmallImageClassifier, images: Tensor, labels: Tensor, total: int) -> list[str]:
-    """Sentences that say why not to trust the classifier; none if nothing speaks against it.
+    """Return the reasons not to trust the classifier, in sentences; none if nothing speaks against it.
 
     images: real ones, uint8 (N, C, S, S); labels: (N,); total: how many there are in the whole reference.
     """
@@ -51,12 +51,12 @@ def doubts(classifier: SmallImageClassifier, images: Tensor, labels: Tensor, tot
 
 
 def _share(value: float, worst: float, best: float) -> float:
-    """How far a value is on the way from the worst to the best."""
+    """Return how far a value is on the way from the worst to the best."""
     return (value - worst) / max(best - worst, 1e-9)
 
 
 def _strangers(features: Tensor, labels: Tensor) -> tuple[float, float]:
-    """The share of rows (N, F) whose nearest other row has another label (N,), and what chance makes it."""
+    """Return the share of rows (N, F) whose nearest other has another label (N,), and that by chance."""
     distances = torch.cdist(features, features).fill_diagonal_(torch.inf)
     strangers = float((labels[distances.argmin(1)] != labels).double().mean())
     shares = labels.bincount().double() / len(labels)
@@ -64,7 +64,7 @@ def _strangers(features: Tensor, labels: Tensor) -> tuple[float, float]:
 
 
 def shuffled(images: Tensor, seed: int = 0) -> Tensor:
-    """The images (N, C, H, W) with the pixels of each in a random order."""
+    """Return the images (N, C, H, W) with the pixels of each in a random order."""
     n, channels, height, width = images.shape
     order = torch.rand(n, 1, height * width, generator=torch.Generator().manual_seed(seed)).argsort(-1)
     return images.flatten(2).gather(2, order.expand(-1, channels, -1).to(images.device)).view_as(images)

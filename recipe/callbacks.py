@@ -15,25 +15,28 @@ from composer.core import Callback, Event, State, Time, get_precision_context
 from composer.loggers import Logger, LoggerDestination, WandBLogger
 from composer.utils import create_interval_scheduler, dist
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 
-from recipe.algorithms import average_of_child, check_finite, unwrap
+from recipe.checkpoints import Owner
 from recipe.config import ConfigError, GridConfig, TrainConfig
-from recipe.data import Normalizer, to_uint8
+from recipe.ema import average_of_child
+from recipe.guard import check_finite
 from recipe.model import GenerativeModel
-from recipe.plan import step_flops
+from recipe.objectives.base import Condition
+from recipe.parallel import on_rank_zero, unwrap
+from recipe.pictures import grid, to_pixels
+from recipe.preemption import Preemption
 from recipe.pretrained import load_vae
-from recipe.resume import Owner, Preemption, on_rank_zero
-from recipe.sampler import grid, initial_noise, sample
+from recipe.sampler import initial_noise, sample
 from recipe.text import Text
 from recipe.weights import save_weights
 from storage import writing
 
 
 def inference_facts(model: GenerativeModel, data: dict[str, Any]) -> dict[str, Any]:
-    """`method` and `data` of the weights' JSON (see recipe/weights.py)."""
+    """Return `method`, `data` and `finished` of the weights' JSON (see recipe/weights.py)."""
     statistics = {name: getattr(model.normalizer, name).flatten().tolist() for name in ("mean", "std")}
     facts = {"method": model.objective.facts(), "data": {**data, **statistics}}
     if model.objective.finished:
@@ -52,15 +55,16 @@ class ExportWeights(Callback):
     def __init__(
         self, config: TrainConfig, data: dict[str, Any], preemption: Preemption, owner: Owner
     ) -> None:
-        self.folder, self.averages, self.data = Path(config.folder, "weights"), config.export, data
-        self.objective = config.objective
+        self.folder = Path(config.folder, "weights")
+        self.averages, self.objective = config.export, config.objective
+        self.data = data
         self.preemption, self.owner = preemption, owner
         self.due: Callable[[State, Event], bool] = create_interval_scheduler(config.export_interval)
         self.last = -1
         self.description = ""
 
     def state_dict(self) -> dict[str, str]:
-        """One string, the same leaf in full and in sharded checkpoints."""
+        """Return the description as one string, the same leaf in full and in sharded checkpoints."""
         return {"description": self.description}
 
     def load_state_dict(self, state: dict[str, str]) -> None:
@@ -82,7 +86,7 @@ class ExportWeights(Callback):
             self.description = json.dumps({**json.loads(self.description), "finished": finished})
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        """Exports when due; after the averages, which are algorithms and run before callbacks."""
+        """Export when it is due; the averages, which are algorithms, have been updated by then."""
         if event == Event.INIT:
             model = unwrap(state.model)
             description = {"model": asdict(model.net.config), **inference_facts(model, self.data)}
@@ -93,7 +97,7 @@ class ExportWeights(Callback):
             self.export(state)
 
     def export(self, state: State) -> None:
-        """Gathers the weights on rank 0 and writes them there. Raises DivergedError, StorageError."""
+        """Gather the weights on rank 0 and write them there. Raises DivergedError, StorageError."""
         step = int(state.timestamp.batch)
         if step == self.last:
             return
@@ -127,21 +131,22 @@ class SampleGrid(Callback):
     """
 
     def __init__(self, folder: str, config: GridConfig, column: str) -> None:
-        self.folder, self.config, self.column = Path(folder), config, column
+        self.folder = Path(folder)
+        self.config, self.column = config, column
         self.due: Callable[[State, Event], bool] = create_interval_scheduler(config.interval)
         wanted = column == "latents" and config.vae and dist.get_global_rank() == 0
         self.vae = load_vae(config.vae) if wanted else None
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        """Draws when due; after the averages, which are algorithms and run before callbacks."""
+        """Draw when it is due; the averages, which are algorithms, have been updated by then."""
         if event != Event.BATCH_CHECKPOINT or not self.due(state, event):
             return
         for nfe in self.config.nfe:
             with get_precision_context(state.precision):
                 x0 = self.sample(unwrap(state.model), nfe, state.train_dataloader)
             if dist.get_global_rank() == 0:
-                images = pictures(x0, unwrap(state.model).normalizer, self.column, self.vae)
-                picture = grid(images, self.config.columns)
+                images = to_pixels(x0, unwrap(state.model).normalizer, self.column, self.vae)
+                picture = grid(images.cpu(), self.config.columns)
                 path = self.folder / f"ba{int(state.timestamp.batch):07d}-nfe{nfe}.png"
                 with writing(path):
                     self.folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +154,7 @@ class SampleGrid(Callback):
                 logger.log_images(picture, name=f"samples/nfe{nfe}", channels_last=True, use_table=False)
 
     def sample(self, model: GenerativeModel, nfe: int, loader: DataLoader) -> Tensor:
-        """Normalised images (labels x columns, C, H, W), row by row."""
+        """Draw normalised images (labels x columns, C, H, W) from the evaluation average, row by row."""
         net = model.net.config
         device, columns = model.normalizer.mean.device, self.config.columns
         if net.text is None:
@@ -162,50 +167,33 @@ class SampleGrid(Callback):
             }
             text, ema = Text(rows["text"], rows["text_length"]), model.prompted(model.ema, rows)
             label = rows["label"].clamp(max=net.classes)
-            label = label if net.classes else model.prompts.unlabelled(label, text, net.null)
+            label = label if net.classes else model.prompts.unlabelled(label, text)
         seeds, dtype = torch.arange(len(label), device=device), model.normalizer.mean.dtype
         noise = initial_noise(seeds, (net.channels, net.size, net.size), dtype)
-        objective = model.objective
-        return sample(ema, noise, label, nfe, objective.default_w, objective, model.null)
-
-
-def pictures(x0: Tensor, normalizer: Normalizer, column: str, vae: nn.Module | None) -> Tensor:
-    """Network output (B, C, H, W) => uint8 pixels (B, 1 or 3, ...).
-
-    Latents go through the autoencoder; without one their first three channels are shown as colours, two
-    standard deviations on either side of grey.
-    """
-    if column == "image":
-        return to_uint8(normalizer.invert(x0))
-    if vae is None:
-        return to_uint8(127.5 + 63.75 * x0[:, :3])
-    latents = normalizer.invert(x0).to(vae.device, vae.dtype)
-    with torch.no_grad():
-        decoded = [vae.decode(one).sample.float() for one in latents.split(1)]
-    return to_uint8(127.5 + 127.5 * torch.cat(decoded))
+        asked = Condition(label, model.objective.default_w, net.null)
+        return sample(ema, noise, asked, nfe, model.objective)
 
 
 class Throughput(SpeedMonitor):
-    """Composer's SpeedMonitor, told the FLOPs of a batch: images/s, FLOP/s and, where the peak is known, MFU.
+    """Composer's SpeedMonitor with the FLOPs of a batch: images/s, FLOP/s and, where the peak is known, MFU.
 
-    FLOPs are those of `plan.step_flops`: nothing that is recomputed counts. window: batches averaged over;
+    window: batches averaged over; flops: of one sample in a step, nothing recomputed (`plan.step_flops`);
     peak_tflops: of one device, None for Composer's table of GPUs.
     """
 
-    def __init__(self, window: int, peak_tflops: float | None = None) -> None:
+    def __init__(self, window: int, flops: float, peak_tflops: float | None = None) -> None:
         peak = None if peak_tflops is None else peak_tflops * 1e12
         super().__init__(window_size=window, gpu_flops_available=peak)
+        self.flops = flops
 
     def init(self, state: State, logger: Logger) -> None:
-        """Gives the model the method that SpeedMonitor calls."""
-        model = unwrap(state.model)
-        flops = step_flops(model.net.config, model.objective)
-        model.flops_per_batch = lambda batch: flops * len(batch["sample"])
+        """Give the model the method that SpeedMonitor calls."""
+        unwrap(state.model).flops_per_batch = lambda batch: self.flops * len(batch["sample"])
         super().init(state, logger)
 
 
 class LossByTime(Callback):
-    """Mean of each term of the loss in quarters of its time, over `interval` batches and all ranks.
+    """Logs the mean of each term of the loss in quarters of its time, over `interval` batches and all ranks.
 
     What the map jumps over goes by the gap t - s (0.75-1: nearly from noise to data in one step), a velocity
     by its time. A quarter without samples is left out.
@@ -218,13 +206,13 @@ class LossByTime(Callback):
         self.totals: dict[str, Tensor] = {}
 
     def after_loss(self, state: State, logger: Logger) -> None:
-        """Adds this microbatch's sums and counts, (2, 4 quarters) a term, on its device."""
+        """Add this microbatch's sums and counts, (2, 4 quarters) a term, on its device."""
         for name, term in state.outputs.terms.items():
             sums = quarter_sums(term.time, term.value)
             self.totals[name] = self.totals[name] + sums if name in self.totals else sums
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Logs the means when they are due."""
+        """Log the means when they are due."""
         if int(state.timestamp.batch) % self.interval:
             return
         for name, totals in self.totals.items():
@@ -235,7 +223,7 @@ class LossByTime(Callback):
 
 
 def quarter_sums(time: Tensor, value: Tensor) -> Tensor:
-    """Sums of `value` (B,) over the quarters of `time` (B,) in [0, 1], and their counts: float64 (2, 4)."""
+    """Return sums of `value` (B,) over the quarters of `time` (B,) in [0, 1], and counts: float64 (2, 4)."""
     quarter = (4 * time).long().clamp(max=3)
     member = torch.nn.functional.one_hot(quarter, 4).bool()
     return torch.stack([torch.where(member, value[:, None].double(), 0.0).sum(0), member.double().sum(0)])
@@ -248,21 +236,22 @@ class JSONLines(LoggerDestination):
     """
 
     def __init__(self, path: str, interval: int, owner: Owner) -> None:
-        self.path, self.interval, self.owner = Path(path), Time(interval, "ba"), owner
+        self.path, self.owner = Path(path), owner
+        self.interval = Time(interval, "ba")
         self.row: dict[str, float] = {}
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Collects what has been logged since the last line."""
+        """Collect what has been logged since the last line."""
         self.row.update(metrics)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Writes a line when it is due. Raises StorageError, on all ranks."""
+        """Write a line when it is due. Raises StorageError, on all ranks."""
         if int(state.timestamp.batch) % self.interval.value == 0:
             on_rank_zero(lambda: self.write(int(state.timestamp.batch)))
         self.row.clear()
 
     def write(self, step: int) -> None:
-        """Appends one line, where the file is still this start's."""
+        """Append one line, unless a later start of this run has the file."""
         self.owner.check_files()
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +260,7 @@ class JSONLines(LoggerDestination):
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends a line to a file, in place of half a line that a full disk may have left at its end."""
+    """Append a line to a file, in place of half a line that a full disk may have left at its end."""
     with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -284,5 +273,5 @@ class MetricsToWandB(WandBLogger):
     """Weights & Biases for metrics alone; Composer would also look there for a checkpoint to resume from."""
 
     def download_file(self, *args: object, **kwargs: object) -> None:
-        """No file ever comes from there."""
+        """Refuse: no file ever comes from Weights & Biases."""
         raise NotImplementedError

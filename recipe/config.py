@@ -18,24 +18,23 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from yaml import YAMLError
 
-from recipe.algorithms import EMAConfig, StepConfig
 from recipe.commands import YAMLS
 from recipe.data import DataConfig
 from recipe.dit import DiTConfig
+from recipe.ema import EMAConfig
+from recipe.guard import StepConfig
 from recipe.objectives import TVM, AnyObjective
+from recipe.optimizer import OptimizerConfig
 from recipe.parallel import ParallelConfig
 from recipe.settings import (
     MISSING,
-    BelowOne,
     ConfigError,
     Count,
     Duration,
-    DurationOrZero,
     FileName,
     Filled,
     LocalPath,
     Many,
-    NotNegative,
     Place,
     Positive,
     Says,
@@ -49,35 +48,6 @@ from recipe.settings import (
 )
 
 T = TypeVar("T")
-
-
-@dataclass
-class OptimizerConfig(Settings):
-    """AdamW, its learning rate over time; the defaults are the paper's."""
-
-    lr: Positive = Field(1e-4, description="Learning rate after the warm-up.")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant",
-        description="How the learning rate goes on after the warm-up; linear and cosine reach zero at the "
-        "end of duration.",
-    )
-    warmup: DurationOrZero = Field(
-        "0ba",
-        description="Time over which the learning rate grows linearly: over N steps it is lr/N in the first "
-        "and lr in the last of them.",
-    )
-    betas: list[BelowOne] = Field(
-        [0.9, 0.95],
-        min_length=2,
-        max_length=2,
-        description="Decay per step of AdamW's running means of the gradient and of its square.",
-    )
-    eps: Positive = Field(
-        1e-8, description="Number that AdamW adds to the root of the second moment before it divides by it."
-    )
-    weight_decay: NotNegative = Field(
-        0.0, description="AdamW's decoupled weight decay, which is multiplied by the learning rate."
-    )
 
 
 @dataclass
@@ -170,7 +140,7 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def combinations(self) -> TrainConfig:
-        """Raises ConfigError for settings that exclude each other."""
+        """Raise ConfigError for settings that exclude each other."""
         if self.save_keep == 0:
             raise ConfigError("save_keep: 0 must be a whole number from 1 to 1000, or -1 for all")
         if self.microbatch is not None and self.microbatch > self.data.batch_size:
@@ -187,6 +157,33 @@ class TrainConfig(Settings):
         if not all(label <= self.model.classes for label in self.grid.labels):
             raise ConfigError(f"grid.labels: {self.grid.labels} must be in 0..{self.model.classes}")
         return self
+
+
+def uneven_microbatch(config: TrainConfig, share: int) -> list[str]:
+    """Refuse a smaller last microbatch with `compile`: blocks are compiled for each size, which doubles the
+    graphs and exceeds dynamo's limit of eight. share: a rank's samples of a batch.
+    """
+    size = config.microbatch
+    if not config.parallel.compile or size is None or size >= share or share % size == 0:
+        return []
+    below = max(n for n in range(1, size) if share % n == 0)
+    return [
+        f"microbatch: {size} does not divide the {share} samples of a rank, and parallel.compile wants "
+        f"microbatches of one size. Fix: set microbatch={below}"
+    ]
+
+
+def divisible(config: TrainConfig, ranks: int) -> list[str]:
+    """Say what does not divide evenly: the global batch, a rank's share of it, and the ranks themselves."""
+    problems = []
+    try:
+        share = config.data.per_rank(ranks)
+        problems += uneven_microbatch(config, share)
+    except ValueError as error:
+        problems.append(str(error))
+    if ranks % config.parallel.replicas:
+        problems.append(f"parallel.replicas: {config.parallel.replicas} does not divide the {ranks} ranks")
+    return problems
 
 
 def find_yaml(name: str, folder: Path = Path()) -> Path:
@@ -237,7 +234,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def read_overrides(overrides: list[str]) -> dict[str, Any]:
-    """key=value arguments as a configuration."""
+    """Return key=value arguments as a configuration. Raises ConfigError."""
     given: dict[str, Any] = {}
     for override in overrides:
         if "=" not in override or override.startswith("-"):
@@ -252,7 +249,7 @@ def read_overrides(overrides: list[str]) -> dict[str, Any]:
 
 
 def check_references(value: Any, key: str = "") -> None:  # noqa: ANN401
-    """Raises ConfigError for what OmegaConf would compute.
+    """Raise ConfigError for a value that OmegaConf would compute.
 
     A value may refer to another key, ${folder}; but what a resolver computes or reads from the environment
     may not end up in a name that goes to a bucket.
@@ -265,8 +262,10 @@ def check_references(value: Any, key: str = "") -> None:  # noqa: ANN401
 
 
 def overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on `under`, section by section; where it names another objective, that section begins anew, and
-    so does `objective.features`, which could only grow otherwise.
+    """Return `over` laid on `under`, section by section.
+
+    Where it names another objective, that section begins anew, and so does `objective.features`, which could
+    only grow otherwise.
     """
     name, section = objective_name(over, ""), over.get("objective")
     if name and name != objective_name(under, TVM.name):
@@ -284,7 +283,7 @@ def objective_name(config: dict[str, Any], default: str) -> str:
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on `under`, both of plain containers; a key that still has to be given replaces nothing."""
+    """Return `over` laid on `under`, both plain containers; a key yet to be given replaces nothing."""
     merged = dict(under)
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
@@ -295,7 +294,7 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def missing(config: dict[str, Any], above: str = "") -> Iterator[str]:
-    """The keys that still have to be given."""
+    """Yield the keys that still have to be given."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from missing(value, f"{above}{key}.")
@@ -304,7 +303,7 @@ def missing(config: dict[str, Any], above: str = "") -> Iterator[str]:
 
 
 def load_config(schema: type[T], path: str | None, overrides: list[str]) -> T:
-    """The configuration as an instance of `schema`; path None: its defaults. Raises ConfigError.
+    """Read a configuration as an instance of `schema`; path None means its defaults. Raises ConfigError.
 
     OmegaConf reads the user's own YAML and overrides, and resolves their references; it sees nothing else.
     """
@@ -321,5 +320,5 @@ def load_config(schema: type[T], path: str | None, overrides: list[str]) -> T:
 
 
 def as_dict(config: Any) -> dict[str, Any]:  # noqa: ANN401
-    """The configuration as plain containers, to log and to print."""
+    """Return the configuration as plain containers, to log and to print."""
     return asdict(config)

@@ -15,7 +15,7 @@ from composer.utils import dist
 
 from recipe import commands
 from recipe.config import TrainConfig
-from recipe.optimizer import steps
+from recipe.optimizer import in_steps
 from storage.manifest import Manifest
 
 log = logging.getLogger("recipe.train")
@@ -70,7 +70,7 @@ class ConsoleLines(LoggerDestination):
         late = seconds >= EVERY or not self.said
         if step % self.config.log.interval or not done or not late:
             return
-        last = steps(self.config.duration, len(state.train_dataloader), self.config.data.batch_size)
+        last = in_steps(self.config.duration, len(state.train_dataloader), self.config.data.batch_size)
         log.info("%s: %s", self.config.run_name, self.line(step, last, seconds / done))
         self.since, self.said = (now, step), True
 

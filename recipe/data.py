@@ -1,4 +1,4 @@
-"""Training data: MDS shards => dict batches of {image | latents, label, sample} => normalised network input.
+"""Training data: MDS shards => dict batches of {image | latents, label, sample}.
 
 Streaming's silent traps are closed: shards are checked before they count as present, a failed download ends
 the run instead of the epoch, and a cache serves one job at a time.
@@ -30,11 +30,10 @@ from pydantic.dataclasses import dataclass
 from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.util import bytes_to_int
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import TypedDict
 
 from recipe import patches
-from recipe.draws import Stream, keys, normal
 from recipe.settings import ConfigError, Count, LocalPath, Number, Place, Says, Settings
 from recipe.text import TextConfig, byte_tokens
 from storage import Folder, StorageError, attempt, writing
@@ -49,13 +48,13 @@ from storage.manifest import (
     read_manifest,
     stored_file,
 )
-from storage.outside import LARGEST, read_bytes
+from storage.outside import LARGEST, file_digest, read_bytes
 
 SHUFFLE_WINDOW = 1 << 18  # samples of each canonical node among which the order is drawn; Streaming's default
 
 
 def size_of(text: str) -> str:
-    """A size in bytes that is more than none. Raises ValueError."""
+    """Return a size that is more than no bytes. Raises ValueError for any other."""
     if bytes_to_int(text) <= 0:
         raise ValueError
     return text
@@ -106,7 +105,7 @@ class DataConfig(Settings):
 
     @model_validator(mode="after")
     def combinations(self) -> DataConfig:
-        """Raises ConfigError for a limit of nothing."""
+        """Raise ConfigError for a limit of a copy that is not made."""
         if self.cache_limit and not self.remote:
             raise ConfigError(
                 f"cache_limit: {self.cache_limit} limits the copy of data.remote, which is not set"
@@ -119,7 +118,7 @@ class DataConfig(Settings):
         return bytes_to_int(self.cache_limit) if self.cache_limit else None
 
     def per_rank(self, ranks: int) -> int:
-        """Samples of a global batch on each rank. Raises ValueError."""
+        """Return how many samples of a global batch each rank has. Raises ValueError."""
         if self.batch_size % ranks:
             raise ValueError(f"data.batch_size: {self.batch_size} is not a multiple of the {ranks} ranks")
         return self.batch_size // ranks
@@ -131,7 +130,6 @@ class DataConfig(Settings):
 
 
 log = logging.getLogger("recipe.data")
-CHUNK = 1 << 24  # bytes that a checksum reads at a time
 
 
 def in_place(remote: str | None, local: str) -> bool:
@@ -140,7 +138,8 @@ def in_place(remote: str | None, local: str) -> bool:
 
 
 def local_index(remote: str | None, local: str, manifest: Manifest) -> list[Shard]:
-    """The shards of this node's index.json; fetched where it is missing, damaged or of another dataset.
+    """Return the shards of this node's index.json, which is fetched where it is missing, damaged or
+    another's.
 
     Raises DatasetError where the dataset itself lies here, or its own index is wrong; StorageError.
     """
@@ -158,25 +157,20 @@ def local_index(remote: str | None, local: str, manifest: Manifest) -> list[Shar
     return entries
 
 
-def damage(path: Path, expected: File, checksums: bool) -> str | None:
+def file_damage(path: Path, expected: File, checksums: bool) -> str | None:
     """Return what is wrong with the file of a shard, or None."""
     try:
         if (size := path.stat().st_size) != expected["bytes"]:
             return f"has {size} bytes, its index says {expected['bytes']}"
-        if checksums:
-            digest = xxhash.xxh64()
-            with path.open("rb") as file:
-                while block := file.read(CHUNK):
-                    digest.update(block)
-            if digest.hexdigest() != expected["hashes"]["xxh64"]:
-                return "has another checksum than its index says"
+        if checksums and file_digest(path, xxhash.xxh64()) != expected["hashes"]["xxh64"]:
+            return "has another checksum than its index says"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return None
 
 
 def check_local(remote: str | None, local: str, manifest: Manifest, checksums: bool) -> None:
-    """Compares this node's files with the index, and that with the manifest.
+    """Compare this node's files with the index, and that with the manifest.
 
     A damaged file of a cache is deleted, so that it is fetched again. Raises DatasetError for one of a
     dataset that lies here itself, StorageError where the index cannot be fetched.
@@ -186,7 +180,7 @@ def check_local(remote: str | None, local: str, manifest: Manifest, checksums: b
     needed = {stored_file(entry)["basename"] for entry in entries} if ours else set()
     there = [file for file in files if file["basename"] in needed or Path(local, file["basename"]).exists()]
     with ThreadPoolExecutor() as pool:  # xxhash and reading let go of the interpreter
-        found = pool.map(lambda file: damage(Path(local, file["basename"]), file, checksums), there)
+        found = pool.map(lambda file: file_damage(Path(local, file["basename"]), file, checksums), there)
         for file, problem in zip(there, found, strict=True):
             path = Path(local, file["basename"])
             if problem and ours:
@@ -198,7 +192,7 @@ def check_local(remote: str | None, local: str, manifest: Manifest, checksums: b
 
 
 def prepare_local(remote: str | None, local: str, manifest: Manifest, checksums: bool) -> IO[str] | None:
-    """Claims this node's cache and checks its files, on local rank 0; all ranks call it. Returns the lock.
+    """Claim this node's cache and check its files, on local rank 0; all ranks call it. Returns the lock.
 
     Raises DatasetError on all ranks where one node cannot go on.
     """
@@ -288,7 +282,9 @@ class TrainingDataset(StreamingDataset):
         verify: bool = True,
         **options: Any,  # noqa: ANN401
     ) -> None:
-        """manifest: read where it is not given; verify: see `DataConfig`; options: of Streaming's class."""
+        """Open a dataset; manifest: read where it is not given; verify: see `DataConfig`; options: of
+        Streaming.
+        """
         self._event = SharedFlag()  # set by the thread that fails; Streaming's own is for one worker
         self._present: set[int] = set()  # shards that this worker has seen to be there
         self._failure = "another worker of this rank could not read a shard, see its message"
@@ -322,14 +318,14 @@ class TrainingDataset(StreamingDataset):
         return samples[: mine * self.batch_size]
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Between two epochs that is the start of the next one; Streaming would start the old one again."""
+        """Return the position; between two epochs it is in the next, where Streaming repeats the old one."""
         state = super().state_dict(num_samples, from_beginning)
         if from_beginning and num_samples == 0:
             state["epoch"] = max(state["epoch"], self.next_epoch)
         return state
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Looking ahead, take Streaming's slow file lock only for a shard not seen to be there."""
+        """Fetch a shard; looking ahead, take Streaming's slow file lock only for one not seen to be there."""
         if shard_id in self._present and not blocking and not self.cache_limit:
             return
         super().prepare_shard(shard_id, blocking)
@@ -355,7 +351,7 @@ class TrainingDataset(StreamingDataset):
 
     @contextmanager
     def _leaving(self, it: Any) -> Iterator[None]:  # noqa: ANN401
-        """Streaming waits for its threads to say that they left; one that fails must say it too."""
+        """Let a thread that fails say that it left, since Streaming waits for that."""
         try:
             yield
         except Exception as error:
@@ -367,7 +363,7 @@ class TrainingDataset(StreamingDataset):
 
 
 def collate(samples: list[dict[str, Any]], text: TextConfig | None = None) -> dict[str, Tensor]:
-    """Dicts of arrays and integers to a dict of tensors, captions to what `text` asks for (None: nothing).
+    """Turn dicts of arrays and integers into a dict of tensors, captions into what `text` asks for.
 
     np.stack copies Streaming's read-only arrays.
     """
@@ -383,7 +379,7 @@ def collate(samples: list[dict[str, Any]], text: TextConfig | None = None) -> di
 def train_loader(
     config: DataConfig, seed: int, text: TextConfig | None = None, manifest: Manifest | None = None
 ) -> StreamingDataLoader:
-    """This rank's share of the global batch, in an order that depends on the seed and the epoch alone.
+    """Return the loader of this rank's share of each batch, in an order that depends on seed and epoch alone.
 
     manifest: the dataset's, read where it is not given.
     """
@@ -410,45 +406,3 @@ def train_loader(
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
     )
-
-
-class Normalizer(nn.Module):
-    """Stored sample => network input x0 = (value - mean) / std per channel, and back to uint8 pixels."""
-
-    def __init__(self, mean: list[float], std: list[float]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
-
-    def forward(self, batch: dict[str, Tensor], step: Tensor, seed: int) -> Tensor:
-        """(B, C, H, W). Latents are drawn from the posterior, keyed by (seed, step, sample id)."""
-        if "image" in batch:
-            value = batch["image"].to(self.mean.dtype)
-        else:
-            mean, std = batch["latents"].to(self.mean.dtype).chunk(2, 1)
-            noise = normal(keys(seed, step, batch["sample"], Stream.POSTERIOR), *mean.shape[1:])
-            value = mean + std * noise.to(mean.dtype)
-        return (value - self.mean) / self.std
-
-    def invert(self, x0: Tensor) -> Tensor:
-        """Network output (B, C, H, W) => stored values."""
-        return x0 * self.std + self.mean
-
-
-def to_uint8(values: Tensor) -> Tensor:
-    """Pixel values in 0..255 units => uint8, rounded to nearest."""
-    return values.round().clamp(0, 255).to(torch.uint8)
-
-
-def normalizer(config: DataConfig, manifest: Manifest) -> Normalizer:
-    """The normaliser that `data.normalize` asks for."""
-    channels = manifest.channels
-    if config.normalize == "pixels":
-        mean, std = [127.5] * channels, [127.5] * channels
-    elif config.normalize == "manifest":
-        mean, std = manifest.channel_mean, manifest.channel_std
-    else:
-        mean, std = config.normalize["mean"], config.normalize["std"]
-    if len(mean) != channels or len(std) != channels:
-        raise ValueError(f"data.normalize: needs {channels} values of mean and std, one per channel")
-    return Normalizer(list(mean), list(std))

@@ -76,7 +76,7 @@ class DiTConfig(Settings):
 
     @model_validator(mode="after")
     def combinations(self) -> DiTConfig:
-        """Fills in the preset. Raises ConfigError for sizes that do not divide each other."""
+        """Fill in the preset. Raises ConfigError for sizes that do not divide each other."""
         if self.preset is not None:
             vars(self).update(PRESETS[self.preset], patch=2)
         if self.width % self.heads:
@@ -103,7 +103,7 @@ class DiTConfig(Settings):
 
 
 def position_embedding(width: int, side: int) -> Tensor:
-    """Fixed 2-D sine-cosine embedding, (1, side^2, width): half from the column, half from the row."""
+    """Return the 2-D sine-cosine embedding, (1, side^2, width): half from the column, half from the row."""
     freqs = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * freqs
     line = torch.cat([angles.sin(), angles.cos()], -1)
@@ -149,13 +149,15 @@ class PatchEmbed(nn.Module):
 
 
 def patchify(x: Tensor, p: int) -> Tensor:
-    """(B, C, H, W) -> (B, N, C p p), tokens in row-major order."""
+    """Cut images (B, C, H, W) into tokens (B, N, C p p) in row-major order."""
     b, c, h, w = x.shape
     return x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)
 
 
 def unpatchify(z: Tensor, p: int, channels: int) -> Tensor:
-    """(B, N, p p C) -> (B, C, H, W); features are ordered (row, column, channel)."""
+    """Assemble images (B, C, H, W) from tokens (B, N, p p C), whose features are ordered (row, column,
+    channel).
+    """
     side = int(z.shape[1] ** 0.5)
     z = z.reshape(z.shape[0], side, side, p, p, channels)
     return z.permute(0, 5, 1, 3, 2, 4).reshape(z.shape[0], channels, side * p, side * p)
@@ -249,7 +251,7 @@ class Block(nn.Module):
     def forward(
         self, z: Dual, c: Dual, detach_tangent: bool = False, context: tuple[Tensor, Tensor] | None = None
     ) -> Dual:
-        """context: (B, L, D) and lengths (B,)."""
+        """Evaluate the block; context: tokens of text (B, L, D) and their lengths (B,)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)
         h = self.attn(dual.modulate(self.norm(z), shift1, scale1))
         z = dual.add(z, dual.mul(gate1, h))
@@ -332,7 +334,7 @@ class DiT(nn.Module):
     """F(x, t, d, label, beta); parameter names are those of the published weights."""
 
     def __init__(self, config: DiTConfig, initialize: bool = True) -> None:
-        """initialize=False leaves the weights to be loaded, which saves time."""
+        """Make the network; initialize=False leaves its weights to be loaded, which saves time."""
         super().__init__()
         self.config = config
         width, side = config.width, config.size // config.patch
@@ -358,7 +360,7 @@ class DiT(nn.Module):
         detach_tangent: bool = False,
         text: Text | None = None,
     ) -> Dual:
-        """F and, where x, t or d carries a tangent, its directional derivative.
+        """Return F and, where x, t or d carries a tangent, its directional derivative.
 
         x: (B, C, H, W); t, d: (B,) times in [0, 1] with d = t - s; label: (B,) int64 in 0..K, K meaning none;
         beta: (B,) = 1/w, or None to leave the guidance term out; detach_tangent: no gradient through the
@@ -401,7 +403,7 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Spectral norm 1 for every linear layer; modulation and output layers start at zero, so F = 0."""
+        """Give every linear layer spectral norm 1; modulation and output layers start at zero, so F = 0."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.label_std)

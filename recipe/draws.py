@@ -32,7 +32,7 @@ _MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
 
 
 def _shift_right(z: Tensor, n: int) -> Tensor:
-    """Logical shift of int64."""
+    """Shift int64 to the right, filling in zeros."""
     return (z >> n) & ((1 << (64 - n)) - 1)
 
 
@@ -43,7 +43,7 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def keys(seed: int, step: Tensor, sample: Tensor, stream: Stream) -> Tensor:
-    """One 64-bit key per sample: step and sample are int64 of shape (B,)."""
+    """Return one 64-bit key per sample; step and sample are int64 of shape (B,)."""
     key = torch.full_like(sample, seed)
     for part in (torch.full_like(sample, int(stream)), step, sample):
         key = _mix(key * _GAMMA + part + _GAMMA)
@@ -51,7 +51,7 @@ def keys(seed: int, step: Tensor, sample: Tensor, stream: Stream) -> Tensor:
 
 
 def uniform(key: Tensor, *shape: int) -> Tensor:
-    """Uniform numbers in the open interval (0, 1): float64 of shape (B, *shape)."""
+    """Return uniform numbers in the open interval (0, 1), float64 of shape (B, *shape)."""
     count = torch.Size(shape).numel()
     counter = torch.arange(1, count + 1, device=key.device) * _GAMMA
     bits = _shift_right(_mix(key[:, None] + counter), 11)
@@ -59,5 +59,5 @@ def uniform(key: Tensor, *shape: int) -> Tensor:
 
 
 def normal(key: Tensor, *shape: int) -> Tensor:
-    """Standard normal numbers by the inverse of the cumulative distribution: float64 of shape (B, *shape)."""
+    """Return standard normal numbers, float64 of shape (B, *shape), by inverting their distribution."""
     return torch.special.ndtri(uniform(key, *shape))

@@ -27,12 +27,12 @@ class Dual(NamedTuple):
 
 
 def dual(x: Tensor | Dual) -> Dual:
-    """A plain tensor becomes a pair with zero tangent; a pair stays as it is."""
+    """Return a plain tensor as a pair with zero tangent, and a pair as it is."""
     return x if isinstance(x, Dual) else Dual(x)
 
 
 def detach(x: Dual) -> Dual:
-    """No gradient through the tangent."""
+    """Return the pair without gradient through its tangent."""
     return Dual(x.value, None if x.tangent is None else x.tangent.detach())
 
 
@@ -42,31 +42,31 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
 
 
 def add(*pairs: Dual) -> Dual:
-    """Sum of pairs."""
+    """Return the sum of pairs."""
     return Dual(_sum(*(p.value for p in pairs)), _sum(*(p.tangent for p in pairs)))
 
 
 def mul(a: Dual, b: Dual) -> Dual:
-    """Product rule: (ab)' = a'b + ab'."""
+    """Return the product of two pairs: (ab)' = a'b + ab'."""
     left = None if a.tangent is None else a.tangent * b.value
     right = None if b.tangent is None else a.value * b.tangent
     return Dual(a.value * b.value, _sum(left, right))
 
 
 def map_linear(f, x: Dual) -> Dual:  # noqa: ANN001
-    """Any linear map f without a constant term (a reshape, a permutation) acts on both alike."""
+    """Apply a linear map f without a constant term (a reshape, a permutation) to value and tangent alike."""
     return Dual(f(x.value), None if x.tangent is None else f(x.tangent))
 
 
 def unbind(x: Dual, dim: int) -> list[Dual]:
-    """Slices along `dim`."""
+    """Return the slices of a pair along `dim`."""
     values = x.value.unbind(dim)
     tangents = [None] * len(values) if x.tangent is None else x.tangent.unbind(dim)
     return [Dual(*pair) for pair in zip(values, tangents, strict=True)]
 
 
 def linear(layer: torch.nn.Module, x: Dual) -> Dual:
-    """x W' + b; the tangent sees W alone. `layer` has `weight` of shape (out, in, ...) and `bias` (out)."""
+    """Return x W' + b; the tangent sees W alone. `layer` has `weight` (out, in, ...) and `bias` (out)."""
     weight = layer.weight.flatten(1)
     return Dual(
         F.linear(x.value, weight, layer.bias),
@@ -75,7 +75,7 @@ def linear(layer: torch.nn.Module, x: Dual) -> Dual:
 
 
 def silu(x: Dual) -> Dual:
-    """x sigmoid(x)."""
+    """Return x sigmoid(x)."""
     if x.tangent is None:
         return Dual(F.silu(x.value))
     gate = torch.sigmoid(x.value)
@@ -84,7 +84,7 @@ def silu(x: Dual) -> Dual:
 
 
 def linear_gelu(layer: torch.nn.Linear, x: Dual, detach_tangent: bool = False) -> Dual:
-    """`gelu` of `linear`."""
+    """Return `gelu` of `linear`, in one kernel where there is no tangent."""
     if x.tangent is None:
         return Dual(kernels.linear_gelu(x.value, layer.weight, layer.bias))
     h = linear(layer, x)
@@ -92,7 +92,7 @@ def linear_gelu(layer: torch.nn.Linear, x: Dual, detach_tangent: bool = False) -
 
 
 def gelu(x: Dual) -> Dual:
-    """GELU, tanh form."""
+    """Return GELU of x, in its tanh form."""
     if x.tangent is None:
         return Dual(F.gelu(x.value, approximate="tanh"))
     if not x.tangent.requires_grad:  # dynamo would give the function below zeros to differentiate
@@ -130,7 +130,7 @@ def _gelu_slope_times(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _gelu_second_derivative(x: Tensor) -> Tensor:
-    """g = x (1 + h) / 2, h = tanh(a x + c x^3). With i = a + 3 c x^2,
+    """Return g'' of g = x (1 + h) / 2, h = tanh(a x + c x^3). With i = a + 3 c x^2,
 
         g'' = (1 - h^2) (i + 3 c x^2 - x h i^2).
 
@@ -145,22 +145,22 @@ def _gelu_second_derivative(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Dual) -> Dual:
-    """x / sqrt(mean(x^2) + 1e-6) over the last axis; at least in float32."""
+    """Return x / sqrt(mean(x^2) + 1e-6) over the last axis, at least in float32."""
     return Dual(*kernels.rms_norm(*x))
 
 
 def layer_norm(x: Dual) -> Dual:
-    """LayerNorm without gain and bias: `rms_norm` of x - mean(x)."""
+    """Return LayerNorm without gain and bias: `rms_norm` of x - mean(x)."""
     return rms_norm(map_linear(lambda z: z - z.mean(-1, keepdim=True), x))
 
 
 def modulate(x: Dual, shift: Dual, scale: Dual) -> Dual:
-    """x (1 + scale) + shift; shift and scale (B, 1, D) apply to every token of x (B, N, D)."""
+    """Return x (1 + scale) + shift; shift and scale (B, 1, D) apply to every token of x (B, N, D)."""
     return add(mul(x, Dual(1 + scale.value, scale.tangent)), shift)
 
 
 def attention(qkv: Dual, q_gain: Tensor | None, k_gain: Tensor | None) -> Dual:
-    """Self-attention of a projection (B, N, 3, H, D) => (B, N, H, D), scores over sqrt(D).
+    """Return self-attention (B, N, H, D) of a projection (B, N, 3, H, D), with scores over sqrt(D).
 
     Queries and keys are RMS-normed with these gains (D,); not at all where both are None.
     """
@@ -168,14 +168,14 @@ def attention(qkv: Dual, q_gain: Tensor | None, k_gain: Tensor | None) -> Dual:
 
 
 def cross_attention(q: Dual, k: Tensor, v: Tensor, length: Tensor) -> Dual:
-    """Attention (B, H, N, D) to the first `length` (B,) of tokens (B, H, L, D) that have no tangent."""
+    """Return attention (B, H, N, D) to the first `length` (B,) of tokens (B, H, L, D) without tangent."""
     if q.tangent is None:
         return Dual(kernels.attention(q.value, k, v, lengths=length))
     return Dual(*kernels.jvp_attention(q.value, k, v, q.tangent, None, None, lengths=length))
 
 
 def sinusoid(u: Dual, width: int = 256, max_period: float = 10000.0) -> Dual:
-    """[cos(u f_i), sin(u f_i)] with f_i = max_period^(-2i/width): (B,) -> (B, width).
+    """Return [cos(u f_i), sin(u f_i)] with f_i = max_period^(-2i/width): (B,) => (B, width).
 
     The angles are taken in float64 and the result has the type of u: no factor of 1000 on the time.
     """

@@ -42,8 +42,9 @@ class FeatureExtractor(ABC):
 
     @abstractmethod
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pixels (N, C, H, W) in 0..255, uint8 or floats that gradients flow through => float64 features
-        (N, F) and, if the extractor has them, class scores (N, K).
+        """Return float64 features (N, F) and, if the extractor has them, class scores (N, K).
+
+        pixels: (N, C, H, W) in 0..255, uint8, or floats through which gradients flow.
         """
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -53,7 +54,7 @@ class FeatureExtractor(ABC):
             return self.forward(images)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """The features alone."""
+        """Return the features alone."""
         return self.features_and_logits(images)[0]
 
 
@@ -61,7 +62,7 @@ Device = str | torch.device
 
 
 def load_extractor(name: str, weights: str | None = None, device: Device = "cpu") -> FeatureExtractor:
-    """The extractor of `EXTRACTORS` called `name`.
+    """Load the extractor that `EXTRACTORS` calls `name`.
 
     weights: for "inception-2015" torch-fidelity's .pth file, for "dinov2-vitl14" a transformers folder, both
     fetched if not given; for "image-model" a transformers folder; for "classifier" the path given to
@@ -130,7 +131,7 @@ class SmallImageClassifier(FeatureExtractor):
         epochs: int = 20,
         num_features: int = 64,
     ) -> "SmallImageClassifier":
-        """Trains on 80 % of every class; `accuracy` is measured on the rest.
+        """Train on 80 % of every class; `accuracy` is measured on the rest.
 
         It takes about 5 seconds for 1,800 images of 8x8 on one core, leaves torch's random state alone and is
         deterministic for a given number of threads. With several ranks, train on one of them.
@@ -175,7 +176,7 @@ class SmallImageClassifier(FeatureExtractor):
 
     @classmethod
     def load(cls, path: str | Path | None, device: Device = "cpu") -> "SmallImageClassifier":
-        """Reads what `save` wrote to `path`. Raises FileNotFoundError or ValueError."""
+        """Read what `save` wrote to `path`. Raises FileNotFoundError or ValueError."""
         if path is None:
             raise FileNotFoundError("extractor classifier: no path to weights given")
         weights_file, facts_file = _files(path)
@@ -193,7 +194,7 @@ class SmallImageClassifier(FeatureExtractor):
             raise ValueError(f"{path} is not a classifier of this project: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Writes `path`.safetensors and, last, `path`.json."""
+        """Write `path`.safetensors and, last, `path`.json."""
         weights_file, facts_file = _files(path)
         weights_file.parent.mkdir(parents=True, exist_ok=True)
         # An interrupted save must not leave new weights beside the description of old ones.
@@ -213,12 +214,12 @@ class SmallImageClassifier(FeatureExtractor):
         return next(self.network.parameters()).device
 
     def to(self, device: Device) -> "SmallImageClassifier":
-        """Moves the network; returns self."""
+        """Move the network, and return self."""
         self.network.to(device)
         return self
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels (N, C, S, S) => features (N, F) and class scores (N, K)."""
+        """Return features (N, F) and class scores (N, K) of pixels (N, C, S, S)."""
         if pixels.shape[1:] != self.shape:
             wanted = "{} channels of {}x{} pixels".format(*self.shape)
             raise ValueError(f"expected images with {wanted}, got {tuple(pixels.shape[1:])}")
@@ -227,7 +228,7 @@ class SmallImageClassifier(FeatureExtractor):
         return features, self.network[-1](features)
 
     def logits(self, images: Tensor) -> Tensor:
-        """The class scores alone."""
+        """Return the class scores alone."""
         return self.features_and_logits(images)[1]
 
 
@@ -240,7 +241,7 @@ def _to_network(images: Tensor) -> Tensor:
 
 
 def _stratified(labels: Tensor, share: float) -> Tensor:
-    """Boolean mask (N,) of a random `share` of every class."""
+    """Return a boolean mask (N,) of a random `share` of every class."""
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
@@ -250,7 +251,7 @@ def _stratified(labels: Tensor, share: float) -> Tensor:
 
 
 def _build_network(settings: dict[str, Any]) -> nn.Sequential:
-    """Convolutions, halving the image until at most 3 pixels are left, then two linear layers."""
+    """Build convolutions, halving the image until at most 3 pixels are left, then two linear layers."""
     layers: list[nn.Module] = []
     channels, size, features = (settings[name] for name in ("channels", "size", "num_features"))
     while size > 3:
@@ -265,7 +266,7 @@ def _build_network(settings: dict[str, Any]) -> nn.Sequential:
 
 
 def _fit(network: nn.Module, images: Tensor, labels: Tensor, epochs: int, batch_size: int = 64) -> None:
-    """Minimises the cross-entropy by AdamW at a one-cycle rate, on images shifted by up to a pixel."""
+    """Minimise the cross-entropy by AdamW at a one-cycle rate, on images shifted by up to a pixel."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
     steps = epochs * -(-len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
@@ -319,7 +320,7 @@ class Inception2015(FeatureExtractor):
         self.resize = interpolate_bilinear_2d_like_tensorflow1x
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N, 2048) and, from the same pass, the logits (N, 1008) for the Inception score.
+        """Return features (N, 2048) and, from the same pass, the logits (N, 1008) for the Inception score.
 
         The graph's own `forward` takes uint8 alone; its layers stand in the order in which they are called.
         """
@@ -354,14 +355,14 @@ class ImageModel(FeatureExtractor):
         self.mean, self.std = (255 * torch.tensor(x, device=self.device).view(-1, 1, 1) for x in (mean, std))
 
     def preprocessing(self, weights: str) -> tuple[int, Sequence[float], Sequence[float]]:
-        """The model's input size in pixels, and mean and deviation of its input in 0..1."""
+        """Return the model's input size in pixels, and mean and deviation of its input in 0..1."""
         file = Path(weights, "preprocessor_config.json")
         told = json.loads(file.read_text()) if file.is_file() else {}
         size = getattr(self.network.config, "image_size", 224)
         return size, told.get("image_mean", IMAGENET_MEAN), told.get("image_std", IMAGENET_STD)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, None]:
-        """RGB or grey pixels (N, C, H, W) => features (N, F)."""
+        """Return features (N, F) of RGB or grey pixels (N, C, H, W)."""
         pixels = _to_rgb(pixels).to(self.device, torch.float32)
         pixels = F.interpolate(pixels, (self.size, self.size), mode="bicubic", antialias=True)
         options = {}
@@ -373,8 +374,9 @@ class ImageModel(FeatureExtractor):
 
 
 def _load_image_model(folder: str) -> tuple[nn.Module, bool]:
-    """The model of a transformers folder, of CLIP and its kin the vision part, and whether its pooled output
-    was trained. Raises ValueError where it cannot be loaded whole.
+    """Return the model of a transformers folder, and whether its pooled output was trained.
+
+    Of CLIP and its kin it is the vision part. Raises ValueError where it cannot be loaded whole.
     """
     from transformers import AutoModel
 
@@ -407,7 +409,7 @@ class DinoV2(ImageModel):
 
 
 def _fetched(model: str) -> str:
-    """The folder of a hub's model. Raises FileNotFoundError."""
+    """Return the folder of a hub's model, fetched if needed. Raises FileNotFoundError."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -427,7 +429,7 @@ class Pixels(FeatureExtractor):
     has_logits = False
 
     def __init__(self, shape: tuple[int, int, int], pool: int = 1, device: Device = "cpu") -> None:
-        """`shape`: (C, H, W) of an image. Raises ValueError."""
+        """Take images of `shape` (C, H, W). Raises ValueError where squares of `pool` do not divide them."""
         channels, height, width = self.shape = shape
         self.pool, self.device = pool, torch.device(device)
         self.num_features = channels * (height // pool) * (width // pool)
@@ -438,7 +440,7 @@ class Pixels(FeatureExtractor):
             )
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, None]:
-        """Pixels (N, C, H, W) => features (N, C H W / pool^2)."""
+        """Return features (N, C H W / pool^2) of pixels (N, C, H, W)."""
         return F.avg_pool2d(pixels.to(self.device, torch.float64), self.pool).flatten(1) / 32, None
 
 
@@ -475,7 +477,7 @@ class FeatureSet:
         self._matches = torch.zeros(1, dtype=torch.int64, device=extractor.device)
 
     def add(self, images: Tensor, index: Tensor, labels: Tensor | None = None) -> None:
-        """uint8 images (B, C, H, W); index: int64 (B,), their places in the set; labels: asked of them."""
+        """Add uint8 images (B, C, H, W); index: their places in the set, int64 (B,); labels: as asked."""
         features, logits = self.extractor.features_and_logits(images)
         self._moments.update(features)
         for name, kept in self._kept.items():
@@ -484,17 +486,17 @@ class FeatureSet:
             self._matches += (logits.argmax(1) == labels.to(logits.device)).sum()
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean (F,) and covariance (F, F) over all ranks."""
+        """Return mean (F,) and covariance (F, F) over all ranks."""
         return self._moments.compute()
 
     def rows(self, name: str) -> Tensor:
-        """The kept `features` (N, F) or `logits` (N, K) of all ranks, in the order of the index."""
+        """Return the kept `features` (N, F) or `logits` (N, K) of all ranks, in the order of the index."""
         gathered = [pair for part in dist.all_gather_object(self._kept[name]) for pair in part]
         index, rows = (torch.cat(parts) for parts in zip(*gathered, strict=True))
         return rows[index.argsort()]
 
     def matches(self) -> int:
-        """How many images the extractor's own classifier finds to be of the class that was asked for."""
+        """Return how many images are, by the extractor's own classifier, of the class that was asked for."""
         total = self._matches.clone()
         dist.all_reduce(total)
         return int(total)

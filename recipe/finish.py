@@ -14,15 +14,16 @@ from composer.utils import dist
 from torch import Tensor
 from tqdm import tqdm
 
-from recipe.algorithms import stepped, unwrap
+from recipe.checkpoints import RUN, read_json
 from recipe.config import ConfigError, TrainConfig
-from recipe.data import Normalizer
+from recipe.guard import stepped
+from recipe.normalizer import Normalizer
 from recipe.objectives import from_facts
 from recipe.objectives.frechet import Frechet, Match
+from recipe.parallel import on_rank_zero, unwrap
 from recipe.pretrained import hash_weights, load_decoder
 from recipe.reference import STATISTICS, MDSImages, content_digest, make_extractor, measure, statistics_for
-from recipe.resume import RUN, on_rank_zero, read_json
-from recipe.warm_start import earlier_finishes, find
+from recipe.warm_start import earlier_finishes, locate_weights
 from recipe.weights import parse_facts
 from storage import Folder
 from storage.manifest import DatasetError, Manifest
@@ -36,7 +37,7 @@ def origin(config: TrainConfig, source: str | None) -> dict[str, Any]:
     """
     if source:
         return read_json(Folder(source.rpartition("/")[0]), RUN, {"origin"})["origin"]
-    folder, name = find(config.init_from)
+    folder, name = locate_weights(config.init_from)
     try:
         facts = parse_facts(folder.read(f"{name}.json"), f"{folder.uri}/{name}.json")
     except ValueError as error:
@@ -44,7 +45,7 @@ def origin(config: TrainConfig, source: str | None) -> dict[str, Any]:
     return {"method": facts["method"], "finished": earlier_finishes(facts)}
 
 
-def begin(config: TrainConfig, manifest: Manifest, normalizer: Normalizer, source: str | None) -> None:
+def begin_finish(config: TrainConfig, manifest: Manifest, normalizer: Normalizer, source: str | None) -> None:
     """Load extractors and decoder and measure the real images, on all ranks together.
 
     Raises ConfigError naming the setting, StorageError.
@@ -70,7 +71,7 @@ def begin(config: TrainConfig, manifest: Manifest, normalizer: Normalizer, sourc
     matches, objective.finished = {}, list(objective.origin["finished"])
     for name, reference in objective.features.items():
         try:
-            matches[name] = match(name, reference, config.folder, device)
+            matches[name] = make_match(name, reference, config.folder, device)
         except (ValueError, OSError, ImportError) as error:
             raise ConfigError(f"objective.features.{name}: {error}") from error
         extractor = matches[name].extractor
@@ -85,8 +86,8 @@ def begin(config: TrainConfig, manifest: Manifest, normalizer: Normalizer, sourc
     objective.begin(base, matches, pixels)
 
 
-def match(name: str, reference: str, folder: str, device: torch.device) -> Match:
-    """The extractor with the moments of its reference. Raises ValueError, OSError, ImportError."""
+def make_match(name: str, reference: str, folder: str, device: torch.device) -> Match:
+    """Make the extractor with the moments of its reference. Raises ValueError, OSError, ImportError."""
     images = None if Path(reference).suffix in STATISTICS else MDSImages(Path(reference))
     extractor = make_extractor(name, None, images, folder, device)
     moments = measure(images, extractor, BATCH).moments() if images else statistics_for(reference, extractor)
@@ -104,7 +105,7 @@ class Population(Algorithm):
         self.objective, self.batch_size = objective, batch_size
 
     def match(self, event: Event, state: State) -> bool:
-        """Before the first step, after each loss and each optimizer step."""
+        """Act before the first step, after each loss and each optimizer step."""
         return event in (Event.FIT_START, Event.AFTER_LOSS, Event.BATCH_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
@@ -137,7 +138,8 @@ class Population(Algorithm):
 
         A rank whose share of the last batches is smaller repeats a sample, since all must take part alike.
         """
-        data, rank, world = state.train_dataloader, dist.get_global_rank(), dist.get_world_size()
+        data = state.train_dataloader
+        rank, world = dist.get_global_rank(), dist.get_world_size()
         parts = torch.arange(self.objective.population).split(self.batch_size * world)
         for part in tqdm(parts, "samples of the beginning", unit="batch", disable=rank > 0):
             index = part[rank::world] if len(part) > rank else part[:1]

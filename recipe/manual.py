@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
-from recipe.settings import Settings, limits, nearest
+from recipe.settings import Settings, limits, suggestion
 
 WORDS = {"integer": "whole number", "boolean": "true, false", "string": "text", "object": "mapping"}
 FLAGS = ("-h", "--help")
@@ -42,7 +42,7 @@ def answer(arguments: list[str], usage: str, about: str, *sections: type[Setting
     key = "".join(arguments[asked + 1 : asked + 2]).partition("=")[0]
     text = "\n".join(filter(None, (manual(section, key) for section in sections)))
     if key and not text:
-        known = f"; {nearest(sections[-1], key.rpartition('.')[2])}" if sections else ""
+        known = f"; {suggestion(sections[-1], key.rpartition('.')[2])}" if sections else ""
         raise SystemExit(f"{key}: is not a setting{known}")
     keys = f"\nKeys, of which --help KEY shows one, or those of a section:\n\n{text}\n" if text else ""
     sys.stdout.write(f"{text}\n" if key else f"{about.strip()}\n\nusage: {usage}\n{keys}")
@@ -50,7 +50,7 @@ def answer(arguments: list[str], usage: str, about: str, *sections: type[Setting
 
 
 def rows(section: type[Settings]) -> Iterator[Row]:
-    """Every key of the section and of those below it; an objective's keys say whose they are."""
+    """Yield every key of the section and of those below it; an objective's keys say whose they are."""
     schema = TypeAdapter(section).json_schema()
     yield from _rows(schema, schema.get("$defs", {}), "")
 
@@ -71,7 +71,7 @@ def _rows(schema: dict[str, Any], known: dict[str, Any], prefix: str) -> Iterato
 
 
 def as_yaml(value: Any) -> str:  # noqa: ANN401
-    """A default as a YAML writes it."""
+    """Return a default as a YAML writes it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -145,7 +145,7 @@ def editor_schema(section: type[Settings], title: str) -> dict[str, Any]:
 
 
 def _left_open(field: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a key that may also be left to others; of a section, whose keys may be, as it is."""
+    """Return the schema of a key that may be left to others; of a section, whose keys may be, as it is."""
     about = {name: field[name] for name in ("description", "default") if name in field}
     rule = {name: part for name, part in field.items() if name not in (*about, "title", "discriminator")}
     if "$ref" in rule:

@@ -45,7 +45,7 @@ class FeatureMoments(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64, device=shift.device), dist_reduce_fx="sum")
 
     def update(self, features: Tensor) -> None:
-        """Adds a batch of features (N, F), of any floating-point type."""
+        """Add a batch of features (N, F), of any floating-point type."""
         if features.ndim != 2 or features.shape[1] != len(self.sum):
             raise ValueError(f"features have shape {tuple(features.shape)}, expected (N, {len(self.sum)})")
         centred = features.double() - self.shift
@@ -54,7 +54,7 @@ class FeatureMoments(Metric):
         self.count += len(features)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Mean (F,) and unbiased covariance (F, F) of everything seen.
+        """Return mean (F,) and unbiased covariance (F, F) of everything seen.
 
         Raises ValueError for fewer than two samples, or a feature that is not finite.
         """
@@ -68,7 +68,7 @@ class FeatureMoments(Metric):
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
-    """Squared Frechet (2-Wasserstein) distance of two Gaussians, in float64 (Dowson and Landau 1982):
+    """Return the squared Frechet (2-Wasserstein) distance of two Gaussians, in float64 (Dowson, Landau 1982):
 
         |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1^1/2 cov2 cov1^1/2)^1/2).
 
@@ -90,7 +90,7 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
 
 def root(covariance: Tensor) -> Tensor:
-    """R (F, F) with R R' = covariance, and columns of 0 where its eigenvalues are 0 but for rounding."""
+    """Return R (F, F) with R R' = covariance, its columns 0 where eigenvalues are 0 but for rounding."""
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * torch.where(values > 1e-13 * values[-1], values, 0.0).sqrt()
 
@@ -98,8 +98,9 @@ def root(covariance: Tensor) -> Tensor:
 def resampled_distance(
     one: Tensor, other: Tensor | None, count: int, draws: int, seed: int
 ) -> tuple[float, float]:
-    """Frechet distance of `count` random rows of `one` (N, F) and of `other` (M, F): mean and standard
-    deviation over `draws`.
+    """Return mean and deviation, over `draws`, of the Frechet distance of random rows of two sets.
+
+    `count` rows are of `one` (N, F), as many of `other` (M, F).
 
     At equal numbers such distances can be compared: that of finite sets grows as they shrink. other: None for
     `count` other rows of `one` (or what is left, if that is less).
@@ -119,7 +120,7 @@ def resampled_distance(
 def kernel_distance(
     features: Tensor, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Kernel distance (KID, Binkowski et al. 2018): unbiased MMD^2 with the kernel (x.y / F + 1)^3.
+    """Return the kernel distance (KID, Binkowski et al. 2018): unbiased MMD^2, kernel (x.y / F + 1)^3.
 
     By torchmetrics; its subsets come from `seed` alone, so beside it the order of the rows matters. Features
     (N, F) and reference (M, F), at least `subset_size` long => mean and standard deviation over the subsets.
@@ -138,7 +139,7 @@ def kernel_distance(
 
 
 def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
-    """Inception score (Salimans et al. 2016): exp E KL(p(y|x) || p(y)), by torchmetrics.
+    """Return the Inception score (Salimans et al. 2016): exp E KL(p(y|x) || p(y)), by torchmetrics.
 
     logits: (N, K), for the 2015 graph the outputs without bias; shuffled by `seed` and split into `splits`
     parts => mean and (unbiased) standard deviation over the parts.
@@ -157,7 +158,7 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[fl
 def precision_recall(
     features: Tensor, reference: Tensor, k: int = 3, rows: int = 2048
 ) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019), which torchmetrics does not have.
+    """Return improved precision and recall (Kynkaanniemi et al. 2019), which torchmetrics does not have.
 
     Precision is the share of samples inside the union of balls around the reference points, each reaching to
     that point's k-th neighbour in the reference; recall exchanges the roles. Features (N, F) and reference
@@ -169,7 +170,7 @@ def precision_recall(
 
 
 def _coverage(points: Tensor, support: Tensor, k: int, rows: int) -> float:
-    """Share of `points` inside the union of the k-neighbour balls around `support`."""
+    """Return the share of `points` inside the union of the k-neighbour balls around `support`."""
     # A point is its own nearest neighbour, hence k + 1.
     radii = torch.cat([torch.cdist(part, support).kthvalue(k + 1).values for part in support.split(rows)])
     inside = [(torch.cdist(part, support) <= radii).any(1) for part in points.split(rows)]
@@ -177,7 +178,7 @@ def _coverage(points: Tensor, support: Tensor, k: int, rows: int) -> float:
 
 
 def retrieval(features: Tensor, real: Tensor, own: Tensor, seed: int, among: int = 100, k: int = 10) -> float:
-    """How often the real image of a sample is among the k nearest of `among`: it and others chosen at random.
+    """Return how often a sample's real image is among its k nearest of `among`: that one and random others.
 
     features: (n, F) of samples; real: (N, F); own: int64 (n,), whose caption each sample was asked for. With
     fewer real images all of them; chance is k / among.
@@ -192,7 +193,7 @@ def retrieval(features: Tensor, real: Tensor, own: Tensor, seed: int, among: int
 
 
 def nearest(points: Tensor, support: Tensor, rows: int = 2048) -> tuple[Tensor, Tensor]:
-    """Distances (N,) from `points` (N, F) to the nearest of `support` (M, F), and the rows (N,) of these.
+    """Return the distances (N,) from `points` (N, F) to the nearest of `support` (M, F), and its rows (N,).
 
     `rows` of either are compared at a time, which bounds the memory.
     """

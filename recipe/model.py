@@ -10,15 +10,15 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from torch import Tensor, nn
 
-from recipe.data import Normalizer
 from recipe.dit import DiT
+from recipe.normalizer import Normalizer
 from recipe.objectives.base import Loss, Network, Objective, draw
 from recipe.objectives.flow_matching import flow_matching_loss
 from recipe.text import Prompts, Text
 
 
 def frozen_copy(net: nn.Module) -> nn.Module:
-    """A copy that is never trained."""
+    """Return a copy of the network that is never trained."""
     return copy.deepcopy(net).requires_grad_(False)
 
 
@@ -29,8 +29,8 @@ class GenerativeModel(ComposerModel):
     A batch holds `image` or `latents`, `label`, `sample` (dataset ids) and `step` (see `StepKey`), all of
     length B, and `text` and `text_length` for a network with prompts. Every random draw is keyed by (seed,
     step, sample), so ranks, microbatches and resumes change nothing. A network without classes takes every
-    label for its only one. tangent, flow_matching: the state of the warm-ups, set before each step
-    (`StepGuard`).
+    label for its only one. tangent_scale, flow_matching: the state of the warm-ups, set before each step
+    (`ScaleParameter`).
     """
 
     def __init__(
@@ -47,38 +47,37 @@ class GenerativeModel(ComposerModel):
         self.net = net
         self.ema = frozen_copy(net)
         self.target = frozen_copy(net) if objective.teacher else None
-        self.objective, self.normalizer, self.seed = objective, normalizer, seed
-        self.prompts, self.null = prompts, net.config.null
+        self.objective, self.normalizer = objective, normalizer
+        self.seed = seed
+        self.prompts = prompts
         for i, match in enumerate(objective.matches.values() if objective.finishes else ()):
             self.add_module(f"match_{i}", match)  # not a list: FSDP2 takes none
         # DDP would send these from rank 0 in every step: they are equal on all ranks, but for a rank's sums.
         moments = [name for name, _ in self.named_buffers() if name.startswith("match_")]
         self._ddp_params_and_buffers_to_ignore = moments
-        self.tangent, self.flow_matching = 1.0, False
+        self.tangent_scale, self.flow_matching = 1.0, False
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
-        """Per-sample losses (B,)."""
-        step, sample, label = (
-            batch["step"],
-            batch["sample"],
-            batch["label"].clamp(max=self.net.config.classes),
-        )
+        """Return the loss of each sample (B,)."""
+        config = self.net.config
+        step, sample = batch["step"], batch["sample"]
+        label = batch["label"].clamp(max=config.classes)
         with torch.no_grad():
             x0 = self.normalizer(batch, step, self.seed)
-            drawn = draw(x0, label, step, sample, self.seed, self.objective, self.null)
-        student, teacher = (self.prompted(net, batch) for net in (self.net, self.target))
+            drawn = draw(x0, label, step, sample, self.seed, self.objective, config.null)
+        student, teacher = self.prompted(self.net, batch), self.prompted(self.target, batch)
         if self.flow_matching:
             return flow_matching_loss(self.objective, student, drawn)
-        return self.objective.loss(student, teacher, drawn, self.null, self.tangent)
+        return self.objective.loss(student, teacher, drawn, self.tangent_scale)
 
     def prompted(self, net: DiT | None, batch: dict[str, Tensor]) -> Network | None:
-        """The network, told the batch's prompts where it takes any."""
+        """Return the network, told the batch's prompts where it takes any."""
         if net is None or self.prompts is None:
             return net
-        return self.prompts(net, Text(batch["text"], batch["text_length"]), self.null)
+        return self.prompts(net, Text(batch["text"], batch["text_length"]))
 
     def loss(self, outputs: Loss, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Means over the microbatch; Composer differentiates `total` and logs all."""
+        """Return the means over the microbatch; Composer differentiates `total` and logs all."""
         terms = {name: term.value.detach().mean() for name, term in outputs.terms.items()}
         return {"total": outputs.total.mean(), **terms}
 
@@ -87,5 +86,5 @@ class StepKey(Callback):
     """Writes the step into the batch, so that the forward pass depends on nothing else."""
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        """Adds `step`, int64 (B,)."""
+        """Add the batch's `step`, int64 (B,)."""
         state.batch["step"] = torch.full_like(state.batch["sample"], int(state.timestamp.batch))

@@ -7,13 +7,48 @@ warm-up or duration, takes every step at the rate that its settings name for tha
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import nn
 
-from recipe.config import OptimizerConfig, TrainConfig
+from recipe.settings import BelowOne, DurationOrZero, NotNegative, Positive, Settings
+
+if TYPE_CHECKING:
+    from recipe.config import TrainConfig
+
+
+@dataclass
+class OptimizerConfig(Settings):
+    """AdamW, its learning rate over time; the defaults are the paper's."""
+
+    lr: Positive = Field(1e-4, description="Learning rate after the warm-up.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="How the learning rate goes on after the warm-up; linear and cosine reach zero at the "
+        "end of duration.",
+    )
+    warmup: DurationOrZero = Field(
+        "0ba",
+        description="Time over which the learning rate grows linearly: over N steps it is lr/N in the first "
+        "and lr in the last of them.",
+    )
+    betas: list[BelowOne] = Field(
+        [0.9, 0.95],
+        min_length=2,
+        max_length=2,
+        description="Decay per step of AdamW's running means of the gradient and of its square.",
+    )
+    eps: Positive = Field(
+        1e-8, description="Number that AdamW adds to the root of the second moment before it divides by it."
+    )
+    weight_decay: NotNegative = Field(
+        0.0, description="AdamW's decoupled weight decay, which is multiplied by the learning rate."
+    )
 
 
 def build_optimizer(net: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -30,7 +65,7 @@ def take_settings(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> 
         group.update(betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay)
 
 
-def steps(time: str, steps_per_epoch: int, batch_size: int) -> int:
+def in_steps(time: str, steps_per_epoch: int, batch_size: int) -> int:
     """Convert a time such as 2400ba, 3ep or 76800sp to optimizer steps, rounded up."""
     parsed = Time.from_timestring(time)
     if parsed.unit == TimeUnit.EPOCH:
@@ -68,5 +103,5 @@ class LearningRate(Callback):
 def rate_of_step(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """Return the learning rate that a run of these settings has at a step, numbered from 0."""
     o, batch = config.optimizer, config.data.batch_size
-    warmup, duration = (steps(time, steps_per_epoch, batch) for time in (o.warmup, config.duration))
+    warmup, duration = (in_steps(time, steps_per_epoch, batch) for time in (o.warmup, config.duration))
     return learning_rate(o, step, warmup, duration)

@@ -1,9 +1,10 @@
-"""Sharding, per-block compilation and activation checkpointing, applied in one place to a plain model."""
+"""Sharding, compilation by block and activation checkpointing of a plain model; what looks through them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch._functorch.config
@@ -12,12 +13,17 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from recipe import patches
 from recipe.dit import Block, DiT
 from recipe.settings import ConfigError, Count, CountOrZero, Settings, Share
+from storage import StorageError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -56,14 +62,43 @@ class ParallelConfig(Settings):
 
     @model_validator(mode="after")
     def combinations(self) -> ParallelConfig:
-        """Raises ConfigError for hybrid sharding without sharding."""
+        """Raise ConfigError for hybrid sharding without sharding."""
         if self.replicas > 1 and not self.fsdp2:
             raise ConfigError(f"replicas: {self.replicas} needs parallel.fsdp2: true")
         return self
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the ComposerModel inside DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def local_shards(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the shards of these tensors that this rank holds; plain tensors stay as they are."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """Return, on all ranks, the result of `action`, which runs on rank 0 alone.
+
+    A ConfigError or StorageError that it raises is raised on all ranks.
+    """
+    result = error = None
+    if dist.get_global_rank() == 0:
+        try:
+            result = action()
+        except (ConfigError, StorageError) as raised:
+            error = raised
+    answer = [result, error]
+    dist.broadcast_object_list(answer)
+    result, error = answer
+    if error is not None:
+        raise error
+    return result
+
+
 def configure_compiler(config: ParallelConfig) -> None:
-    """Settings of torch.compile, for the whole process."""
+    """Set torch.compile's options, for the whole process."""
     torch._functorch.config.activation_memory_budget = config.activation_budget
     inductor = torch._inductor.config
     # Sums over tokens join the kernels that make their terms: 7% less traffic backward (benchmarks.compiled)
@@ -91,7 +126,7 @@ def prepare_blocks(net: DiT, config: ParallelConfig, trained: bool) -> None:
 
 
 def parallelism(config: ParallelConfig, device: str) -> ParallelismConfig | None:
-    """Composer's configuration of FSDP2; None leaves it to DistributedDataParallel. Raises ValueError."""
+    """Return Composer's configuration of FSDP2, or None for DistributedDataParallel. Raises ValueError."""
     if not config.fsdp2:
         return None
     if device == "cpu":

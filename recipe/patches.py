@@ -18,7 +18,7 @@ Overridden in subclasses, where the reasons stand:
 
     Stream._download_file, StreamingDataset.prepare_shard, _prepare_thread, _ready_thread, _event and
         _shard_states (streaming 0.13.0), in recipe/data.py
-    CheckpointSaver._save_checkpoint (mosaicml 0.32.1), in recipe/resume.py
+    CheckpointSaver._save_checkpoint (mosaicml 0.32.1), in recipe/checkpoints.py
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def exact_float32() -> None:
 
 
 def gather_weights_alone() -> None:
-    """FSDP2 casts weights, but neither the times that enter the network nor its residual stream."""
+    """Let FSDP2 cast weights, but neither the times that enter the network nor its residual stream."""
     fsdp2.MixedPrecisionPolicy = partial(MixedPrecisionPolicy, cast_forward_inputs=False)
 
 
 def divide_gradients_explicitly() -> None:
-    """gloo's reduce_scatter takes AVG for SUM (pytorch 162338): have FSDP2 sum and divide, as for fp16."""
+    """Let FSDP2 sum and divide, as for fp16: gloo's reduce_scatter takes AVG for SUM (pytorch 162338)."""
 
     def explicit(scatter_group: object, reduce_group: object, _dtype: torch.dtype, *rest: object) -> object:
         return _divide_factors(scatter_group, reduce_group, torch.float16, *rest)
@@ -78,12 +78,12 @@ def divide_gradients_explicitly() -> None:
 
 
 def choose_names_once() -> None:
-    """Streaming has every rank look the first free number up, while jobs that start or end change it."""
+    """Let one rank choose Streaming's names: each would take the first free number, which jobs change."""
     streaming.base.dataset.get_shm_prefix = claim_names
 
 
 def claim_names(local: list[str], _remote: list[str | None], world: World) -> tuple[int, SharedMemory]:
-    """The number NNNNNN that begins all names of this job on this node, and NNNNNN_locals, which claims it.
+    """Return the number NNNNNN of all of this job's names on this node, and its claim, NNNNNN_locals.
 
     Local rank 0 chooses and tells the ranks of its node; all ranks call this. The number is the job's that
     creates NNNNNN_locals, so jobs that start together do not wait for each other.
@@ -99,7 +99,7 @@ def claim_names(local: list[str], _remote: list[str | None], world: World) -> tu
 
 
 def create_locals(local: list[str]) -> tuple[int, SharedMemory]:
-    """NNNNNN_locals of the first number without names and lock files; locked until the job has ended."""
+    """Create NNNNNN_locals of the first number without names and lock files, locked until the job ends."""
     taken = {path.name[:6] for path in (*names(ANY), *lock_files(ANY))}
     for number in itertools.filterfalse(lambda n: f"{n:06}" in taken, itertools.count()):
         content = _pack_locals(local, number) + CLAIMED
@@ -114,17 +114,17 @@ def create_locals(local: list[str]) -> tuple[int, SharedMemory]:
 
 
 def names(number: str) -> list[Path]:
-    """Streaming's shared memory of one number, or of ANY."""
+    """Return the paths of Streaming's shared memory of one number, or of ANY."""
     return list(SHARED.glob(f"{number}_*"))
 
 
 def lock_files(number: str) -> list[Path]:
-    """Streaming's lock files of one number, or of ANY."""
+    """Return Streaming's lock files of one number, or of ANY."""
     return list(Path(gettempdir()).glob(f"{number}_*_filelock"))
 
 
 def seize(path: Path, wait: bool = False) -> IO[bytes] | None:
-    """A file of this user, locked until it is closed here and in forked children; None if another has it."""
+    """Lock a file of this user until it is closed here and in forked children; None if it is taken."""
     try:
         file = path.open("rb")
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -135,14 +135,16 @@ def seize(path: Path, wait: bool = False) -> IO[bytes] | None:
 
 
 def remove_dead_names() -> None:
-    """Forgets this user's jobs that were killed: names that `claim_names` claimed and that are not locked any
-    more, and lock files of numbers without names.
+    """Delete what this user's killed jobs left.
+
+    That is names that `claim_names` claimed and that are not locked any more, and lock files of numbers
+    without names.
     """
     for path in SHARED.glob(f"{ANY}_{LOCALS}"):
         with seize(path) or nullcontext() as file:
             if file and file.read().endswith(CLAIMED):
-                remove_lock_files(path.name[:6])  # now: without its names the number is anybody's
-                for left in sorted(names(path.name[:6]), key=lambda left: left == path):  # the lock last
+                remove_lock_files(path.name[:6])  # first: without its names the number is anybody's
+                for left in sorted(names(path.name[:6]), key=lambda left: left == path):
                     left.unlink(missing_ok=True)
     alive = {path.name[:6] for path in names(ANY)}
     for number in {path.name[:6] for path in lock_files(ANY)} - alive:
@@ -150,7 +152,7 @@ def remove_dead_names() -> None:
 
 
 def remove_lock_files(number: str) -> None:
-    """Those of this user that no process holds; one that waits for such a file makes another."""
+    """Delete this user's lock files that no process holds. A process waiting for one creates another."""
     for path in lock_files(number):
         with seize(path) or nullcontext() as file:
             if file:

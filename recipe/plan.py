@@ -22,14 +22,13 @@ from composer.core import Time, TimeUnit
 from pydantic import Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
-from recipe.algorithms import average_names
-from recipe.config import ConfigError, TrainConfig, load_config, yaml_of
+from recipe.config import ConfigError, TrainConfig, divisible, load_config, yaml_of
 from recipe.dit import TEXT_LAYERS, DiT, DiTConfig
+from recipe.ema import average_names
 from recipe.manual import answer
 from recipe.objectives.base import Objective, Pass
 from recipe.parallel import ParallelConfig
 from recipe.plan_finish import Finish
-from recipe.preflight import divisible
 from recipe.settings import NotNegative, Positive, Says, Settings
 
 GIB = 2**30
@@ -109,15 +108,15 @@ class Roofline(Settings):
 
     @property
     def name(self) -> str:
-        """Of the GPU, for people."""
+        """The GPU's display name."""
         return self.gpu if isinstance(self.gpu, str) else "this GPU"
 
     def seconds(self, size: float, flops: float = 0, share: float = 1) -> float:
-        """Of work on `size` bytes that reaches `share` of the FLOP/s."""
+        """Return the seconds of work on `size` bytes whose `flops` reach `share` of the FLOP/s."""
         return max(flops / (share * self.sheet.flops), size / (self.bandwidth * self.sheet.memory_rate))
 
     def assumptions(self) -> str:
-        """One line."""
+        """Return what is assumed, in one line."""
         gpu = self.sheet
         return (
             f"Predicted, not measured. Assumed of {self.name}: {self.gemm:.0%} of {gpu.flops / 1e12:.0f} "
@@ -140,7 +139,7 @@ class Cluster(Roofline):
 
 
 def parameter_counts(model: DiTConfig) -> tuple[int, int]:
-    """Parameters of all blocks together, and of the rest."""
+    """Return the number of parameters of all blocks together, and of the rest."""
     with torch.device("meta"):
         net = DiT(model)
     blocks = sum(p.numel() for p in net.blocks.parameters())
@@ -148,15 +147,18 @@ def parameter_counts(model: DiTConfig) -> tuple[int, int]:
 
 
 def without_gradient(model: DiTConfig, objective: Objective) -> int:
-    """Parameters of the guidance embedder, where the objective does not evaluate it."""
+    """Return the parameters of the guidance embedder where the objective does not evaluate it, else 0."""
     return 0 if objective.guidance_input else 256 * model.width + model.width**2 + 2 * model.width
 
 
 def forward_flops(model: DiTConfig) -> tuple[int, int, int]:
-    """FLOPs of one plain forward pass of one sample: linear layers, attention's two products, and what sees
-    the prompt alone. Attention to the prompt counts as linear layers, since its text has no tangent.
+    """Return the FLOPs of one plain forward pass of one sample.
+
+    They are those of linear layers, of attention's two products, and of what sees the prompt alone. Attention
+    to the prompt counts as linear layers, since its text has no tangent.
     """
-    N, D, patch, text = model.tokens, model.width, model.patch**2 * model.channels, model.text
+    N, D = model.tokens, model.width
+    patch, text = model.patch**2 * model.channels, model.text
     tokens = N * (model.depth * (4 + 2 * model.mlp_ratio) * D * D + 2 * patch * D)
     conditioning = model.depth * 6 * D * D + 2 * D * D + 3 * (256 * D + D * D)
     prompt = 0
@@ -185,7 +187,7 @@ class Work(NamedTuple):
 
 
 def work(model: DiTConfig, objective: Objective, again: float = 0) -> Iterator[Work]:
-    """Of every pass forward and backward; again: share of the blocks that run forward twice."""
+    """Yield the work of every pass, forward and backward; again: share of blocks that run forward twice."""
     linear, attention, prompt = forward_flops(model)
     unit = model.depth * model.tokens * model.width
     for one in objective.passes():
@@ -199,22 +201,22 @@ def work(model: DiTConfig, objective: Objective, again: float = 0) -> Iterator[W
 
 
 def step_flops(model: DiTConfig, objective: Objective) -> float:
-    """FLOPs of one sample's training step, nothing recomputed (flow matching: 1 + 2 forward passes)."""
+    """Return the FLOPs of one sample's step, nothing recomputed (flow matching: 1 + 2 forward passes)."""
     return sum(one.products + one.attention for one in work(model, objective))
 
 
 def trained_passes(objective: Objective) -> list[Pass]:
-    """Those that are differentiated."""
+    """Return the passes that are differentiated."""
     return [one for one in objective.passes() if one.gradient != "none"]
 
 
 def checkpointed_blocks(model: DiTConfig, every: int) -> int:
-    """Number of blocks 0, every, 2 every, ... (0: none)."""
+    """Return the number of blocks 0, every, 2 every, ..., which are checkpointed; 0 for none."""
     return math.ceil(model.depth / every) if every else 0
 
 
 def block_bytes(model: DiTConfig, dual: bool, compiled: bool, low: int, budget: float = 1) -> float:
-    """What autograd keeps of one sample in one block, with attention that keeps no N x N matrix.
+    """Return the bytes that autograd keeps of one sample in one block, where attention keeps no N x N matrix.
 
     A value (and as much again for a tangent) keeps 8 + 2r tensors of N x D in the autocast type (`low`
     bytes): inputs of qkv, proj and fc1 (3), of fc2 and GELU (2r), qkv's output (3), the outputs of both
@@ -244,7 +246,7 @@ def activation_bytes(
     low: int = BF16,
     budget: float = 1,
 ) -> float:
-    """What autograd keeps of one sample in one student pass; a checkpointed block keeps its input alone."""
+    """Return the bytes that autograd keeps of a sample in a student pass; a checkpointed block its input."""
     pair = 2 if dual else 1
     unit = model.tokens * model.width * pair
     checkpointed = checkpointed_blocks(model, checkpoint_every)
@@ -258,7 +260,7 @@ def activation_bytes(
 
 
 def step_activations(config: TrainConfig, parallel: ParallelConfig) -> float:
-    """Bytes of one sample at the peak: all student passes, and the block that is in its backward pass."""
+    """Return the bytes of one sample at the peak: all student passes, and the block in its backward pass."""
     low = BF16 if config.precision == "amp_bf16" else FP32
     duals = [one.dual and one.gradient == "both" for one in trained_passes(config.objective)]
     how = parallel.compile, parallel.checkpoint_every, low, parallel.activation_budget
@@ -267,14 +269,14 @@ def step_activations(config: TrainConfig, parallel: ParallelConfig) -> float:
 
 
 def working_bytes(config: TrainConfig) -> float:
-    """Bytes of one sample in the block that is in its backward pass, as if it were eager."""
+    """Return the bytes of one sample in the block that is in its backward pass, as if it were eager."""
     low = BF16 if config.precision == "amp_bf16" else FP32
     dual = any(one.dual and one.gradient == "both" for one in config.objective.passes())
     return block_bytes(config.model, dual, False, low)
 
 
 def layout(config: TrainConfig, gpus: int) -> tuple[int, int]:
-    """(samples per GPU and microbatch, microbatches). Raises ConfigError."""
+    """Return the samples of a GPU's microbatch, and the number of microbatches. Raises ConfigError."""
     if problems := divisible(config, gpus):
         raise ConfigError("\n".join(problems))
     batch = config.data.batch_size // gpus
@@ -283,14 +285,15 @@ def layout(config: TrainConfig, gpus: int) -> tuple[int, int]:
 
 
 def gathered_size(config: TrainConfig) -> int:
-    """Bytes of a parameter when it is gathered: Composer's FULL leaves it in float32."""
+    """Return the bytes of a parameter when it is gathered; Composer's FULL leaves it in float32."""
     low = config.precision == "amp_bf16" and config.parallel.mixed_precision != "FULL"
     return BF16 if low else FP32
 
 
 def memory(config: TrainConfig, gpus: int) -> dict[str, float]:
-    """Bytes on each GPU, by part. Gathered: what is not in blocks, of student and target, and two blocks
-    (one is prefetched).
+    """Return the bytes on each GPU, by part.
+
+    Gathered are what is not in blocks, of student and target, and two blocks (one is prefetched).
     """
     blocks, rest = parameter_counts(config.model)
     P, parallel = blocks + rest, config.parallel
@@ -319,7 +322,7 @@ def memory(config: TrainConfig, gpus: int) -> dict[str, float]:
 
 
 def gathers(config: TrainConfig) -> tuple[int, int]:
-    """All-gathers of every block in a microbatch: (of the student, of the target).
+    """Return the number of all-gathers of every block in a microbatch, of the student and of the target.
 
     A pass gathers forward and, if it is differentiated, backward. Unless weights are freed after a forward
     pass, all share the first one; a backward pass frees them, so each further one gathers again.
@@ -331,8 +334,10 @@ def gathers(config: TrainConfig) -> tuple[int, int]:
 
 
 class Collective(NamedTuple):
-    """One kind of message: bytes that each GPU receives in a step, number of messages, ranks of the group and
-    the distance between neighbours in it.
+    """One kind of message between GPUs.
+
+    received: bytes that each GPU receives in a step; count: messages; ranks: of the group; stride: distance
+    between neighbours in it.
     """
 
     name: str
@@ -343,7 +348,7 @@ class Collective(NamedTuple):
 
 
 def traffic(config: TrainConfig, gpus: int) -> list[Collective]:
-    """Collectives of one step: of the network, and of a finish's sums over samples."""
+    """Return the collectives of one step: those of the network, and of a finish's sums over samples."""
     rows, sums = network_traffic(config, gpus), Finish(config).messages()
     if sums:
         rows.append(Collective("all-reduce moments", 2 * sum(sums) * (gpus - 1) / gpus, len(sums), gpus))
@@ -351,7 +356,7 @@ def traffic(config: TrainConfig, gpus: int) -> list[Collective]:
 
 
 def network_traffic(config: TrainConfig, gpus: int) -> list[Collective]:
-    """Collectives of the network in one step. FSDP2 communicates in every microbatch, DDP once."""
+    """Return the network's collectives in one step. FSDP2 communicates in every microbatch, DDP once."""
     blocks, rest = parameter_counts(config.model)
     P, messages = blocks + rest, config.model.depth + 1
     if not config.parallel.fsdp2:
@@ -377,7 +382,7 @@ def network_traffic(config: TrainConfig, gpus: int) -> list[Collective]:
 
 
 def communication_time(collectives: list[Collective], cluster: Cluster) -> tuple[float, float]:
-    """Seconds of a step's collectives as rings: (bandwidth, latency).
+    """Return the seconds of a step's collectives as rings, for bandwidth and for latency.
 
     A group inside a node has NVLink. Between nodes a ring of neighbours uses all network cards of a node;
     groups of distant ranks, as many as there are of them in a node, share those.
@@ -393,7 +398,7 @@ def communication_time(collectives: list[Collective], cluster: Cluster) -> tuple
 
 
 class Times(NamedTuple):
-    """Seconds of one step."""
+    """The seconds of one step, by what they are spent on."""
 
     compute: float
     bandwidth: float
@@ -402,18 +407,20 @@ class Times(NamedTuple):
 
     @property
     def step(self) -> float:
-        """With all communication hidden behind the compute."""
+        """The seconds of a step with all communication hidden behind the compute."""
         return max(self.compute, self.bandwidth + self.latency) + self.update
 
     @property
     def exposed(self) -> float:
-        """With none of it hidden."""
+        """The seconds of a step with no communication hidden."""
         return self.compute + self.bandwidth + self.latency + self.update
 
 
 def updated_bytes(config: TrainConfig, gpus: int) -> float:
-    """By optimizer and averages. In tensors of the weights' size: AdamW reads 4 and writes 3; the
-    kernel of the averages reads the weights, and reads and writes each average.
+    """Return the bytes that optimizer and averages read and write.
+
+    In tensors of the weights' size: AdamW reads 4 and writes 3; the kernel of the averages reads the weights,
+    and reads and writes each average.
     """
     shards = gpus // config.parallel.replicas if config.parallel.fsdp2 else 1
     copies = len(average_names(config.ema, config.objective))
@@ -421,7 +428,7 @@ def updated_bytes(config: TrainConfig, gpus: int) -> float:
 
 
 def compute_time(config: TrainConfig, roofline: Roofline) -> float:
-    """Seconds of one sample's passes. Checkpointed blocks run forward twice; a finish has frozen networks."""
+    """Return the seconds of one sample's passes, also of repeated blocks and a finish's networks."""
     again = checkpointed_blocks(config.model, config.parallel.checkpoint_every) / config.model.depth
     frozen = Finish(config).flops() / roofline.sheet.exact / roofline.gemm
     return frozen + sum(
@@ -433,7 +440,7 @@ def compute_time(config: TrainConfig, roofline: Roofline) -> float:
 
 
 def times(config: TrainConfig, gpus: int, cluster: Cluster) -> Times:
-    """Compute, traffic, and the optimizer and averages at the memory's speed."""
+    """Predict the times of a step; optimizer and averages go at the memory's speed."""
     return Times(
         config.data.batch_size / gpus * compute_time(config, cluster),
         *communication_time(traffic(config, gpus), cluster),
@@ -442,9 +449,10 @@ def times(config: TrainConfig, gpus: int, cluster: Cluster) -> Times:
 
 
 def column(config: TrainConfig, gpus: int, cluster: Cluster) -> dict[str, str]:
-    """All figures for one number of GPUs, as text."""
+    """Return all figures for one number of GPUs, as text by row."""
     microbatch, microbatches = layout(config, gpus)
-    parts, t, gpu = memory(config, gpus), times(config, gpus, cluster), cluster.sheet
+    parts, t = memory(config, gpus), times(config, gpus, cluster)
+    gpu = cluster.sheet
     flops = step_flops(config.model, config.objective) * config.data.batch_size
     others = {
         "eager": replace(config.parallel, compile=False, checkpoint_every=0),
@@ -470,7 +478,7 @@ def column(config: TrainConfig, gpus: int, cluster: Cluster) -> dict[str, str]:
             "maps, TFLOP per step and GPU, float64": f"{finish.map_flops() / 1e12:.3f}",
         }
     rows |= {f"{c.name}, GB": f"{c.received / 1e9:.2f}" for c in traffic(config, gpus)}
-    seconds = t.step * steps(config)
+    seconds = t.step * planned_steps(config)
     return rows | {
         "communication, ms, predicted": f"{1e3 * t.bandwidth:.1f} + {1e3 * t.latency:.1f}",
         "optimizer and averages, ms, predicted": f"{1e3 * t.update:.1f}",
@@ -482,8 +490,8 @@ def column(config: TrainConfig, gpus: int, cluster: Cluster) -> dict[str, str]:
     }
 
 
-def steps(config: TrainConfig) -> int:
-    """Batches of the run. Raises ConfigError unless `duration` is in batches."""
+def planned_steps(config: TrainConfig) -> int:
+    """Return the run's number of steps. Raises ConfigError unless `duration` is in batches."""
     duration = Time.from_timestring(config.duration)
     if duration.unit != TimeUnit.BATCH:
         raise ConfigError(f"duration: {config.duration} must be in batches, e.g. 300000ba, to be planned")
@@ -497,7 +505,7 @@ def usual_gpus(config: TrainConfig) -> list[int]:
 
 
 def report(config: TrainConfig, cluster: Cluster) -> str:
-    """A Markdown table, one column for each number of GPUs, under the assumptions that it rests on."""
+    """Return a Markdown table, one column for each number of GPUs, under the assumptions that it rests on."""
     blocks, rest = parameter_counts(config.model)
     counts = cluster.gpus or usual_gpus(config)
     columns = [column(config, gpus, cluster) for gpus in counts]
@@ -527,7 +535,7 @@ def finish_notes(config: TrainConfig) -> list[str]:
 
 
 def read(arguments: list[str], own: type[Roofline]) -> tuple[TrainConfig, Roofline]:
-    """CONFIG.yaml, then keys of `own` and of the configuration, as key=value. Raises ConfigError."""
+    """Read CONFIG.yaml, then keys of `own` and of the configuration, as key=value. Raises ConfigError."""
     names = {f.name for f in fields(own)}
     mine = [a for a in arguments[1:] if a.split("=")[0] in names]
     others = [a for a in arguments[1:] if a not in mine]
@@ -536,7 +544,7 @@ def read(arguments: list[str], own: type[Roofline]) -> tuple[TrainConfig, Roofli
 
 
 def main(arguments: list[str]) -> None:
-    """Command line: CONFIG.yaml, then keys of Cluster and of the configuration, as key=value."""
+    """Run the command line: CONFIG.yaml, then keys of Cluster and of the configuration, as key=value."""
     usage = "python -m recipe.plan CONFIG.yaml [gpus=8,64,512] [gpu=h100] [key=value ...]"
     answer(arguments, usage, __doc__, Cluster, TrainConfig)
     try:

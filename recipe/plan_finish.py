@@ -15,8 +15,9 @@ FP32, FP64 = 4, 8
 
 
 class Frozen(NamedTuple):
-    """A network whose weights are fixed: FLOPs forward and bytes that autograd keeps, of one sample in
-    float32, number of parameters and number of features.
+    """A network whose weights are fixed.
+
+    flops: of one sample forward; kept: bytes that autograd keeps of it, in float32.
     """
 
     flops: float
@@ -38,15 +39,15 @@ MAP = 17  # F^3 FLOPs of a map: 9 for eigenvalues and vectors (Golub & Van Loan)
 
 
 def decoder(model: DiTConfig) -> Frozen:
-    """The decoder of sd-vae-ft-ema and -mse (diffusers' AutoencoderKL, counted likewise)."""
+    """Return the cost of the decoder of sd-vae-ft-ema and -mse (diffusers' AutoencoderKL, counted alike)."""
     places = model.size**2
     return Frozen(605.5e6 * places + 2048 * places**2, 1.491e6 * places, 83.7e6)
 
 
 def feature_count(name: str, reference: str, model: DiTConfig) -> int | None:
-    """Number of features of an extractor as `objective.features` names it, None where only its weights know.
+    """Return the number of features of an extractor that `objective.features` names, or None.
 
-    Of an image model, the file of statistics says it, if there is one.
+    None means that only its weights know; of an image model a file of statistics says it, if there is one.
     """
     kind, _, argument = name.partition(":")
     if kind == "pixels":
@@ -82,26 +83,26 @@ class Finish:
         return [size for size in self.counts.values() if size]
 
     def flops(self) -> float:
-        """FLOPs of decoder and extractors for one sample in a step, in float32."""
+        """Return the FLOPs of decoder and extractors for one sample in a step, in float32."""
         passes = 1 + BACKWARD + (self.objective.recompute if self.counts else 0)
         return passes * sum(one.flops for one in self.frozen)
 
     def map_flops(self) -> float:
-        """FLOPs of the maps in a step on average, in float64, on each GPU alike."""
+        """Return the FLOPs of the maps in a step on average, in float64, on each GPU alike."""
         return sum(MAP * size**3 for size in self.sizes) / self.objective.refresh if self.counts else 0
 
     def frozen_bytes(self, samples: int) -> float:
-        """Bytes of decoder and extractors, and of what autograd keeps in them of a microbatch at the peak."""
+        """Return the bytes of decoder and extractors, with what autograd keeps in them of a microbatch."""
         return sum(FP32 * one.parameters + samples * one.kept for one in self.frozen)
 
     def moment_bytes(self) -> float:
-        """Bytes of moments, sums, maps and roots on each GPU."""
+        """Return the bytes of moments, sums, maps and roots on each GPU."""
         return FP64 * sum(2 * (size + 1) ** 2 + 2 * size**2 for size in self.sizes)
 
     def saved_bytes(self) -> int:
-        """Bytes of moments and maps in a checkpoint."""
+        """Return the bytes of moments and maps in a checkpoint."""
         return FP64 * sum((size + 1) ** 2 + size**2 + size + 2 for size in self.sizes)
 
     def messages(self) -> list[int]:
-        """Bytes of the sums of each extractor, over which all ranks sum after every step."""
+        """Return the bytes of the sums of each extractor, over which all ranks sum after every step."""
         return [FP64 * (size + 1) ** 2 for size in self.sizes]

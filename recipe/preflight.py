@@ -21,13 +21,14 @@ from tempfile import gettempdir
 import torch
 from composer.utils import dist, parse_uri
 
-from recipe.algorithms import average_names
-from recipe.config import ConfigError, TrainConfig, load_config, yaml_of
-from recipe.data import SHUFFLE_WINDOW, normalizer
+from recipe.checkpoints import PROBE, check_dataset, checkpoints, complete, fork
+from recipe.config import ConfigError, TrainConfig, divisible, load_config, yaml_of
+from recipe.data import SHUFFLE_WINDOW
 from recipe.dit import DiT
+from recipe.ema import average_names
 from recipe.manual import answer
+from recipe.normalizer import make_normalizer
 from recipe.plan_finish import Finish
-from recipe.resume import PROBE, check_dataset, checkpoints, complete, fork
 from recipe.text import TextConfig
 from recipe.warm_start import check_weights
 from storage import Folder, StorageError, status, transient
@@ -38,7 +39,7 @@ log = logging.getLogger("recipe.preflight")
 
 
 def check_data(config: TrainConfig) -> Manifest:
-    """The dataset's manifest, after comparing it with its index and with the model. Raises ConfigError."""
+    """Return the dataset's manifest, compared with its index and with the model. Raises ConfigError."""
     if not config.data.remote and not os.path.isdir(config.data.local):
         raise ConfigError(f"data.local: {config.data.local} is not a folder, and data.remote is not set")
     try:
@@ -46,8 +47,8 @@ def check_data(config: TrainConfig) -> Manifest:
     except DatasetError as error:
         if not config.data.remote:
             raise ConfigError(f"data.local: {error}") from error
-        answer = error.__cause__  # the service's, where that is the reason
-        hint = f". Fix: {mend(config.data.remote, answer)}" if isinstance(answer, StorageError) else ""
+        cause = error.__cause__  # the service's answer, where that is the reason
+        hint = f". Fix: {remedy(config.data.remote, cause)}" if isinstance(cause, StorageError) else ""
         raise ConfigError(f"data.remote: {error}{hint}") from error
     found = {"channels": manifest.channels, "size": manifest.shape[1], "classes": len(manifest.class_names)}
     for key, value in found.items():
@@ -62,7 +63,7 @@ def check_data(config: TrainConfig) -> Manifest:
                 f"of {config.data.source}"
             )
     try:
-        normalizer(config.data, manifest)
+        make_normalizer(config.data.normalize, manifest)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if config.model.text is not None:
@@ -71,9 +72,8 @@ def check_data(config: TrainConfig) -> Manifest:
 
 
 def check_text(text: TextConfig, manifest: Manifest, source: str) -> None:
-    """Whether the dataset has the prompts that the network takes; warns of those that are cut.
-
-    Raises ConfigError.
+    """Raise ConfigError unless the dataset has the prompts that the network takes; warn of those that are
+    cut.
     """
     if manifest.caption_bytes is None:
         raise ConfigError(f"model.text: {source} has no captions (streaming_convert --captions)")
@@ -97,8 +97,8 @@ def check_text(text: TextConfig, manifest: Manifest, source: str) -> None:
             )
 
 
-def mend(uri: str, error: StorageError) -> str:
-    """The command that mends, or at least shows, why `uri` cannot be used."""
+def remedy(uri: str, error: StorageError) -> str:
+    """Return the command that mends, or at least shows, why `uri` cannot be used."""
     if "://" not in uri:
         return f"ls -ld {uri}"
     scheme, bucket, path = parse_uri(uri)
@@ -123,7 +123,7 @@ def mend(uri: str, error: StorageError) -> str:
 
 
 def writable(key: str, uri: str) -> Iterator[str]:
-    """List, write and delete in a folder."""
+    """Yield a problem where a folder cannot be listed, written to or deleted from."""
     probe = f"{PROBE}-{uuid.uuid4().hex}"  # nodes may share the folder
     try:
         folder = Folder(uri)
@@ -131,11 +131,11 @@ def writable(key: str, uri: str) -> Iterator[str]:
         folder.write(probe, b"")
         folder.delete(probe)
     except StorageError as error:
-        yield f"{key}: {error}. Fix: {mend(uri, error)}"
+        yield f"{key}: {error}. Fix: {remedy(uri, error)}"
 
 
 def startable(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
-    """The run's checkpoints; until it has one of its own, what `fork_from` or `init_from` names."""
+    """Check the run's checkpoints; until it has one of its own, what `fork_from` or `init_from` names."""
     key, uri = "save_folder", config.save_folder
     try:
         folder = Folder(uri)
@@ -146,15 +146,15 @@ def startable(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
             check_dataset(config, manifest, *fork(config))
         elif config.init_from:
             key, uri = "init_from", config.init_from
-            check_weights(config, normalizer(config.data, manifest))
+            check_weights(config, make_normalizer(config.data.normalize, manifest))
     except ConfigError as error:
         yield str(error)
     except StorageError as error:
-        yield f"{key}: {error}. Fix: {mend(uri, error)}"
+        yield f"{key}: {error}. Fix: {remedy(uri, error)}"
 
 
 def oci_agreement(config: TrainConfig) -> Iterator[str]:
-    """Composer reads OCI_CONFIG_FILE first, Streaming ~/.oci/config: both must lead to the same account."""
+    """Yield how OCI_CONFIG_FILE, which Composer prefers, and ~/.oci/config, which Streaming reads, differ."""
     import oci
 
     uris = {"data.remote": config.data.remote or "", "save_folder": config.save_folder}
@@ -192,13 +192,16 @@ def checkpoint_bytes(config: TrainConfig) -> int:
 
 
 def held(folder: str | Path) -> int:
-    """Bytes of all files in a local folder."""
+    """Return the bytes of all files in a local folder."""
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
 def needs(config: TrainConfig, manifest: Manifest) -> Iterator[tuple[str, str, int]]:
-    """(setting, path, bytes to come): one checkpoint more than are kept, or one on its way to a bucket, and
-    the dataset's share of the cache. What a run before left there counts as its own."""
+    """Yield (setting, path, bytes to come) of a run.
+
+    That is one checkpoint more than are kept, or one on its way to a bucket, and the dataset's share of the
+    cache. What an earlier start left there counts as its own.
+    """
     size = checkpoint_bytes(config)
     if "://" in config.save_folder:
         yield "folder", config.folder, size - held(Path(config.folder, "staging"))
@@ -213,7 +216,7 @@ def needs(config: TrainConfig, manifest: Manifest) -> Iterator[tuple[str, str, i
 
 
 def disk_space(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
-    """Room on each disk for all that goes there."""
+    """Yield the disks without room for all that goes there."""
     disks = defaultdict(list)
     for key, path, missing in needs(config, manifest):
         place = Path(path).absolute()
@@ -229,10 +232,10 @@ def disk_space(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
 
 
 def cache_limit(config: TrainConfig, ranks: int, manifest: Manifest) -> Iterator[str]:
-    """A smaller cache than what a node shuffles over at a time would fetch a shard for almost every sample.
+    """Yield a problem where the cache is smaller than what a node shuffles over at a time.
 
-    Streaming shuffles each canonical node's samples in windows, which overlap: two of them are in use. It
-    refuses less than four shards.
+    Such a one would fetch a shard for almost every sample. Streaming shuffles each canonical node's samples
+    in windows, which overlap: two of them are in use. It refuses less than four shards.
     """
     limit = config.data.cache_bytes
     if not limit or not config.data.remote or not config.data.shuffle:
@@ -248,43 +251,16 @@ def cache_limit(config: TrainConfig, ranks: int, manifest: Manifest) -> Iterator
         )
 
 
-def uneven_microbatch(config: TrainConfig, share: int) -> list[str]:
-    """Refuse a smaller last microbatch with `compile`: blocks are compiled for each size, which doubles the
-    graphs and exceeds dynamo's limit of eight. share: a rank's samples of a batch.
-    """
-    size = config.microbatch
-    if not config.parallel.compile or size is None or size >= share or share % size == 0:
-        return []
-    below = max(n for n in range(1, size) if share % n == 0)
-    return [
-        f"microbatch: {size} does not divide the {share} samples of a rank, and parallel.compile wants "
-        f"microbatches of one size. Fix: set microbatch={below}"
-    ]
-
-
-def divisible(config: TrainConfig, ranks: int) -> list[str]:
-    """Say what does not divide evenly: the global batch, a rank's share of it, and the ranks themselves."""
-    problems = []
-    try:
-        share = config.data.per_rank(ranks)
-        problems += uneven_microbatch(config, share)
-    except ValueError as error:
-        problems.append(str(error))
-    if ranks % config.parallel.replicas:
-        problems.append(f"parallel.replicas: {config.parallel.replicas} does not divide the {ranks} ranks")
-    return problems
-
-
 def precision(config: TrainConfig) -> Iterator[str]:
-    """Composer trains in bf16 on a GPU alone."""
+    """Yield a problem for bf16 without a GPU, where Composer does not train in it."""
     if config.precision != "fp32" and not torch.cuda.is_available():
         yield f"precision: {config.precision} needs a GPU, and there is none here. Fix: set precision=fp32"
 
 
 def temporary_folder(config: TrainConfig) -> Iterator[str]:
-    """The loader's workers send batches through sockets there; a name too long for one would hang the run."""
+    """Yield a problem where the temporary folder's name is too long for the sockets of loader workers."""
     longest, folder = 107 - len("/pymp-12345678/listener-12345678"), gettempdir()
-    if config.data.workers and len(folder) > longest:
+    if config.data.workers and len(folder) > longest:  # a batch that cannot be sent would hang the run
         yield (
             f"data.workers: {config.data.workers} need a temporary folder of at most {longest} characters, "
             f"{folder} has {len(folder)}. Fix: set TMPDIR=/tmp, or data.workers=0"
@@ -292,7 +268,7 @@ def temporary_folder(config: TrainConfig) -> Iterator[str]:
 
 
 def wandb_key(config: TrainConfig) -> Iterator[str]:
-    """A key for Weights & Biases where log.wandb is online."""
+    """Yield a problem where log.wandb is online and there is no key for it."""
     if config.log.wandb != "online" or os.environ.get("WANDB_API_KEY"):
         return
     key = None
@@ -310,7 +286,7 @@ def references(config: TrainConfig) -> Iterator[str]:
 
 
 def problems(config: TrainConfig, ranks: int) -> tuple[list[str], Manifest | None]:
-    """All that would make a run of `config` on that many ranks fail, and the dataset's manifest."""
+    """Return all that would make a run of `config` on that many ranks fail, and the dataset's manifest."""
     found, manifest = [*divisible(config, ranks), *precision(config), *wandb_key(config)], None
     found += [*temporary_folder(config), *oci_agreement(config)]
     try:
@@ -325,7 +301,7 @@ def problems(config: TrainConfig, ranks: int) -> tuple[list[str], Manifest | Non
 
 
 def shared(folder: str) -> bool:
-    """Whether all ranks see a file that rank 0 makes in a local folder."""
+    """Return True if all ranks see a file that rank 0 makes in a local folder."""
     probe = Path(folder, f"{PROBE}-{dist.all_gather_object(uuid.uuid4().hex)[0]}")
     if dist.get_global_rank() == 0:
         probe.touch()
@@ -337,9 +313,9 @@ def shared(folder: str) -> bool:
 
 
 def check(config: TrainConfig) -> Manifest:
-    """The same on every node of a run, since each has its own credentials and disks. Raises ConfigError.
+    """Check the same on every node of a run, since each has its own credentials and disks.
 
-    Returns the manifest, which every node has read once, to all of its ranks.
+    Returns the manifest, which every node has read once, to all of its ranks. Raises ConfigError.
     """
     mine = problems(config, dist.get_world_size()) if dist.get_local_rank() == 0 else ([], None)
     problems_of_nodes, manifests = zip(*dist.all_gather_object(mine), strict=True)
@@ -354,7 +330,7 @@ def check(config: TrainConfig) -> Manifest:
 
 
 def main(arguments: list[str]) -> None:
-    """Command line: CONFIG.yaml [key=value ...]."""
+    """Run the command line: CONFIG.yaml [key=value ...]."""
     answer(arguments, "python -m recipe.preflight CONFIG.yaml [key=value ...]", __doc__, TrainConfig)
     ranks = int(os.environ.get("WORLD_SIZE", 0)) or torch.cuda.device_count() or 1
     try:

@@ -19,6 +19,7 @@ import xxhash
 from torch import Tensor, nn
 
 from recipe.patches import exact_float32
+from recipe.pictures import decode
 from storage.manifest import DatasetError
 
 FILES = ("config.json", "*.safetensors*", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
@@ -29,7 +30,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load_vae(model: str, dtype: str = "fp32", device: str | None = None):  # noqa: ANN201 (diffusers is optional)
-    """The AutoencoderKL in the folder, or of the hub name, `model`. DatasetError if it cannot be loaded."""
+    """Load the AutoencoderKL in the folder, or of the hub name, `model`.
+
+    Raises DatasetError if that fails.
+    """
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
@@ -45,7 +49,7 @@ def load_vae(model: str, dtype: str = "fp32", device: str | None = None):  # noq
 
 
 def hash_weights(model: nn.Module) -> str:
-    """xxh64 over the names and values of all parameters, in the order of their names, in fp32."""
+    """Return the xxh64 of the names and fp32 values of all parameters, in the order of their names."""
     digest = xxhash.xxh64()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -75,7 +79,7 @@ def load_decoder(
     batch_size: int = 16,
     half: bool = True,
 ) -> Callable[[Tensor], Tensor]:
-    """A function from latents (N, c, h, w), as stored, to pixels (N, 3, H, W) in 0..255 units, not rounded.
+    """Return a function from stored latents (N, c, h, w) to pixels (N, 3, H, W) in 0..255, not rounded.
 
     It works in fp16 on a GPU, as the published evaluations do, and in fp32 on a CPU or where `half` is false,
     `batch_size` at a time. Gradients flow through it to the latents.
@@ -93,11 +97,7 @@ def load_decoder(
     network = network.half() if half and torch.device(device).type == "cuda" else network
     scaling = encoder.get("scaling", 1.0)
 
-    def decode(latents: Tensor) -> Tensor:
-        parts = (latents / scaling).to(network.dtype).split(batch_size)
-        return torch.cat([(network.decode(part).sample.float() + 1) * 127.5 for part in parts])
-
-    return decode
+    return lambda latents: decode(network, latents / scaling, batch_size)
 
 
 class TextEncoder:
@@ -108,7 +108,7 @@ class TextEncoder:
     """
 
     def __init__(self, path: str, tokens: int, device: str | torch.device | None = None) -> None:
-        """`path`: a folder (nothing is downloaded) or a hub name; `device`: None is a GPU if there is one.
+        """Load the model in a folder (nothing is downloaded) or of a hub name; device None is a GPU if any.
 
         Raises ValueError if the model cannot be loaded whole or does not take `tokens` tokens.
         """
@@ -125,12 +125,15 @@ class TextEncoder:
         most = getattr(self.model.config, "max_position_embeddings", None) or 2**16
         if not least <= tokens <= most:
             raise ValueError(f"{path} takes {least} to {most} tokens, not {tokens}")
-        self.name, self.tokens, self.width, self.cut = path, tokens, self.model.config.hidden_size, 0
+        self.name, self.tokens = path, tokens
+        self.width = self.model.config.hidden_size
+        self.cut = 0
         self.sha256 = _sha256(folder)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings (n, tokens, width) float16, zero beyond each prompt's length, and lengths (n,) int64.
+        """Return embeddings (n, tokens, width) float16, zero beyond a prompt's length, and lengths (n,)
+        int64.
 
         Lengths are 1 to `tokens`: a prompt without any token, as the empty one of some models, becomes their
         BOS, EOS or padding token; one that is too long is cut, but for the tokens that end a prompt, and
@@ -152,7 +155,7 @@ class TextEncoder:
         return text, lengths
 
     def _tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask (n, tokens), filled up on the right."""
+        """Return token ids and mask (n, tokens), filled up on the right."""
         self.cut += sum(len(ids) > self.tokens for ids in self.tokenizer(prompts, verbose=False)["input_ids"])
         found = self.tokenizer(
             prompts, truncation=True, max_length=self.tokens, padding="max_length", return_tensors="pt"
@@ -166,7 +169,7 @@ class TextEncoder:
 
 
 def _folder(path: str) -> Path:
-    """The folder itself, or where the files of the hub's model lie once they are downloaded."""
+    """Return the folder itself, or where the files of the hub's model lie once they are downloaded."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
@@ -175,7 +178,7 @@ def _folder(path: str) -> Path:
 
 
 def _load(folder: Path, device: torch.device) -> tuple[torch.nn.Module, object]:
-    """The text model of `folder` and its tokenizer."""
+    """Return the text model of `folder` and its tokenizer."""
     import transformers
 
     safe = {"trust_remote_code": False, "local_files_only": True}
@@ -202,7 +205,7 @@ def _load(folder: Path, device: torch.device) -> tuple[torch.nn.Module, object]:
 
 
 def _sha256(folder: Path) -> str:
-    """Over names and contents of the FILES in `folder`, in the order of their names."""
+    """Return the hash of names and contents of the FILES in `folder`, in the order of their names."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in FILES for path in folder.glob(pattern)}):
         digest.update(path.name.encode())

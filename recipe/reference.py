@@ -40,7 +40,7 @@ MAX_ARRAY_BYTES = 2**28  # a covariance of 5,000 features
 
 
 def unpack(folder: Path, shard: Shard) -> None:
-    """Gives a compressed shard its plain file, where there is none; several ranks may do it at once."""
+    """Unpack a compressed shard that has no plain file yet; several ranks may do it at once."""
     target = folder / shard["raw_data"]["basename"]
     if shard["compression"] and not target.is_file():
         part = target.with_suffix(f".{os.getpid()}.part")
@@ -93,11 +93,11 @@ class MDSImages(Dataset):
         return [self.row(i) for i in index.tolist()]
 
     def labels(self, index: Tensor, classes: int) -> Tensor:
-        """(n,), of these samples; 0 for a network without classes."""
+        """Return the labels (n,) of these samples; 0 for a network without classes."""
         return torch.tensor([int(row["label"]) for row in self.rows(index)]).clamp(max=classes)
 
     def text(self, index: Tensor, config: TextConfig) -> Text:
-        """The captions of these samples as a network with `config` takes them."""
+        """Return the captions of these samples as a network with `config` takes them."""
         batch = collate(self.rows(index), config)
         return Text(batch["text"], batch["text_length"])
 
@@ -132,7 +132,7 @@ def measure(
     keep: Collection[str] = (),
     workers: int = 0,
 ) -> FeatureSet:
-    """The features of a data set, shared among the ranks; workers: processes that decode images."""
+    """Compute the features of a data set, shared among the ranks; workers: processes that decode images."""
     index = torch.arange(dist.get_global_rank(), len(images), dist.get_world_size())
     loader = DataLoader(Subset(images, index.tolist()), batch_size, num_workers=workers)
     found = FeatureSet(extractor, keep)
@@ -143,7 +143,7 @@ def measure(
 
 
 def labelled(images: MDSImages, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) and labels (N,) of a dataset folder, all or those of `index`, in memory."""
+    """Load images (N, C, H, W) and labels (N,) of a dataset folder, all or those of `index`, in memory."""
     samples = images.rows(torch.arange(len(images)) if index is None else index)
     pixels = torch.stack([torch.tensor(s["image"]) for s in samples])
     return pixels, torch.tensor([int(s["label"]) for s in samples])
@@ -152,9 +152,10 @@ def labelled(images: MDSImages, index: Tensor | None = None) -> tuple[Tensor, Te
 def make_extractor(
     name: str, weights: str | None, images: Dataset | None, folder: str, device: str | torch.device
 ) -> FeatureExtractor:
-    """The extractor of that name, in front of a colon, with what it takes behind it: `classifier:2` (seed),
-    `pixels:4` (pool), `image-model:FOLDER`. Without `weights` a classifier is trained on the reference and
-    kept in `folder`. Raises FileNotFoundError, and ValueError, too, where the reference has no labels for it.
+    """Make the extractor of a name such as `classifier:2` (seed), `pixels:4` (pool) or `image-model:FOLDER`.
+
+    Without `weights` a classifier is trained on the reference and kept in `folder`. Raises FileNotFoundError,
+    and ValueError, also where the reference has no labels for a classifier.
     """
     kind, _, argument = name.partition(":")
     if kind == "pixels":
@@ -178,7 +179,7 @@ def make_extractor(
 
 
 def read_statistics(path: str | Path, metric: str = "fid") -> tuple[Tensor, Tensor]:
-    """Mean (F,) and covariance (F, F), float64, from a file of reference statistics; executes nothing.
+    """Read mean (F,) and covariance (F, F), float64, from a file of statistics; nothing is executed.
 
     path: an .npz with mu and sigma (ours, ADM's, EDM's), or a .pkl in one of three layouts: {mu, sigma},
     {metric: {mu, sigma}} (EDM2's), or sums {raw_mean, raw_cov, num_items} (StyleGAN3's FeatureStats). Raises
@@ -232,7 +233,7 @@ def _read_pickle(path: str | Path, metric: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def _array(node: object, where: str) -> np.ndarray:
-    """The array that a pickled numpy array of little-endian floats describes."""
+    """Return the array that a pickled numpy array of little-endian floats describes."""
     match node:
         case Node(name, (Global("numpy.ndarray"), (0,), b"b"), (1, tuple(shape), dtype, bool(fortran), data)):
             known = name in NUMPY and type(data) is bytes

@@ -56,7 +56,7 @@ class Node:
 
 
 def read_file(path: str | Path, allowed: Collection[str]) -> object:
-    """Reads the pickle in a file as `read_stream` does. Raises OSError, and RefusedPickle with its path."""
+    """Read the pickle in a file as `read_stream` does. Raises OSError, and RefusedPickle with its path."""
     with open(path, "rb") as file:
         size = Path(path).stat().st_size
         if not 0 < size <= MAX_BYTES:
@@ -72,7 +72,7 @@ def read_file(path: str | Path, allowed: Collection[str]) -> object:
 def read_stream(
     stream: BinaryIO | mmap.mmap, allowed: Collection[str], max_operations: int = MAX_OPERATIONS
 ) -> object:
-    """Reads one pickle and leaves `stream` behind it.
+    """Read one pickle and leave `stream` behind it.
 
     stream: its `read(n)` must not allocate more than is left; allowed: dotted names of the globals that may
     occur. What comes back are containers, constants, `Global` and `Node`; `collections.OrderedDict()` is a

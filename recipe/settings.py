@@ -77,7 +77,7 @@ class Settings:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: type, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Takes dictionaries for sections, which strictness would refuse; their values stay strict."""
+        """Take dictionaries for sections, which strictness would refuse; their values stay strict."""
         schema = inner = say_ranges(handler.resolve_ref_schema(handler(source)))
         while inner["type"] != "dataclass":
             inner = inner["schema"]
@@ -87,37 +87,37 @@ class Settings:
     @model_validator(mode="before")
     @classmethod
     def refuse_unknown(cls, given: Any) -> Any:  # noqa: ANN401
-        """Raises ConfigError for a key that is no field, with the field that was probably meant."""
+        """Raise ConfigError for a key that is no field, with the field that was probably meant."""
         given_keys = given.kwargs if isinstance(given, ArgsKwargs) else given
         for key in given_keys if isinstance(given_keys, dict) else ():
             if key not in cls.__dataclass_fields__:
                 shown = str(key) if str(key).isprintable() else ascii(key)  # a file's key may be two lines
-                raise ConfigError(f"{shown}: is not a setting; {nearest(cls, str(key))}")
+                raise ConfigError(f"{shown}: is not a setting; {suggestion(cls, str(key))}")
         return given
 
 
-def nearest(section: type[Settings], key: str) -> str:
+def suggestion(section: type[Settings], key: str) -> str:
     """Return what to say of an unknown key: the setting that was probably meant, or all of the section."""
-    known = {name.rpartition(".")[2]: name for name in reversed(list(keys(section)))}
+    known = {name.rpartition(".")[2]: name for name in reversed(list(setting_keys(section)))}
     if close := get_close_matches(key, known, 1):
         return f"did you mean {known[close[0]]}?"
     return f"only {', '.join(section.__dataclass_fields__)} are"
 
 
 def sections(annotation: Any) -> Iterator[type[Settings]]:  # noqa: ANN401
-    """The settings classes in an annotation: one of a section, several of a union."""
+    """Yield the settings classes in an annotation: one of a section, several of a union."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         yield annotation
     for part in get_args(annotation):
         yield from sections(part)
 
 
-def keys(section: type[Settings]) -> Iterator[str]:
+def setting_keys(section: type[Settings]) -> Iterator[str]:
     """Yield the keys of a section and, dotted, those of the sections in it."""
     for name, field in section.__pydantic_fields__.items():
         yield name
         for nested in sections(field.annotation):
-            yield from (f"{name}.{key}" for key in keys(nested))
+            yield from (f"{name}.{key}" for key in setting_keys(nested))
 
 
 def defaults(section: type[Settings]) -> dict[str, Any]:
@@ -133,18 +133,18 @@ def defaults(section: type[Settings]) -> dict[str, Any]:
 
 
 class Says(NamedTuple):
-    """What to say, instead of pydantic's words, of a value that a type refuses: `must be ...`."""
+    """What is said, instead of pydantic's words, of a value that a type refuses: `must be ...`."""
 
     text: str
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:  # noqa: ANN401
-        """Replaces every error of the type by the text."""
+        """Replace every error of the type by the text."""
         return core_schema.custom_error_schema(
             handler(source), custom_error_type="rule", custom_error_message=self.text
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict:
-        """Adds the text where editors look for it."""
+        """Add the text where editors look for it."""
         return {**handler(schema), "errorMessage": self.text}
 
 
@@ -152,40 +152,40 @@ class OneOrMore:
     """A list that may be given as its only value, without brackets."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:  # noqa: ANN401
-        """Puts a value that is no container into a list."""
+        """Put a value that is no container into a list."""
         return core_schema.no_info_before_validator_function(as_list, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict:
-        """The list, or what it may hold."""
+        """Return the list, or what it may hold."""
         listed = handler(schema)
         return {"anyOf": [listed, listed["items"]]}
 
 
 def as_list(value: Any) -> Any:  # noqa: ANN401
-    """A value that is neither None nor a container, in a list."""
+    """Return a value that is neither None nor a container, in a list."""
     return value if value is None or isinstance(value, list | dict | tuple) else [value]
 
 
 def as_text(value: Any) -> Any:  # noqa: ANN401
-    """A whole number as text, since YAML reads a run or a folder called 2026 as a number."""
+    """Return a whole number as text, since YAML reads a run or a folder called 2026 as a number."""
     return str(value) if type(value) is int else value
 
 
 def as_switch(value: Any) -> Any:  # noqa: ANN401
-    """`off`, which YAML reads as false, as text."""
+    """Return `off`, which YAML reads as false, as text."""
     return "off" if value is False else value
 
 
 def printable(text: str) -> str:
-    """A path that a file system can hold. Raises ValueError."""
+    """Return a path that a file system can hold. Raises ValueError for any other."""
     longest = max(len(part.encode()) for part in text.split("/"))
     if not (text.isprintable() and 0 < len(text) < 4096 and longest < 256):
         raise ValueError
     return text
 
 
-def local(path: str) -> str:
-    """A path without a scheme such as s3://. Raises ValueError."""
+def without_scheme(path: str) -> str:
+    """Return a path without a scheme such as s3://. Raises ValueError for any other."""
     if "://" in path:
         raise ValueError
     return path
@@ -219,19 +219,19 @@ DurationOrZero = Annotated[
 Seconds = Annotated[
     str, Field(pattern="^[0-9]{1,15}sec$"), Says("must be a time in seconds such as 86000sec")
 ]
-Text = BeforeValidator(as_text, json_schema_input_type=str | int)
+NumberAsText = BeforeValidator(as_text, json_schema_input_type=str | int)
 LocalPath = Annotated[
     str,
     AfterValidator(printable),
-    AfterValidator(local),
-    Text,
+    AfterValidator(without_scheme),
+    NumberAsText,
     Says("must be a local path"),
 ]
 Place = Annotated[
     str,
     AfterValidator(printable),
     AfterValidator(normalize_uri),
-    Text,
+    NumberAsText,
     Says("must be a local path or a place in s3://, gs://, oci://"),
 ]
 Word = Annotated[str, Field(pattern=r"^\w[\w.-]{0,99}$")]
@@ -258,7 +258,7 @@ PLAINER = {
 
 
 def make(section: type[T], values: Any, where: str = "") -> T:  # noqa: ANN401
-    """The settings that plain containers describe. Raises ConfigError, its key below `where`."""
+    """Make the settings that plain containers describe. Raises ConfigError, its key below `where`."""
     try:
         return TypeAdapter(section).validate_python(values)
     except ValidationError as error:
@@ -266,7 +266,7 @@ def make(section: type[T], values: Any, where: str = "") -> T:  # noqa: ANN401
 
 
 def explain(error: ValidationError, values: Any, where: str = "") -> str:  # noqa: ANN401
-    """The first of the errors in `values` as one line: key, value, what is allowed."""
+    """Return the first of the errors in `values` as one line: key, value, what is allowed."""
     found = error.errors(include_url=False)
     key = dotted(found[0]["loc"], values, found[0]["type"] == "missing", where)
     cause = found[0].get("ctx", {}).get("error")
@@ -280,7 +280,7 @@ def explain(error: ValidationError, values: Any, where: str = "") -> str:  # noq
 
 
 def dotted(loc: tuple[int | str, ...], values: Any, missing: bool, where: str) -> str:  # noqa: ANN401
-    """The key at `loc` of `values`, a.b[0]; what pydantic puts between for branches of unions is left out."""
+    """Return the key at `loc` of `values`, a.b[0], without what pydantic puts between for unions."""
     key, here = where, values
     for part in loc[:-1] if missing else loc:
         if isinstance(here, dict) and part in here:
@@ -299,6 +299,6 @@ def reason(error: Any) -> str:  # noqa: ANN401
 
 
 def brief(value: Any) -> str:  # noqa: ANN401
-    """A value as it is shown in an error, cut where it is long."""
+    """Return a value as it is shown in an error, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -37,25 +37,27 @@ class TextConfig(Settings):
 
     @model_validator(mode="after")
     def combinations(self) -> TextConfig:
-        """Raises ConfigError for a width that the encoder of bytes cannot divide into heads."""
+        """Raise ConfigError for a width that the encoder of bytes cannot divide into heads."""
         if self.encoder == "bytes" and self.width % 32:
             raise ConfigError(f"width: {self.width} must be a multiple of 32")
         return self
 
 
 class Text(NamedTuple):
-    """tokens: int64 (B, L) bytes or float (B, L, width) embeddings; length: int64 (B,)."""
+    """Prompts of a batch: tokens, int64 (B, L) bytes or float (B, L, width) embeddings, and length, int64
+    (B,).
+    """
 
     tokens: Tensor
     length: Tensor
 
     def to(self, device: torch.device) -> Text:
-        """Both on a device."""
+        """Return tokens and lengths on a device."""
         return Text(self.tokens.to(device), self.length.to(device))
 
 
 def byte_tokens(prompts: list[str], tokens: int) -> tuple[Text, int]:
-    """UTF-8 of prompts, and how many of them were cut."""
+    """Return the UTF-8 of prompts, and how many of them were cut."""
     coded = [prompt.encode() for prompt in prompts]
     table = np.full((len(prompts), tokens), BEGIN)
     for row, code in zip(table, coded, strict=True):
@@ -66,7 +68,7 @@ def byte_tokens(prompts: list[str], tokens: int) -> tuple[Text, int]:
 
 
 def empty_prompt(config: TextConfig, stored: dict[str, Any] | None) -> Text:
-    """Of one row; `stored` is what the manifest says of the encoder of a dataset's embeddings."""
+    """Return the empty prompt, as one row; stored: what the manifest says of a dataset's text encoder."""
     if config.encoder == "bytes":
         return byte_tokens([""], config.tokens)[0]
     values = np.frombuffer(base64.b64decode(stored["empty"]), "<f2").reshape(-1, config.width)
@@ -76,10 +78,14 @@ def empty_prompt(config: TextConfig, stored: dict[str, Any] | None) -> Text:
 
 
 class Prompts(nn.Module):
-    """The prompts of a batch for a network, and the empty one in their place where the label means none."""
+    """The prompts of a batch for a network, and the empty one in their place where the label means none.
 
-    def __init__(self, config: TextConfig, stored: dict[str, Any] | None) -> None:
+    stored: what the manifest says of the encoder of a dataset's embeddings; null: the label that means none.
+    """
+
+    def __init__(self, config: TextConfig, stored: dict[str, Any] | None, null: int) -> None:
         super().__init__()
+        self.null = null
         tokens, length = empty_prompt(config, stored)
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("length", length, persistent=False)
@@ -89,19 +95,19 @@ class Prompts(nn.Module):
         ones = [1] * (self.tokens.dim() - 1)
         return Text(self.tokens.repeat(count, *ones), self.length.repeat(count))
 
-    def unlabelled(self, label: Tensor, text: Text, null: int) -> Tensor:
+    def unlabelled(self, label: Tensor, text: Text) -> Tensor:
         """Return the labels (B,) of prompts for a network without classes: `null` where a prompt is empty.
 
         Sampling asks so, as training has seen the empty prompt where it dropped a prompt (label `null`).
         """
         same = (text.tokens == self.tokens).flatten(1).all(1)
-        return torch.where(same & (text.length == self.length), null, label)
+        return torch.where(same & (text.length == self.length), self.null, label)
 
-    def forward(self, net: Callable[..., Dual], text: Text, null: int) -> Callable[..., Dual]:
-        """`net` as objectives call it, (x, t, d, label, ...); they may call it for n batches at once."""
+    def forward(self, net: Callable[..., Dual], text: Text) -> Callable[..., Dual]:
+        """Return `net` as objectives call it, (x, t, d, label, ...), also for n batches at once."""
 
         def evaluate(x: Dual, t: Dual, d: Dual, label: Tensor, *rest: Any, **options: Any) -> Dual:  # noqa: ANN401
-            n, free = len(label) // len(text.length), label == null
+            n, free = len(label) // len(text.length), label == self.null
             length = torch.where(free, self.length, text.length.repeat(n))
             ones = [1] * (text.tokens.dim() - 1)
             tokens = torch.where(free.view(-1, *ones), self.tokens, text.tokens.repeat(n, *ones))

@@ -27,27 +27,32 @@ from omegaconf import OmegaConf
 if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from recipe.algorithms import EMA, DivergedError, EMAConfig, StepGuard
 from recipe.callbacks import ExportWeights, JSONLines, LossByTime, MetricsToWandB, SampleGrid, Throughput
+from recipe.checkpoints import LOG, Checkpoints, Owner, newest_checkpoint
 from recipe.config import (
     ConfigError,
     GridConfig,
     TrainConfig,
     as_dict,
+    divisible,
     load_config,
     yaml_of,
 )
 from recipe.console import console, summary
-from recipe.data import Normalizer, normalizer, train_loader
+from recipe.data import train_loader
 from recipe.dit import DiT
-from recipe.finish import Population, begin
+from recipe.ema import EMA, EMAConfig
+from recipe.finish import Population, begin_finish
+from recipe.guard import DivergedError, ScaleParameter
 from recipe.manual import answer
 from recipe.model import GenerativeModel, StepKey
+from recipe.normalizer import Normalizer, make_normalizer
 from recipe.optimizer import LearningRate, build_optimizer, rate_of_step, take_settings
 from recipe.parallel import parallelism, prepare_blocks
 from recipe.patches import exact_float32
-from recipe.preflight import check, divisible
-from recipe.resume import LOG, PREEMPTED, Checkpoints, Owner, Preemption, ignore_sigterm, newest
+from recipe.plan import step_flops
+from recipe.preemption import PREEMPTED, Preemption, ignore_sigterm
+from recipe.preflight import check
 from recipe.text import Prompts
 from recipe.warm_start import warm_start
 from storage import StorageError
@@ -57,12 +62,14 @@ log = logging.getLogger("recipe.train")
 
 
 def build_model(config: TrainConfig, manifest: Manifest, source: str | None = None) -> GenerativeModel:
-    """Student and averages from the seed alone: the same on every rank. source: the checkpoint to come."""
-    text, normalize = config.model.text, normalizer(config.data, manifest)
+    """Return student and averages from the seed alone: the same on every rank. source: the checkpoint to
+    come.
+    """
+    text, normalize = config.model.text, make_normalizer(config.data.normalize, manifest)
     if config.objective.finishes:
-        begin(config, manifest, normalize, source)
+        begin_finish(config, manifest, normalize, source)
     reproducibility.seed_all(config.seed)
-    prompts = None if text is None else Prompts(text, manifest.text)
+    prompts = None if text is None else Prompts(text, manifest.text, config.model.null)
     model = GenerativeModel(DiT(config.model), config.objective, normalize, config.seed, prompts)
     for net, trained in ((model.net, True), (model.target, False), (model.ema, False)):
         if net is not None:
@@ -94,7 +101,7 @@ def build_callbacks(
         LearningRate(config),
         preemption,
         ExportWeights(config, about_data(config, manifest), preemption, owner),
-        Throughput(interval, config.log.peak_tflops),
+        Throughput(interval, step_flops(config.model, config.objective), config.log.peak_tflops),
         LossByTime(interval),
     ]
     if config.grid.interval is not None:
@@ -112,7 +119,7 @@ def about_data(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
 
 
 def build_grid(folder: str, config: GridConfig, column: str) -> SampleGrid:
-    """The grid with its autoencoder loaded, where it needs one. Raises ConfigError."""
+    """Return the grid with its autoencoder loaded, where it needs one. Raises ConfigError."""
     try:
         return SampleGrid(folder, config, column)
     except DatasetError as error:
@@ -121,7 +128,7 @@ def build_grid(folder: str, config: GridConfig, column: str) -> SampleGrid:
 
 def build_algorithms(config: TrainConfig) -> list[Algorithm]:
     """Return the algorithms that guard a step, average weights and, in a finish, keep moments of samples."""
-    algorithms = [StepGuard(config.step, config.objective.flow_matching_first), EMA(config.ema)]
+    algorithms = [ScaleParameter(config.step, config.objective.flow_matching_first), EMA(config.ema)]
     if config.objective.finishes:
         batch = config.data.per_rank(dist.get_world_size())
         algorithms.append(Population(config.objective, min(config.microbatch or batch, batch)))
@@ -135,7 +142,7 @@ def build_trainer(
     preemption: Preemption,
     source: str | None = None,
 ) -> Trainer:
-    """Everything that one run needs, from its configuration; load_path, source: see `resume.newest`."""
+    """Return everything that one run needs, from its configuration; load_path, source: see `Found`."""
     model = build_model(config, manifest, source)
     if config.init_from and load_path is None:
         log.info("%s: %s", config.run_name, warm_start(model, config))
@@ -175,7 +182,7 @@ def short_for_average(trainer: Trainer, ema: EMAConfig) -> str | None:
 
 
 def start(config: TrainConfig, preemption: Preemption) -> tuple[Trainer, Manifest]:
-    """Checks the surroundings, and builds the trainer at the step where the run stands."""
+    """Check the surroundings, and builds the trainer at the step where the run stands."""
     exact_float32()
     device = "gpu" if torch.cuda.is_available() else "cpu"
     dist.initialize_dist(device, timeout=3600)  # while a checkpoint is downloaded, the other ranks wait
@@ -183,7 +190,7 @@ def start(config: TrainConfig, preemption: Preemption) -> tuple[Trainer, Manifes
     batch = config.data.per_rank(dist.get_world_size())
     if (size := config.microbatch or 0) > batch:
         log.warning("microbatch: %d is more than a rank's %d samples here: one pass", size, batch)
-    with newest(config, manifest) as found:
+    with newest_checkpoint(config, manifest) as found:
         load_path, source = (found.load_path, found.source) if found else (None, None)
         trainer = build_trainer(config, manifest, load_path, preemption, source)
     step = int(trainer.state.timestamp.batch)
@@ -220,7 +227,8 @@ def differences(before: dict, now: dict, section: str = "") -> list[str]:
     """Return `key old => new` for each setting that differs; a key that only one of them has is left out."""
     found = []
     for key in before.keys() & now.keys():
-        old, new, name = before[key], now[key], f"{section}{key}"
+        old, new = before[key], now[key]
+        name = f"{section}{key}"
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{name}.")
         elif old != new:
@@ -238,12 +246,12 @@ def fit(trainer: Trainer, config: TrainConfig) -> None:
         raise SystemExit(
             f"training error: {error}. Try a smaller optimizer.lr ({o.lr:g}), a longer optimizer.warmup "
             f"({o.warmup}), a larger optimizer.eps ({o.eps:g}) or a smaller step.clip ({clip}); newest "
-            f"checkpoint from before: {saver.newest(error.step) or 'none'}"
+            f"checkpoint from before: {saver.newest_before(error.step) or 'none'}"
         ) from error
 
 
 def dry_run(config: TrainConfig) -> str:
-    """The run in words, its network built of shapes alone: nothing is read, allocated or sent."""
+    """Return the run in words, its network built of shapes alone: nothing is read, allocated or sent."""
     world, batch = dist.get_world_size(), config.data.batch_size
     if problems := divisible(config, world):
         raise ConfigError("\n".join(problems))

@@ -15,38 +15,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recipe.checkpoints import INIT_ONLY
 from recipe.config import ConfigError, TrainConfig
-from recipe.data import Normalizer
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
 from recipe.model import GenerativeModel
+from recipe.normalizer import Normalizer
 from recipe.objectives import from_facts
 from recipe.objectives.base import Objective
-from recipe.resume import INIT_ONLY
 from recipe.settings import make
-from recipe.weights import load_weights, newest_name, parse_facts
+from recipe.weights import load_weights, newest_export, parse_facts
 from storage import Folder
 
 EMBEDDERS = ("s_embedder", "guidance_embedder")
 
 
-def find(uri: str) -> tuple[Folder, str]:
+def locate_weights(uri: str) -> tuple[Folder, str]:
     """Return the folder and the name of weights; of a folder of exports its newest are meant.
 
     Raises StorageError.
     """
-    newest = newest_name(Folder(uri).names())
+    newest = newest_export(Folder(uri).names())
     uri = f"{uri}/{newest}" if newest else uri
     folder, _, name = uri.removesuffix(".json").removesuffix(".safetensors").rpartition("/")
     return Folder(folder or "."), name
 
 
 def check_weights(config: TrainConfig, normalizer: Normalizer) -> tuple[Folder, str]:
-    """Finds the weights of `init_from`; all their differences from the run are one ConfigError.
+    """Find the weights of `init_from`; all their differences from the run are one ConfigError.
 
     Raises StorageError.
     """
-    folder, name = find(config.init_from)
+    folder, name = locate_weights(config.init_from)
     try:
         facts = parse_facts(folder.read(f"{name}.json"), f"{folder.uri}/{name}.json")
         theirs = asdict(make(DiTConfig, facts["model"], "model"))
@@ -76,7 +76,7 @@ def earlier_finishes(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def output_ratio(source: Objective, target: Objective) -> float:
-    """Factor r of the output, k_target r F = k_source F. Raises ValueError where it varies with w.
+    """Return factor r of the output, k_target r F = k_source F. Raises ValueError where it varies with w.
 
     Weights that know one w have it there, or at the nearest w of the target.
     """
@@ -95,7 +95,7 @@ def output_ratio(source: Objective, target: Objective) -> float:
 
 @torch.no_grad()
 def adapt(net: DiT, source: Objective, target: Objective) -> None:
-    """Changes weights, in place, so that `target` finds in them the velocity that `source` left there.
+    """Change weights, in place, so that `target` finds in them the velocity that `source` left there.
 
     A guidance input that only the source has is fixed at the w at which that is sampled; one that only the
     target has begins as zero; the last layer takes the ratio of the parameterisations.
@@ -113,7 +113,7 @@ def adapt(net: DiT, source: Objective, target: Objective) -> None:
 
 
 def warm_start(model: GenerativeModel, config: TrainConfig) -> str:
-    """Puts the weights of `init_from` into the student and its averages; says what is taken and what is new.
+    """Put the weights of `init_from` into the student and its averages; says what is taken and what is new.
 
     Raises ConfigError, StorageError.
     """

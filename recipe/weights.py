@@ -30,13 +30,13 @@ from recipe.dit import DiT, DiTConfig
 from recipe.manual import answer
 from recipe.objectives import from_facts
 from recipe.settings import make
-from storage.outside import parse_json, read_bytes
+from storage.outside import file_digest, parse_json, read_bytes
 
 FORMAT = 1
 
 
 class DataFacts(TypedDict):
-    """What weights say of their data: what is normalised, by which mean and deviation of each channel."""
+    """What weights say of their data: which column is normalised, and by which mean and deviation."""
 
     __pydantic_config__ = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     column: Literal["image", "latents"]
@@ -82,14 +82,6 @@ def installed_version() -> str:
         return "unknown"
 
 
-def file_digest(path: Path, digest: Any) -> str:  # noqa: ANN401
-    """Hexadecimal digest of a file of any size, by a new object of hashlib or xxhash."""
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def save_weights(
     path: str | Path, state: dict[str, Tensor], config: DiTConfig, facts: dict[str, Any]
 ) -> Path:
@@ -109,7 +101,10 @@ def save_weights(
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
-    """The JSON of the weights at `path`, with or without suffix. Raises FileNotFoundError or ValueError."""
+    """Read the JSON of the weights at `path`, with or without suffix.
+
+    Raises FileNotFoundError, ValueError.
+    """
     weights, description = _files(path)
     for file in (weights, description):
         if not file.is_file():
@@ -118,7 +113,7 @@ def read_facts(path: str | Path) -> dict[str, Any]:
 
 
 def parse_facts(text: bytes, where: str) -> dict[str, Any]:
-    """The content of a weights' JSON, read from `where`. Raises ValueError, naming it."""
+    """Parse a weights' JSON that comes from `where`. Raises ValueError, naming it."""
     try:
         facts = dict(parse_json(text, where))
     except (ValueError, TypeError) as error:
@@ -134,14 +129,14 @@ def parse_facts(text: bytes, where: str) -> dict[str, Any]:
 
 
 def shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights of this architecture."""
+    """Return the names and shapes of the weights of this architecture."""
     with torch.device("meta"):
         state = DiT(config, initialize=False).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def described(facts: dict[str, Any], path: Path) -> DiTConfig:
-    """The architecture that a weights' JSON names, if the tensors at `path` have it. Raises ValueError.
+def stated_architecture(facts: dict[str, Any], path: Path) -> DiTConfig:
+    """Return the architecture in a weights' JSON, if the tensors at `path` have it. Raises ValueError.
 
     Nothing is believed before it has been compared with the file's header, so no JSON can fill the memory.
     """
@@ -172,23 +167,23 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of weights by name. Raises FileNotFoundError, ValueError as `load_weights` does."""
     facts, file = read_facts(path), _files(path)[0]
     check_digest(path, facts)
-    described(facts, file)
+    stated_architecture(facts, file)
     return load_file(file)
 
 
 def load_weights(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, dict[str, Any]]:
-    """The network in evaluation mode, without gradients, and its facts.
+    """Load the network, in evaluation mode and without gradients, and its facts.
 
     Raises FileNotFoundError or ValueError, the latter also where tensors and JSON do not belong together.
     """
     facts = read_facts(path)
     check_digest(path, facts)
-    net = DiT(described(facts, _files(path)[0]), initialize=False).to(device)
+    net = DiT(stated_architecture(facts, _files(path)[0]), initialize=False).to(device)
     net.load_state_dict(load_file(_files(path)[0], device=str(device)))
     return net.eval().requires_grad_(False), facts
 
 
-def newest(path: str | Path) -> Path:
+def newest_weights(path: str | Path) -> Path:
     """Return `path`; of a folder of exports its newest weights, of one step the evaluation average first.
 
     Raises FileNotFoundError where a folder has none.
@@ -196,13 +191,13 @@ def newest(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         return folder
-    name = newest_name(file.name for file in folder.iterdir())
+    name = newest_export(file.name for file in folder.iterdir())
     if name is None:
         raise FileNotFoundError(f"weights: {folder} is a folder without weights of a run (ba*-ema.json)")
     return folder / name
 
 
-def newest_name(names: Iterable[str]) -> str | None:
+def newest_export(names: Iterable[str]) -> str | None:
     """Return the name of the newest exported JSON, of one step the evaluation average first, or None."""
     found = filter(None, (re.fullmatch(r"ba(\d+)-(\w+)\.json", name) for name in names))
     return max(((int(name[1]), name[2] == "ema", name[0]) for name in found), default=(0, False, None))[2]
@@ -214,7 +209,7 @@ def _files(path: str | Path) -> tuple[Path, Path]:
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m recipe.weights NAME [KEY]`: print the facts, or one of them."""
+    """Run the command line: print the facts, or one of them."""
     usage = "python -m recipe.weights NAME [KEY]"
     answer(arguments, usage, __doc__)
     if len(arguments) > 2:

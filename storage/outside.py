@@ -38,6 +38,14 @@ def read_bytes(path: str | Path, limit: int = LARGEST) -> bytes:
         return content
 
 
+def file_digest(path: Path, digest: Any) -> str:  # noqa: ANN401
+    """Return the hexadecimal digest of a file of any size; `digest` is a new object of hashlib or xxhash."""
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def parse_json(text: str | bytes, where: str, nan: bool = False) -> Any:  # noqa: ANN401
     """Return the value of a JSON text that comes from `where`. Raises OutsideError.
 

@@ -8,30 +8,29 @@ import csv
 import io
 import posixpath
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterator
 
 from storage.manifest import DatasetError
 from storage.outside import OutsideError, parse_json
 from streaming_convert.images import Rejected
 from streaming_convert.labels import read_text
 
-if TYPE_CHECKING:
-    from streaming_convert.sources import Archive
-
 Captions = list[tuple[int, str | Rejected]]
 BESIDE = "beside"  # in place of a caption file's name
 
 
-def beside(keys: list[str], files: "Archive") -> Captions:
-    """Take the whole text of cat/1.txt as the caption of cat/1.jpg; both are among `files`."""
+def beside(keys: list[str], names: Collection[str], read: Callable[[str], bytes]) -> Captions:
+    """Take the whole text of cat/1.txt as the caption of cat/1.jpg.
+
+    names: of all files of the source; read: from a name to the file's content.
+    """
 
     def caption(key: str) -> str | Rejected:
         name = posixpath.splitext(key)[0] + ".txt"
-        if name not in files.names:
+        if name not in names:
             return Rejected("no caption")
         try:
-            return files.read(name).decode("utf-8-sig").strip()
+            return read(name).decode("utf-8-sig").strip()
         except (Rejected, UnicodeDecodeError) as error:
             return Rejected(f"{name}: {error}")
 

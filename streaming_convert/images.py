@@ -13,6 +13,8 @@ from operator import methodcaller
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
+from recipe.pictures import to_array
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million; a larger picture is rejected as a decompression bomb
 ADM_CROP = "ADM centre crop"
@@ -150,15 +152,3 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
-
-
-def to_array(image: Image.Image) -> np.ndarray:
-    """Return the pixels as (C, H, W) uint8."""
-    pixels = np.asarray(image)
-    # Contiguous, because sums over channels and writing take 5 times as long on interleaved channels.
-    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
-
-
-def to_image(pixels: np.ndarray) -> Image.Image:
-    """Return the image of pixels (C, H, W) with 1 or 3 channels: the inverse of `to_array`."""
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))

@@ -3,7 +3,6 @@
 import atexit
 import functools
 import tempfile
-import textwrap
 from collections import Counter
 from contextlib import suppress
 from itertools import pairwise
@@ -11,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
+from recipe.pictures import captioned, decode, false_colours, grid, to_uint8
 from storage import Folder, MissingError
 from storage.manifest import (
     INDEX,
@@ -25,12 +25,9 @@ from storage.manifest import (
     read_manifest,
     stored_file,
 )
-from streaming_convert.images import ADM_CROP, Note, ignore, to_array, to_image
+from streaming_convert.images import ADM_CROP, Note, ignore
 from streaming_convert.sources import Source, scaled
 from streaming_convert.writer import REJECTED, Moments
-
-CAPTION_WIDTH, LINE_HEIGHT = 128, 12  # pixels; letters are 6 wide
-CAPTION_LINES = 3
 
 
 def dataset_folders(uri: str) -> dict[str, str]:
@@ -230,38 +227,14 @@ def sample_grid(uri: str, columns: int = 10, rows: int = 10, vae: str | None = N
     samples = _spread(Folder(uri), entries, min(columns * rows, manifest.num_samples))
     values = np.stack([sample[manifest.column] for sample in samples])
     if manifest.column == "latents":
-        means = values[:, : values.shape[1] // 2].astype(np.float32)
-        values = (
-            _decode(means, vae) if vae else _false_colour(means, manifest.channel_mean, manifest.channel_std)
-        )
+        values = _latent_pictures(values[:, : manifest.channels].astype(np.float32), manifest, vae)
     if manifest.caption_bytes is not None:
         captions = [sample["caption"] for sample in samples]
         values = np.stack([captioned(*pair) for pair in zip(values, captions, strict=True)])
-    _, channels, height, width = values.shape
-    grid = np.full((channels, rows * height, columns * width), 255, np.uint8)
-    for i, value in enumerate(values):
-        top, left = i // columns * height, i % columns * width
-        grid[:, top : top + height, left : left + width] = value
-    return to_image(grid)
-
-
-def captioned(pixels: np.ndarray, caption: str) -> np.ndarray:
-    """Draw the picture (C, H, W), enlarged, above the first lines of its caption."""
-    from streaming_convert.lettering import lettering  # here, as importing matplotlib takes a second
-
-    picture = to_image(pixels)
-    times = max(1, CAPTION_WIDTH // picture.width)
-    picture = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
-    canvas = Image.new(picture.mode, (picture.width, picture.height + CAPTION_LINES * LINE_HEIGHT), "white")
-    canvas.paste(picture)
-    caption, file = lettering(caption)
-    size = LINE_HEIGHT - 2
-    font = ImageFont.load_default(size) if file is None else ImageFont.truetype(file, size)
-    letters = picture.width // (6 if caption.isascii() else size)
-    lines = textwrap.wrap(caption, letters, max_lines=CAPTION_LINES, placeholder=" ...")
-    for i, line in enumerate(lines):
-        ImageDraw.Draw(canvas).text((1, picture.height + i * LINE_HEIGHT), line, "black", font)
-    return to_array(canvas)
+    cells = np.full((columns * rows, *values.shape[1:]), 255, np.uint8)
+    cells[: len(values)] = values
+    picture = Image.fromarray(grid(cells, columns, gap=0))
+    return picture.convert("L") if values.shape[1] == 1 else picture
 
 
 def _spread(folder: Folder, entries: list[Shard], count: int) -> list[dict]:
@@ -277,18 +250,15 @@ def _spread(folder: Folder, entries: list[Shard], count: int) -> list[dict]:
     return samples
 
 
-def _false_colour(means: np.ndarray, centre: list[float], spread: list[float]) -> np.ndarray:
-    channels = 3 if means.shape[1] >= 3 else 1
-    centre, spread = (np.array(values)[:channels, None, None] for values in (centre, spread))
-    return (((means[:, :channels] - centre) / spread + 2) / 4 * 255).clip(0, 255).astype(np.uint8)
-
-
-def _decode(means: np.ndarray, model: str) -> np.ndarray:
-    import torch
+def _latent_pictures(means: np.ndarray, manifest: Manifest, vae: str | None) -> np.ndarray:
+    """Return uint8 pictures of latents (N, c, h, w), decoded by the autoencoder `vae` or in false colours."""
+    import torch  # here, as importing it takes seconds
 
     from recipe.pretrained import load_vae
 
-    vae = load_vae(model)
-    with torch.inference_mode():
-        images = [vae.decode(torch.from_numpy(mean[None]).to(vae.device)).sample for mean in means]
-    return ((torch.cat(images).cpu() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).numpy()
+    latents = torch.from_numpy(means)
+    if vae is not None:
+        with torch.inference_mode():
+            return to_uint8(decode(load_vae(vae), latents)).cpu().numpy()
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (manifest.channel_mean, manifest.channel_std))
+    return false_colours((latents - mean) / std).numpy()

@@ -15,19 +15,10 @@ import numpy as np
 import xxhash
 from PIL import Image, ImageDraw, ImageFont, features
 
+from recipe.pictures import to_array, to_image
 from storage.manifest import DatasetError
 from streaming_convert import captions, labels
-from streaming_convert.images import (
-    ADM_CROP,
-    SUFFIXES,
-    Note,
-    Rejected,
-    centre_crop,
-    decode,
-    ignore,
-    to_array,
-    to_image,
-)
+from streaming_convert.images import ADM_CROP, SUFFIXES, Note, Rejected, centre_crop, decode, ignore
 
 TABLES = (
     ".csv",
@@ -187,7 +178,7 @@ def _captioned(source: Source, files: "Archive", caption_file: str | None) -> So
     if not caption_file:
         return source
     if caption_file == captions.BESIDE:
-        found = captions.beside(source.keys, files)
+        found = captions.beside(source.keys, files.names, files.read)
     else:
         found = captions.from_file(caption_file, source.keys)
     positions, texts = zip(*found, strict=True)

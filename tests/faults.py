@@ -22,9 +22,9 @@ import torch
 if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from recipe.checkpoints import checkpoints
 from recipe.config import TrainConfig, load_config
 from recipe.manual import answer
-from recipe.resume import checkpoints
 from recipe.weights import load_weights
 from storage import Folder
 from tests.conftest import run

@@ -20,11 +20,10 @@ from torch.distributed.tensor import DTensor
 if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from recipe.algorithms import unwrap
 from recipe.config import TrainConfig, load_config
 from recipe.data import train_loader
 from recipe.model import StepKey
-from recipe.parallel import parallelism
+from recipe.parallel import parallelism, unwrap
 from recipe.preflight import check_data
 from recipe.train import build_algorithms, build_model
 from tests.conftest import TINY, documented_objective

@@ -25,12 +25,12 @@ if __name__ == "__main__":  # run by path, too, this checkout's code goes before
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.import_sit import import_sit
-from recipe.algorithms import ema_update
 from recipe.dit import DiT, DiTConfig
 from recipe.draws import Stream, keys, uniform
 from recipe.dual import Dual
+from recipe.ema import ema_update
 from recipe.objectives import IMF, MeanFlow
-from recipe.objectives.base import Batch
+from recipe.objectives.base import Condition, Draw
 from recipe.objectives.tvm import TVM, displacement
 from recipe.sampler import sample
 
@@ -109,7 +109,7 @@ def objective(config: dict) -> TVM:
     return TVM(guidance=guidance, scaled=config["do_scale_param"])
 
 
-def injected_batch(io: dict[str, Tensor], config: dict) -> Batch:
+def injected_batch(io: dict[str, Tensor], config: dict) -> Draw:
     """The step's random draws as the golden data injected them, w and labels derived by the stated rules."""
     loss, null = config["loss"], config["num_classes"]
     u = io["in/u_beta"]
@@ -122,7 +122,8 @@ def injected_batch(io: dict[str, Tensor], config: dict) -> Batch:
     dropped = io["in/u_drop"] < loss.get("label_dropout", 0.0)
     label = torch.where(dropped, null, index(io["in/labels_before_drop"]))
     times = (io["in/t"], io["in/s"], io["in/s_prime"])
-    return Batch(io["in/images"], io["in/noise"], times, label, torch.where(dropped, 1.0, w), label)
+    w = torch.where(dropped, 1.0, w)
+    return Draw(io["in/images"], io["in/noise"], times, label, w, label, null)
 
 
 def check_forward(table: Table, case: str, parts: dict) -> None:
@@ -165,14 +166,14 @@ def check_activations(table: Table, case: str, acts: dict[str, Tensor], golden: 
 def check_loss(table: Table, case: str, parts: dict) -> None:
     io, config = tensors(parts["io"]), parts["config"]
     student, teacher = (build(config, parts[f"weights_{who}"]) for who in ("student", "teacher"))
-    batch, null = injected_batch(io, config), config["num_classes"]
+    batch = injected_batch(io, config)
     table.check(f"{case} w", batch.w, io["out/w"])
     table.check(f"{case} labels", batch.label.double(), index(io["out/labels"]).double())
     for detach, key in ((False, "grad"), (True, "grad_detach_jvp")):
         options = objective(config)
         options.detach_jvp = detach
         student.zero_grad()
-        loss = options.loss(student, teacher, batch, null)
+        loss = options.loss(student, teacher, batch)
         loss.total.mean().backward()
         if not detach:
             table.check(f"{case} terminal_loss", loss.terms["terminal"].value, io["out/terminal_loss"])
@@ -204,12 +205,12 @@ def check_training(table: Table, case: str, parts: dict) -> None:
     io, config = tensors(parts["io"]), parts["config"]
     net = build(config, parts["weights_student"])
     target, average = copy.deepcopy(net), copy.deepcopy(net)
-    batch, options, null = injected_batch(io, config), objective(config), config["num_classes"]
+    batch, options = injected_batch(io, config), objective(config)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-4, (0.9, 0.95), 1e-8, 0.0)
     losses, norms = [], []
     for _ in range(4):
         optimizer.zero_grad()
-        loss = options.loss(net, target, batch, null).total
+        loss = options.loss(net, target, batch).total
         loss.mean().backward()
         norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), config["clip"] or float("inf")))
         optimizer.step()
@@ -230,13 +231,15 @@ def check_sampler(table: Table, case: str, parts: dict) -> None:
     net = build(config, parts["weights_student"])
     options, null = objective(config), config["num_classes"]
     z, label = io["in/samp_z"], index(io["in/samp_labels"])
+    w = config["samp_cfg"]
     for nfe in (1, 2, 4):
-        got = sample(net, z, label, nfe, config["samp_cfg"], options, -1)
+        got = sample(net, z, Condition(label, w, -1), nfe, options)
         table.check(f"{case} samp_out_{nfe}step", got, io[f"out/samp_out_{nfe}step"])
-    got, unguided = sample(net, z, label, 1, 1.0, options, null), io["out/samp_out_default_1step_w1"]
+    unguided = io["out/samp_out_default_1step_w1"]
+    got = sample(net, z, Condition(label, 1.0, null), 1, options)
     table.check(f"{case} samp_out_default_1step_w1", got, unguided)
     want = torch.where((label == null)[:, None, None, None], unguided, io["out/samp_out_1step"])
-    got = sample(net, z, label, 1, config["samp_cfg"], options, null)
+    got = sample(net, z, Condition(label, w, null), 1, options)
     table.check(f"{case} samp_out_1step, w = 1 without label", got, want)
 
 
@@ -289,18 +292,18 @@ def check_objective(
 ) -> None:
     label = torch.where(golden["dropped"], null, golden["label"])
     t, r, w = golden["t"], golden["r"], golden.get("w", torch.ones_like(golden["t"]))
-    batch = Batch(golden["x0"], golden["noise"], (t, r), label, w, golden["label"])
+    batch = Draw(golden["x0"], golden["noise"], (t, r), label, w, golden["label"], null)
     net.zero_grad()
-    loss = objective.loss(net, None, batch, null)
+    loss = objective.loss(net, None, batch)
     loss.total.mean().backward()
     u, du_dt = loss.evaluated["F"], loss.evaluated["dF_dt"]
     x_t, guided = batch.at(t), golden["v_guided"]
     if isinstance(objective, MeanFlow):
-        table.check(f"{case} v_guided", objective.guided_velocity(net, x_t, batch, null), guided)
+        table.check(f"{case} v_guided", objective.guided_velocity(net, x_t, batch), guided)
         table.check(f"{case} u", u, golden["u"])
         table.check(f"{case} du_dt", du_dt, golden["du_dt"])
     else:
-        table.check(f"{case} v_guided", objective.velocities(net, x_t, batch, null)[1], guided)
+        table.check(f"{case} v_guided", objective.velocities(net, x_t, batch)[1], guided)
         table.check(f"{case} V", u + (t - r)[:, None, None, None] * du_dt, golden["V"])
     table.check(f"{case} loss", loss.total, golden["loss"])
     for name, p in net.named_parameters():

@@ -34,16 +34,18 @@ if __name__ == "__main__":  # run by path, too, this checkout's code goes before
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import kernels
-from recipe import algorithms
-from recipe.algorithms import EMA, EMAConfig, StepConfig, StepGuard
-from recipe.callbacks import LossByTime, SampleGrid, pictures
+from recipe import ema
+from recipe.callbacks import LossByTime, SampleGrid
 from recipe.config import GridConfig
-from recipe.data import Normalizer
 from recipe.dit import DiT, DiTConfig
+from recipe.ema import EMA, EMAConfig
 from recipe.finish import Population
+from recipe.guard import ScaleParameter, StepConfig, check_finite
 from recipe.model import GenerativeModel
+from recipe.normalizer import Normalizer
 from recipe.objectives import IMF, TVM, FlowMatching, MeanFlow
 from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
+from recipe.pictures import to_pixels
 from recipe.text import Prompts, TextConfig
 from tests.conftest import documented_objective, finishing
 
@@ -175,7 +177,7 @@ def rehearse(name, sharded, precision):
     objective, text, column = copy.deepcopy(CASES[name])
     channels = 4 if column == "latents" else 3
     config = DiTConfig(size=8, channels=channels, classes=10, width=64, depth=2, heads=2, text=text)
-    prompts = None if text is None else Prompts(text, None)
+    prompts = None if text is None else Prompts(text, None, config.null)
     model = GenerativeModel(
         DiT(config), objective, Normalizer([0.5] * channels, [2.0] * channels), 0, prompts
     )
@@ -199,7 +201,7 @@ def rehearse(name, sharded, precision):
         optimizer = torch.optim.AdamW(
             [p for p in model.net.parameters() if p.requires_grad], 1e-3, fused=True
         )
-        guard = StepGuard(StepConfig(tangent_warmup=2, clip=1.0))
+        guard = ScaleParameter(StepConfig(tangent_warmup=2, clip=1.0))
         timestamp = SimpleNamespace(batch=1, sample=BATCH, epoch=0, batch_in_epoch=1)
         batch = batch_on_the_gpu(model, column)
         state = SimpleNamespace(model=model, timestamp=timestamp, batch=batch, outputs=None)
@@ -224,7 +226,7 @@ def rehearse(name, sharded, precision):
         if objective.finishes:
             population.apply(Event.BATCH_END, state, logger)
         by_time.batch_end(state, logger)
-        algorithms.check_finite(model.net, 1)
+        check_finite(model.net, 1)
         draw_grid(model, column, precision, vae, batch)
 
 
@@ -237,7 +239,7 @@ def draw_grid(model, column, precision, vae, batch):
     vae = None if vae is None else vae.to("cuda")
     with get_precision_context(precision):
         x0 = grid.sample(model, 2, loader)
-    assert pictures(x0, model.normalizer, column, vae).is_cuda
+    assert to_pixels(x0, model.normalizer, column, vae).is_cuda
 
 
 def main():
@@ -245,7 +247,7 @@ def main():
     ranks = {"RANK": 0, "LOCAL_RANK": 0, "NODE_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ.update({name: str(value) for name, value in ranks.items()})
     pretend(2)
-    algorithms.compiled_lerps = algorithms.lerps  # dynamo would run what it compiles
+    ema.compiled_lerps = ema.lerps  # dynamo would run what it compiles
     torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     said = {}
     for name in names or CASES:

@@ -10,13 +10,13 @@ from composer.core import Callback
 from PIL import Image
 
 from eval.sample import Generator
-from recipe.callbacks import pictures, quarter_sums
+from recipe.callbacks import quarter_sums
 from recipe.config import TrainConfig, load_config
-from recipe.data import Normalizer
+from recipe.normalizer import Normalizer
+from recipe.pictures import grid, to_pixels
 from recipe.plan import step_flops
+from recipe.preemption import Preemption
 from recipe.preflight import check_data
-from recipe.resume import Preemption
-from recipe.sampler import grid
 from recipe.train import build_trainer
 from tests.conftest import TINY
 
@@ -106,9 +106,9 @@ class HalvingVAE(torch.nn.Module):
 
 def test_latents_are_decoded_or_shown_in_false_colours():
     x0 = torch.tensor([0.0, 1.0, -3.0, 1.0]).reshape(1, 4, 1, 1)
-    plain = pictures(x0, Normalizer([5.0] * 4, [2.0] * 4), "latents", None)
+    plain = to_pixels(x0, Normalizer([5.0] * 4, [2.0] * 4), "latents", None)
     assert plain.flatten().tolist() == [128, 191, 0]
-    decoded = pictures(torch.full((2, 1, 1, 1), 0.5), Normalizer([0.0], [2.0]), "latents", HalvingVAE())
+    decoded = to_pixels(torch.full((2, 1, 1, 1), 0.5), Normalizer([0.0], [2.0]), "latents", HalvingVAE())
     assert decoded.shape == (2, 3, 2, 2)
     assert decoded.unique().tolist() == [191]
 

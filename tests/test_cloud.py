@@ -18,17 +18,17 @@ from composer.utils.misc import get_free_tcp_port
 
 import storage
 from recipe import preflight
-from recipe.config import ConfigError, TrainConfig, load_config
-from recipe.resume import (
+from recipe.checkpoints import (
     Checkpoints,
     Owner,
-    Preemption,
     checkpoints,
-    dataset,
-    newest,
+    dataset_facts,
+    newest_checkpoint,
     prune,
     receipts,
 )
+from recipe.config import ConfigError, TrainConfig, load_config
+from recipe.preemption import Preemption
 from recipe.train import build_trainer, start
 from recipe.weights import load_weights
 from storage import Folder, StorageError, normalize_uri
@@ -232,7 +232,7 @@ def sign(folder, name, rank=0, **more):
 
 
 def resumed_from(config):
-    with newest(config, read_manifest(config.data.source)) as found:
+    with newest_checkpoint(config, read_manifest(config.data.source)) as found:
         return found and found.source.rpartition("/")[2]
 
 
@@ -414,7 +414,7 @@ def test_a_bucket_gets_the_export_of_the_later_start(s3, digits, tmp_path, cloud
 
 def test_checkpoints_of_another_dataset_are_refused_with_the_way_out(digits, tmp_path):
     config = config_of(digits, tmp_path / "save", f"folder={tmp_path}/run")
-    here = dataset(read_manifest(str(digits)))
+    here = dataset_facts(read_manifest(str(digits)))
     assert here["samples"] == 1797
     assert resumed_from(config) is None
     sign(Folder(config.save_folder), "ep0-ba4")  # as written before receipts named the dataset

@@ -9,8 +9,8 @@ from torch._inductor.graph import GraphLowering
 
 from benchmarks import compiled
 from recipe import plan
-from recipe.algorithms import lerps
 from recipe.config import ParallelConfig, TrainConfig, load_config
+from recipe.ema import lerps
 from recipe.parallel import configure_compiler
 
 H100 = plan.GPUS["h100"]

@@ -12,7 +12,7 @@ from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.manual import rows
 from recipe.objectives import OBJECTIVES
 from recipe.plan import Cluster
-from recipe.settings import keys
+from recipe.settings import setting_keys
 from recipe.train import dry_run
 
 HUGE, NONE = str(10**30), ["[]", "{}", "null"]
@@ -215,7 +215,7 @@ def test_a_list_of_one_needs_no_brackets(small):
 @pytest.mark.parametrize("schema", [TrainConfig, SweepConfig, Cluster])
 def test_every_setting_is_described_by_a_sentence(schema):
     found = list(rows(schema))
-    assert {row.key.partition(" ")[0] for row in found} >= set(keys(schema)) - set(SECTIONS)
+    assert {row.key.partition(" ")[0] for row in found} >= set(setting_keys(schema)) - set(SECTIONS)
     for row in found:
         assert row.meaning[0].isupper(), row
         assert row.meaning.endswith("."), row

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 from composer.core import Time, Timestamp
 
 from recipe import console
+from recipe.checkpoints import dataset_facts
 from recipe.config import TrainConfig, as_dict, load_config
 from recipe.console import Bar, ConsoleLines, summary
+from recipe.preemption import Preemption
 from recipe.preflight import check_data
-from recipe.resume import Preemption, dataset
 from recipe.train import build_trainer, changes, differences
 from storage.manifest import read_manifest
 from tests.conftest import TINY
@@ -77,7 +78,7 @@ def test_a_resume_says_which_settings_changed_and_how_the_rate_jumps(digits, tmp
     trainer.fit()
     trainer.close()
     receipt = json.loads((tmp_path / "checkpoints/ep0-ba4/rank0.json").read_text())
-    assert (receipt["settings"], receipt["dataset"]) == (as_dict(config), dataset(manifest))
+    assert (receipt["settings"], receipt["dataset"]) == (as_dict(config), dataset_facts(manifest))
     said = summary(config, manifest, 4)
     assert f"  weights: {tmp_path}/weights/ba0000004-ema\n" in said
     draw = shlex.split(said.partition("next, to draw samples: ")[2].splitlines()[0])

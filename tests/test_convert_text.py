@@ -17,11 +17,10 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
+from recipe.pictures import captioned, lettering
 from storage.manifest import DatasetError, read_manifest
 from streaming_convert import sources
 from streaming_convert.__main__ import main
-from streaming_convert.lettering import lettering
-from streaming_convert.reader import captioned
 from tests.test_convert import convert, files, picture, read_all, to_bytes
 from tests.test_convert_resume import Run, finished_parts, wait_for
 

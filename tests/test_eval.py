@@ -14,8 +14,8 @@ from PIL import Image
 from eval.sample import PROTOCOLS, Generator, choose_labels, describe, interpolate, quantize
 from eval.sample import main as sample_main
 from recipe.dit import DiT, DiTConfig
-from recipe.sampler import grid
-from recipe.weights import load_weights, newest, read_facts, save_weights
+from recipe.pictures import grid
+from recipe.weights import load_weights, newest_weights, read_facts, save_weights
 
 FACTS = {"method": {"objective": "tvm", "scaled": True, "guidance": [1.0]}, "average": "ema"}
 FACTS["data"] = {"column": "image", "mean": [127.5] * 2, "std": [127.5] * 2}
@@ -149,11 +149,11 @@ def test_labels_by_number_and_name_with_so_many_files_each(tiny_run, tmp_path):
 
 def test_a_folder_of_weights_means_its_newest_average(tiny_run, tmp_path):
     folder = tiny_run / "weights"
-    assert newest(folder) == folder / "ba0000008-ema.json"
-    assert newest(folder / "ba0000004-net") == folder / "ba0000004-net"
+    assert newest_weights(folder) == folder / "ba0000008-ema.json"
+    assert newest_weights(folder / "ba0000004-net") == folder / "ba0000004-net"
     assert Generator(folder).facts["step"] == 8
     with pytest.raises(FileNotFoundError, match="is a folder without weights of a run"):
-        newest(tmp_path)
+        newest_weights(tmp_path)
 
 
 def test_impossible_labels_and_steps_are_one_line_in_python_too(tiny_run):

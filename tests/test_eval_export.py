@@ -11,7 +11,7 @@ from scipy.integrate import quad
 from eval.export import export_program, find_weights
 from eval.export import main as export_main
 from eval.sample import Generator
-from recipe import algorithms
+from recipe import ema
 from recipe.dit import DiT, DiTConfig
 from recipe.weights import load_weights, read_facts, save_weights
 from tests.conftest import TINY, run
@@ -147,30 +147,28 @@ def profile(gamma, step, tau):
 
 
 def test_profiles_have_the_length_and_overlap_that_the_formulas_say():
-    gamma = algorithms.exponent(0.1)
+    gamma = ema.exponent(0.1)
     mean = quad(lambda tau: tau * profile(gamma, 1, tau), 0, 1)[0]
     variance = quad(lambda tau: (tau - mean) ** 2 * profile(gamma, 1, tau), 0, 1)[0]
     assert variance**0.5 == pytest.approx(0.1, rel=1e-9)
     assert gamma == pytest.approx(6.94, abs=0.005)  # EDM2, section 3.1
-    assert algorithms.exponent(0.05) == pytest.approx(16.97, abs=0.005)
+    assert ema.exponent(0.05) == pytest.approx(16.97, abs=0.005)
     a, b = (3.0, 7), (5.0, 4)
     overlap = quad(lambda tau: profile(*a, tau) * profile(*b, tau), 0, 4)[0]
-    assert (
-        algorithms.inner_product(a, b) == algorithms.inner_product(b, a) == pytest.approx(overlap, rel=1e-9)
-    )
+    assert ema.inner_product(a, b) == ema.inner_product(b, a) == pytest.approx(overlap, rel=1e-9)
 
 
 @pytest.mark.parametrize("length", [0.0, 0.3, -1.0])
 def test_impossible_lengths_are_named(length):
     with pytest.raises(ValueError, match=f"posthoc length {length} must lie in"):
-        algorithms.exponent(length)
+        ema.exponent(length)
 
 
 def tracked(values, length):
     """The power-function average of a sequence, updated step by step as training does; after each step."""
     average, history = np.zeros_like(values[0]), []
     for step, value in enumerate(values, start=1):
-        decay = algorithms.posthoc_decay(algorithms.exponent(length), step)
+        decay = ema.posthoc_decay(ema.exponent(length), step)
         average = decay * average + (1 - decay) * value
         history.append(average)
     return history
@@ -182,10 +180,10 @@ def test_a_synthesised_average_is_the_one_that_tracking_gives():
     snapshots = [(length, step) for step in range(50, 2001, 50) for length in (0.05, 0.1)]
     histories = {length: tracked(values, length) for length in (0.05, 0.1)}
     stored = np.stack([histories[length][step - 1] for length, step in snapshots])
-    profiles = [(algorithms.exponent(length), step) for length, step in snapshots]
+    profiles = [(ema.exponent(length), step) for length, step in snapshots]
     scale = np.linalg.norm(values[-1] - histories[0.1][-1])
     for length, allowed in ((0.05, 1e-9), (0.075, 0.01), (0.15, 0.01), (0.03, 0.05)):
-        made = algorithms.combination(profiles, (algorithms.exponent(length), 2000)) @ stored
+        made = ema.combination(profiles, (ema.exponent(length), 2000)) @ stored
         error = np.linalg.norm(made - tracked(values, length)[-1]) / scale
         assert error < allowed, (length, error)
 
@@ -194,13 +192,13 @@ def test_a_synthesised_average_is_the_one_that_tracking_gives():
 @pytest.mark.parametrize("length", [0.03, 0.075, 0.15, 0.25])
 def test_factors_of_few_snapshots_still_make_an_average(steps, length):
     """Their sum is 1, so weights that never changed stay as they are; the closest sum shrinks them."""
-    profiles = [(algorithms.exponent(0.1), step) for step in steps]
-    assert algorithms.combination(profiles, (algorithms.exponent(length), 1000)).sum() == pytest.approx(1)
+    profiles = [(ema.exponent(0.1), step) for step in steps]
+    assert ema.combination(profiles, (ema.exponent(length), 1000)).sum() == pytest.approx(1)
 
 
 def test_equal_snapshots_are_one_line():
     with pytest.raises(ValueError, match="have the same length and step"):
-        algorithms.combination([(7.0, 8), (7.0, 8)], (6.0, 8))
+        ema.combination([(7.0, 8), (7.0, 8)], (6.0, 8))
 
 
 def snapshots(folder, values, **facts):
@@ -243,8 +241,6 @@ def test_no_average_is_made_of_damaged_snapshots(tmp_path, capsys):
 
 
 def test_training_tracks_power_function_averages(digits):
-    from recipe.algorithms import EMA  # noqa: F401  (the averages are the EMA algorithm's)
-
     model, recorder = fit(digits, 6, "ema.posthoc=[0.1]")
     count = len(list(model.net.state_dict()))
     values = [np.concatenate([t.numpy().ravel() for t in state[:count]]) for state in recorder.states]

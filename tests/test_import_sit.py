@@ -12,9 +12,9 @@ import torch
 
 from eval.import_sit import import_sit, main
 from recipe.config import TrainConfig, load_config
-from recipe.data import Normalizer
 from recipe.dit import DiT
 from recipe.model import GenerativeModel
+from recipe.normalizer import Normalizer
 from recipe.warm_start import warm_start
 from recipe.weights import read_facts
 from tests.test_parity import DATA

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from recipe.config import ConfigError, TrainConfig, load_config
-from recipe.data import Normalizer
 from recipe.dit import DiT, DiTConfig
 from recipe.draws import Stream, keys, uniform
 from recipe.dual import Dual
 from recipe.model import GenerativeModel
+from recipe.normalizer import Normalizer
 from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow, from_facts
-from recipe.objectives.base import draw
+from recipe.objectives.base import Condition, draw
 from recipe.objectives.flow_matching import flow_matching_loss
 from recipe.sampler import initial_noise, sample
 from recipe.warm_start import warm_start
@@ -49,14 +49,14 @@ def test_the_exact_average_velocity_of_gaussian_data_is_where_training_rests(obj
     ids = torch.arange(20000)
     x0 = make_batch(20000)[0].x0
     batch = draw(x0, 0 * ids, 0 * ids, ids, 0, objective, null=1)
-    error = objective.loss(exact_dual, None, batch, 1).terms["error"].value
+    error = objective.loss(exact_dual, None, batch).terms["error"].value
     for factor in (0.95, 1.05):
 
         def off(*args, factor=factor, **options):
             out = exact_dual(*args, **options)
             return out if out.tangent is None else out._replace(value=out.value * factor)
 
-        assert objective.loss(off, None, batch, 1).terms["error"].value.mean() > error.mean()
+        assert objective.loss(off, None, batch).terms["error"].value.mean() > error.mean()
     t, r = batch.times
     same = r == t  # the error is the conditional variance of v, in closed form, of four pixels
     variance = SIGMA**2 / spread(t[same])[0] ** 2
@@ -68,7 +68,7 @@ def test_the_sampler_takes_gaussian_noise_to_gaussian_data(objective):
     noise = initial_noise(torch.arange(20000), (1, 1, 1), torch.float64)
     label = torch.zeros(20000, dtype=torch.int64)
     nfe = 400 if objective.name == "flow_matching" else 1
-    spread_of = sample(exact_network, noise, label, nfe, 1.0, objective, 1).std() / noise.std()
+    spread_of = sample(exact_network, noise, Condition(label, 1.0, 1), nfe, objective).std() / noise.std()
     assert spread_of.item() == pytest.approx(SIGMA, rel=0.01)
 
 
@@ -105,7 +105,7 @@ def test_dropped_labels_are_seen_by_no_guidance(objective):
         assert (batch.w == 1).all()
     else:
         guided = objective.guided_velocity if isinstance(objective, MeanFlow) else objective.velocities
-        target = guided(net, batch.at(batch.times[0]), batch, 1)
+        target = guided(net, batch.at(batch.times[0]), batch)
         assert torch.equal(target if isinstance(objective, MeanFlow) else target[1], batch.velocity)
 
 
@@ -193,8 +193,9 @@ def test_a_run_can_begin_with_flow_matching_in_its_own_parameterisation():
     x0 = model.normalizer(batch, batch["step"], 0)
     drawn = draw(x0, batch["label"], batch["step"], ids, 0, objective, 3)
     s_prime = drawn.times[2]
+    asked = Condition(drawn.label, 2.0, 3)
     u = objective.average_velocity(
-        lambda x, t, d, *rest: model.net(x, s_prime, d, *rest), drawn.at(s_prime), 1, 1, drawn.label, 2.0, 3
+        lambda x, t, d, *rest: model.net(x, s_prime, d, *rest), drawn.at(s_prime), 1, 1, asked
     )
     kept = drawn.label != 3
     assert kept.any()
@@ -242,9 +243,9 @@ def test_init_from_keeps_the_velocities_of_the_weights(tmp_path, source, target)
     known = source.guidance_range
     for w in known[:1] if source.guidance_input and target.guidance_input and known[0] == known[1] else ends:
         theirs = w if source.guidance_input and target.guidance_input else source.default_w
-        want = source.average_velocity(trained.net, x, 0.7, 0.7, label, theirs, 3)
+        want = source.average_velocity(trained.net, x, 0.7, 0.7, Condition(label, theirs, 3))
         for net in (model.net, model.ema, *([model.target] if target.teacher else [])):
-            got = target.average_velocity(net, x, 0.7, 0.7, label, w, 3)
+            got = target.average_velocity(net, x, 0.7, 0.7, Condition(label, w, 3))
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
@@ -281,13 +282,13 @@ def test_the_objective_of_the_documentation_trains():
     x0 = 0.6 * torch.randn(64, 1, 2, 2, dtype=torch.float64)
     for step in range(60):
         batch = draw(x0, 0 * ids, 0 * ids + step, ids, 0, objective, 1)
-        loss = objective.loss(net, None, batch, 1, tangent=min(1.0, step / 40))
+        loss = objective.loss(net, None, batch, tangent_scale=min(1.0, step / 40))
         optimizer.zero_grad()
         loss.total.mean().backward()
         optimizer.step()
         errors.append(loss.terms["error"].value.mean().item())
     assert sum(errors[-10:]) / 10 < 0.7 * errors[0]
-    assert sample(net, x0, 0 * ids, 2, 1.0, objective, 1).shape == x0.shape
+    assert sample(net, x0, Condition(0 * ids, 1.0, 1), 2, objective).shape == x0.shape
 
 
 def disturbed(objective):
@@ -303,9 +304,9 @@ def disturbed(objective):
 def test_each_sample_is_guided_by_its_own_label_and_weight(objective):
     net, noise = disturbed(objective)
     label, w = torch.tensor([0, 3, 2, 3]), torch.tensor([2.0, 2.0, 1.5, 1.0])
-    together = sample(net, noise, label, 2, w, objective, 3)
+    together = sample(net, noise, Condition(label, w, 3), 2, objective)
     alone = [
-        sample(net, noise[i : i + 1], label[i : i + 1], 2, w[i].item(), objective, 3)
+        sample(net, noise[i : i + 1], Condition(label[i : i + 1], w[i].item(), 3), 2, objective)
         for i in range(len(label))
     ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-11, atol=1e-12)
@@ -316,7 +317,7 @@ def test_without_label_sampling_asks_for_what_training_has_shown(objective):
     """TVM trains "none" at w = 1 alone, iMF at every w; the others are not told w, or guide by nothing."""
     net, noise = disturbed(objective)
     label = torch.tensor([0, 3, 2, 3])
-    guided, plain = (sample(net, noise, label, 2, w, objective, 3) for w in (2.0, 1.0))
+    guided, plain = (sample(net, noise, Condition(label, w, 3), 2, objective) for w in (2.0, 1.0))
     kept = isinstance(objective, IMF)
     assert torch.equal(guided[1::2], plain[1::2]) != kept
     assert torch.equal(guided[::2], plain[::2]) == isinstance(objective, MeanFlow)

@@ -6,9 +6,9 @@ import math
 import pytest
 
 from recipe.config import OptimizerConfig, TrainConfig, load_config
-from recipe.optimizer import learning_rate, rate_of_step, steps
+from recipe.optimizer import in_steps, learning_rate, rate_of_step
+from recipe.preemption import Preemption
 from recipe.preflight import check_data
-from recipe.resume import Preemption
 from recipe.train import build_trainer
 from tests.conftest import TINY
 
@@ -34,7 +34,7 @@ def test_schedules_fall_from_the_full_rate_to_zero_where_the_run_ends():
 
 
 def test_times_in_steps():
-    assert [steps(time, 7, 256) for time in ("12ba", "3ep", "512sp", "513sp")] == [12, 21, 2, 3]
+    assert [in_steps(time, 7, 256) for time in ("12ba", "3ep", "512sp", "513sp")] == [12, 21, 2, 3]
 
 
 def test_a_warmup_has_any_unit():

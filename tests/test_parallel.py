@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from recipe.dit import DiT, DiTConfig
 from recipe.draws import Stream, keys, normal
 from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow
-from recipe.objectives.base import draw
+from recipe.objectives.base import Condition, draw
 from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
 from recipe.sampler import sample
 from recipe.settings import make
@@ -220,7 +220,7 @@ def compiles_whole_once(monkeypatch, config, expected, checkpoint_every, text=No
 
     def prompted(net):
         prompts = byte_tokens(["red heart", "", "flag: Japan", "a"], 9)[0]
-        return net if text is None else Prompts(text, None)(net, prompts, null=3)
+        return net if text is None else Prompts(text, None, 3)(net, prompts)
 
     for step in range(10):
         when = torch.full_like(ids, step)
@@ -229,7 +229,7 @@ def compiles_whole_once(monkeypatch, config, expected, checkpoint_every, text=No
         results = []
         for student, teacher in pairs:
             student.zero_grad()
-            loss = config.loss(prompted(student), prompted(teacher), batch, null=3).total
+            loss = config.loss(prompted(student), prompted(teacher), batch).total
             loss.mean().backward()
             gradients = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
             results.append((loss.detach(), torch.cat(gradients)))
@@ -239,6 +239,7 @@ def compiles_whole_once(monkeypatch, config, expected, checkpoint_every, text=No
     assert graphs[-1] == graphs[0]
     teacher = prompted(pairs[1][1])
     for nfe in (1, 2, 1):
-        sample(teacher, torch.randn(12, 1, 4, 4).double(), torch.arange(12) % 3, nfe, 1.5, config, 3)
+        asked = Condition(torch.arange(12) % 3, 1.5, 3)
+        sample(teacher, torch.randn(12, 1, 4, 4).double(), asked, nfe, config)
     assert counters["stats"]["unique_graphs"] == graphs[0] + 1  # of 8 that dynamo allows
     assert not counters["graph_break"]

@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from benchmarks.step import flops, random_batch
+from benchmarks.step import flops, random_draw
 from kernels import operators
 from recipe import plan, plan_finish
 from recipe.config import TrainConfig, load_config
@@ -107,13 +107,13 @@ def test_flops_are_those_that_torch_counts(shape, objective, tolerance, monkeypa
     with torch.device("meta"):
         net = DiT(model)
         target = copy.deepcopy(net).requires_grad_(False)
-        batch = random_batch(model, objective, 2, "meta")
+        batch = random_draw(model, objective, 2, "meta")
 
         student, teacher = prompted(net), prompted(target)
     for match in objective.matches.values() if objective.finishes else ():
         match.to("meta").extractor.device = torch.device("meta")
 
-    counted = flops(lambda: objective.loss(student, teacher, batch, model.null).total.mean().backward())
+    counted = flops(lambda: objective.loss(student, teacher, batch).total.mean().backward())
     assert 2 * plan.step_flops(model, objective) == pytest.approx(counted, rel=tolerance)
 
 
@@ -126,8 +126,8 @@ def prompted(net):
     shape = (2, text.tokens) if bytes_ else (2, text.tokens, text.width)
     tokens = torch.zeros(shape, dtype=torch.int64 if bytes_ else torch.float16)
     given = Text(tokens, torch.full((2,), text.tokens))
-    prompts = Prompts(text, {"empty": base64.b64encode(bytes(2 * text.width)).decode()})
-    return prompts.to(tokens.device)(net, given, net.config.null)
+    prompts = Prompts(text, {"empty": base64.b64encode(bytes(2 * text.width)).decode()}, net.config.null)
+    return prompts.to(tokens.device)(net, given)
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def test_traffic_is_what_fsdp2_sends(eight_ranks, objective, reshard):
     sharding = parallelism(config.parallel, "cpu").fsdp2
     sharding.device_mesh = eight_ranks
     apply_fully_shard(networks, sharding, Precision.FP32, generate_composer_model_policy(networks))
-    batch = random_batch(config.model, config.objective, 2, "cpu")
+    batch = random_draw(config.model, config.objective, 2, "cpu")
     with Collectives() as seen:
         loss = config.objective.loss(net, target, batch, 3)
         loss.total.mean().backward()

@@ -16,11 +16,12 @@ from eval.sample import Generator
 from eval.sample import main as sample_main
 from eval.sweep import main as sweep_main
 from recipe.config import ConfigError, TrainConfig, load_config
-from recipe.data import Normalizer, collate
+from recipe.data import collate
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
 from recipe.metrics import retrieval
 from recipe.model import GenerativeModel
+from recipe.normalizer import Normalizer
 from recipe.objectives import IMF, TVM, FlowMatching, MeanFlow
 from recipe.preflight import check_data
 from recipe.settings import make
@@ -176,7 +177,7 @@ def test_every_objective_trains_and_a_sample_does_not_depend_on_its_batch(name, 
     net = network(classes, **text)
     config = net.config.text
     model = GenerativeModel(
-        net, OBJECTIVES[name], Normalizer([0.0], [1.0]), 0, Prompts(config, STORED)
+        net, OBJECTIVES[name], Normalizer([0.0], [1.0]), 0, Prompts(config, STORED, net.config.null)
     ).double()
     together = model(batch(config, range(8)))
     apart = torch.cat([model(batch(config, [i])).total for i in range(8)])
@@ -211,10 +212,11 @@ def test_the_empty_prompt_is_sampled_at_w_1_and_no_prompts_mean_no_labels(tmp_pa
 @either
 def test_without_label_the_prompt_is_the_empty_one(text):
     net = network(**text)
-    prompts, null = Prompts(net.config.text, STORED), net.config.null
+    null = net.config.null
+    prompts = Prompts(net.config.text, STORED, null)
     x, t, d, _ = query()
     given, empty = texts(net.config.text), empty_prompt(net.config.text, STORED)
-    evaluate = prompts(net, given, null)
+    evaluate = prompts(net, given)
     label = torch.tensor([0, null, 0, null])
     twice = [Dual(*(torch.cat([y, y]) for y in pair)) for pair in (x, t, d)]
     found = evaluate(*twice, torch.cat([label, label + 1 - 2 * label])).value

@@ -18,11 +18,13 @@ from composer.core import Callback, Time
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
-from recipe.algorithms import DivergedError, ema_decay, unwrap
 from recipe.callbacks import append_line
 from recipe.config import EMAConfig, TrainConfig, load_config
 from recipe.data import train_loader
+from recipe.ema import ema_decay
+from recipe.guard import DivergedError
 from recipe.model import StepKey
+from recipe.parallel import unwrap
 from recipe.preflight import check_data
 from recipe.train import build_algorithms, build_model, short_for_average
 from recipe.weights import load_weights
@@ -152,7 +154,7 @@ def test_weights_that_are_not_finite_are_neither_exported_nor_saved_nor_a_reason
 
 STUCK = """
 import sys, time
-from recipe import data, resume, train
+from recipe import data, preemption, train
 
 good, seen, collate = int(sys.argv[1]), [], data.collate
 
@@ -163,7 +165,7 @@ def stuck(samples, text):
         time.sleep(1000)
     return collate(samples, text)
 
-data.collate, resume.PATIENCE = stuck, 1.0
+data.collate, preemption.PATIENCE = stuck, 1.0
 train.main(sys.argv[2:])
 """
 
@@ -215,7 +217,7 @@ class Warmup(Recorder):
 
     def batch_end(self, state, logger):
         model = unwrap(state.model)
-        self.rows.append(None if model.flow_matching else model.tangent)
+        self.rows.append(None if model.flow_matching else model.tangent_scale)
 
 
 @pytest.mark.parametrize("first", ["3ba", "1ep", "1536sp", "1025sp", "0sp"])

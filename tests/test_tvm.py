@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from recipe.algorithms import ema_update
 from recipe.dit import DiT, DiTConfig
 from recipe.draws import Stream, keys, normal, uniform
 from recipe.dual import Dual
+from recipe.ema import ema_update
 from recipe.objectives import FlowMatching
-from recipe.objectives.base import Batch, draw
+from recipe.objectives.base import Condition, Draw, draw
 from recipe.objectives.tvm import SAMPLERS, TVM
 from recipe.sampler import initial_noise, sample
 from recipe.settings import make
@@ -81,13 +81,13 @@ def test_truncated_times_follow_the_truncated_law():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_exact_map_of_gaussian_data_has_no_terminal_residual(sampler):
     batch, config = make_batch(512, times=sampler)
-    loss = config.loss(exact_network, exact_network, batch, null=1)
+    loss = config.loss(exact_network, exact_network, batch)
     assert loss.terms["terminal"].value.abs().max() < 1e-16
 
 
 def test_the_exact_map_of_gaussian_data_minimises_the_flow_matching_term():
     batch, config = make_batch(20000)
-    loss = config.loss(exact_network, exact_network, batch, null=1).terms["flow_matching"].value
+    loss = config.loss(exact_network, exact_network, batch).terms["flow_matching"].value
     a, _ = spread(batch.times[2])
     conditional_variance = SIGMA**2 / a**2  # of v = noise - x0 given x_s', in closed form
     assert loss.mean().item() == pytest.approx(conditional_variance.mean().item(), rel=0.02)
@@ -97,7 +97,7 @@ def test_the_exact_map_of_gaussian_data_minimises_the_flow_matching_term():
             out = exact_network(*args, **options)
             return Dual(out.value * factor, None if out.tangent is None else out.tangent * factor)
 
-        worse = config.loss(off, exact_network, batch, null=1).terms["flow_matching"].value
+        worse = config.loss(off, exact_network, batch).terms["flow_matching"].value
         assert worse.mean() > loss.mean()
 
 
@@ -108,13 +108,13 @@ def test_wrong_derivatives_are_seen_by_the_terminal_term():
         out = exact_network(*args, **options)
         return out if out.tangent is None else out._replace(tangent=out.tangent * 1.01)
 
-    assert config.loss(off, exact_network, batch, null=1).terms["terminal"].value.mean() > 1e-8
+    assert config.loss(off, exact_network, batch).terms["terminal"].value.mean() > 1e-8
 
 
 def test_terms_of_equal_times_vanish_and_options_are_checked():
     batch, config = make_batch(64, equal_share=1.0)
     net = exact_network
-    off = config.loss(lambda *a, **k: Dual(net(*a).value * 2, a[0] * 0), net, batch, 1)
+    off = config.loss(lambda *a, **k: Dual(net(*a).value * 2, a[0] * 0), net, batch)
     assert (off.terms["terminal"].value == 0).all()
     for options, message in (
         ({"guidance": 0}, "objective.guidance"),
@@ -134,7 +134,9 @@ def test_draws_depend_on_the_sample_alone_and_follow_the_options():
     whole = draw(x0, label, step, ids, 5, config, null=9)
     order = torch.randperm(4000)[:100]
     part = draw(x0[order], label[order], step[order], ids[order], 5, config, null=9)
-    for a, b in zip((*whole[:2], *whole.times, *whole[3:]), (*part[:2], *part.times, *part[3:]), strict=True):
+    for a, b in zip(
+        (*whole[:2], *whole.times, *whole[3:6]), (*part[:2], *part.times, *part[3:6]), strict=True
+    ):
         assert torch.equal(a[order], b)
     dropped = whole.label == 9
     assert dropped.double().mean().item() == pytest.approx(0.3, abs=0.03)
@@ -179,9 +181,9 @@ def test_without_guidance_the_unconditional_pass_is_left_out_and_nothing_else_ch
         calls.append(len(x))
         return net(x, *rest)
 
-    lean = config.loss(net, counted, batch, null=1)
+    lean = config.loss(net, counted, batch)
     config.guidance = [1.0, 1.0 + 1e-12]
-    full = config.loss(net, counted, batch, null=1)
+    full = config.loss(net, counted, batch)
     assert calls == [8, 16]
     torch.testing.assert_close(lean.total, full.total, rtol=1e-12, atol=0)
 
@@ -192,7 +194,7 @@ def test_detaching_the_jvp_keeps_the_loss_and_changes_the_gradient():
     losses, gradients = [], []
     for config.detach_jvp in (False, True):
         net.zero_grad()
-        loss = config.loss(net, teacher, batch, null=1).total
+        loss = config.loss(net, teacher, batch).total
         loss.mean().backward()
         losses.append(loss.detach())
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
@@ -205,11 +207,11 @@ def test_a_detached_jvp_costs_nine_forward_passes_instead_of_eleven():
         net = DiT(DiTConfig(size=8, channels=1, classes=1, patch=2, width=256, depth=4, heads=4))
         x0, noise = torch.empty(2, 2, 1, 8, 8)
         times, label = torch.empty(4, 2), torch.empty(2, dtype=torch.int64)
-    batch, counts = Batch(x0, noise, tuple(times[:3]), label, times[3], label), []
+    batch, counts = Draw(x0, noise, tuple(times[:3]), label, times[3], label, 1), []
     for detach_jvp in (False, True):
         config = TVM(guidance=2.0, detach_jvp=detach_jvp)
         with FlopCounterMode(display=False) as counter:
-            config.loss(net, net, batch, null=1).total.mean().backward()
+            config.loss(net, net, batch).total.mean().backward()
         counts.append(counter.get_total_flops())
     assert counts[1] / counts[0] == pytest.approx(9 / 11, abs=0.01)
 
@@ -225,7 +227,7 @@ def train_on_mixture(objective, steps=400, batch=256):
         x0 = mixture(batch, step)
         ids = torch.arange(batch)
         drawn = draw(x0, torch.zeros_like(ids), torch.full_like(ids, step), ids, 0, objective, null=1)
-        loss = objective.loss(net, target, drawn, 1)
+        loss = objective.loss(net, target, drawn)
         optimizer.zero_grad()
         loss.total.mean().backward()
         optimizer.step()
@@ -252,6 +254,6 @@ def test_one_step_samples_of_a_mixture_are_closer_than_those_of_flow_matching():
     distance = {}
     for objective in (TVM(), FlowMatching()):
         net = train_on_mixture(objective)
-        label = torch.zeros(2000, dtype=torch.int64)
-        distance[objective.name] = sliced_wasserstein(sample(net, noise, label, 1, 1.0, objective, 1), real)
+        asked = Condition(torch.zeros(2000, dtype=torch.int64), 1.0, 1)
+        distance[objective.name] = sliced_wasserstein(sample(net, noise, asked, 1, objective), real)
     assert distance["tvm"] < 0.5 * distance["flow_matching"], distance

@@ -22,12 +22,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def name_of(given: Any) -> str | None:  # noqa: ANN401
-    """The name of an objective or of the settings of one, where TVM needs none; None for anything else."""
+    """Return the name of an objective, or of the settings of one, which is TVM without a name; else None."""
     return given.get("name", TVM.name) if isinstance(given, dict) else getattr(given, "name", None)
 
 
 def refuse_others(given: Any) -> Any:  # noqa: ANN401
-    """Raises ConfigError for an unknown name, and for a setting of another objective, saying whose it is."""
+    """Raise ConfigError for an unknown name, and for a setting of another objective, saying whose it is."""
     name = name_of(given)
     if isinstance(given, dict) and name not in OBJECTIVES:
         raise ConfigError(f"name: {name!r} is not one of {', '.join(OBJECTIVES)}")
@@ -46,7 +46,7 @@ AnyObjective = Annotated[
 
 
 def from_facts(method: dict[str, Any]) -> Objective:
-    """The objective of weights, from the `method` of their description. Raises ConfigError."""
+    """Return the objective of weights, from the `method` of their description. Raises ConfigError."""
     name = method.get("objective")
     known = [name for name, objective in OBJECTIVES.items() if not objective.finishes]
     if name not in known:

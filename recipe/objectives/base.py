@@ -29,11 +29,11 @@ from recipe.settings import Duration, Number, Says, Settings, Share
 Network = Callable[..., Dual]
 
 
-class Batch(NamedTuple):
-    """Everything random about one training step, drawn once.
+class Draw(NamedTuple):
+    """A batch of images and everything random about one training step on it, drawn once.
 
-    times: what they are is up to the objective; label: of training, null where it is dropped; full_label:
-    that of the data.
+    times: what they are is up to the objective; label: of training, `null` where it is dropped; full_label:
+    that of the data; null: the label that means none.
     """
 
     x0: Tensor
@@ -42,15 +42,46 @@ class Batch(NamedTuple):
     label: Tensor
     w: Tensor
     full_label: Tensor
+    null: int
 
     def at(self, t: Tensor) -> Tensor:
-        """x_t = (1 - t) x0 + t noise."""
-        return self.x0 + image(t) * self.velocity
+        """Return x_t = (1 - t) x0 + t noise."""
+        return self.x0 + broadcast(t) * self.velocity
 
     @property
     def velocity(self) -> Tensor:
-        """v = noise - x0."""
+        """The velocity v = noise - x0."""
         return self.noise - self.x0
+
+    @property
+    def dropped(self) -> Tensor:
+        """Whether each sample is trained without label, (B,)."""
+        return self.label == self.null
+
+    @property
+    def null_label(self) -> Tensor:
+        """The label that means none, for every sample, (B,)."""
+        return torch.full_like(self.label, self.null)
+
+
+class Condition(NamedTuple):
+    """What samples are asked for: a label and a guidance weight each.
+
+    label: (B,) int64; w: one number for all samples, or (B,); null: the label that means none.
+    """
+
+    label: Tensor
+    w: float | Tensor
+    null: int
+
+    @property
+    def unlabelled(self) -> Tensor:
+        """Whether each sample is asked for without label, (B,)."""
+        return self.label == self.null
+
+    def without_label(self) -> Condition:
+        """Return the same weights, and the label that means none for every sample."""
+        return self._replace(label=torch.full_like(self.label, self.null))
 
 
 class Term(NamedTuple):
@@ -109,7 +140,7 @@ class Objective(Settings, ABC):
 
     @abstractmethod
     def sample_times(self, u: Tensor) -> tuple[Tensor, ...]:
-        """Uniform numbers (B, 4) to times, each (B,)."""
+        """Map uniform numbers (B, 4) to the times of training, each (B,)."""
 
     def sample_guidance(self, u: Tensor, unlabelled: Tensor) -> Tensor:
         """Map uniform numbers (B,) to the guidance weights of training; unlabelled (B,): see `guide`."""
@@ -124,22 +155,22 @@ class Objective(Settings, ABC):
         return w
 
     def flow_time(self, times: tuple[Tensor, ...]) -> Tensor:
-        """The time at which plain velocities are matched."""
+        """Return the time at which plain velocities are matched."""
         return times[0]
 
     @abstractmethod
     def loss(
-        self, student: Network, teacher: Network | None, batch: Batch, null: int, tangent: float = 1.0
+        self, student: Network, teacher: Network | None, drawn: Draw, tangent_scale: float = 1.0
     ) -> Loss:
-        """The loss of each sample.
+        """Return the loss of each sample.
 
-        teacher: the target average of the student's weights, evaluated without gradient, or None; null: the
-        label that means none; tangent: factor of the derivative (tangent warm-up; 1 is the paper).
+        teacher: the target average of the student's weights, evaluated without gradient, or None;
+        tangent_scale: factor of the derivative (tangent warm-up; 1 is the paper).
         """
 
     @abstractmethod
     def passes(self) -> list[Pass]:
-        """The evaluations of the network in a step."""
+        """Return the evaluations of the network in a step, for the planner."""
 
     @property
     def guidance_range(self) -> tuple[float, float]:
@@ -153,40 +184,40 @@ class Objective(Settings, ABC):
         return min(max(1.0, low), high)
 
     def scale(self, w: Tensor | float) -> Tensor | float:
-        """k of the parameterisation u = k F."""
+        """Return k of the parameterisation u = k F."""
         return 1.0
 
     def beta(self, w: Tensor) -> Tensor | None:
-        """What the network is told of w."""
+        """Return what the network is told of w (B,), or None where it is told nothing."""
         return 1 / w if self.guidance_input else None
 
-    def average_velocity(
-        self, net: Network, x: Tensor, t: float, s: float, label: Tensor, w: float | Tensor, null: int
-    ) -> Tensor:
+    def average_velocity(self, net: Network, x: Tensor, t: float, s: float, asked: Condition) -> Tensor:
         """Return u(x, t, s) = k F of one step of sampling, in float64.
 
-        w: one guidance weight for all samples, or (B,), one for each; where the label is `null`, `guide` says
-        which weight is in force instead. See the objectives for what w may be.
+        Where a sample has no label, `guide` says which weight is in force instead of the one that is asked
+        for. See the objectives for what that may be.
         """
         ones = x.new_ones(x.shape[0])  # len() would fix the batch under torch.export
-        each = self.guide(w * ones.double(), label == null)
-        velocity = net(x, t * ones, (t - s) * ones, label, self.beta(each.to(x.dtype))).value.double()
-        return image(self.scale(each) * torch.ones_like(each)) * velocity
+        w = self.guide(asked.w * ones.double(), asked.unlabelled)
+        velocity = net(x, t * ones, (t - s) * ones, asked.label, self.beta(w.to(x.dtype))).value.double()
+        return broadcast(self.scale(w) * torch.ones_like(w)) * velocity
 
     def facts(self) -> dict[str, Any]:
-        """The settings, as exported weights describe their `method`; `objective` is the name."""
+        """Return the settings, as exported weights describe their `method`; `objective` is the name."""
         settings = asdict(self)
         return {"objective": settings.pop("name"), **settings}
 
 
 def ends(w: Number | list[Number]) -> tuple[float, float]:
-    """The range of guidance weights that `w` or `[low, high]` means. Raises ValueError."""
-    low, high = (w, w) if isinstance(w, Number) else w if len(w) == 2 else (*w, *w)
-    return float(low), float(high)
+    """Return the range of guidance weights that w, [w] or [low, high] means. Raises ValueError."""
+    weights = [w] if isinstance(w, Number) else w
+    if len(weights) not in (1, 2):
+        raise ValueError
+    return float(weights[0]), float(weights[-1])
 
 
 def guidance_weights(w: Number | list[Number]) -> Number | list[Number]:
-    """A weight or a range of weights that are positive. Raises ValueError."""
+    """Return a weight or a range of weights. Raises ValueError unless all are positive and in order."""
     low, high = ends(w)
     if not 0 < low <= high < math.inf:
         raise ValueError
@@ -202,10 +233,10 @@ Guidance = Annotated[
 
 def draw(
     x0: Tensor, label: Tensor, step: Tensor, sample: Tensor, seed: int, objective: Objective, null: int
-) -> Batch:
-    """All random numbers of a training step, keyed by (seed, step, sample id).
+) -> Draw:
+    """Draw all random numbers of a training step, keyed by (seed, step, sample id).
 
-    x0: (B, C, H, W) normalised; label, step, sample: (B,) int64; null: the index that means "no label".
+    x0: (B, C, H, W) normalised; label, step, sample: (B,) int64; null: the label that means none.
     """
 
     def key(stream: Stream) -> Tensor:
@@ -217,19 +248,19 @@ def draw(
     w = objective.sample_guidance(uniform(key(Stream.GUIDANCE), 1)[:, 0], told == null)
     noise = normal(key(Stream.NOISE), *x0.shape[1:]).to(x0.dtype)
     times = tuple(t.to(x0.dtype) for t in times)
-    return Batch(x0, noise, times, told, w.to(x0.dtype), label)
+    return Draw(x0, noise, times, told, w.to(x0.dtype), label, null)
 
 
-def image(u: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1)."""
+def broadcast(u: Tensor) -> Tensor:
+    """Reshape numbers of samples (B,) to (B, 1, 1, 1), which broadcast over images (B, C, H, W)."""
     return u[:, None, None, None]
 
 
 def mean_square(residual: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B,)."""
+    """Return the mean square of each image: (B, C, H, W) => (B,)."""
     return residual.square().mean((1, 2, 3))
 
 
 def logit_normal(u: Tensor, mean: float, std: float) -> Tensor:
-    """Quantile function of the logit-normal law: sigmoid(mean + std z), z the normal quantile of u."""
+    """Return quantiles of the logit-normal law: sigmoid(mean + std z), z the normal quantile of u."""
     return torch.sigmoid(mean + std * torch.special.ndtri(u))

@@ -14,13 +14,14 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from recipe.objectives.base import (
-    Batch,
+    Condition,
+    Draw,
     Loss,
     Network,
     Objective,
     Pass,
     Term,
-    image,
+    broadcast,
     logit_normal,
     mean_square,
 )
@@ -37,46 +38,46 @@ class FlowMatching(Objective):
 
     @model_validator(mode="after")
     def combinations(self) -> FlowMatching:
-        """Raises ConfigError for a time after which flow matching would become flow matching."""
+        """Raise ConfigError for a time after which flow matching would go on as flow matching."""
         if self.flow_matching_first is not None:
             raise ConfigError("flow_matching_first: flow_matching is that from the first step to the last")
         return self
 
     def sample_times(self, u: Tensor) -> tuple[Tensor]:
-        """(t,), logit-normal."""
-        return (logit_normal(u[:, 2], self.t_mean, self.t_std),)
+        """Return (t,), logit-normal."""
+        third = u[:, 2]  # from which TVM draws s', so that both match velocities at the same times
+        return (logit_normal(third, self.t_mean, self.t_std),)
 
     @property
     def guidance_range(self) -> tuple[float, float]:
         """Any: guidance is classifier-free."""
         return (0.0, math.inf)
 
-    def loss(self, student: Network, teacher: None, batch: Batch, null: int, tangent: float = 1.0) -> Loss:
-        """See `flow_matching_loss`."""
-        return flow_matching_loss(self, student, batch)
+    def loss(self, student: Network, teacher: None, drawn: Draw, tangent_scale: float = 1.0) -> Loss:
+        """Return `flow_matching_loss`; there is no derivative to scale."""
+        return flow_matching_loss(self, student, drawn)
 
-    def average_velocity(
-        self, net: Network, x: Tensor, t: float, s: float, label: Tensor, w: float | Tensor, null: int
-    ) -> Tensor:
+    def average_velocity(self, net: Network, x: Tensor, t: float, s: float, asked: Condition) -> Tensor:
         """Return u(x, t | none) + w (u(x, t | label) - u(x, t | none)), held over the step.
 
         One pass is enough where w is the number 1. Without label both u are the same, so w changes nothing.
         """
-        velocity = super().average_velocity(net, x, t, t, label, w, null)
-        if isinstance(w, (int, float)) and w == 1:
+        velocity = super().average_velocity(net, x, t, t, asked)
+        if isinstance(asked.w, (int, float)) and asked.w == 1:
             return velocity
-        free = super().average_velocity(net, x, t, t, torch.full_like(label, null), w, null)
-        return free + image(w * torch.ones_like(label, dtype=torch.float64)) * (velocity - free)
+        free = super().average_velocity(net, x, t, t, asked.without_label())
+        w = asked.w * torch.ones_like(asked.label, dtype=torch.float64)
+        return free + broadcast(w) * (velocity - free)
 
     def passes(self) -> list[Pass]:
-        """Plain student."""
+        """Return one plain pass of the student."""
         return [Pass()]
 
 
-def flow_matching_loss(objective: Objective, student: Network, batch: Batch) -> Loss:
-    """mean |u(x_t, t) - v|^2 for each sample, u = k F in the parameterisation of `objective`."""
-    t, w = objective.flow_time(batch.times), batch.w
-    F = student(batch.at(t), t, torch.zeros_like(t), batch.label, objective.beta(w)).value
-    u = image(objective.scale(w) * torch.ones_like(w)) * F
-    error = mean_square(u - batch.velocity)
+def flow_matching_loss(objective: Objective, student: Network, drawn: Draw) -> Loss:
+    """Return mean |u(x_t, t) - v|^2 for each sample, u = k F in the parameterisation of `objective`."""
+    t, w = objective.flow_time(drawn.times), drawn.w
+    F = student(drawn.at(t), t, torch.zeros_like(t), drawn.label, objective.beta(w)).value
+    u = broadcast(objective.scale(w) * torch.ones_like(w)) * F
+    error = mean_square(u - drawn.velocity)
     return Loss(error, {"flow_matching": Term(error.detach(), t)}, {"F": F.detach()})

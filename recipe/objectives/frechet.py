@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recipe.features import FeatureExtractor
 from recipe.metrics import root
-from recipe.objectives.base import Batch, Loss, Network, Objective, Pass, Term
+from recipe.objectives.base import Condition, Draw, Loss, Network, Objective, Pass, Term
 from recipe.objectives.flow_matching import FlowMatching
 from recipe.sampler import generate
 from recipe.settings import BelowOne, ConfigError, Count, LocalPath, Positive, Says, Share
@@ -48,7 +48,7 @@ def is_known(name: str) -> bool:
 
 
 def known(features: dict[str, str]) -> dict[str, str]:
-    """Extractors that can be matched. Raises ValueError."""
+    """Return extractors that can be matched. Raises ValueError for any other."""
     if not all(map(is_known, features)):
         raise ValueError
     return features
@@ -88,11 +88,11 @@ class Match(nn.Module):
         self.register_buffer("unreached", mean.new_zeros(()))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Match:
-        """Moves to other devices and stays float64, whatever type the model gets."""
+        """Move to other devices and stay float64, whatever type the model gets."""
         return super()._apply(lambda x: x.to(fn(x).device), recurse)
 
     def cost(self, features: Tensor) -> Tensor:
-        """|phi - sg M(phi)|^2 of features (B, F), and a constant that makes its mean FD: (B,)."""
+        """Return |phi - sg M(phi)|^2 of features (B, F), plus a constant that makes its mean FD: (B,)."""
         offset = features.double() - self.mean
         target = (offset.detach() - self.centre) @ self.transport
         return (offset - target).square().sum(1) + self.unreached
@@ -162,7 +162,7 @@ class Frechet(Objective):
 
     @model_validator(mode="after")
     def combinations(self) -> Frechet:
-        """Raises ConfigError where nothing is matched, or flow matching comes first."""
+        """Raise ConfigError where nothing is matched, or flow matching comes first."""
         if not self.features:
             raise ConfigError("features: must be given")
         if self.flow_matching_first is not None:
@@ -172,10 +172,13 @@ class Frechet(Objective):
     def begin(
         self, base: Objective, matches: dict[str, Match], pixels: Callable[[Tensor], Tensor]
     ) -> Frechet:
-        """Tell it the objective of the weights, what is matched by the keys of `features`, and how the
-        network's output (B, C, H, W) becomes pixel values in 0..255; returns self.
+        """Set what is known only when a run begins, and return self.
+
+        base: the objective of the weights; matches: by the keys of `features`; pixels: from the network's
+        output (B, C, H, W) to pixel values in 0..255.
         """
-        self.base, self.matches, self.pixels = base, matches, pixels
+        self.base, self.matches = base, matches
+        self.pixels = pixels
         return self
 
     @property
@@ -197,9 +200,9 @@ class Frechet(Objective):
         """Return k of the parameterisation of the weights."""
         return self.base.scale(w)
 
-    def average_velocity(self, *arguments: Any) -> Tensor:  # noqa: ANN401
+    def average_velocity(self, net: Network, x: Tensor, t: float, s: float, asked: Condition) -> Tensor:
         """Return the velocity of one step of sampling, as the objective of the weights has it."""
-        return self.base.average_velocity(*arguments)
+        return self.base.average_velocity(net, x, t, s, asked)
 
     def facts(self) -> dict[str, Any]:
         """Return the facts of the weights' own objective, which they remain of; `finished` says the rest."""
@@ -215,14 +218,15 @@ class Frechet(Objective):
             pixels = round_through(self.pixels(x0))
             return [match.extractor.forward(pixels)[0] for match in self.matches.values()]
 
-    def loss(self, student: Network, teacher: None, batch: Batch, null: int, tangent: float = 1.0) -> Loss:
-        """The sum over extractors of |phi - sg M(phi)|^2 / (FD + epsilon) for a sample of each label."""
-        x0 = generate(student, batch.noise, batch.label, self.nfe, self.default_w, self.base, null)
+    def loss(self, student: Network, teacher: None, drawn: Draw, tangent_scale: float = 1.0) -> Loss:
+        """Return the sum over extractors of |phi - sg M(phi)|^2 / (FD + epsilon) for one sample a label."""
+        asked = Condition(drawn.label, self.default_w, drawn.null)
+        x0 = generate(student, drawn.noise, asked, self.nfe, self.base)
         seen = checkpoint(self.see, x0, use_reentrant=False) if self.recompute else self.see(x0)
         features = dict(zip(self.matches, seen, strict=True))
         costs = {name: match.cost(features[name]) for name, match in self.matches.items()}
         total = sum(cost / (self.matches[name].distance + self.epsilon) for name, cost in costs.items())
-        ones = torch.ones_like(batch.w)
+        ones = torch.ones_like(drawn.w)
         terms = {name.replace("/", "_"): Term(cost.detach(), ones) for name, cost in costs.items()}
         return Loss(total, terms, {"x0": x0.detach()}, features)
 
@@ -232,5 +236,5 @@ class Frechet(Objective):
 
 
 def round_through(values: Tensor) -> Tensor:
-    """Pixel values as uint8 has them, in their own type, and the gradient of the values as they were."""
+    """Round pixel values to what uint8 holds, in their own type; the gradient passes straight through."""
     return values.detach().round().clamp(0, 255) + (values - values.detach())

@@ -15,7 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from recipe.objectives.base import Batch, Guidance, Loss, Network, Objective, Pass, Term, ends, image
+from recipe.objectives.base import Draw, Guidance, Loss, Network, Objective, Pass, Term, broadcast, ends
 from recipe.objectives.meanflow import adaptive, average_velocity_along, ordered_times
 from recipe.settings import NotNegative, Positive, Share
 
@@ -41,7 +41,7 @@ class IMF(Objective):
     guidance_input: ClassVar[bool] = True
 
     def sample_times(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(t, r), see `ordered_times`."""
+        """Return (t, r), see `ordered_times`."""
         return ordered_times(u, self.t_mean, self.t_std, self.equal_share)
 
     def sample_guidance(self, u: Tensor, unlabelled: Tensor) -> Tensor:
@@ -54,28 +54,28 @@ class IMF(Objective):
         """As trained: the network knows w."""
         return ends(self.guidance)
 
-    def velocities(self, student: Network, x_t: Tensor, batch: Batch, null: int) -> tuple[Tensor, Tensor]:
-        """v_c = u(x_t, t | label, w) and v_g = v + (1 - 1/w) (v_c - u(x_t, t | none, w = 1)), no gradient.
+    def velocities(self, student: Network, x_t: Tensor, drawn: Draw) -> tuple[Tensor, Tensor]:
+        """Return v_c = u(x_t, t | label, w) and v_g = v + (1 - 1/w) (v_c - u(x_t, t | none, w = 1)).
 
-        Where the label is dropped, v_g = v, and v_c sees the label all the same.
+        Both are without gradient. Where the label is dropped, v_g = v, and v_c sees the label all the same.
         """
-        (t, _), label, v = batch.times, batch.full_label, batch.velocity
-        zero, one, beta = torch.zeros_like(t), torch.ones_like(t), self.beta(batch.w)
+        v, t = drawn.velocity, drawn.times[0]
+        zero, beta = torch.zeros_like(t), self.beta(drawn.w)
         if self.guidance_range == (1, 1):
-            return student(x_t, t, zero, label, beta).value, v
+            return student(x_t, t, zero, drawn.full_label, beta).value, v
         twice = (torch.cat([z, z]) for z in (x_t, t, zero))
-        free = torch.full_like(label, null)
-        v_c, v_u = student(*twice, torch.cat([label, free]), torch.cat([beta, one])).value.chunk(2)
-        return v_c, torch.where(image(batch.label != null), v + image(1 - beta) * (v_c - v_u), v)
+        labels = torch.cat([drawn.full_label, drawn.null_label])
+        v_c, v_u = student(*twice, labels, torch.cat([beta, torch.ones_like(beta)])).value.chunk(2)
+        return v_c, torch.where(broadcast(drawn.dropped), v, v + broadcast(1 - beta) * (v_c - v_u))
 
-    def loss(self, student: Network, teacher: None, batch: Batch, null: int, tangent: float = 1.0) -> Loss:
-        """Adaptively weighted sum |V - sg v_g|^2 for each sample."""
-        t, r = batch.times
-        x_t = batch.at(t)
+    def loss(self, student: Network, teacher: None, drawn: Draw, tangent_scale: float = 1.0) -> Loss:
+        """Return the adaptively weighted sum |V - sg v_g|^2 for each sample."""
+        t, r = drawn.times
+        x_t = drawn.at(t)
         with torch.no_grad():
-            v_c, v_g = self.velocities(student, x_t, batch, null)
-        u = average_velocity_along(student, x_t, v_c, t, r, batch.label, self.beta(batch.w))
-        V = u.value + image(t - r) * tangent * u.tangent
+            v_c, v_g = self.velocities(student, x_t, drawn)
+        u = average_velocity_along(student, x_t, v_c, t, r, drawn.label, self.beta(drawn.w))
+        V = u.value + broadcast(t - r) * tangent_scale * u.tangent
         error = (V - v_g).square().sum((1, 2, 3))
         total = adaptive(error, self.norm_p, self.norm_eps)
         return Loss(
@@ -83,5 +83,5 @@ class IMF(Objective):
         )
 
     def passes(self) -> list[Pass]:
-        """The student's own velocity, with and without label, then the dual pass."""
+        """Return the pass of the student's own velocity, with and without label, then the dual pass."""
         return [Pass(gradient="none", batches=1 + (self.guidance_range != (1, 1))), Pass(dual=True)]

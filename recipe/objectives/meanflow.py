@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recipe import dual
 from recipe.dual import Dual
-from recipe.objectives.base import Batch, Loss, Network, Objective, Pass, Term, image, logit_normal
+from recipe.objectives.base import Draw, Loss, Network, Objective, Pass, Term, broadcast, logit_normal
 from recipe.settings import BelowOne, NotNegative, Positive, Share
 
 
@@ -42,35 +42,40 @@ class MeanFlow(Objective):
     norm_eps: Positive = Field(0.01, description="Offset of the error in the adaptive weight.")
 
     def sample_times(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(t, r), see `ordered_times`."""
+        """Return (t, r), see `ordered_times`."""
         return ordered_times(u, self.t_mean, self.t_std, self.equal_share)
 
-    def guided_velocity(self, student: Network, x_t: Tensor, batch: Batch, null: int) -> Tensor:
-        """v_g = omega v + (1 - omega - kappa) u(x_t, t | none) + kappa u(x_t, t | label) inside the interval.
+    @property
+    def guided(self) -> bool:
+        """Whether the target differs from v anywhere."""
+        return (self.omega, self.kappa) != (1, 0)
 
-        Both u without gradient; v_g = v outside, and where the label is dropped.
+    def guided_velocity(self, student: Network, x_t: Tensor, drawn: Draw) -> Tensor:
+        """Return v_g = omega v + (1 - omega - kappa) u(x_t, t | none) + kappa u(x_t, t | label).
+
+        Both u without gradient; v_g = v outside of the interval of t, and where the label is dropped.
         """
-        (t, _), label, v, zero = batch.times, batch.label, batch.velocity, torch.zeros_like(batch.times[0])
-        if (self.omega, self.kappa) == (1, 0):
+        v, t = drawn.velocity, drawn.times[0]
+        if not self.guided:
             return v
-        free = torch.full_like(label, null)
+        zero, none = torch.zeros_like(t), drawn.null_label
         if self.kappa:
             twice = (torch.cat([z, z]) for z in (x_t, t, zero))
-            u_free, u_label = student(*twice, torch.cat([free, label])).value.chunk(2)
+            u_none, u_label = student(*twice, torch.cat([none, drawn.label])).value.chunk(2)
         else:
-            u_free = u_label = student(x_t, t, zero, free).value
-        guided = self.omega * v + (1 - self.omega - self.kappa) * u_free + self.kappa * u_label
-        inside = (self.t_start <= t) & (t <= self.t_end) & (label != null)
-        return torch.where(image(inside), guided, v)
+            u_none = u_label = student(x_t, t, zero, none).value
+        guided = self.omega * v + (1 - self.omega - self.kappa) * u_none + self.kappa * u_label
+        inside = (self.t_start <= t) & (t <= self.t_end) & ~drawn.dropped
+        return torch.where(broadcast(inside), guided, v)
 
-    def loss(self, student: Network, teacher: None, batch: Batch, null: int, tangent: float = 1.0) -> Loss:
-        """Adaptively weighted sum |u - sg(v_g - (t - r) du/dt)|^2 for each sample."""
-        t, r = batch.times
-        x_t = batch.at(t)
+    def loss(self, student: Network, teacher: None, drawn: Draw, tangent_scale: float = 1.0) -> Loss:
+        """Return the adaptively weighted sum |u - sg(v_g - (t - r) du/dt)|^2 for each sample."""
+        t, r = drawn.times
+        x_t = drawn.at(t)
         with torch.no_grad():
-            v_g = self.guided_velocity(student, x_t, batch, null)
-        u = average_velocity_along(student, x_t, v_g, t, r, batch.label, None)
-        target = v_g - image(t - r) * tangent * u.tangent
+            v_g = self.guided_velocity(student, x_t, drawn)
+        u = average_velocity_along(student, x_t, v_g, t, r, drawn.label, None)
+        target = v_g - broadcast(t - r) * tangent_scale * u.tangent
         error = (u.value - target).square().sum((1, 2, 3))
         total = adaptive(error, self.norm_p, self.norm_eps)
         return Loss(
@@ -78,17 +83,13 @@ class MeanFlow(Objective):
         )
 
     def passes(self) -> list[Pass]:
-        """Guidance (none, one or two evaluations of the student), then the dual pass."""
-        guidance = (
-            []
-            if (self.omega, self.kappa) == (1, 0)
-            else [Pass(gradient="none", batches=1 + bool(self.kappa))]
-        )
+        """Return the passes of guidance (none, one or two evaluations of the student), then the dual pass."""
+        guidance = [Pass(gradient="none", batches=1 + bool(self.kappa))] if self.guided else []
         return [*guidance, Pass(dual=True)]
 
 
 def ordered_times(u: Tensor, mean: float, std: float, equal_share: float) -> tuple[Tensor, Tensor]:
-    """(t, r): the larger and the smaller of two logit-normal draws, and r = t with that probability."""
+    """Return the larger and the smaller of two logit-normal draws, t and r; equal with that probability."""
     first, second = (logit_normal(z, mean, std) for z in u.unbind(-1)[:2])
     t, r = torch.maximum(first, second), torch.minimum(first, second)
     return t, torch.where(u[:, 3] < equal_share, t, r)
@@ -97,11 +98,11 @@ def ordered_times(u: Tensor, mean: float, std: float, equal_share: float) -> tup
 def average_velocity_along(
     net: Network, x_t: Tensor, v: Tensor, t: Tensor, r: Tensor, label: Tensor, beta: Tensor | None
 ) -> Dual:
-    """u(x_t, t, r) and its derivative du/dt along (x, t, r) -> (v, 1, 0), without gradient through that."""
+    """Return u(x_t, t, r) and its derivative du/dt along (v, 1, 0), without gradient through that."""
     one = torch.ones_like(t)
     return dual.detach(net(Dual(x_t, v), Dual(t, one), Dual(t - r, one), label, beta, detach_tangent=True))
 
 
 def adaptive(error: Tensor, p: float, eps: float) -> Tensor:
-    """error / sg(error + eps)^p, (B,)."""
+    """Return error / sg(error + eps)^p, (B,)."""
     return error / (error.detach() + eps) ** p

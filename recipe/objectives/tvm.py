@@ -18,15 +18,15 @@ from torch import Tensor
 
 from recipe.dual import Dual
 from recipe.objectives.base import (
-    Batch,
+    Draw,
     Guidance,
     Loss,
     Network,
     Objective,
     Pass,
     Term,
+    broadcast,
     ends,
-    image,
     logit_normal,
     mean_square,
 )
@@ -66,7 +66,7 @@ class TVM(Objective):
     guidance_input: ClassVar[bool] = True
 
     def sample_times(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(t, s, s'), with 0 <= s <= t <= 1.
+        """Return (t, s, s'), with 0 <= s <= t <= 1.
 
         gap*: gap = t - s is logit-normal, s is logit-normal truncated to s < 1 - gap, s' is independent.
         gap: the same with s' = s. trunc: t is logit-normal, s logit-normal truncated to s < t, s' = s.
@@ -87,7 +87,7 @@ class TVM(Objective):
         return torch.where(equal < self.equal_share, s, t), s, s_prime
 
     def flow_time(self, times: tuple[Tensor, ...]) -> Tensor:
-        """s'."""
+        """Return s'."""
         return times[2]
 
     def sample_guidance(self, u: Tensor, unlabelled: Tensor) -> Tensor:
@@ -105,42 +105,43 @@ class TVM(Objective):
         return ends(self.guidance)
 
     def scale(self, w: Tensor | float) -> Tensor | float:
-        """w if scaled, else 1."""
+        """Return w if the network's output is scaled, else 1."""
         return w if self.scaled else 1.0
 
-    def loss(self, student: Network, teacher: Network, batch: Batch, null: int, tangent: float = 1.0) -> Loss:
-        """Terminal and flow-matching terms for each sample (paper, eq. 15), both weighted by beta^2.
+    def loss(self, student: Network, teacher: Network, drawn: Draw, tangent_scale: float = 1.0) -> Loss:
+        """Return the terminal and the flow-matching term of each sample (paper, eq. 15), weighted by beta^2.
 
         terminal      = beta^2 mean |df/ds - sg u_T(sg(x_t + f), s)|^2, and 0 where t = s
         flow matching = beta^2 mean |u(x_s', s') - (w v + (1 - w) sg u_T(x_s', s', no label, w = 1))|^2
 
         The teacher T's two halves are one call; the second is left out where w is 1 by configuration.
         """
-        (t, s, s_prime), label, w, v = batch.times, batch.label, batch.w, batch.velocity
+        t, s, s_prime = drawn.times
+        label, w = drawn.label, drawn.w
         beta, k = 1 / w, self.scale(w) * torch.ones_like(w)
-        zero, null_label = torch.zeros_like(s), torch.full_like(label, null)
-        x_t, x_s = batch.at(t), batch.at(s_prime)
-        f, F = displacement(student, x_t, t, s, label, beta, k, tangent, self.detach_jvp)
+        zero = torch.zeros_like(s)
+        x_t, x_s = drawn.at(t), drawn.at(s_prime)
+        f, F = displacement(student, x_t, t, s, label, beta, k, tangent_scale, self.detach_jvp)
 
         with torch.no_grad():
-            x_f = x_t + f.value
+            x_f, v_target = x_t + f.value, drawn.velocity
             if self.guidance_range == (1, 1):
-                u_terminal, v_target = image(k) * teacher(x_f, s, zero, label, beta).value, v
+                conditional = teacher(x_f, s, zero, label, beta).value
             else:
                 conditional, unconditional = teacher(
                     torch.cat([x_f, x_s]),
                     torch.cat([s, s_prime]),
                     torch.cat([zero, zero]),
-                    torch.cat([label, null_label]),
+                    torch.cat([label, drawn.null_label]),
                     torch.cat([beta, torch.ones_like(beta)]),
                 ).value.chunk(2)
-                u_terminal = image(k) * conditional
-                v_target = image(w) * v + image(1 - w) * unconditional
+                v_target = broadcast(w) * v_target + broadcast(1 - w) * unconditional
+            u_terminal = broadcast(k) * conditional
 
         different = ~torch.isclose(s, t, rtol=1e-5, atol=1e-8)
-        terminal = torch.where(different, mean_square(image(beta) * (f.tangent - u_terminal)), 0.0)
-        u = image(k) * student(x_s, s_prime, zero, label, beta).value
-        flow_matching = mean_square(image(beta) * (u - v_target))
+        terminal = torch.where(different, mean_square(broadcast(beta) * (f.tangent - u_terminal)), 0.0)
+        u = broadcast(k) * student(x_s, s_prime, zero, label, beta).value
+        flow_matching = mean_square(broadcast(beta) * (u - v_target))
         terms = {
             "terminal": Term(terminal.detach(), t - s),
             "flow_matching": Term(flow_matching.detach(), s_prime),
@@ -148,7 +149,7 @@ class TVM(Objective):
         return Loss(terminal + flow_matching, terms, {"F": F.value.detach(), "dF_ds": F.tangent.detach()})
 
     def passes(self) -> list[Pass]:
-        """Dual student, teacher (twice where w is not always 1), plain student."""
+        """Return the passes: dual student, teacher (twice where w is not always 1), plain student."""
         return [
             Pass(dual=True, gradient="value" if self.detach_jvp else "both"),
             Pass(gradient="none", batches=1 if self.guidance_range == (1, 1) else 2, teacher=True),
@@ -164,20 +165,20 @@ def displacement(
     label: Tensor,
     beta: Tensor,
     k: Tensor,
-    tangent: float = 1.0,
+    tangent_scale: float = 1.0,
     detach_jvp: bool = False,
 ) -> tuple[Dual, Dual]:
-    """f(x, t, s) = (s - t) k F and its derivative df/ds = k (F + (s - t) dF/ds), x and t held fixed.
+    """Return f(x, t, s) = (s - t) k F with its derivative df/ds = k (F + (s - t) dF/ds), and F with dF/ds.
 
-    Returns ((f, df/ds), (F, dF/ds)); s enters the network through d = t - s alone, whose tangent is -1.
-    `tangent` scales dF/ds (tangent warm-up; 1 is the paper); detach_jvp stops the gradient through dF/ds.
+    x and t are held fixed; s enters the network through d = t - s alone, whose tangent is -1. tangent_scale:
+    factor of dF/ds (tangent warm-up; 1 is the paper); detach_jvp: no gradient through dF/ds.
     """
     F = net(x, t, Dual(t - s, -torch.ones_like(s)), label, beta, detach_tangent=detach_jvp)
-    k, span = image(k), image(s - t)
-    return Dual(span * k * F.value, k * (F.value + span * tangent * F.tangent)), F
+    k, span = broadcast(k), broadcast(s - t)
+    return Dual(span * k * F.value, k * (F.value + span * tangent_scale * F.tangent)), F
 
 
 def truncated_logit_normal(u: Tensor, mean: float, std: float, upper: Tensor) -> Tensor:
-    """Quantile function of the logit-normal law conditioned on being below `upper`."""
+    """Return quantiles of the logit-normal law conditioned on being below `upper`."""
     mass = torch.special.ndtr((torch.logit(upper) - mean) / std)
     return logit_normal(u * mass, mean, std).clamp(max=upper)

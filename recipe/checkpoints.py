@@ -17,13 +17,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
-import signal
-import socket
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -33,27 +29,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import xxhash
 from composer.callbacks import CheckpointSaver
-from composer.core import Callback, State, Time
+from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from recipe.algorithms import check_finite, stepped, unwrap
 from recipe.config import ConfigError, TrainConfig, as_dict
-from recipe.weights import file_digest
+from recipe.guard import check_finite, stepped
+from recipe.parallel import on_rank_zero, unwrap
 from storage import Folder, MissingError, StorageError, writing
 from storage.manifest import Manifest
-from storage.outside import LARGEST, OutsideError, parse_json
+from storage.outside import LARGEST, OutsideError, file_digest, parse_json
 
 log = logging.getLogger(__name__)
 
-PREEMPTED = 75  # exit status: saved before the end, start the same command again (EX_TEMPFAIL)
-# Exit status: ended by SIGTERM, unsaved. Not 75, as the launcher signals all ranks when one has crashed, too,
-# and who starts a run again on 75 would do so for ever.
-UNSAVED = 128 + signal.SIGTERM
-PATIENCE = 20.0  # seconds; Composer's launcher kills after 30
 RUN = "run.json"
 START = "start.json"
 LOG = "train.jsonl"
@@ -100,7 +90,7 @@ class DamageError(StorageError):
 
 
 def read_json(folder: Folder, name: str, keys: set[str]) -> dict:
-    """The object in a file of this layout. Raises StorageError, DamageError."""
+    """Return the object in a file of this layout. Raises StorageError, DamageError."""
     try:
         content = parse_json(folder.read(name, LARGEST), name)
     except OutsideError:
@@ -111,7 +101,7 @@ def read_json(folder: Folder, name: str, keys: set[str]) -> dict:
 
 
 def receipts(folder: Folder, checkpoint: Checkpoint) -> list[dict] | None:
-    """The receipts of all ranks, of one attempt at saving; None if the checkpoint is not complete.
+    """Return the receipts of all ranks, of one attempt at saving; None if the checkpoint is not complete.
 
     Raises StorageError, DamageError.
     """
@@ -125,11 +115,11 @@ def receipts(folder: Folder, checkpoint: Checkpoint) -> list[dict] | None:
 
 
 def checksum(path: Path) -> str:
-    """xxh64 of a file, hexadecimal."""
+    """Return xxh64 of a file, hexadecimal."""
     return file_digest(path, xxhash.xxh64())
 
 
-def damage(path: Path, expected: dict[str, str]) -> str | None:
+def find_damage(path: Path, expected: dict[str, str]) -> str | None:
     """What is wrong with the checkpoint in the local folder `path`, or None."""
     for name, digest in expected.items():
         if not (path / name).is_file():
@@ -152,7 +142,7 @@ def identity(config: TrainConfig) -> dict:
 
 
 def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: bool = False) -> None:
-    """Raises ConfigError if the folder is another run's, or of another architecture, or not ours at all."""
+    """Raise ConfigError if the folder is another run's, or of another architecture, or not ours at all."""
     key = "fork_from" if fork else "save_folder"
     if RUN not in names:
         raise ConfigError(
@@ -174,9 +164,9 @@ def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: 
             )
 
 
-def sign_in(config: TrainConfig, folder: Folder, attempt: str | None = None) -> None:
-    """Writes whose folder this is, and which start of that run has it now."""
-    owner = {"run_name": config.run_name, "identity": identity(config), "attempt": attempt}
+def sign_in(config: TrainConfig, folder: Folder, start: str | None = None) -> None:
+    """Write whose folder this is, and which start of that run has it now."""
+    owner = {"run_name": config.run_name, "identity": identity(config), "attempt": start}
     owner["origin"] = getattr(config.objective, "origin", None)  # of the weights that `frechet` finishes
     folder.write(RUN, json.dumps(owner, indent=2).encode())
 
@@ -189,28 +179,28 @@ class Owner:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.attempt = dist.all_gather_object(uuid.uuid4().hex)[0]
+        self.start = dist.all_gather_object(uuid.uuid4().hex)[0]
         self.saves, self.files = Folder(config.save_folder), Folder(config.folder)
         on_rank_zero(lambda: self.claim(config))
 
     def claim(self, config: TrainConfig) -> None:
         """Take the run over from earlier starts."""
-        sign_in(config, self.saves, self.attempt)
-        self.files.write(START, json.dumps({"attempt": self.attempt}).encode())
+        sign_in(config, self.saves, self.start)
+        self.files.write(START, json.dumps({"attempt": self.start}).encode())
 
-    def check(self, folder: Folder, name: str, key: str) -> None:
+    def _refuse_if_taken(self, folder: Folder, name: str, key: str) -> None:
         """Raise StorageError where a later start has signed `name`; a file that is gone names nobody."""
         with suppress(MissingError):
-            if read_json(folder, name, {"attempt"})["attempt"] != self.attempt:
+            if read_json(folder, name, {"attempt"})["attempt"] != self.start:
                 raise StorageError(f"{key}: {folder.uri} was taken over by a later start of this run")
 
     def check_saves(self) -> None:
         """Raise StorageError where checkpoints are another start's to write."""
-        self.check(self.saves, RUN, "save_folder")
+        self._refuse_if_taken(self.saves, RUN, "save_folder")
 
     def check_files(self) -> None:
         """Raise StorageError where log, weights and samples are another start's to write."""
-        self.check(self.files, START, "folder")
+        self._refuse_if_taken(self.files, START, "folder")
 
 
 class Saved(NamedTuple):
@@ -242,13 +232,13 @@ def complete(folder: Folder, found: list[Checkpoint]) -> list[Saved]:
     return result
 
 
-def dataset(manifest: Manifest) -> dict:
+def dataset_facts(manifest: Manifest) -> dict:
     """Return what tells a dataset from others, wherever it lies: its size and the checksum of its shards'."""
     shards = [shard["xxh64"] for _, shard in sorted(manifest.shards.items())]
     return {"samples": manifest.num_samples, "xxh64": xxhash.xxh64("".join(shards)).hexdigest()}
 
 
-def described(dataset: dict) -> str:
+def brief(dataset: dict) -> str:
     """Return a dataset's size and checksum for a message."""
     return f"{dataset['samples']} samples, {dataset['xxh64']}"
 
@@ -258,13 +248,13 @@ def check_dataset(config: TrainConfig, manifest: Manifest, uri: str, found: list
 
     A position in one dataset means nothing in another: Streaming fails there, or goes on with other samples.
     """
-    here = dataset(manifest)
+    here = dataset_facts(manifest)
     for saved in found:
         if (there := saved.dataset) and there != here:
             key = "data.remote" if config.data.remote else "data.local"
             raise ConfigError(
-                f"{key}: {config.data.source} ({described(here)}) is not the dataset of {uri}/{saved.name} "
-                f"({described(there)}). Fix: give that one, or begin a new run with the weights of this one "
+                f"{key}: {config.data.source} ({brief(here)}) is not the dataset of {uri}/{saved.name} "
+                f"({brief(there)}). Fix: give that one, or begin a new run with the weights of this one "
                 f"(init_from, with another run_name, folder and save_folder)"
             )
 
@@ -292,7 +282,7 @@ def claim(config: TrainConfig, manifest: Manifest) -> tuple[str, list[Saved]]:
 
 
 def fork(config: TrainConfig) -> tuple[str, list[Saved]]:
-    """The folder and the checkpoint that `fork_from` names. Raises ConfigError, StorageError."""
+    """Return the folder and the checkpoint that `fork_from` names. Raises ConfigError, StorageError."""
     uri, _, name = config.fork_from.rpartition("/")
     parent = Folder(uri)
     names = parent.names()
@@ -310,12 +300,12 @@ def fetch(uri: str, name: str, files: dict[str, str], scratch: Path) -> tuple[Pa
     """
     folder = Folder(uri)
     if not folder.remote:
-        return Path(uri, name), damage(Path(uri, name), files)
+        return Path(uri, name), find_damage(Path(uri, name), files)
     there = set(folder.names())
     present = [file for file in files if f"{name}/{file}" in there]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda file: folder.get(f"{name}/{file}", scratch / name / file), present))
-    return scratch / name, damage(scratch / name, files)
+    return scratch / name, find_damage(scratch / name, files)
 
 
 def remove_downloads(folder: str) -> None:
@@ -335,8 +325,8 @@ class Found(NamedTuple):
 
 
 @contextmanager
-def newest(config: TrainConfig, manifest: Manifest) -> Iterator[Found | None]:
-    """The newest usable checkpoint, None if the run is new.
+def newest_checkpoint(config: TrainConfig, manifest: Manifest) -> Iterator[Found | None]:
+    """Return the newest usable checkpoint, None if the run is new.
 
     All ranks call it; each node has its own copy of a remote checkpoint until the end of the block.
 
@@ -374,20 +364,6 @@ def newest(config: TrainConfig, manifest: Manifest) -> Iterator[Found | None]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def on_rank_zero(action):  # noqa: ANN001, ANN201
-    """The result of `action`, run on rank 0 alone; what it raises is raised on all ranks."""
-    answer = [None, None]
-    if dist.get_global_rank() == 0:
-        try:
-            answer[0] = action()
-        except (ConfigError, StorageError) as error:
-            answer[1] = error
-    dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
-
-
 def remove_if_empty(folder: Path) -> None:
     """Other files in it stay, and it with them; buckets have no folders."""
     with suppress(OSError):
@@ -395,7 +371,7 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def ours(folder: Folder, checkpoint: Checkpoint, run_name: str) -> bool:
-    """Whether its first receipt, where there is one, can be read and names that run."""
+    """Return True if its first receipt, where there is one, can be read and names that run."""
     if "rank0.json" not in checkpoint.files:
         return True
     with suppress(DamageError):
@@ -404,7 +380,7 @@ def ours(folder: Folder, checkpoint: Checkpoint, run_name: str) -> bool:
 
 
 def prune(folder: Folder, keep: int, run_name: str, step: int) -> None:
-    """Deletes all but the `keep` newest complete checkpoints (-1: none), and leftovers older than those.
+    """Delete all but the `keep` newest complete checkpoints (-1: none), and leftovers older than those.
 
     Later ones than `step`, the one just saved, stay and do not count: the run resumed before them, so they
     are damaged. Only names of this layout are touched, and no checkpoint whose receipt is not this run's.
@@ -429,8 +405,9 @@ class Checkpoints(CheckpointSaver):
     """
 
     def __init__(self, config: TrainConfig, manifest: Manifest, owner: Owner) -> None:
-        self.config, self.target, self.owner = config, owner.saves, owner
-        self.told = {"settings": as_dict(config), "dataset": dataset(manifest)}
+        self.config = config
+        self.owner, self.target = owner, owner.saves
+        self.told = {"settings": as_dict(config), "dataset": dataset_facts(manifest)}
         local = Path(config.folder, "staging") if self.target.remote else Path(config.save_folder)
         super().__init__(
             folder=local,
@@ -471,7 +448,7 @@ class Checkpoints(CheckpointSaver):
         mine += local.glob(".metadata") if rank == 0 else []
         receipt = {
             "run_name": self.config.run_name,
-            "attempt": self.owner.attempt,
+            "attempt": self.owner.start,
             "ranks": dist.get_world_size(),
             "files": {path.name: checksum(path) for path in mine},
         } | (self.told if rank == 0 else {})
@@ -488,7 +465,7 @@ class Checkpoints(CheckpointSaver):
             prune(self.target, self.config.save_keep, self.config.run_name, step)
 
     def mirror(self) -> None:
-        """Copies exported weights and the log of numbers beside remote checkpoints."""
+        """Copy exported weights and the log of numbers beside remote checkpoints."""
         if not self.target.remote:
             return
         there = set(self.target.names())
@@ -509,8 +486,8 @@ class Checkpoints(CheckpointSaver):
             pending, self.pending = self.pending, None
             pending.result()
 
-    def newest(self, step: int) -> str | None:
-        """The newest complete checkpoint of at most `step` steps, after the uploads of all ranks."""
+    def newest_before(self, step: int) -> str | None:
+        """Return the newest complete checkpoint of at most `step` steps, after the uploads of all ranks."""
         self.settle()
         found = on_rank_zero(lambda: complete(self.target, checkpoints(self.target, self.target.names())))
         sound = [s.name for s in found if s.problem is None and Checkpoint(s.name, set()).step <= step]
@@ -522,77 +499,9 @@ class Checkpoints(CheckpointSaver):
         dist.barrier()
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Uploads and prunes for the last time."""
+        """Upload and prunes for the last time."""
         self.settle()
         if dist.get_global_rank() == 0:
             self.mirror()
             prune(self.target, self.config.save_keep, self.config.run_name, int(state.timestamp.batch))
         dist.barrier()
-
-
-def ignore_sigterm(_worker: int) -> None:
-    """For the loader's workers: schedulers signal them, too, and training needs them for one more step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-class Preemption(Callback):
-    """Ends training after the current step on SIGTERM to any rank, or `limit` (e.g. 86000sec) after start.
-
-    So does the end of the launcher, which a second SIGTERM ends at once: no rank is left behind. Composer
-    then saves a checkpoint; `stopped` tells the caller to exit with PREEMPTED. Where no step has ended yet,
-    so that nothing can be lost, or none ends (see `overdue`), SIGTERM exits with UNSAVED.
-    """
-
-    def __init__(self, limit: str | None) -> None:
-        self.limit = Time.from_timestring(limit).value if limit else float("inf")
-        self.started, self.signalled, self.stopped = time.monotonic(), False, False
-        self.launcher = os.getppid() if "LOCAL_RANK" in os.environ else None
-        self.step_began: float | None = self.started  # None between steps, where weights are written
-        self.longest: float | None = None
-        signal.signal(signal.SIGTERM, self.on_signal)
-        reader, writer = socket.socketpair()
-        writer.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno())
-        threading.Thread(target=self.watch, args=(reader, writer), daemon=True).start()
-
-    def on_signal(self, *_: object) -> None:
-        """Only a flag: the state may be halfway through a step."""
-        self.signalled = True
-
-    def watch(self, signals: socket.socket, _writer: socket.socket) -> None:
-        """On a thread of its own, since a rank that waits for another one does not get to its handlers."""
-        while signal.SIGTERM not in signals.recv(1):
-            pass
-        arrived = time.monotonic()
-        while not self.overdue(arrived):
-            time.sleep(0.1)
-        log.error("ended by SIGTERM without saving: no step has ended since; start the same command again")
-        os._exit(UNSAVED)
-
-    def overdue(self, arrived: float) -> bool:
-        """Whether the step has lasted PATIENCE, and twice the longest, since the signal and its own start."""
-        began, longest = self.step_began, self.longest  # once: the main thread changes them meanwhile
-        if began is None:
-            return False
-        patience = 0.0 if longest is None else max(PATIENCE, 2 * longest)
-        return time.monotonic() - max(arrived, began) > patience
-
-    def before_dataloader(self, state: State, logger: Logger) -> None:
-        """A step begins."""
-        self.step_began = time.monotonic()
-
-    def epoch_end(self, state: State, logger: Logger) -> None:
-        """There was no batch left."""
-        self.step_began = None
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        """Asks all ranks, stops if one was told to."""
-        orphaned = self.launcher is not None and os.getppid() != self.launcher
-        stop = self.signalled or orphaned or time.monotonic() - self.started > self.limit
-        flag = state.device.tensor_to_device(torch.tensor([int(stop)]))
-        dist.all_reduce(flag, "MAX")
-        self.longest = max(self.longest or 0.0, time.monotonic() - self.step_began)
-        self.step_began = None
-        if flag.item() and state.timestamp < state.max_duration:
-            self.stopped = True
-            state.stop_training()
