@@ -170,12 +170,15 @@ def summary(run: Path, config: TrainConfig) -> Result:
     log = read_log(run / "train.jsonl")
     results = read_lines(run / "results.jsonl")
     memory = log.get("memory/peak_allocated_mem")
+    steps, seconds = int(log["step"][-1]), 3600 * log["time/train"][-1]
+    # A run shorter than the window of Composer's monitor has no rate but its mean
+    rate = log.get("throughput/samples_per_sec", steps * config.data.batch_size / seconds)
     return {
         "predicted": predicted(config, environment()["device"]),
         "batch": config.data.batch_size,
-        "steps": int(log["step"][-1]),
-        "train_seconds": round(3600 * log["time/train"][-1], 1),
-        "images_per_second_median": round(float(np.nanmedian(log["throughput/samples_per_sec"])), 1),
+        "steps": steps,
+        "train_seconds": round(seconds, 1),
+        "images_per_second_median": round(float(np.nanmedian(rate)), 1),
         "peak_allocated_gib": None if memory is None else float(np.nanmax(memory)),
         "skipped_steps": float(np.nanmax(log["train/skipped_steps"])),
         "frechet_distance": {row["nfe"]: round(row["frechet_distance"], 3) for row in results},

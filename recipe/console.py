@@ -81,7 +81,7 @@ class ConsoleLines(LoggerDestination):
         loss, rate = (float(self.metrics[name]) for name in ("loss/train/total", "train/learning_rate"))
         return (
             f"step {step} of {last}, loss {loss:.4f}, learning rate {rate:.3g}, "
-            f"{speed:.3g} samples/s, {left} left"
+            f"{speed:,.0f} samples/s, {left} left"
         )
 
 

@@ -33,7 +33,7 @@ def test_stages_at_tiny_size(tmp_path):
     assert 0.55 < result["floor_H"] < 0.7
     assert result["skipped_steps"] == 0
     log = (tmp_path / "emoji_tvm_train.jsonl").read_text().splitlines()
-    assert json.loads(log[-1])["step"] == result["steps"] >= 20
+    assert json.loads(log[-1])["step"] == result["steps"] > 0
 
 
 def test_predicted_stands_beside_measured(tmp_path, monkeypatch):
