@@ -54,9 +54,14 @@ def _distance(row: Row, key: str = "") -> str:
     return _number(row[f"frechet_distance{key}"], ".3f") + _mark(row, key)
 
 
-def _by_floor(row: Row, key: str = "") -> str:
+def _ratio(row: Row, key: str = "") -> float | None:
+    """Return the distance by that of random halves of the real images, where that is known."""
     floor = row[f"floor{key}"]
-    return _number(floor and row[f"frechet_distance{key}"] / floor, ".2f")
+    return floor and row[f"frechet_distance{key}"] / floor
+
+
+def _by_floor(row: Row, key: str = "") -> str:
+    return _number(_ratio(row, key), ".2f")
 
 
 def _to_held_out(row: Row, key: str = "", what: str = "to_held_out") -> str:
@@ -218,10 +223,10 @@ def plot_losses(axis: Axes, log: dict[str, np.ndarray]) -> None:
     for key in sorted(log):
         group, _, name = key.rpartition("/")
         if group == "loss/train" and name != "total":
-            window = min(10, len(log[key]))
+            window = min(10, 1 + len(log[key]) // 10)
             values = np.convolve(log[key], np.ones(window) / window, "valid")
             axis.plot(log["step"][-len(values) :], values, label=name.replace("_", " "))
-    axis.set(xlabel="step", ylabel="loss", yscale="log", title="Loss terms (running mean of 10 points)")
+    axis.set(xlabel="step", ylabel="loss", yscale="log", title="Loss terms (mean of at most 10 points)")
     axis.legend()
 
 
@@ -264,10 +269,33 @@ def plot_distances(panel: Axes, rows: list[Row], axis: str) -> None:
     panel.legend()
 
 
+def plot_extractors(panel: Axes, rows: list[Row]) -> None:
+    """Plot the lowest distance over the training step in each extractor, by what real images score there.
+
+    Solid: to the reference, by that of random halves of it; dashed: to held-out images. Where a line of an
+    extractor that was trained on falls and the others rise, the weights are over-fitted to it.
+    """
+    at_step: dict[int, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["step"]):
+        at_step.setdefault(row["step"], []).append(row)
+    names = rows[0]["extractor"].split(", ")
+    for colour, (name, key) in enumerate(zip(names, ["", *further(rows[0])], strict=True)):
+        options = {"marker": "o", "color": f"C{colour}", "label": name + max(_mark(row, key) for row in rows)}
+        if rows[0][f"floor{key}"] is not None:
+            lowest = [min(_ratio(row, key) for row in some) for some in at_step.values()]
+            panel.plot(list(at_step), lowest, "-", **options)
+        if f"ratio_to_held_out{key}" in rows[0]:
+            lowest = [min(row[f"ratio_to_held_out{key}"] for row in some) for some in at_step.values()]
+            panel.plot(list(at_step), lowest, "--", **{**options, "label": None})
+    panel.set(xlabel=TITLES["step"], ylabel="distance / real images", title="By extractor; dashed: held out")
+    panel.legend(fontsize="small")
+
+
 def plot_metrics(rows: list[Row], path: Path) -> None:
     """Draw the losses of the only run, if known, and the distance over each axis with several values.
 
-    Objectives are compared by training seconds instead of steps, which cost each a different time.
+    Several extractors at several steps of a run share one more panel. Objectives are compared by training
+    seconds instead of steps, which cost each a different time.
     """
     runs: dict[Path, list[Row]] = {}
     for row in rows:
@@ -278,6 +306,8 @@ def plot_metrics(rows: list[Row], path: Path) -> None:
     varied = [a for a in axes if any(len({r[a] for r in run} - {None}) > 1 for run in runs.values())]
     plots = [partial(plot_losses, log=log)] if log else []
     plots += [partial(plot_distances, rows=rows, axis=axis) for axis in varied or ["nfe"]]
+    if "step" in varied and len(runs) == 1 and further(rows[0]):
+        plots += [partial(plot_extractors, rows=rows)]
     columns = min(len(plots), 2)
     lines = -(-len(plots) // columns)
     size = (5.5 * columns, 4 * lines)

@@ -21,6 +21,7 @@ from eval.report import (
     markdown,
     plain,
     plot_distances,
+    plot_extractors,
     plot_samples,
     read_lines,
     read_log,
@@ -447,6 +448,23 @@ def test_weights_that_were_finished_have_a_curve_of_their_own():
     plot_distances(panel, rows, "nfe")
     curves = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
     assert curves == {"samples": [[1, 3], [2, 2]], "samples (trained on)": [[1, 0.5]]}
+    plt.close()
+
+
+def test_over_steps_several_extractors_are_drawn_by_what_real_images_score():
+    further = {"extractor": "classifier, pixels", "floor": 0.5, "floor[pixels]": None, "trained_on": True}
+    rows = [
+        {**ROW, **further, "step": s, "frechet_distance": d, "frechet_distance[pixels]": 9.0}
+        for s, d in ((20, 1.0), (10, 3.0), (10, 2.0))
+    ]
+    for row in rows:
+        row["ratio_to_held_out[pixels]"] = row["step"] / 10
+    _, panel = plt.subplots()
+    plot_extractors(panel, rows)
+    curves = [(line.get_label(), line.get_xydata().tolist()) for line in panel.lines]
+    assert curves[0] == ("classifier (trained on)", [[10, 4], [20, 2]])
+    assert curves[1][1] == [[10, 1], [20, 2]]  # dashed: held out
+    assert len(curves) == 2
     plt.close()
 
 
