@@ -32,12 +32,13 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from eval.sample import check_guidance, quantize
-from recipe.dit import DiTConfig
 from recipe.ema import combination, exponent, length_of
+from recipe.networks import AnyNetwork
 from recipe.normalizer import Normalizer
 from recipe.objectives import from_facts
 from recipe.objectives.base import Condition
 from recipe.sampler import check_steps, sample
+from recipe.settings import make
 from recipe.weights import load_tensors, load_weights, parse_facts, read_facts, save_weights
 from storage import Folder, StorageError
 
@@ -170,7 +171,7 @@ def save(path: str | Path, state: dict[str, Tensor], facts: Facts) -> Path:
     facts = dict(facts)
     if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise ValueError(f"average {facts['average']}: {bad[0]} is not finite, so {path} is not written")
-    return save_weights(path, state, DiTConfig(**facts.pop("model")), facts)
+    return save_weights(path, state, make(AnyNetwork, facts.pop("model"), "model"), facts)
 
 
 def find_weights(names: list[str], averages: list[str], latest: bool, folder: Path) -> list[Export]:

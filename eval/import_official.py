@@ -1,4 +1,4 @@
-"""`python -m eval.import_official SNAPSHOT.pkl --guidance W --out WEIGHTS`: released weights, unexecuted.
+"""TVM's released weights, for `eval.import_weights`.
 
 A snapshot is a pickle of whole modules, with the Python source that the official loader executes inside. Here
 it is read as data (`recipe.restricted`): parameters are found by their place in the tree of modules, their
@@ -6,12 +6,10 @@ values are copied from the raw bytes, and names and shapes are compared with our
 and of compiled networks (torch.compile), written on a CPU or a GPU, are accepted; anything else is refused.
 """
 
-import argparse
 import io
 import math
 import re
 import struct
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +30,7 @@ from recipe.restricted import (
     read_stream,
 )
 from recipe.settings import make
-from recipe.weights import save_weights, shapes
+from recipe.weights import shapes
 
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
@@ -258,66 +256,3 @@ def _check_against_network(state: dict[str, Tensor], config: DiTConfig) -> None:
         raise RefusedPickle(f"parameters missing, unknown or of another shape: {', '.join(wrong[:5])}")
     if not torch.allclose(state["pos_embed"], embedding, rtol=0, atol=1e-6):
         raise RefusedPickle("pos_embed: not the two-dimensional sine-cosine embedding")
-
-
-def weights_facts(
-    facts: dict, guidance: float, mean: list[float] | None = None, std: list[float] | None = None
-) -> dict:
-    """Describe the weights beside their architecture, by `read_snapshot`'s facts and what no file says.
-
-    mean, std: one number, or one per channel, of what the network was trained on: latents without scaling,
-    or, with 1 or 3 channels, pixels in 0..255 units; None: as published. Raises RefusedPickle where they do
-    not fit the channels, or none were published for latents of this size.
-    """
-    size, channels = facts["model"]["size"], facts["model"]["channels"]
-    if mean is None or std is None:
-        if size not in LATENTS or channels != 4:
-            raise RefusedPickle(
-                f"a network of {channels} channels at {size}x{size}: the normalisation is known for 4 "
-                f"channels at {' or '.join(map(str, LATENTS))} pixels only; give --mean and --std"
-            )
-        mean, std = LATENTS[size]
-    for name, values in (("--mean", mean), ("--std", std)):
-        if len(values) not in (1, channels):
-            raise RefusedPickle(f"{name}: {len(values)} numbers for {channels} channels")
-    column = "image" if channels in (1, 3) else "latents"
-    encoder = {"name": "stabilityai/sd-vae-ft-ema" if channels == 4 else "precomputed", "scaling": 1.0}
-    normalization = {name: [*v] * (channels // len(v)) for name, v in (("mean", mean), ("std", std))}
-    return {
-        "method": {**facts["method"], "guidance": [guidance]},
-        "data": {"column": column, **normalization, "class_names": [], "encoder": encoder},
-        "average": "ema",
-        "step": None,
-        "train_seconds": None,
-    }
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m eval.import_official", description=__doc__)
-    add = parser.add_argument
-    add("snapshot", help="the released network-snapshot-*.pkl")
-    add("--guidance", type=float, required=True, help="the w that this network was trained with")
-    for name in ("mean", "std"):
-        text = f"{name} of its training data, one or one per channel; default: as published"
-        add(f"--{name}", type=float, nargs="+", help=text)
-    add("--out", required=True, help="path of the weights to write, without suffix")
-    args = parser.parse_args(argv)
-    for name, values in (("guidance", [args.guidance]), ("std", args.std or [])):
-        if not all(0 < value < math.inf for value in values):
-            parser.error(f"--{name}: {' '.join(map(str, values))} must be positive")
-    if (args.mean is None) != (args.std is None) or not all(map(math.isfinite, args.mean or [])):
-        parser.error("--mean and --std: give finite numbers for both")
-    try:
-        state, facts = read_snapshot(args.snapshot)
-        facts |= weights_facts(facts, args.guidance, args.mean, args.std)
-        save_weights(args.out, state, DiTConfig(**facts.pop("model")), facts)
-    except (RefusedPickle, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {sum(p.numel() for p in state.values()):,} parameters to {args.out}.safetensors")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

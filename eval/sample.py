@@ -19,8 +19,9 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recipe.draws import Stream, keys, uniform
+from recipe.networks import AnyNetwork
 from recipe.normalizer import Normalizer
 from recipe.objectives import Objective, from_facts
 from recipe.objectives.base import Condition
@@ -37,7 +39,7 @@ from recipe.patches import exact_float32
 from recipe.pictures import captioned, grid, to_uint8
 from recipe.pretrained import TextEncoder, load_decoder
 from recipe.sampler import check_steps, initial_noise, sample
-from recipe.settings import Count, Positive, make
+from recipe.settings import Count, Interval, Positive, make
 from recipe.text import Prompts, Text, byte_tokens
 from recipe.weights import load_weights, newest_weights
 
@@ -129,6 +131,7 @@ def quantize(values: Tensor, rounding: str) -> Tensor:
 class Generator:
     """Weights ready to make images: uint8 (B, C, H, W) from labels and seeds. A folder means its newest.
 
+    interval: the times between which guidance is in force, of weights that take one (`check_interval`).
     dtype: of the network's arithmetic; in fp64 an image does not depend on its batch, in fp32 some pixels
     may change by 1 with the batch size. vae: see recipe/pretrained.py.
     """
@@ -148,6 +151,7 @@ class Generator:
         self.autocast = dtype == "amp_bf16"
         self.net.to(self.dtype)
         self.objective = from_facts(self.facts["method"])
+        self.interval: list[float] | None = None
         data = self.facts["data"]
         self.normalizer = Normalizer(data["mean"], data["std"]).to(self.device, self.dtype)
         text = self.net.config.text
@@ -185,6 +189,8 @@ class Generator:
             text = self.prompts.empty(len(label)) if text is None else text.to(self.device)
             label = label if net.config.classes else self.prompts.unlabelled(label, text)
             net = self.prompts(net, text)
+        if self.interval is not None:
+            net = partial(net, interval=tuple(self.interval))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             x0 = sample(net, noise, Condition(label, w, null), nfe, self.objective)
         values = self.normalizer.invert(x0)
@@ -249,6 +255,21 @@ def check_guidance(objective: Objective, w: float) -> None:
     if not low <= w <= high:
         trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         warnings.warn(f"w = {w:g} is outside what {objective.name} was trained for, {trained}", stacklevel=2)
+
+
+def check_interval(facts: dict[str, Any], interval: list[float] | None) -> None:
+    """Raise ValueError for weights that have been trained without a guidance interval, if there is one."""
+    network, objective = make(AnyNetwork, facts["model"], "model"), from_facts(facts["method"])
+    if interval is not None and not (network.interval and objective.auxiliary):
+        raise ValueError(f"interval: {interval} is for iMF on the network mit, not for these weights")
+
+
+def parse_interval(text: str) -> list[float]:
+    """`0.4,0.65` as two times. Raises ValueError."""
+    try:
+        return make(Interval, [float(part) for part in text.split(",")], "--interval")
+    except ValueError as error:
+        raise ValueError(f"--interval: {text} must be two times such as 0.4,0.65, from 0 to 1") from error
 
 
 def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
@@ -449,6 +470,7 @@ def main(arguments: list[str]) -> None:
     add("weights", help="NAME, NAME.json or NAME.safetensors; of a folder of weights the newest is taken")
     add("--nfe", type=int, default=1, help="network evaluations, i.e. steps (default: %(default)s)")
     add("--w", type=float, help="guidance weight (default: the one of training)")
+    add("--interval", help="times between which guidance is in force, 0.4,0.65 (default: all)")
     add("--labels", help="numbers or names of classes, or `none`, with commas (default: the first ten)")
     add("--prompts", nargs="+", help="prompts, or one name of a file that holds one a line")
     add("--text-encoder", help="folder or hub name, for stored embeddings (default: as the weights say)")
@@ -474,6 +496,9 @@ def main(arguments: list[str]) -> None:
         generator = Generator(options.weights, device, options.dtype, rounding, options.vae)
         w = generator.objective.default_w if options.w is None else options.w
         check_guidance(generator.objective, w)
+        if options.interval is not None:
+            generator.interval = parse_interval(options.interval)
+            check_interval(generator.facts, generator.interval)
         if options.out.suffix == ".png":
             picture = draw_grid(generator, *parse_rows(generator, options), w, options)
             Image.fromarray(picture).save(options.out)

@@ -33,7 +33,7 @@ if __name__ == "__main__":  # run by path, too, this checkout's code goes before
 from eval.export import Export, find_weights
 from eval.reference import Captions, HeldOut, Reference, open_images
 from eval.report import newest_of_each_folder, parse_lines, reportable, write_report
-from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, choose_labels, describe
+from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, check_interval, choose_labels, describe
 from recipe.config import ConfigError, load_config
 from recipe.ema import MAX_LENGTH, length_of
 from recipe.features import EXTRACTORS, FeatureExtractor, FeatureSet, Pixels, SmallImageClassifier
@@ -47,6 +47,7 @@ from recipe.settings import (
     CountOrZero,
     FileName,
     Filled,
+    Interval,
     LocalPath,
     Many,
     Place,
@@ -123,6 +124,11 @@ class SweepConfig(Settings):
     w: Many[Positive] = Field(
         [], description="Guidance weights of sampling; empty means that of training, or the nearest to 1."
     )
+    interval: list[Interval] = Field(
+        [],
+        description="Guidance intervals [t_min, t_max] of sampling, for weights that take one; empty means "
+        "guidance at every time.",
+    )
     protocol: Literal[tuple(PROTOCOLS)] = Field(
         "matched", description="How many samples, of which labels, and how pixels are rounded."
     )
@@ -196,7 +202,7 @@ class SweepConfig(Settings):
 def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, dict[str, Any]]]:
     """Yield weights, labels (n,) of the samples and all that a cell's numbers depend on, for every cell.
 
-    The newest weights come first, then the order is by w and by NFE.
+    The newest weights come first, then the order is by w, by interval and by NFE.
 
     A row of results with the same values is finished; the digests make a cell be scored again when weights,
     reference, classifier or labels have changed.
@@ -208,13 +214,14 @@ def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, d
         encoder = text_encoder(export)
         trained = {f"trained_on{key}": True for key, one in setup.judges.items() if one.trained(export.facts)}
         guidance = config.w or [from_facts(export.facts["method"]).default_w]
-        for w, nfe, prompts in product(guidance, config.nfe, config.prompts if encoder else [asked]):
+        prompts = config.prompts if encoder else [asked]
+        for w, interval, nfe, asking in product(guidance, config.interval or [None], config.nfe, prompts):
             cell = {
                 "weights": str(export.path.with_suffix("")),
                 "sha256": export.facts["sha256"],
                 "nfe": nfe,
                 "w": w,
-                "prompts": prompts,
+                "prompts": asking,
                 "encoder": encoder,
                 "protocol": config.protocol,
                 "samples": setup.samples,
@@ -226,6 +233,7 @@ def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, d
                 "floor_splits": config.floor_splits,
                 "inputs": inputs,
                 **trained,
+                **({} if interval is None else {"interval": interval}),
             }
             yield export, labels, cell
 
@@ -268,6 +276,7 @@ def score(
     """Score one cell; the samples are shared among the ranks. Returns its row of results."""
     began = time.time()
     facts, extractor = generator.facts, setup.reference.extractor
+    generator.interval = cell.get("interval")
     network, prompts = generator.net.config, cell["prompts"]
     found = {key: FeatureSet(one.reference.extractor, one.keep) for key, one in setup.judges.items()}
     is_classifier = isinstance(extractor, SmallImageClassifier) and network.classes > 0
@@ -446,6 +455,8 @@ def prepare(config: SweepConfig, device: torch.device) -> Setup:
             check_shapes(exports, one)
         labels = choose(config, exports, samples, prompts)
         for _, facts in exports:
+            for interval in config.interval:
+                check_interval(facts, interval)
             objective = from_facts(facts["method"])
             for w in config.w:
                 check_guidance(objective, w)

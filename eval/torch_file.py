@@ -6,6 +6,7 @@ refused before anything of that size is made; what is read is never larger than 
 """
 
 import io
+import re
 import struct
 import zipfile
 import zlib
@@ -35,8 +36,11 @@ DTYPES = {
 }
 # What else a training checkpoint may hold: counters and settings of its run, which nobody asks for here.
 OTHERS = {"torch.LongStorage", "torch.IntStorage", "torch.ByteStorage", "torch.BoolStorage", "torch.Size"}
-OTHERS |= {"torch.float32", "torch.float16", "torch.bfloat16", "torch.device"}
+OTHERS |= {"torch.float32", "torch.float16", "torch.bfloat16", "torch.device", "torch.ComplexFloatStorage"}
 ALLOWED = {TENSOR, PARAMETER, "collections.OrderedDict", "argparse.Namespace", *DTYPES, *OTHERS}
+AVERAGES = {"ema": ("ema", "model_ema"), "net": ("model",)}
+NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
+UNREAD = re.compile(r"^projectors\.|(^|\.)rope_freqs$")
 MAX_PICKLE = 2**26  # a hundred times that of SiT-XL/2 with its optimizer
 DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, KeyError, ValueError)
 
@@ -87,6 +91,28 @@ class TorchFile:
         return (
             torch.frombuffer(bytearray(self.archive.read(member)), dtype=DTYPES[kind]).float().reshape(size)
         )
+
+
+def read_state(path: str | Path, average: str = "ema") -> tuple[dict[str, Tensor], str, list[str]]:
+    """Return a state dict in float32, which average of the weights it is, and the names that are left out.
+
+    The file holds the state dict itself, taken for an average, or beside others an average as `ema` or
+    `model_ema` and the weights as they are, `net`, as `model`. Left out are REPA's projectors and tables of
+    rotations. Raises OSError, RefusedPickle.
+    """
+    with open_torch_file(path) as file:
+        content = file.content if type(file.content) is dict else {}
+        held = [key for key in AVERAGES[average] if key in content]
+        state = content[held[0]] if held else content
+        if not state or type(state) is not dict or not all(type(x) is Node for x in state.values()):
+            names = " or ".join(AVERAGES[average])
+            raise RefusedPickle(f"neither a state dict of tensors nor a checkpoint that holds one as {names}")
+        if wrong := [name for name in state if type(name) is not str or not NAME.fullmatch(name)]:
+            raise RefusedPickle(f"{str(wrong[0])[:50]!r} is not the name of a parameter")
+        named = {name.removeprefix("module."): node for name, node in state.items()}
+        unread = [name for name in named if UNREAD.search(name)]
+        tensors = {name: file.tensor(node, name) for name, node in named.items() if name not in unread}
+        return tensors, average if held else "ema", unread
 
 
 @contextmanager

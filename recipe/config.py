@@ -20,9 +20,10 @@ from yaml import YAMLError
 
 from recipe.commands import YAMLS
 from recipe.data import DataConfig
-from recipe.dit import DiTConfig
+from recipe.dit import DiTConfig, NetworkConfig
 from recipe.ema import EMAConfig
 from recipe.guard import StepConfig
+from recipe.networks import AnyNetwork
 from recipe.objectives import TVM, AnyObjective
 from recipe.optimizer import OptimizerConfig
 from recipe.parallel import ParallelConfig
@@ -48,6 +49,11 @@ from recipe.settings import (
 )
 
 T = TypeVar("T")
+# Sections that are one of several: the key that chooses, its default, and what all of them know
+CHOSEN = {
+    "objective": ("name", TVM.name, ()),
+    "model": ("network", DiTConfig.network, NetworkConfig.__pydantic_fields__.keys() - {"network"}),
+}
 
 
 @dataclass
@@ -129,7 +135,7 @@ class TrainConfig(Settings):
         None, description="Samples of a rank in one forward pass; null takes all of the rank at once."
     )
     data: DataConfig = Field(default_factory=DataConfig, description=DataConfig.__doc__)
-    model: DiTConfig = Field(default_factory=DiTConfig, description=DiTConfig.__doc__)
+    model: AnyNetwork = Field(default_factory=DiTConfig, description="The network, chosen by `network`.")
     objective: AnyObjective = Field(default_factory=TVM, description="What is trained, chosen by its name.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description=OptimizerConfig.__doc__)
     ema: EMAConfig = Field(default_factory=EMAConfig, description=EMAConfig.__doc__)
@@ -265,21 +271,23 @@ def overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Return `over` laid on `under`, section by section.
 
     Where it names another objective, that section begins anew, and so does `objective.features`, which could
-    only grow otherwise.
+    only grow otherwise; where it names another network, what both know stays.
     """
-    name, section = objective_name(over, ""), over.get("objective")
-    if name and name != objective_name(under, TVM.name):
-        under = {key: value for key, value in under.items() if key != "objective"}
+    section = over.get("objective")
+    for name, (key, default, kept) in CHOSEN.items():
+        chosen = choice(over, name, key, "")
+        if chosen and chosen != choice(under, name, key, default) and isinstance(under.get(name), dict):
+            under = {**under, name: {k: value for k, value in under[name].items() if k in kept}}
     if isinstance(section, dict) and "features" in section and isinstance(under.get("objective"), dict):
         kept = {key: value for key, value in under["objective"].items() if key != "features"}
         under = {**under, "objective": kept}
     return merge(under, over)
 
 
-def objective_name(config: dict[str, Any], default: str) -> str:
-    """Return the objective.name that a configuration sets, else the default."""
-    section = config.get("objective")
-    return str(section.get("name", default)) if isinstance(section, dict) else default
+def choice(config: dict[str, Any], section: str, key: str, default: str) -> str:
+    """Return what a configuration sets for the key of a section, else the default."""
+    found = config.get(section)
+    return str(found.get(key, default)) if isinstance(found, dict) else default
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The network F(x, t, d, label, beta) of every objective: a diffusion transformer.
+"""The network F(x, t, d, label, beta) of every objective: a diffusion transformer, and what it shares with
+the other network (recipe/mit.py).
 
 It differs from DiT (arXiv 2212.09748) as the TVM paper asks (arXiv 2511.19797, section 4): RMSNorm without
 gain instead of LayerNorm, RMS-normed modulation, RMS-normed queries and keys, a second time input d = t - s,
@@ -13,7 +14,7 @@ of text.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -26,11 +27,11 @@ from recipe.settings import ConfigError, Settings
 from recipe.text import BEGIN, Text, TextConfig
 
 PRESETS = {
-    "S/2": {"width": 384, "depth": 12, "heads": 6},
-    "B/2": {"width": 768, "depth": 12, "heads": 12},
-    "L/2": {"width": 1024, "depth": 24, "heads": 16},
-    "XL/2": {"width": 1152, "depth": 28, "heads": 16},
-    "XL/2-18": {"width": 1152, "depth": 28, "heads": 18},
+    "S/2": {"width": 384, "depth": 12, "heads": 6, "patch": 2},
+    "B/2": {"width": 768, "depth": 12, "heads": 12, "patch": 2},
+    "L/2": {"width": 1024, "depth": 24, "heads": 16, "patch": 2},
+    "XL/2": {"width": 1152, "depth": 28, "heads": 16, "patch": 2},
+    "XL/2-18": {"width": 1152, "depth": 28, "heads": 18, "patch": 2},
 }
 
 
@@ -39,19 +40,72 @@ HEAD, TEXT_LAYERS = 32, 2  # head dimension and depth of the encoder of bytes
 
 
 @dataclass
-class DiTConfig(Settings):
-    """The network's architecture."""
+class NetworkConfig(Settings):
+    """What every network is told of its images and of its size.
 
-    preset: Literal[tuple(PRESETS)] | None = Field(
-        None, description="Name of a published size, which sets width, depth, heads, and patch to 2."
-    )
+    Of the class: presets: published sizes; v_head: whether there is an auxiliary head for v; interval:
+    whether it is told a guidance interval; text: what prompts are made of, None for none.
+    """
+
+    network: str
     size: int = Field(32, ge=1, le=8192, description="Height and width of an image, or of its latents.")
     channels: int = Field(4, ge=1, le=1024, description="Channels of an image, or of its latents.")
     classes: int = Field(1000, ge=0, le=10**7, description="Number of classes; 0 is unconditional.")
     patch: int = Field(2, ge=1, le=8192, description="Height and width of the patch that makes a token.")
-    width: int = Field(384, ge=1, le=65536, description="Width of a token, a multiple of 4 and of heads.")
+    width: int = Field(384, ge=1, le=65536, description="Width of a token, a multiple of heads.")
     depth: int = Field(12, ge=1, le=1000, description="Number of transformer blocks.")
     heads: int = Field(6, ge=1, le=65536, description="Number of attention heads.")
+    output: Literal["v", "x"] = Field(
+        "v",
+        description="What the last layer gives: the velocity (v), or an image X, whose velocity is "
+        "(x - X) / max(t, t_floor) (x).",
+    )
+    t_floor: float = Field(0.05, gt=0, le=1, description="Smallest time that output x divides by.")
+
+    presets: ClassVar[dict[str, dict[str, int]]] = {}
+    v_head: ClassVar[bool] = False
+    interval: ClassVar[bool] = False
+    text: ClassVar[TextConfig | None] = None
+
+    @model_validator(mode="after")
+    def combinations(self) -> NetworkConfig:
+        """Fills in the preset. Raises ConfigError for sizes that do not divide each other."""
+        if (preset := getattr(self, "preset", None)) is not None:
+            vars(self).update(self.presets[preset])
+        if self.width % self.heads:
+            raise ConfigError(f"heads: {self.heads} does not divide model.width {self.width}")
+        if self.size % self.patch:
+            raise ConfigError(f"patch: {self.patch} does not divide model.size {self.size}")
+        self.check()
+        return self
+
+    def check(self) -> None:
+        """Raises ConfigError for what this network cannot be."""
+
+    @property
+    def tokens(self) -> int:
+        """Number of patches."""
+        return (self.size // self.patch) ** 2
+
+    @property
+    def sequence(self) -> int:
+        """Number of tokens in a block."""
+        return self.tokens
+
+    @property
+    def null(self) -> int:
+        """The label that means none, and the empty prompt; below it are those that mean something."""
+        return max(self.classes, int(self.text is not None))
+
+
+@dataclass
+class DiTConfig(NetworkConfig):
+    """The diffusion transformer with modulation, by default TVM's."""
+
+    network: Literal["dit"] = Field("dit", description="A diffusion transformer with modulation.")
+    preset: Literal[tuple(PRESETS)] | None = Field(
+        None, description="Name of a published size, which sets width, depth, heads, and patch to 2."
+    )
     mlp_ratio: float = Field(4.0, gt=0, le=100, description="Hidden width of the MLP in units of width.")
     label_std: float = Field(
         0.02, ge=0, le=100, description="Standard deviation of the initial class embeddings."
@@ -74,32 +128,16 @@ class DiTConfig(Settings):
         None, description="What prompts are made of; null is a network without prompts."
     )
 
-    @model_validator(mode="after")
-    def combinations(self) -> DiTConfig:
-        """Fill in the preset. Raises ConfigError for sizes that do not divide each other."""
-        if self.preset is not None:
-            vars(self).update(PRESETS[self.preset], patch=2)
-        if self.width % self.heads:
-            raise ConfigError(f"heads: {self.heads} does not divide model.width {self.width}")
+    presets: ClassVar[dict[str, dict[str, int]]] = PRESETS
+
+    def check(self) -> None:
+        """Raise ConfigError for a width that the position embedding or the MLP cannot have."""
         if self.width % 4:
             raise ConfigError(f"width: {self.width} must be a multiple of 4 (2-D position embedding)")
-        if self.size % self.patch:
-            raise ConfigError(f"patch: {self.patch} does not divide model.size {self.size}")
         if int(self.width * self.mlp_ratio) < 1:
             raise ConfigError(
                 f"mlp_ratio: {self.mlp_ratio} leaves the MLP of model.width {self.width} nothing"
             )
-        return self
-
-    @property
-    def tokens(self) -> int:
-        """Length of the token sequence."""
-        return (self.size // self.patch) ** 2
-
-    @property
-    def null(self) -> int:
-        """The label that means none, and the empty prompt; below it are those that mean something."""
-        return max(self.classes, int(self.text is not None))
 
 
 def position_embedding(width: int, side: int) -> Tensor:
@@ -209,9 +247,9 @@ class CrossAttention(nn.Module):
         q = dual.map_linear(self._split, dual.linear(self.q, z))
         k, v = map(self._split, self.kv(context).chunk(2, -1))
         if self.q_norm is not None:
-            q = dual.mul(dual.rms_norm(q), Dual(self.q_norm.weight))
-            k = dual.rms_norm(Dual(k)).value * self.k_norm.weight
-        out = dual.cross_attention(q, k.to(v.dtype), v, length)
+            q = dual.rms_norm(q, self.q_norm.weight)
+            k = dual.rms_norm(Dual(k), self.k_norm.weight).value
+        out = dual.attend(q, Dual(k.to(v.dtype)), Dual(v), length)
         return dual.linear(self.proj, dual.map_linear(lambda y: y.transpose(1, 2).flatten(2), out))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -330,13 +368,31 @@ def keep_casts_with_a_graph(device: str) -> AbstractContextManager:
     return torch.autocast(device, cache_enabled=False)
 
 
-class DiT(nn.Module):
+class Denoiser(nn.Module):
+    """What every network F(x, t, d, label, beta) has beside its own `forward`."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def image(self, z: Dual, x: Dual, t: Dual) -> Dual:
+        """Features of patches (B, N, p p C) => F (B, C, H, W), of the network's `output` at (x, t)."""
+        config = self.config
+        F = dual.map_linear(lambda y: unpatchify(y, config.patch, config.channels), z)
+        if config.output == "v":
+            return F
+        late = (t.value > config.t_floor).to(t.value.dtype)
+        time = Dual(t.value.clamp(min=config.t_floor), None if t.tangent is None else late * t.tangent)
+        difference = dual.add(x, dual.map_linear(torch.neg, F))
+        return dual.divide(difference, dual.map_linear(lambda u: u[:, None, None, None], time))
+
+
+class DiT(Denoiser):
     """F(x, t, d, label, beta); parameter names are those of the published weights."""
 
     def __init__(self, config: DiTConfig, initialize: bool = True) -> None:
         """Make the network; initialize=False leaves its weights to be loaded, which saves time."""
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width, side = config.width, config.size // config.patch
         self.x_embedder = PatchEmbed(config.channels, width, config.patch)
         self.t_embedder = ScalarEmbedder(width)
@@ -381,7 +437,7 @@ class DiT(nn.Module):
         detach_tangent: bool,
         text: Text | None,
     ) -> Dual:
-        config = self.config
+        config, time = self.config, t
         if config.reverse_time:
             t = Dual(1 - t.value, None if t.tangent is None else -t.tangent)
         cond = [self.t_embedder(t), self.s_embedder(d), self.y_embedder(label)]
@@ -398,8 +454,21 @@ class DiT(nn.Module):
             z, c = dual.detach(z), dual.detach(c)
         for block in self.blocks:
             z = block(z, c, detach_tangent, context)
-        F = dual.map_linear(lambda y: unpatchify(y, config.patch, config.channels), self.final_layer(z, c))
+        F = self.image(self.final_layer(z, c), x, time)
         return dual.detach(F) if detach_tangent else F
+
+    def unused(self, guidance: bool, auxiliary: bool) -> list[nn.Module]:
+        """Parts that are never evaluated where no guidance is told, or no auxiliary head is asked for."""
+        return [] if guidance else [self.guidance_embedder]
+
+    def fix_guidance(self, beta: Tensor) -> None:
+        """Change the weights, in place, so that the output without guidance is what it was at beta (1,)."""
+        self.t_embedder.mlp[2].bias.add_(self.guidance_embedder(Dual(beta)).value[0])
+
+    def begin_guidance(self) -> None:
+        """Change the weights, in place, so that the output at every beta is what it was without guidance."""
+        for p in self.guidance_embedder.mlp[2].parameters():
+            p.zero_()
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -21,6 +21,7 @@ class Stream(IntEnum):
     POSTERIOR = 2
     LABEL_DROP = 3
     GUIDANCE = 4
+    INTERVAL = 5
 
 
 def _signed(constant: int) -> int:

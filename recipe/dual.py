@@ -58,6 +58,22 @@ def map_linear(f, x: Dual) -> Dual:  # noqa: ANN001
     return Dual(f(x.value), None if x.tangent is None else f(x.tangent))
 
 
+def cat(pairs: list[Dual], dim: int) -> Dual:
+    """Return pairs joined along `dim`; where one has a tangent, zeros stand for those of the others."""
+    value = torch.cat([p.value for p in pairs], dim)
+    if all(p.tangent is None for p in pairs):
+        return Dual(value)
+    tangents = [torch.zeros_like(p.value) if p.tangent is None else p.tangent for p in pairs]
+    return Dual(value, torch.cat(tangents, dim))
+
+
+def divide(a: Dual, b: Dual) -> Dual:
+    """Return the quotient by its rule: y = a / b, y' = (a' - y b') / b."""
+    y = a.value / b.value
+    top = _sum(a.tangent, None if b.tangent is None else -y * b.tangent)
+    return Dual(y, None if top is None else top / b.value)
+
+
 def unbind(x: Dual, dim: int) -> list[Dual]:
     """Return the slices of a pair along `dim`."""
     values = x.value.unbind(dim)
@@ -144,9 +160,16 @@ def _gelu_second_derivative(x: Tensor) -> Tensor:
     return square.add_(i).sub_(i.square_().mul_(h).mul_(x)).mul_(h.square_().neg_().add_(1))
 
 
-def rms_norm(x: Dual) -> Dual:
-    """Return x / sqrt(mean(x^2) + 1e-6) over the last axis, at least in float32."""
-    return Dual(*kernels.rms_norm(*x))
+def swiglu(x: Dual) -> Dual:
+    """Return silu(a) b of the two halves of the last axis, (..., 2 D) -> (..., D)."""
+    a, b = unbind(map_linear(lambda z: z.unflatten(-1, (2, -1)), x), -2)
+    return mul(silu(a), b)
+
+
+def rms_norm(x: Dual, gain: Tensor | None = None) -> Dual:
+    """Return x / sqrt(mean(x^2) + 1e-6) over the last axis, times the gain, at least in float32."""
+    y = Dual(*kernels.rms_norm(*x))
+    return y if gain is None else mul(y, Dual(gain))
 
 
 def layer_norm(x: Dual) -> Dual:
@@ -167,11 +190,22 @@ def attention(qkv: Dual, q_gain: Tensor | None, k_gain: Tensor | None) -> Dual:
     return Dual(*kernels.qkv_norm_attention(*qkv, q_gain, k_gain))
 
 
-def cross_attention(q: Dual, k: Tensor, v: Tensor, length: Tensor) -> Dual:
-    """Return attention (B, H, N, D) to the first `length` (B,) of tokens (B, H, L, D) without tangent."""
-    if q.tangent is None:
-        return Dual(kernels.attention(q.value, k, v, lengths=length))
-    return Dual(*kernels.jvp_attention(q.value, k, v, q.tangent, None, None, lengths=length))
+def attend(q: Dual, k: Dual, v: Dual, length: Tensor | None = None) -> Dual:
+    """Return attention (B, H, N, D) to tokens (B, H, L, D), or to the first `length` (B,) of them."""
+    values, tangents = zip(q, k, v, strict=True)
+    if tangents == (None, None, None):
+        return Dual(kernels.attention(*values, lengths=length))
+    return Dual(*kernels.jvp_attention(*values, *tangents, lengths=length))
+
+
+def rotate(x: Dual, cos: Tensor, sin: Tensor) -> Dual:
+    """Turn the pairs (2i, 2i + 1) of features (..., N, D) by angles of cosine and sine (N, D / 2)."""
+
+    def turn(z: Tensor) -> Tensor:
+        a, b = z.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+    return map_linear(turn, x)
 
 
 def sinusoid(u: Dual, width: int = 256, max_period: float = 10000.0) -> Dual:

@@ -56,6 +56,10 @@ def begin_finish(config: TrainConfig, manifest: Manifest, normalizer: Normalizer
     low, high = base.guidance_range
     if objective.w is not None and not low <= objective.w <= high:
         raise ConfigError(f"objective.w: {objective.w:g} is not in {low:g} to {high:g}, as of {base.name}")
+    if objective.interval is not None and not (base.auxiliary and config.model.interval):
+        raise ConfigError(
+            f"objective.interval: {objective.interval} needs weights of iMF on model.network mit"
+        )
     device = torch.device("cuda", dist.get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     decode = None
     if manifest.column == "latents":
@@ -77,7 +81,8 @@ def begin_finish(config: TrainConfig, manifest: Manifest, normalizer: Normalizer
         extractor = matches[name].extractor
         found = {"extractor": name, "weights": hash_weights(extractor.network), "reference": reference}
         digest = content_digest(reference, extractor)
-        objective.finished.append({**found, "digest": digest, "nfe": objective.nfe, "w": objective.w})
+        asked = {"nfe": objective.nfe, "w": objective.w, "interval": objective.interval}
+        objective.finished.append({**found, "digest": digest, **asked})
     if any(one != objective.finished for one in dist.all_gather_object(objective.finished)):
         raise ConfigError(
             f"objective.features: nodes have different extractors or real images. Fix: copy {config.folder}/"

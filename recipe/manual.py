@@ -65,7 +65,8 @@ def _rows(schema: dict[str, Any], known: dict[str, Any], prefix: str) -> Iterato
             default = "" if name in required else as_yaml(field["default"])
             yield Row(key, allowed(field), default, field["description"])
         for one in nested:
-            whose = one["properties"]["name"]["const"] if len(nested) > 1 else ""
+            constants = [part["const"] for part in one["properties"].values() if "const" in part]
+            whose = constants[0] if len(nested) > 1 else ""
             for row in _rows(one, known, f"{key}."):
                 yield row._replace(whose=whose or row.whose)
 

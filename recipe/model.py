@@ -10,7 +10,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from torch import Tensor, nn
 
-from recipe.dit import DiT
+from recipe.dit import Denoiser
 from recipe.normalizer import Normalizer
 from recipe.objectives.base import Loss, Network, Objective, draw
 from recipe.objectives.flow_matching import flow_matching_loss
@@ -35,15 +35,15 @@ class GenerativeModel(ComposerModel):
 
     def __init__(
         self,
-        net: DiT,
+        net: Denoiser,
         objective: Objective,
         normalizer: Normalizer,
         seed: int,
         prompts: Prompts | None = None,
     ) -> None:
         super().__init__()
-        if not objective.guidance_input:
-            net.guidance_embedder.requires_grad_(False)  # never evaluated, and DDP wants a gradient of all
+        for part in net.unused(objective.guidance_input, objective.auxiliary):
+            part.requires_grad_(False)  # never evaluated, and DDP wants a gradient of all
         self.net = net
         self.ema = frozen_copy(net)
         self.target = frozen_copy(net) if objective.teacher else None
@@ -64,13 +64,13 @@ class GenerativeModel(ComposerModel):
         label = batch["label"].clamp(max=config.classes)
         with torch.no_grad():
             x0 = self.normalizer(batch, step, self.seed)
-            drawn = draw(x0, label, step, sample, self.seed, self.objective, config.null)
+            drawn = draw(x0, label, step, sample, self.seed, self.objective, config.null, config)
         student, teacher = self.prompted(self.net, batch), self.prompted(self.target, batch)
         if self.flow_matching:
             return flow_matching_loss(self.objective, student, drawn)
         return self.objective.loss(student, teacher, drawn, self.tangent_scale)
 
-    def prompted(self, net: DiT | None, batch: dict[str, Tensor]) -> Network | None:
+    def prompted(self, net: Denoiser | None, batch: dict[str, Tensor]) -> Network | None:
         """Return the network, told the batch's prompts where it takes any."""
         if net is None or self.prompts is None:
             return net

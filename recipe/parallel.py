@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from recipe import patches
-from recipe.dit import Block, DiT
+from recipe.dit import Block, Denoiser
+from recipe.mit import MiTBlock
 from recipe.settings import ConfigError, Count, CountOrZero, Settings, Share
 from storage import StorageError
 
@@ -108,7 +109,7 @@ def configure_compiler(config: ParallelConfig) -> None:
     inductor.realize_acc_reads_threshold = 1000
 
 
-def prepare_blocks(net: DiT, config: ParallelConfig, trained: bool) -> None:
+def prepare_blocks(net: Denoiser, config: ParallelConfig, trained: bool) -> None:
     """Compile and checkpoint the blocks of one network, and say how Composer is to shard them.
 
     Only `forward` is replaced, so parameter names stay and FSDP2's hooks remain outside the compiled code.
@@ -117,8 +118,8 @@ def prepare_blocks(net: DiT, config: ParallelConfig, trained: bool) -> None:
     if config.compile:
         configure_compiler(config)
     block_options = {"reshard_after_forward": config.reshard_after_forward}
-    net.fsdp_wrap_fn = lambda module: block_options if isinstance(module, Block) else False
-    for i, block in enumerate(net.blocks):
+    net.fsdp_wrap_fn = lambda module: block_options if isinstance(module, Block | MiTBlock) else False
+    for i, block in enumerate(m for m in net.modules() if isinstance(m, Block | MiTBlock)):
         if config.compile:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
         if trained and config.checkpoint_every and i % config.checkpoint_every == 0:

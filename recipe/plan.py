@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from typing import Annotated, Literal, NamedTuple
 
@@ -21,11 +21,14 @@ import torch
 from composer.core import Time, TimeUnit
 from pydantic import Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
+from torch import nn
 
 from recipe.config import ConfigError, TrainConfig, divisible, load_config, yaml_of
-from recipe.dit import TEXT_LAYERS, DiT, DiTConfig
+from recipe.dit import TEXT_LAYERS, NetworkConfig
 from recipe.ema import average_names
 from recipe.manual import answer
+from recipe.mit import MiTConfig
+from recipe.networks import build
 from recipe.objectives.base import Objective, Pass
 from recipe.parallel import ParallelConfig
 from recipe.plan_finish import Finish
@@ -90,6 +93,10 @@ TEXT_BYTES = {
     (False, "none"): ((19.7, 5.2), (0.0, 0.0)),
 }
 
+# What a block of the network mit keeps where it is eager, by whether it is dual: tensors of S x D in float32,
+# and in the autocast type for each value or tangent; where it is compiled, the latter (tests/test_plan.py).
+MIT_KEPT = {False: (10.1, 17.7), True: (24.2, 21.7), "compiled": 19.2, "recomputed": 14.5}
+
 
 @dataclass
 class Roofline(Settings):
@@ -138,25 +145,48 @@ class Cluster(Roofline):
     hop: NotNegative = Field(2e-6, description="Seconds that each rank adds to a collective's latency.")
 
 
-def parameter_counts(model: DiTConfig) -> tuple[int, int]:
+def size_of(*modules: nn.Module) -> int:
+    """Return the number of parameters of modules."""
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def parameter_counts(model: NetworkConfig) -> tuple[int, int]:
     """Return the number of parameters of all blocks together, and of the rest."""
     with torch.device("meta"):
-        net = DiT(model)
-    blocks = sum(p.numel() for p in net.blocks.parameters())
-    return blocks, sum(p.numel() for p in net.parameters()) - blocks
+        net = build(model)
+    blocks = size_of(net.blocks, *([net.v_blocks] if model.v_head else []))
+    return blocks, size_of(net) - blocks
 
 
-def without_gradient(model: DiTConfig, objective: Objective) -> int:
-    """Return the parameters of the guidance embedder where the objective does not evaluate it, else 0."""
-    return 0 if objective.guidance_input else 256 * model.width + model.width**2 + 2 * model.width
+def block_count(model: NetworkConfig) -> int:
+    """Return the number of blocks, those of an auxiliary head among them."""
+    return model.depth + (model.head_depth if model.v_head else 0)
 
 
-def forward_flops(model: DiTConfig) -> tuple[int, int, int]:
-    """Return the FLOPs of one plain forward pass of one sample.
+def without_gradient(model: NetworkConfig, objective: Objective) -> int:
+    """Return the number of parameters that the objective does not evaluate."""
+    with torch.device("meta"):
+        return size_of(*build(model).unused(objective.guidance_input, objective.auxiliary))
+
+
+def mit_flops(model: MiTConfig, head: bool) -> tuple[int, int, int]:
+    """Return `forward_flops` of the network mit; head: of the auxiliary head alone, on shared tokens."""
+    N, S, D, patch = model.tokens, model.sequence, model.width, model.patch**2 * model.channels
+    depth, narrow = model.head_depth if head else model.depth, model.bottleneck
+    products = S * depth * (4 * D * D + 3 * D * model.hidden) + N * D * patch
+    if not head:
+        products += N * (patch * D if narrow is None else narrow * (patch + D)) + 4 * (256 * D + D * D)
+    return 2 * products, 4 * depth * S * S * D, 0
+
+
+def forward_flops(model: NetworkConfig, head: bool = False) -> tuple[int, int, int]:
+    """Return the FLOPs of one plain forward pass of one sample, or of its auxiliary head alone.
 
     They are those of linear layers, of attention's two products, and of what sees the prompt alone. Attention
     to the prompt counts as linear layers, since its text has no tangent.
     """
+    if isinstance(model, MiTConfig):
+        return mit_flops(model, head)
     N, D = model.tokens, model.width
     patch, text = model.patch**2 * model.channels, model.text
     tokens = N * (model.depth * (4 + 2 * model.mlp_ratio) * D * D + 2 * patch * D)
@@ -186,11 +216,11 @@ class Work(NamedTuple):
     other_bytes: float
 
 
-def work(model: DiTConfig, objective: Objective, again: float = 0) -> Iterator[Work]:
+def work(model: NetworkConfig, objective: Objective, again: float = 0) -> Iterator[Work]:
     """Yield the work of every pass, forward and backward; again: share of blocks that run forward twice."""
-    linear, attention, prompt = forward_flops(model)
-    unit = model.depth * model.tokens * model.width
-    for one in objective.passes():
+    for one in objective.passes(model.v_head):
+        linear, attention, prompt = forward_flops(model, one.head)
+        unit = (model.head_depth if one.head else model.depth) * model.sequence * model.width
         kind = one.dual, one.gradient
         ahead = one.batches * (1 if one.gradient == "none" else 1 + again)
         units = FORWARD[one.dual], BACKWARD[one.gradient]
@@ -200,22 +230,27 @@ def work(model: DiTConfig, objective: Objective, again: float = 0) -> Iterator[W
             yield Work(*(runs * cost for cost in costs))
 
 
-def step_flops(model: DiTConfig, objective: Objective) -> float:
+def step_flops(model: NetworkConfig, objective: Objective) -> float:
     """Return the FLOPs of one sample's step, nothing recomputed (flow matching: 1 + 2 forward passes)."""
     return sum(one.products + one.attention for one in work(model, objective))
 
 
-def trained_passes(objective: Objective) -> list[Pass]:
+def trained_passes(model: NetworkConfig, objective: Objective) -> list[Pass]:
     """Return the passes that are differentiated."""
-    return [one for one in objective.passes() if one.gradient != "none"]
+    return [one for one in objective.passes(model.v_head) if one.gradient != "none"]
 
 
-def checkpointed_blocks(model: DiTConfig, every: int) -> int:
+def checkpointed_blocks(model: NetworkConfig, every: int) -> int:
     """Return the number of blocks 0, every, 2 every, ..., which are checkpointed; 0 for none."""
-    return math.ceil(model.depth / every) if every else 0
+    return math.ceil(block_count(model) / every) if every else 0
 
 
-def block_bytes(model: DiTConfig, dual: bool, compiled: bool, low: int, budget: float = 1) -> float:
+def checkpointed_share(config: TrainConfig) -> float:
+    """Return the share of the blocks that run forward twice."""
+    return checkpointed_blocks(config.model, config.parallel.checkpoint_every) / block_count(config.model)
+
+
+def block_bytes(model: NetworkConfig, dual: bool, compiled: bool, low: int, budget: float = 1) -> float:
     """Return the bytes that autograd keeps of one sample in one block, where attention keeps no N x N matrix.
 
     A value (and as much again for a tangent) keeps 8 + 2r tensors of N x D in the autocast type (`low`
@@ -227,6 +262,10 @@ def block_bytes(model: DiTConfig, dual: bool, compiled: bool, low: int, budget: 
     recomputed, and 3 or 2 of L x D without tangent; its norms 2 in float32, 7 with tangents, and 2 of L x D.
     """
     pair = 2 if dual else 1
+    if isinstance(model, MiTConfig):  # which has other numbers
+        wide = pair if compiled else MIT_KEPT[dual][0]
+        narrow = MIT_KEPT["compiled" if budget == 1 else "recomputed"] if compiled else MIT_KEPT[dual][1]
+        return model.width * model.sequence * (FP32 * wide + low * pair * narrow)
     wide = pair if compiled else (10 if dual else 4)
     narrow = 6 + model.mlp_ratio if compiled and budget < 1 else 8 + 2 * model.mlp_ratio
     narrow, texts = narrow + 2 * model.qk_norm, 0
@@ -239,18 +278,23 @@ def block_bytes(model: DiTConfig, dual: bool, compiled: bool, low: int, budget: 
 
 
 def activation_bytes(
-    model: DiTConfig,
+    model: NetworkConfig,
     dual: bool,
     compiled: bool = False,
     checkpoint_every: int = 0,
     low: int = BF16,
     budget: float = 1,
+    head: bool = False,
 ) -> float:
-    """Return the bytes that autograd keeps of a sample in a student pass; a checkpointed block its input."""
+    """Return the bytes that autograd keeps of a sample in a student pass; a checkpointed block its input.
+
+    head: of the auxiliary head alone.
+    """
     pair = 2 if dual else 1
-    unit = model.tokens * model.width * pair
-    checkpointed = checkpointed_blocks(model, checkpoint_every)
-    kept = (model.depth - checkpointed) * block_bytes(model, dual, compiled, low, budget)
+    unit = model.sequence * model.width * pair
+    blocks = model.head_depth if head else model.depth
+    checkpointed = blocks * checkpointed_blocks(model, checkpoint_every) / block_count(model)
+    kept = (blocks - checkpointed) * block_bytes(model, dual, compiled, low, budget)
     ends = unit * (2 * FP32 + low)
     if model.text is not None:
         ends += low * model.text.tokens * (model.width + model.text.width)
@@ -262,16 +306,18 @@ def activation_bytes(
 def step_activations(config: TrainConfig, parallel: ParallelConfig) -> float:
     """Return the bytes of one sample at the peak: all student passes, and the block in its backward pass."""
     low = BF16 if config.precision == "amp_bf16" else FP32
-    duals = [one.dual and one.gradient == "both" for one in trained_passes(config.objective)]
+    trained = trained_passes(config.model, config.objective)
     how = parallel.compile, parallel.checkpoint_every, low, parallel.activation_budget
-    kept = sum(activation_bytes(config.model, dual, *how) for dual in duals)
+    kept = sum(
+        activation_bytes(config.model, one.dual and one.gradient == "both", *how, one.head) for one in trained
+    )
     return kept + working_bytes(config)
 
 
 def working_bytes(config: TrainConfig) -> float:
     """Return the bytes of one sample in the block that is in its backward pass, as if it were eager."""
     low = BF16 if config.precision == "amp_bf16" else FP32
-    dual = any(one.dual and one.gradient == "both" for one in config.objective.passes())
+    dual = any(one.dual and one.gradient == "both" for one in trained_passes(config.model, config.objective))
     return block_bytes(config.model, dual, False, low)
 
 
@@ -299,11 +345,13 @@ def memory(config: TrainConfig, gpus: int) -> dict[str, float]:
     P, parallel = blocks + rest, config.parallel
     shards = gpus // parallel.replicas if parallel.fsdp2 else 1
     copies = len(average_names(config.ema, config.objective))
-    passes = len(trained_passes(config.objective))
+    passes = len(trained_passes(config.model, config.objective))
     sharded = parallel.fsdp2 and shards > 1
-    gathered = (1 + config.objective.teacher) * rest + 2 * blocks / config.model.depth if sharded else 0
+    gathered = (
+        (1 + config.objective.teacher) * rest + 2 * blocks / block_count(config.model) if sharded else 0
+    )
     autocast = config.precision == "amp_bf16" and not (sharded and gathered_size(config) == BF16)
-    unchecked = 1 - checkpointed_blocks(config.model, parallel.checkpoint_every) / config.model.depth
+    unchecked = 1 - checkpointed_share(config)
     rounded = blocks * unchecked * (passes if parallel.compile else 1) if autocast else 0
     finish, samples = Finish(config), layout(config, gpus)[0]
     beside = {
@@ -321,15 +369,22 @@ def memory(config: TrainConfig, gpus: int) -> dict[str, float]:
     } | (beside if finish.counts else {})
 
 
-def gathers(config: TrainConfig) -> tuple[int, int]:
+def gathers(config: TrainConfig) -> tuple[float, float]:
     """Return the number of all-gathers of every block in a microbatch, of the student and of the target.
+
+    A pass that has not all blocks counts by its share of them.
 
     A pass gathers forward and, if it is differentiated, backward. Unless weights are freed after a forward
     pass, all share the first one; a backward pass frees them, so each further one gathers again.
     """
-    passes, trained = config.objective.passes(), len(trained_passes(config.objective))
-    target = sum(one.teacher for one in passes)
-    student = len(passes) - target
+    model = config.model
+
+    def count(passes: Iterable[Pass]) -> float:
+        return sum(model.head_depth if one.head else model.depth for one in passes) / block_count(model)
+
+    passes, trained = config.objective.passes(model.v_head), count(trained_passes(model, config.objective))
+    target = count(one for one in passes if one.teacher)
+    student = count(passes) - target
     return (student + trained if config.parallel.reshard_after_forward else trained), target
 
 
@@ -358,7 +413,7 @@ def traffic(config: TrainConfig, gpus: int) -> list[Collective]:
 def network_traffic(config: TrainConfig, gpus: int) -> list[Collective]:
     """Return the network's collectives in one step. FSDP2 communicates in every microbatch, DDP once."""
     blocks, rest = parameter_counts(config.model)
-    P, messages = blocks + rest, config.model.depth + 1
+    P, messages = blocks + rest, block_count(config.model) + 1
     if not config.parallel.fsdp2:
         buckets = math.ceil(FP32 * P / DDP_BUCKET)
         return [Collective("all-reduce gradients", 2 * FP32 * P * (gpus - 1) / gpus, buckets, gpus)]
@@ -429,13 +484,12 @@ def updated_bytes(config: TrainConfig, gpus: int) -> float:
 
 def compute_time(config: TrainConfig, roofline: Roofline) -> float:
     """Return the seconds of one sample's passes, also of repeated blocks and a finish's networks."""
-    again = checkpointed_blocks(config.model, config.parallel.checkpoint_every) / config.model.depth
     frozen = Finish(config).flops() / roofline.sheet.exact / roofline.gemm
     return frozen + sum(
         roofline.seconds(0, one.products, roofline.gemm)
         + roofline.seconds(one.attention_bytes, one.attention, roofline.attention)
         + roofline.seconds(one.other_bytes)
-        for one in work(config.model, config.objective, again)
+        for one in work(config.model, config.objective, checkpointed_share(config))
     )
 
 

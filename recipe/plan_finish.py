@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from recipe.config import TrainConfig
-from recipe.dit import DiTConfig
+from recipe.dit import NetworkConfig
 from recipe.objectives.frechet import Frechet
 from recipe.reference import STATISTICS, read_statistics
 
@@ -38,13 +38,13 @@ BACKWARD = 1  # passes' worth: to the input alone
 MAP = 17  # F^3 FLOPs of a map: 9 for eigenvalues and vectors (Golub & Van Loan), 8 for products
 
 
-def decoder(model: DiTConfig) -> Frozen:
+def decoder(model: NetworkConfig) -> Frozen:
     """Return the cost of the decoder of sd-vae-ft-ema and -mse (diffusers' AutoencoderKL, counted alike)."""
     places = model.size**2
     return Frozen(605.5e6 * places + 2048 * places**2, 1.491e6 * places, 83.7e6)
 
 
-def feature_count(name: str, reference: str, model: DiTConfig) -> int | None:
+def feature_count(name: str, reference: str, model: NetworkConfig) -> int | None:
     """Return the number of features of an extractor that `objective.features` names, or None.
 
     None means that only its weights know; of an image model a file of statistics says it, if there is one.

@@ -24,9 +24,9 @@ from composer.utils import dist, parse_uri
 from recipe.checkpoints import PROBE, check_dataset, checkpoints, complete, fork
 from recipe.config import ConfigError, TrainConfig, divisible, load_config, yaml_of
 from recipe.data import SHUFFLE_WINDOW
-from recipe.dit import DiT
 from recipe.ema import average_names
 from recipe.manual import answer
+from recipe.networks import build
 from recipe.normalizer import make_normalizer
 from recipe.plan_finish import Finish
 from recipe.text import TextConfig
@@ -186,7 +186,7 @@ def checkpoint_bytes(config: TrainConfig) -> int:
     the moments and maps of a finish.
     """
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in DiT(config.model).parameters())
+        parameters = sum(p.numel() for p in build(config.model).parameters())
     weights = 4 * parameters * (3 + len(average_names(config.ema, config.objective)))
     return weights + Finish(config).saved_bytes()
 

@@ -23,13 +23,13 @@ def initial_noise(seeds: Tensor, shape: tuple[int, int, int], dtype: torch.dtype
 
 
 def generate(net: Network, noise: Tensor, asked: Condition, nfe: int, objective: Objective) -> Tensor:
-    """Return normalised images (B, C, H, W) made from noise of that shape in nfe steps, summed in float64.
+    """Return normalised images (B, C, H, W) made from standard normal noise in nfe steps, summed in float64.
 
     The objective may change the guidance weight of samples without label (`Objective.guide`). Raises
     ValueError for an impossible number of steps.
     """
     check_steps(nfe)
-    x = noise.double()
+    x = objective.noise_scale * noise.double()
     for i in range(nfe):
         t, s = 1 - i / nfe, 1 - (i + 1) / nfe
         x = x + (s - t) * objective.average_velocity(net, x.to(noise.dtype), t, s, asked)

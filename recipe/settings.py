@@ -13,15 +13,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from functools import reduce
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    Tag,
     TypeAdapter,
     ValidationError,
     model_validator,
@@ -90,7 +92,7 @@ class Settings:
         """Raise ConfigError for a key that is no field, with the field that was probably meant."""
         given_keys = given.kwargs if isinstance(given, ArgsKwargs) else given
         for key in given_keys if isinstance(given_keys, dict) else ():
-            if key not in cls.__dataclass_fields__:
+            if key not in cls.__pydantic_fields__:
                 shown = str(key) if str(key).isprintable() else ascii(key)  # a file's key may be two lines
                 raise ConfigError(f"{shown}: is not a setting; {suggestion(cls, str(key))}")
         return given
@@ -101,7 +103,7 @@ def suggestion(section: type[Settings], key: str) -> str:
     known = {name.rpartition(".")[2]: name for name in reversed(list(setting_keys(section)))}
     if close := get_close_matches(key, known, 1):
         return f"did you mean {known[close[0]]}?"
-    return f"only {', '.join(section.__dataclass_fields__)} are"
+    return f"only {', '.join(section.__pydantic_fields__)} are"
 
 
 def sections(annotation: Any) -> Iterator[type[Settings]]:  # noqa: ANN401
@@ -118,6 +120,27 @@ def setting_keys(section: type[Settings]) -> Iterator[str]:
         yield name
         for nested in sections(field.annotation):
             yield from (f"{name}.{key}" for key in setting_keys(nested))
+
+
+def one_of(key: str, default: str, choices: dict[str, type[Settings]]) -> Any:  # noqa: ANN401
+    """Return the type of a section that is one of several, chosen by its `key`, without it by `default`."""
+
+    def chosen(given: Any) -> str | None:  # noqa: ANN401
+        return given.get(key, default) if isinstance(given, dict) else getattr(given, key, None)
+
+    def refuse_others(given: Any) -> Any:  # noqa: ANN401
+        """Raises ConfigError for an unknown name, and for a setting of another choice, saying whose it is."""
+        name = chosen(given)
+        if isinstance(given, dict) and not (isinstance(name, str) and name in choices):
+            raise ConfigError(f"{key}: {name!r} is not one of {', '.join(choices)}")
+        for one in given if isinstance(given, dict) else ():
+            owners = [other for other, section in choices.items() if one in section.__pydantic_fields__]
+            if owners and name not in owners:
+                raise ConfigError(f"{one}: a setting of {', '.join(owners)}, not of {name}")
+        return given
+
+    union = Union[tuple(Annotated[section, Tag(name)] for name, section in choices.items())]  # noqa: UP007
+    return Annotated[union, Discriminator(chosen), BeforeValidator(refuse_others)]
 
 
 def defaults(section: type[Settings]) -> dict[str, Any]:
@@ -191,6 +214,13 @@ def without_scheme(path: str) -> str:
     return path
 
 
+def ordered(pair: list[float]) -> list[float]:
+    """Two numbers of which the first is not the larger. Raises ValueError."""
+    if pair[0] > pair[1]:
+        raise ValueError
+    return pair
+
+
 Number = int | float  # kept as written, where float makes a float of an integer
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -201,6 +231,13 @@ CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Many = Annotated[list[T], OneOrMore()]
 Filled = Annotated[list[T], Field(min_length=1), OneOrMore()]
+
+Interval = Annotated[
+    list[Share],
+    Field(min_length=2, max_length=2),
+    AfterValidator(ordered),
+    Says("must be two times [t_min, t_max] with 0 <= t_min <= t_max <= 1"),
+]
 
 SOME = "0*[1-9][0-9]{0,14}"
 Time = Annotated[

@@ -40,12 +40,12 @@ from recipe.config import (
 )
 from recipe.console import console, summary
 from recipe.data import train_loader
-from recipe.dit import DiT
 from recipe.ema import EMA, EMAConfig
 from recipe.finish import Population, begin_finish
 from recipe.guard import DivergedError, ScaleParameter
 from recipe.manual import answer
 from recipe.model import GenerativeModel, StepKey
+from recipe.networks import build
 from recipe.normalizer import Normalizer, make_normalizer
 from recipe.optimizer import LearningRate, build_optimizer, rate_of_step, take_settings
 from recipe.parallel import parallelism, prepare_blocks
@@ -70,7 +70,7 @@ def build_model(config: TrainConfig, manifest: Manifest, source: str | None = No
         begin_finish(config, manifest, normalize, source)
     reproducibility.seed_all(config.seed)
     prompts = None if text is None else Prompts(text, manifest.text, config.model.null)
-    model = GenerativeModel(DiT(config.model), config.objective, normalize, config.seed, prompts)
+    model = GenerativeModel(build(config.model), config.objective, normalize, config.seed, prompts)
     for net, trained in ((model.net, True), (model.target, False), (model.ema, False)):
         if net is not None:
             prepare_blocks(net, config.parallel, trained)
@@ -256,7 +256,7 @@ def dry_run(config: TrainConfig) -> str:
     if problems := divisible(config, world):
         raise ConfigError("\n".join(problems))
     with torch.device("meta"):
-        model = GenerativeModel(DiT(config.model), config.objective, Normalizer([0.0], [1.0]), config.seed)
+        model = GenerativeModel(build(config.model), config.objective, Normalizer([0.0], [1.0]), config.seed)
     parameters = sum(p.numel() for p in model.net.parameters())
     return (
         f"{OmegaConf.to_yaml(as_dict(config))}\n"

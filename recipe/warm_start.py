@@ -17,9 +17,9 @@ from torch import Tensor
 
 from recipe.checkpoints import INIT_ONLY
 from recipe.config import ConfigError, TrainConfig
-from recipe.dit import DiT, DiTConfig
-from recipe.dual import Dual
+from recipe.dit import Denoiser
 from recipe.model import GenerativeModel
+from recipe.networks import AnyNetwork
 from recipe.normalizer import Normalizer
 from recipe.objectives import from_facts
 from recipe.objectives.base import Objective
@@ -49,20 +49,28 @@ def check_weights(config: TrainConfig, normalizer: Normalizer) -> tuple[Folder, 
     folder, name = locate_weights(config.init_from)
     try:
         facts = parse_facts(folder.read(f"{name}.json"), f"{folder.uri}/{name}.json")
-        theirs = asdict(make(DiTConfig, facts["model"], "model"))
+        theirs = asdict(make(AnyNetwork, facts["model"], "model"))
     except ValueError as error:
         raise ConfigError(f"init_from: {error}") from error
     mine = {k: v for k, v in asdict(config.model).items() if k not in INIT_ONLY}
-    if theirs["text"] is None:
-        mine.pop("text")  # begins as nothing
+    if theirs.get("text") is None:
+        mine.pop("text", None)  # begins as nothing
+    if mine["network"] != theirs["network"]:
+        mine = {"network": mine["network"]}
     found = [f"model.{k}: {v} here, {theirs[k]} there" for k, v in mine.items() if theirs[k] != v]
     for key in ("mean", "std"):
         here, there = getattr(normalizer, key).flatten(), torch.tensor(facts["data"][key])
         if here.shape != there.shape or not torch.allclose(here, there, rtol=1e-4):
             found.append(f"data.normalize.{key}: {here.tolist()} here, {there.tolist()} there")
     try:
+        source = from_facts(facts["method"])
         if not config.objective.finishes:
-            output_ratio(from_facts(facts["method"]), config.objective)
+            if output_ratio(source, config.objective) != 1 and config.model.output == "x":
+                raise ValueError(
+                    "objective.scaled: with model.output x the parameterisation must be the same"
+                )
+            if (here := config.objective.noise_scale) != (there := source.noise_scale):
+                raise ValueError(f"objective.noise_scale: {here:g} here, {there:g} there")
     except ValueError as error:
         found.append(str(error))
     if found:
@@ -94,7 +102,7 @@ def output_ratio(source: Objective, target: Objective) -> float:
 
 
 @torch.no_grad()
-def adapt(net: DiT, source: Objective, target: Objective) -> None:
+def adapt(net: Denoiser, source: Objective, target: Objective) -> None:
     """Change weights, in place, so that `target` finds in them the velocity that `source` left there.
 
     A guidance input that only the source has is fixed at the w at which that is sampled; one that only the
@@ -103,13 +111,10 @@ def adapt(net: DiT, source: Objective, target: Objective) -> None:
     ratio = output_ratio(source, target)
     for p in net.final_layer.linear.parameters():
         p.mul_(ratio)
-    last = net.guidance_embedder.mlp[2]
     if source.guidance_input and not target.guidance_input:
-        beta = source.beta(torch.tensor([source.default_w], dtype=last.bias.dtype))
-        net.t_embedder.mlp[2].bias.add_(net.guidance_embedder(Dual(beta)).value[0])
+        net.fix_guidance(source.beta(torch.tensor([source.default_w])))
     if target.guidance_input and not source.guidance_input:
-        last.weight.zero_()
-        last.bias.zero_()
+        net.begin_guidance()
 
 
 def warm_start(model: GenerativeModel, config: TrainConfig) -> str:

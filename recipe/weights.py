@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from recipe.dit import DiT, DiTConfig
+from recipe.dit import Denoiser, NetworkConfig
 from recipe.manual import answer
+from recipe.networks import AnyNetwork, build
 from recipe.objectives import from_facts
 from recipe.settings import make
 from storage.outside import file_digest, parse_json, read_bytes
@@ -48,7 +49,7 @@ class Facts(TypedDict):
     """What must be in the JSON of weights, and of which kind; more may be there (see above)."""
 
     __pydantic_config__ = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-    model: DiTConfig
+    model: AnyNetwork
     method: dict[str, Any]
     data: DataFacts
     step: Annotated[int, Field(ge=0)] | None
@@ -83,7 +84,7 @@ def installed_version() -> str:
 
 
 def save_weights(
-    path: str | Path, state: dict[str, Tensor], config: DiTConfig, facts: dict[str, Any]
+    path: str | Path, state: dict[str, Tensor], config: NetworkConfig, facts: dict[str, Any]
 ) -> Path:
     """Write PATH.safetensors, then PATH.json, each whole or not at all; returns the JSON's path.
 
@@ -128,20 +129,20 @@ def parse_facts(text: bytes, where: str) -> dict[str, Any]:
     return facts
 
 
-def shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+def shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of the weights of this architecture."""
     with torch.device("meta"):
-        state = DiT(config, initialize=False).state_dict()
+        state = build(config, initialize=False).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def stated_architecture(facts: dict[str, Any], path: Path) -> DiTConfig:
+def stated_architecture(facts: dict[str, Any], path: Path) -> NetworkConfig:
     """Return the architecture in a weights' JSON, if the tensors at `path` have it. Raises ValueError.
 
     Nothing is believed before it has been compared with the file's header, so no JSON can fill the memory.
     """
     try:
-        config = make(DiTConfig, facts["model"], "model")
+        config = make(AnyNetwork, facts["model"], "model")
         with safe_open(path, "pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
@@ -171,14 +172,14 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
-def load_weights(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, dict[str, Any]]:
+def load_weights(path: str | Path, device: str | torch.device = "cpu") -> tuple[Denoiser, dict[str, Any]]:
     """Load the network, in evaluation mode and without gradients, and its facts.
 
     Raises FileNotFoundError or ValueError, the latter also where tensors and JSON do not belong together.
     """
     facts = read_facts(path)
     check_digest(path, facts)
-    net = DiT(stated_architecture(facts, _files(path)[0]), initialize=False).to(device)
+    net = build(stated_architecture(facts, _files(path)[0]), initialize=False).to(device)
     net.load_state_dict(load_file(_files(path)[0], device=str(device)))
     return net.eval().requires_grad_(False), facts
 

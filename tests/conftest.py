@@ -44,6 +44,8 @@ EACH = {
     "flow_matching": ["objective.name=flow_matching"],
     "meanflow": ["objective.name=meanflow", "objective.omega=1.5", "objective.kappa=0.25"],
     "imf": ["objective.name=imf", "objective.guidance=2"],
+    "mit": ["model.network=mit", "model.head_depth=1", "objective.name=imf", "objective.guidance=[1,8]"],
+    "mit_tvm": ["model.network=mit", "model.head_depth=1", "model.output=x", "objective.scaled=false"],
     "flow_matching_first": ["objective.flow_matching_first=4ba"],
     "prompts": [
         "data.local={digits}/../named/train",

@@ -4,7 +4,8 @@
 
 FOLDER holds, for TVM, `<case>_io.npz`, `<case>_weights_{student,teacher}.npz`, `<case>_grads.npz`,
 `<case>_acts.npz` and `sample_ts.npz`; for MeanFlow and iMF `objectives_<case>_{io,weights}.npz`; for SiT
-`sit_<case>_io.npz`, `sit_<case>.pt` and `sit_<case>_train.pt`. Sizes and options are read from each case's
+`sit_<case>_io.npz`, `sit_<case>.pt` and `sit_<case>_train.pt`; for iMF and pMF `<case>_io.npz`, `<case>.pth`
+and `<case>_inference.pth`. Sizes and options are read from each case's
 `config_json`. Prints the worst relative error (max abs error / max abs value) of each array and exits 1 where
 one is above its tolerance.
 """
@@ -15,6 +16,7 @@ import argparse
 import copy
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,15 @@ from torch import Tensor
 if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval.import_sit import import_sit
+from eval.import_mit import rename
+from eval.import_weights import Told, import_weights
 from recipe.dit import DiT, DiTConfig
 from recipe.draws import Stream, keys, uniform
 from recipe.dual import Dual
 from recipe.ema import ema_update
-from recipe.objectives import IMF, MeanFlow
+from recipe.mit import MiT
+from recipe.networks import build
+from recipe.objectives import IMF, MeanFlow, from_facts
 from recipe.objectives.base import Condition, Draw
 from recipe.objectives.tvm import TVM, displacement
 from recipe.sampler import sample
@@ -54,7 +59,7 @@ def tensors(arrays: dict) -> dict[str, Tensor]:
     return {n: torch.from_numpy(a) for n, a in arrays.items() if a.dtype.kind in "fi"}
 
 
-def build(config: dict, weights: dict) -> DiT:
+def build_dit(config: dict, weights: dict) -> DiT:
     """The network of a case with the given weights, in float64."""
     net = DiT(
         DiTConfig(
@@ -128,7 +133,7 @@ def injected_batch(io: dict[str, Tensor], config: dict) -> Draw:
 
 def check_forward(table: Table, case: str, parts: dict) -> None:
     io, config = tensors(parts["io"]), parts["config"]
-    student, teacher = (build(config, parts[f"weights_{who}"]) for who in ("student", "teacher"))
+    student, teacher = (build_dit(config, parts[f"weights_{who}"]) for who in ("student", "teacher"))
     x, t, s, label, beta = (io[f"in/fwd_{n}"] for n in ("x", "t", "s", "labels", "beta"))
     label = index(label)
     acts: dict[str, Tensor] = {}
@@ -165,7 +170,7 @@ def check_activations(table: Table, case: str, acts: dict[str, Tensor], golden: 
 
 def check_loss(table: Table, case: str, parts: dict) -> None:
     io, config = tensors(parts["io"]), parts["config"]
-    student, teacher = (build(config, parts[f"weights_{who}"]) for who in ("student", "teacher"))
+    student, teacher = (build_dit(config, parts[f"weights_{who}"]) for who in ("student", "teacher"))
     batch = injected_batch(io, config)
     table.check(f"{case} w", batch.w, io["out/w"])
     table.check(f"{case} labels", batch.label.double(), index(io["out/labels"]).double())
@@ -203,7 +208,7 @@ def check_gradients(table: Table, case: str, key: str, net: DiT, golden: dict) -
 def check_training(table: Table, case: str, parts: dict) -> None:
     """Four AdamW steps on one batch, with target average 0.99, evaluation average 0.9999 and clipping."""
     io, config = tensors(parts["io"]), parts["config"]
-    net = build(config, parts["weights_student"])
+    net = build_dit(config, parts["weights_student"])
     target, average = copy.deepcopy(net), copy.deepcopy(net)
     batch, options = injected_batch(io, config), objective(config)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-4, (0.9, 0.95), 1e-8, 0.0)
@@ -228,7 +233,7 @@ def check_training(table: Table, case: str, parts: dict) -> None:
 def check_sampler(table: Table, case: str, parts: dict) -> None:
     """The published sampler takes w without label too, as if no label (-1) meant none; ours takes 1 there."""
     io, config = tensors(parts["io"]), parts["config"]
-    net = build(config, parts["weights_student"])
+    net = build_dit(config, parts["weights_student"])
     options, null = objective(config), config["num_classes"]
     z, label = io["in/samp_z"], index(io["in/samp_labels"])
     w = config["samp_cfg"]
@@ -317,11 +322,63 @@ def check_sit(table: Table, folder: Path, case: str) -> None:
         x, t, y, velocity = (torch.from_numpy(arrays[name]) for name in ("x", "t", "y", "velocity"))
         heads = json.loads(str(arrays["config_json"]))["num_heads"]
     for name in (case, f"{case}_train"):
-        state, facts = import_sit(folder / f"{name}.pt", heads)
-        net = DiT(facts["config"]).double()
-        net.load_state_dict(state)
+        found = import_weights(folder / f"{name}.pt", Told(heads=heads))
+        net = DiT(found.config).double()
+        net.load_state_dict(found.state)
         got = -net(x, 1 - t, torch.zeros_like(t), y).value
         table.check(f"{name} velocity", got, velocity)
+
+
+def check_mit(table: Table, folder: Path, case: str, config: dict) -> None:
+    """iMF or pMF from both forms of its file: the network, the loss with its gradients, samples."""
+    with np.load(folder / f"{case}_io.npz") as arrays:
+        golden = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "config_json"}
+    settings, sampling = config["objective"], config["sampling"]
+    size, scale = config["net"]["input_size"], settings["noise_scale"]
+    told = Told(size=size, noise_scale=scale, mean=[0.0], std=[1.0])
+    for name in (case, f"{case}_inference"):
+        found = import_weights(folder / f"{name}.pth", told)
+        found.config.t_floor = settings["t_eps"]
+        net = build(found.config).double()
+        net.load_state_dict(found.state)
+        objective = from_facts(found.facts["method"])
+        objective.norm_p, objective.norm_eps = settings["norm_p"], settings["norm_eps"]
+        x, t, r, interval = golden["x"], golden["t"], golden["r"], (golden["t_min"], golden["t_max"])
+        asked = t - r, golden["label"], 1 / golden["omega"], False, interval
+        table.check(f"{name} u", net(x, t, *asked).value, golden["forward/u"])
+        if found.config.v_head:
+            table.check(f"{name} v", net(x, t, *asked, "both")[1].value, golden["forward/v"])
+            check_mit_loss(table, name, net, objective, golden)
+        guided = partial(net, interval=(sampling["t_min"], sampling["t_max"]))
+        noise = golden["noise"] / settings["noise_scale"]
+        wanted = Condition(golden["label"], sampling["omega"], found.config.null)
+        for nfe in (1, 2):
+            got = sample(guided, noise, wanted, nfe, objective)
+            table.check(f"{name} sample in {nfe} steps", got, golden[f"sample/{nfe}"])
+
+
+def check_mit_loss(table: Table, case: str, net: MiT, objective: IMF, golden: dict[str, Tensor]) -> None:
+    t, r, null = golden["t"], golden["r"], net.config.null
+    label = torch.where(golden["dropped"], null, golden["label"])
+    interval = golden["t_min"], golden["t_max"]
+    floor = net.config.t_floor if net.config.output == "x" else 0.0
+    told = golden["omega"], golden["label"], null, interval, floor
+    drawn = Draw(golden["x"], golden["noise"], (t, r), label, *told)
+    x_t = drawn.at(t)
+    v_c, v_g = objective.velocities(net, x_t, drawn)
+    v = net(x_t, t, t - r, label, 1 / drawn.w, False, interval, "both")[1].value
+    loss = objective.loss(net, None, drawn)
+    loss.total.mean().backward()
+    values = {"v_t": drawn.velocity_at(t), "v_guided": v_g, "v_c": v_c, "v": v, "total": loss.total}
+    values |= {"u": loss.evaluated["F"], "du_dt": loss.evaluated["dF_dt"]}
+    values |= {f"error_{head}": loss.terms[term].value for head, term in (("u", "error"), ("v", "error_v"))}
+    for name, value in values.items():
+        table.check(f"{case} {name}", value, golden[f"loss/{name}"])
+    grads = {name.removeprefix("grad/"): x for name, x in golden.items() if name.startswith("grad/")}
+    grads, mine = rename(grads), dict(net.named_parameters())
+    assert grads.keys() == mine.keys(), "the parameters with a gradient differ"
+    for name, p in mine.items():
+        table.check(f"{case} grad {name}", p.grad, grads[name])
 
 
 def check_folder(folder: Path) -> Table:
@@ -335,6 +392,8 @@ def check_folder(folder: Path) -> Table:
             check_objectives(table, folder, case)
         elif case.startswith("sit_"):
             check_sit(table, folder, case)
+        elif (config := load_case(folder, case)["config"]).get("kind") in ("imf", "pmf"):
+            check_mit(table, folder, case, config)
         else:
             parts = load_case(folder, case)
             for check in (check_forward, check_loss, check_training, check_sampler):

@@ -10,6 +10,7 @@ from eval.sweep import SweepConfig
 from recipe import plan, preflight
 from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.manual import rows
+from recipe.networks import CONFIGS
 from recipe.objectives import OBJECTIVES
 from recipe.plan import Cluster
 from recipe.settings import setting_keys
@@ -20,9 +21,10 @@ TEXTS = ["''", "nan", "x", "../x", "a/b", '"\\0"', "x" * 5000, "0ba", "-3ba", "1
 NUMBERS = [".nan", ".inf", "-.inf", "-1", "0", "0.5", "1e-300", "1e300", HUGE, "x", "true", *NONE]
 LISTS = ["[.nan]", "[-1]", "[0]", "[x]", "[[]]", "[null]", f"[{HUGE}]", "[1, 1]", "[0.5, 2]", "['']", *NONE]
 SECTIONS = {n: hint for n, hint in get_type_hints(TrainConfig).items() if is_dataclass(hint)}
-SECTIONS["objective"] = OBJECTIVES["tvm"]
-EACH = {name: hint for name, hint in SECTIONS.items() if name != "objective"}
+SECTIONS |= {"objective": OBJECTIVES["tvm"], "model": CONFIGS["dit"]}
+EACH = {name: hint for name, hint in SECTIONS.items() if name not in ("objective", "model")}
 EACH |= {f"objective {name}": objective for name, objective in OBJECTIVES.items()}
+EACH |= {f"model {name}": network for name, network in CONFIGS.items()}
 REQUIRED = ["run_name=x", "folder=x", "duration=9ba", "weights=[x]", "reference=x", "features={pixels: a}"]
 
 
@@ -76,10 +78,12 @@ def test_an_odd_setting_is_one_line_or_a_run_that_can_start(section, small, digi
         found.setdefault(name, []).append(value)
     assert found
     for name, value in [(name, value) for name, values in found.items() for value in {values[0], values[-1]}]:
-        group, _, objective = (section or "").partition(" ")
+        group, _, choice = (section or "").partition(" ")
         key = f"{group}.{name}" if section else name
-        chosen = [f"objective.name={objective}"] if objective else []
-        if objective == "frechet":
+        chosen = [f"{group}.{'name' if group == 'objective' else 'network'}={choice}"] if choice else []
+        if choice == "mit":
+            chosen += ["model.head_depth=1"]
+        if choice == "frechet":
             chosen += [f"objective.features.pixels={digits}", f"init_from={digits}/../begin"]
         try:
             config = load_config(TrainConfig, small, [*chosen, f"{key}={value}"])

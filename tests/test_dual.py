@@ -1,5 +1,7 @@
 """The dual forward against torch.func: values, tangents, and parameter gradients through both."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.func import functional_call, jvp
@@ -8,14 +10,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from recipe import dual
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
+from recipe.mit import MiT, MiTConfig
+from recipe.networks import AnyNetwork, build
 from recipe.settings import make
 
+SIZES = {"size": 6, "channels": 3, "patch": 3, "width": 24, "depth": 2, "heads": 2}
+KINDS = {
+    "dit": {"network": "dit"},
+    "dit, x": {"network": "dit", "output": "x"},
+    "mit": {"network": "mit", "head_depth": 1},
+    "mit, x": {"network": "mit", "head_depth": 1, "output": "x", "rotary": "grid", "learned_positions": True}
+    | {"bottleneck": 5},
+}
 
-def network(classes=5, **sizes):
+
+def network(classes=5, kind="dit"):
     torch.manual_seed(0)
-    config = DiTConfig(**{"size": 6, "channels": 3, "patch": 3, "width": 24, "depth": 2, "heads": 2, **sizes})
-    config.classes = classes
-    net = DiT(config).double()
+    net = build(make(AnyNetwork, {**SIZES, "classes": classes, **KINDS[kind]})).double()
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -27,6 +38,7 @@ def query(net, batch=4):
     shape = (batch, net.config.channels, net.config.size, net.config.size)
     x, tx = torch.randn(2, *shape, dtype=torch.float64)
     t, d, tt, td = torch.rand(4, batch, dtype=torch.float64)
+    t[0] = 0.02  # below the floor of output x
     label = torch.randint(0, net.config.classes + 1, (batch,))
     return x, tx, t, tt, d, td, label, torch.rand(batch, dtype=torch.float64) + 0.5
 
@@ -39,10 +51,10 @@ def by_torch_func(net, params, x, tx, t, tt, d, td, label, beta):
         return jvp(plain, (x, t, d), (tx, tt, td))
 
 
-@pytest.mark.parametrize("classes", [5, 0])
+@pytest.mark.parametrize(("kind", "classes"), [("dit", 0), *((kind, 5) for kind in KINDS)])
 @pytest.mark.parametrize("inputs", ["s", "x", "t", "xts"])
-def test_dual_forward_and_its_gradients_equal_torch_func(inputs, classes):
-    net = network(classes)
+def test_dual_forward_and_its_gradients_equal_torch_func(inputs, kind, classes):
+    net = network(classes, kind)
     x, tx, t, tt, d, td, label, beta = query(net)
     tx, tt, td = (
         tangent if name in inputs else torch.zeros_like(tangent)
@@ -57,6 +69,7 @@ def test_dual_forward_and_its_gradients_equal_torch_func(inputs, classes):
         net, dict(net.named_parameters()), x, tx, t, tt, d, td, label, beta
     )
     torch.testing.assert_close(value, want_value, rtol=1e-10, atol=1e-12)
+    tangent = torch.zeros_like(value) if tangent is None else tangent  # t is no input of mit
     torch.testing.assert_close(tangent, want_tangent, rtol=1e-10, atol=1e-12)
     weights = torch.randn(2, *x.shape, dtype=torch.float64)
     params = list(net.parameters())
@@ -66,7 +79,7 @@ def test_dual_forward_and_its_gradients_equal_torch_func(inputs, classes):
     )
     for (name, _), a, b in zip(net.named_parameters(), got, want, strict=True):
         assert (a is None) == (b is None), name
-        if a is not None:
+        if a is not None and b.norm() > 0:
             error = (a - b).norm() / b.norm().clamp(min=1e-8)
             assert error < 1e-10, name
 
@@ -113,3 +126,64 @@ def test_preset_sizes(preset, millions):
     with torch.device("meta"):
         net = DiT(DiTConfig(preset=preset))
     assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("B", 89), ("M", 174), ("L", 409), ("XL", 610)])
+def test_preset_sizes_of_mit(preset, millions):
+    """Published without the auxiliary head, which sampling does not need."""
+    with torch.device("meta"):
+        net = MiT(MiTConfig(preset=preset, v_head=False))
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_heads_of_mit_share_their_tokens_and_v_has_no_tangent():
+    net = network(kind="mit")
+    x, tx, t, tt, d, td, label, beta = query(net)
+    told = Dual(x, tx), Dual(t, tt), Dual(d, td), label, beta, False, (0.2, 0.7)
+    u, v = net(*told, "both")
+    assert v.tangent is None
+    torch.testing.assert_close(tuple(u), tuple(net(*told, "u")))
+    torch.testing.assert_close(v.value, net(x, t, d, label, beta, False, (0.2, 0.7), "v").value)
+    assert not torch.allclose(u.value, v.value)
+    assert not torch.allclose(u.value, net(x, t, d, label, beta).value)  # at another interval
+    alone = MiT(replace(net.config, v_head=False)).double()
+    alone.load_state_dict({k: p for k, p in net.state_dict().items() if not k.startswith("v_")})
+    found = alone(*told, "both")
+    assert found[1] is None
+    torch.testing.assert_close(found[0].value, u.value)
+    torch.testing.assert_close(alone(*told, "v").value, u.value)
+
+
+def test_mit_begins_as_published():
+    torch.manual_seed(0)
+    config = MiTConfig(size=8, width=96, depth=2, heads=4, head_depth=1, classes=400, learned_positions=True)
+    for name, p in MiT(config).named_parameters():
+        if name.endswith(("norm1.weight", "norm2.weight", "norm.weight")):
+            assert (p == 1).all()
+        elif "scale" in name or name.endswith("bias") or "final_layer" in name:
+            assert not p.any()
+        elif name.startswith(("tokens", "y_embedder", "positions")):
+            assert p.std().item() == pytest.approx(96**-0.5, rel=0.15)
+        elif name == "x_embedder.proj.weight":
+            bound = (6 / (96 + 16)) ** 0.5
+            assert p.abs().max().item() == pytest.approx(bound, rel=0.02)
+        else:
+            scale = 0.32 if "blocks" in name else 1
+            assert p.std().item() == pytest.approx(scale * p.shape[1] ** -0.5, rel=0.05), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"network": "mit", "depth": 4}, "model.head_depth: 8 is more than model.depth, 4"),
+        ({"network": "mit", "width": 27, "heads": 3}, "model.heads: 3 leaves each head 9 of model.width 27"),
+        ({"network": "mit", "rotary": "grid", "width": 36}, "model.heads: 6 leaves each head 6 .* of 4"),
+        ({"network": "mit", "norm": "rms"}, "model.norm: a setting of dit, not of mit"),
+        ({"v_head": True}, "model.v_head: a setting of mit, not of dit"),
+        ({"network": "unet"}, "model.network: 'unet' is not one of dit, mit"),
+        ({"output": "eps"}, "model.output: 'eps' must be 'v' or 'x'"),
+    ],
+)
+def test_settings_of_another_network_are_one_error_that_says_whose_they_are(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(AnyNetwork, settings, "model")

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import nn
 
-from eval.import_official import main, read_snapshot
+from eval.import_official import read_snapshot
+from eval.import_weights import main
 from eval.sample import Generator
 from recipe.dit import DiT, DiTConfig
 from recipe.restricted import RefusedPickle, read_stream

@@ -10,16 +10,22 @@ from contextlib import suppress
 import pytest
 import torch
 
-from eval.import_sit import import_sit, main
+from eval.import_weights import Told, import_weights, main
 from recipe.config import TrainConfig, load_config
 from recipe.dit import DiT
 from recipe.model import GenerativeModel
 from recipe.normalizer import Normalizer
 from recipe.warm_start import warm_start
-from recipe.weights import read_facts
+from recipe.weights import load_weights, read_facts
 from tests.test_parity import DATA
 
 PLAIN, TRAIN = DATA / "objectives/sit_a.pt", DATA / "objectives/sit_a_train.pt"
+
+
+def import_sit(path, heads, **told):
+    """Weights, and the facts with the network's settings among them."""
+    found = import_weights(path, Told(heads=heads, **told))
+    return found.state, {"config": found.config, **found.facts}
 
 
 def state():
@@ -88,8 +94,7 @@ class Evil:
 )
 def test_what_is_not_a_sit_is_refused_by_name_and_nothing_is_executed(tmp_path, capsys, change, message):
     torch.save(change(dict(state())), tmp_path / "x.pt")
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "x.pt"), "--out", str(tmp_path / "out"), "--heads", "4"])
+    assert main([str(tmp_path / "x.pt"), "--out", str(tmp_path / "out"), "--heads", "4"]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert message in said
     assert not os.path.exists("/tmp/terminal-velocity-was-here")
@@ -103,8 +108,7 @@ def test_damaged_files_and_unknown_sizes_are_one_line(tmp_path, capsys):
         ([str(tmp_path / "none.pt")], "none.pt"),
         ([str(PLAIN)], "--heads: needed, width 64 and depth 3"),
     ):
-        with pytest.raises(SystemExit):
-            main([*arguments, "--out", str(tmp_path / "out")])
+        assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -188,3 +192,20 @@ def test_arguments_and_optimizer_state_of_a_checkpoint_are_passed_over(tmp_path)
     torch.save(content, tmp_path / "x.pt")
     weights, _ = import_sit(tmp_path / "x.pt", 4)
     assert torch.equal(weights["blocks.0.attn.qkv.weight"], state()["blocks.0.attn.qkv.weight"])
+
+
+def test_repas_sit_has_our_time_and_its_projectors_are_left_out(tmp_path, capsys):
+    """Its tensors look like SiT's: projectors are a sign of it, else the command says it."""
+    torch.save(state(), tmp_path / "x.pt")
+    torch.save({"ema": state() | {"projectors.0.0.weight": torch.ones(2, 2)}}, tmp_path / "repa.pt")
+    x, t, label = torch.randn(3, 4, 8, 8), torch.rand(3), torch.arange(3)
+    nets = {}
+    for name, options in (("x", []), ("repa", []), ("x", ["--convention", "repa"])):
+        main([str(tmp_path / f"{name}.pt"), "--out", str(tmp_path / "w"), "--heads", "4", *options])
+        said = capsys.readouterr().err
+        nets[(name, *options)] = load_weights(tmp_path / "w")[0]
+        assert ("velocity of REPA" in said) == ((name, *options) != ("x",))
+        assert ("as told" in said) == bool(options)
+    sit, repa, told = (net(x, t, 0 * t, label).value for net in nets.values())
+    assert torch.equal(repa, told)
+    torch.testing.assert_close(sit, -nets[("repa",)](x, 1 - t, 0 * t, label).value, rtol=1e-5, atol=1e-6)

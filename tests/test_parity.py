@@ -24,6 +24,12 @@ def test_meanflow_imf_and_imported_sit_agree_with_the_golden_data():
     assert len(table.rows) == 13 + 13 + 13 + 2
 
 
+def test_imported_imf_and_pmf_agree_with_the_golden_data():
+    table = check_folder(DATA / "mit")
+    assert not table.failed, str(table)
+    assert len(table.rows) == 2 * (2 + 9 + 2 + 3) + 163  # of them gradients
+
+
 def test_the_table_reports_what_is_wrong():
     table = Table()
     table.check("off by 1e-8", torch.tensor([1.0, 2.0 + 2e-8], dtype=torch.float64), torch.tensor([1.0, 2.0]))

@@ -24,9 +24,11 @@ from recipe import plan, plan_finish
 from recipe.config import TrainConfig, load_config
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
+from recipe.networks import CONFIGS, AnyNetwork, build
 from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow
 from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
 from recipe.preflight import checkpoint_bytes
+from recipe.settings import make
 from recipe.text import Prompts, Text, TextConfig
 from recipe.train import dry_run, main
 from tests.conftest import ROOT, finishing
@@ -79,6 +81,8 @@ def test_a_dry_run_builds_xl_of_shapes_alone_and_stops(capsys, monkeypatch):
 
 STORED = TextConfig("dataset", tokens=77, width=1024)
 SMALLER = {"width": 768, "heads": 12, "depth": 3}
+MIT = {"network": "mit", **SMALLER, "head_depth": 1}
+PMF = {**MIT, "channels": 3, "patch": 8, "output": "x", "rotary": "grid", "bottleneck": 128}
 
 
 @pytest.mark.parametrize(
@@ -96,6 +100,11 @@ SMALLER = {"width": 768, "heads": 12, "depth": 3}
         ({**SMALLER, "size": 64}, IMF(guidance=[1, 8]), 0.005),
         ({**SMALLER, "size": 32}, finishing(TVM(), (4, 32, 32), 8), 0.005),
         ({**SMALLER, "size": 32}, finishing(IMF(guidance=[1, 8]), (4, 32, 32), 8, nfe=2), 0.005),
+        ({**MIT, "size": 32}, IMF(guidance=[1, 8]), 0.005),
+        ({**MIT, "size": 32, "v_head": False}, IMF(guidance=[1, 8]), 0.005),
+        ({**MIT, "size": 32}, TVM(guidance=2.0, scaled=False), 0.005),
+        ({**MIT, "size": 32}, FlowMatching(), 0.005),
+        ({**PMF, "size": 64}, IMF(guidance=[1, 8]), 0.005),
         ({**SMALLER, "size": 32, "text": STORED}, TVM(guidance=2.0), 0.005),
         ({**SMALLER, "size": 32, "text": STORED}, FlowMatching(), 0.005),
         ({**SMALLER, "size": 32, "text": TextConfig(width=256)}, IMF(guidance=[1, 8]), 0.005),
@@ -103,9 +112,9 @@ SMALLER = {"width": 768, "heads": 12, "depth": 3}
 )
 def test_flops_are_those_that_torch_counts(shape, objective, tolerance, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none on meta
-    model = DiTConfig(**shape)
+    model = make(AnyNetwork, shape)
     with torch.device("meta"):
-        net = DiT(model)
+        net = build(model)
         target = copy.deepcopy(net).requires_grad_(False)
         batch = random_draw(model, objective, 2, "meta")
 
@@ -172,7 +181,9 @@ def saved_bytes(net, dual, bf16, batch):
 
 
 @pytest.mark.parametrize(
-    "text", [None, TextConfig("dataset", tokens=80, width=48)], ids=["labels", "prompts"]
+    "options",
+    [{}, {"text": TextConfig("dataset", tokens=80, width=48)}, {"network": "mit", "head_depth": 1}],
+    ids=["labels", "prompts", "mit"],
 )
 @pytest.mark.parametrize("dual", [False, True])
 @pytest.mark.parametrize(
@@ -186,14 +197,15 @@ def saved_bytes(net, dual, bf16, batch):
     ],
 )
 def test_activations_are_what_autograd_keeps(
-    silent_kernels, monkeypatch, dual, compiled, budget, every, bf16, tolerance, text
+    silent_kernels, monkeypatch, dual, compiled, budget, every, bf16, tolerance, options
 ):
-    model = DiTConfig(size=32, width=96, depth=4, heads=2, classes=3, text=text)
-    net = DiT(model)
+    sizes = {"size": 32, "width": 96, "depth": 4, "heads": 2, "classes": 3}
+    model = CONFIGS[options.get("network", "dit")](**sizes, **options)
+    net = build(model)
     # Inductor's partition of forward and backward without its minutes of code generation
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
-    options = {"compile": compiled, "activation_budget": budget, "checkpoint_every": every}
-    prepare_blocks(net, ParallelConfig(**options), trained=True)
+    how = {"compile": compiled, "activation_budget": budget, "checkpoint_every": every}
+    prepare_blocks(net, ParallelConfig(**how), trained=True)
     planned = plan.activation_bytes(model, dual, compiled, every, plan.BF16 if bf16 else plan.FP32, budget)
     assert 2 * planned == pytest.approx(saved_bytes(net, dual, bf16, 2), rel=tolerance)
 

@@ -22,9 +22,10 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from recipe.dit import NetworkConfig
 from recipe.draws import Stream, keys, normal, uniform
 from recipe.dual import Dual
-from recipe.settings import Duration, Number, Says, Settings, Share
+from recipe.settings import Duration, Number, Positive, Says, Settings, Share
 
 Network = Callable[..., Dual]
 
@@ -33,7 +34,8 @@ class Draw(NamedTuple):
     """A batch of images and everything random about one training step on it, drawn once.
 
     times: what they are is up to the objective; label: of training, `null` where it is dropped; full_label:
-    that of the data; null: the label that means none.
+    that of the data; null: the label that means none; interval: the times (B,) between which guidance is in
+    force, None where that is always; floor: the time below which the network divides by it, 0 for none.
     """
 
     x0: Tensor
@@ -43,6 +45,8 @@ class Draw(NamedTuple):
     w: Tensor
     full_label: Tensor
     null: int
+    interval: tuple[Tensor, Tensor] | None = None
+    floor: float = 0.0
 
     def at(self, t: Tensor) -> Tensor:
         """Return x_t = (1 - t) x0 + t noise."""
@@ -52,6 +56,10 @@ class Draw(NamedTuple):
     def velocity(self) -> Tensor:
         """The velocity v = noise - x0."""
         return self.noise - self.x0
+
+    def velocity_at(self, t: Tensor) -> Tensor:
+        """Return (x_t - x0) / max(t, floor), which is v from the floor on."""
+        return self.velocity * broadcast((t / self.floor).clamp(max=1)) if self.floor else self.velocity
 
     @property
     def dropped(self) -> Tensor:
@@ -106,13 +114,15 @@ class Loss(NamedTuple):
 
 class Pass(NamedTuple):
     """One evaluation of the network in a step. dual: with a tangent; gradient: of what is differentiated,
-    `none`, `value` or `both`; batches: how many batches at once; teacher: by the target average.
+    `none`, `value` or `both`; batches: how many batches at once; teacher: by the target average; head: of the
+    auxiliary head alone, on what another evaluation has made.
     """
 
     dual: bool = False
     gradient: str = "value"
     batches: int = 1
     teacher: bool = False
+    head: bool = False
 
 
 @dataclass
@@ -120,7 +130,8 @@ class Objective(Settings, ABC):
     """Settings of an objective (the fields) and what is particular to it (the methods).
 
     Of the class: teacher: whether the loss needs the target average of the weights; guidance_input: whether
-    the network is told beta; finishes: whether it goes on with weights of another objective, which stay that
+    the network is told beta; auxiliary: whether it trains an auxiliary head and a guidance interval, where
+    the network has them; finishes: whether it goes on with weights of another objective, which stay that
     objective's (`frechet` alone). Of an instance: finished: the extractors on which `frechet` has trained the
     weights, before this run and in it, as their JSON has them.
     """
@@ -132,9 +143,11 @@ class Objective(Settings, ABC):
         description="Time that a run matches plain velocities, in the objective's own parameterisation, "
         "before it goes on with the objective.",
     )
+    noise_scale: Positive = Field(1.0, description="Standard deviation of the noise, which is x_t at t = 1.")
 
     teacher: ClassVar[bool] = False
     guidance_input: ClassVar[bool] = False
+    auxiliary: ClassVar[bool] = False
     finishes: ClassVar[bool] = False
     finished: ClassVar[list[dict[str, Any]]] = []
 
@@ -145,6 +158,10 @@ class Objective(Settings, ABC):
     def sample_guidance(self, u: Tensor, unlabelled: Tensor) -> Tensor:
         """Map uniform numbers (B,) to the guidance weights of training; unlabelled (B,): see `guide`."""
         return torch.ones_like(u)
+
+    def sample_interval(self, u: Tensor, times: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Map uniform numbers (B, 2) to the start and the end (B,) of the guidance interval."""
+        raise NotImplementedError
 
     def guide(self, w: Tensor, unlabelled: Tensor) -> Tensor:
         """Return the guidance weights (B,) in force where w (B,) are asked for, in training and in sampling.
@@ -169,8 +186,11 @@ class Objective(Settings, ABC):
         """
 
     @abstractmethod
-    def passes(self) -> list[Pass]:
-        """Return the evaluations of the network in a step, for the planner."""
+    def passes(self, auxiliary: bool = False) -> list[Pass]:
+        """Return the evaluations of the network in a step, for the planner.
+
+        auxiliary: whether the network has an auxiliary head.
+        """
 
     @property
     def guidance_range(self) -> tuple[float, float]:
@@ -232,11 +252,19 @@ Guidance = Annotated[
 
 
 def draw(
-    x0: Tensor, label: Tensor, step: Tensor, sample: Tensor, seed: int, objective: Objective, null: int
+    x0: Tensor,
+    label: Tensor,
+    step: Tensor,
+    sample: Tensor,
+    seed: int,
+    objective: Objective,
+    null: int,
+    network: NetworkConfig | None = None,
 ) -> Draw:
     """Draw all random numbers of a training step, keyed by (seed, step, sample id).
 
-    x0: (B, C, H, W) normalised; label, step, sample: (B,) int64; null: the label that means none.
+    x0: (B, C, H, W) normalised; label, step, sample: (B,) int64; null: the label that means none; network:
+    None for one without guidance interval and with output v.
     """
 
     def key(stream: Stream) -> Tensor:
@@ -246,9 +274,14 @@ def draw(
     dropped = uniform(key(Stream.LABEL_DROP), 1)[:, 0] < objective.label_dropout
     told = torch.where(dropped, null, label)
     w = objective.sample_guidance(uniform(key(Stream.GUIDANCE), 1)[:, 0], told == null)
-    noise = normal(key(Stream.NOISE), *x0.shape[1:]).to(x0.dtype)
+    noise = objective.noise_scale * normal(key(Stream.NOISE), *x0.shape[1:]).to(x0.dtype)
+    interval = None
+    if network is not None and network.interval and objective.auxiliary:
+        ends = objective.sample_interval(uniform(key(Stream.INTERVAL), 2), times)
+        interval = tuple(time.to(x0.dtype) for time in ends)
+    floor = network.t_floor if network is not None and network.output == "x" else 0.0
     times = tuple(t.to(x0.dtype) for t in times)
-    return Draw(x0, noise, times, told, w.to(x0.dtype), label, null)
+    return Draw(x0, noise, times, told, w.to(x0.dtype), label, null, interval, floor)
 
 
 def broadcast(u: Tensor) -> Tensor:

@@ -69,15 +69,22 @@ class FlowMatching(Objective):
         w = asked.w * torch.ones_like(asked.label, dtype=torch.float64)
         return free + broadcast(w) * (velocity - free)
 
-    def passes(self) -> list[Pass]:
+    def passes(self, auxiliary: bool = False) -> list[Pass]:
         """Return one plain pass of the student."""
         return [Pass()]
 
 
 def flow_matching_loss(objective: Objective, student: Network, drawn: Draw) -> Loss:
-    """Return mean |u(x_t, t) - v|^2 for each sample, u = k F in the parameterisation of `objective`."""
+    """Return mean |u(x_t, t) - v|^2 for each sample, u = k F in the parameterisation of `objective`.
+
+    Where the objective trains an auxiliary head, the same of that is added.
+    """
     t, w = objective.flow_time(drawn.times), drawn.w
-    F = student(drawn.at(t), t, torch.zeros_like(t), drawn.label, objective.beta(w)).value
+    heads = {} if drawn.interval is None else {"head": "both"}
+    found = student(drawn.at(t), t, torch.zeros_like(t), drawn.label, objective.beta(w), **heads)
+    F, v = (found[0].value, found[1]) if heads else (found.value, None)
     u = broadcast(objective.scale(w) * torch.ones_like(w)) * F
-    error = mean_square(u - drawn.velocity)
-    return Loss(error, {"flow_matching": Term(error.detach(), t)}, {"F": F.detach()})
+    error = total = mean_square(u - drawn.velocity)
+    if v is not None:
+        total = error + mean_square(v.value - drawn.velocity)
+    return Loss(total, {"flow_matching": Term(error.detach(), t)}, {"F": F.detach()})

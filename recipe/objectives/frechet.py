@@ -15,6 +15,7 @@ FD is that of a regression of each sample onto where the map takes it, and the m
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -29,7 +30,7 @@ from recipe.metrics import root
 from recipe.objectives.base import Condition, Draw, Loss, Network, Objective, Pass, Term
 from recipe.objectives.flow_matching import FlowMatching
 from recipe.sampler import generate
-from recipe.settings import BelowOne, ConfigError, Count, LocalPath, Positive, Says, Share
+from recipe.settings import BelowOne, ConfigError, Count, Interval, LocalPath, Positive, Says, Share
 
 FLAT = 1e-12  # eigenvalues of R' S R below this share of the largest are taken for 0
 ARGUMENTS = {
@@ -141,6 +142,11 @@ class Frechet(Objective):
     w: Positive | None = Field(
         None, description="Guidance weight of the samples; null is the one at which the weights are sampled."
     )
+    interval: Interval | None = Field(
+        None,
+        description="Guidance interval of the samples, for weights that take one; null is guidance at every "
+        "time.",
+    )
     nfe: int = Field(1, ge=1, le=100, description="Number of sampling steps, differentiated through.")
     decay: BelowOne = Field(0.999, description="Decay of the running moments in a step.")
     population: int = Field(
@@ -167,6 +173,10 @@ class Frechet(Objective):
             raise ConfigError("features: must be given")
         if self.flow_matching_first is not None:
             raise ConfigError("flow_matching_first: frechet goes on from weights that are trained")
+        if self.noise_scale != 1:
+            raise ConfigError(
+                f"noise_scale: {self.noise_scale:g} is up to the weights that frechet goes on from"
+            )
         return self
 
     def begin(
@@ -220,6 +230,8 @@ class Frechet(Objective):
 
     def loss(self, student: Network, teacher: None, drawn: Draw, tangent_scale: float = 1.0) -> Loss:
         """Return the sum over extractors of |phi - sg M(phi)|^2 / (FD + epsilon) for one sample a label."""
+        if self.interval is not None:
+            student = partial(student, interval=tuple(self.interval))
         asked = Condition(drawn.label, self.default_w, drawn.null)
         x0 = generate(student, drawn.noise, asked, self.nfe, self.base)
         seen = checkpoint(self.see, x0, use_reentrant=False) if self.recompute else self.see(x0)
@@ -230,7 +242,7 @@ class Frechet(Objective):
         terms = {name.replace("/", "_"): Term(cost.detach(), ones) for name, cost in costs.items()}
         return Loss(total, terms, {"x0": x0.detach()}, features)
 
-    def passes(self) -> list[Pass]:
+    def passes(self, auxiliary: bool = False) -> list[Pass]:
         """Return a pass of the student for each step of sampling; decoder and extractors come on top."""
         return [Pass()] * self.nfe
 

@@ -2,8 +2,10 @@
 
     V = u + (t - r) sg(du/dt) against v,   du/dt along the network's own velocity
 
-Left out of the published method: its auxiliary head for v, the guidance interval as an input, and
-conditioning by tokens in context.
+A network with an auxiliary head for v (recipe/mit.py) gives that velocity by it, and is told between which
+times guidance is in force. All others give it as u(x, t, t), guided at every time. Pixel mean flow, pMF
+(arXiv 2601.22158), is this with `output: x` of the network, other laws and a larger noise; its perceptual
+losses are left out.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class IMF(Objective):
     norm_eps: Positive = Field(0.01, description="Offset of the error in the adaptive weight.")
 
     guidance_input: ClassVar[bool] = True
+    auxiliary: ClassVar[bool] = True
 
     def sample_times(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return (t, r), see `ordered_times`."""
@@ -54,34 +57,51 @@ class IMF(Objective):
         """As trained: the network knows w."""
         return ends(self.guidance)
 
-    def velocities(self, student: Network, x_t: Tensor, drawn: Draw) -> tuple[Tensor, Tensor]:
-        """Return v_c = u(x_t, t | label, w) and v_g = v + (1 - 1/w) (v_c - u(x_t, t | none, w = 1)).
+    def sample_interval(self, u: Tensor, times: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Draw t_min uniformly in [0, 1/2] and t_max in [1/2, 1]; where r = t they are 0 and 1."""
+        start, end = u.unbind(-1)
+        same = times[0] == times[1]
+        return torch.where(same, 0.0, start / 2), torch.where(same, 1.0, (1 + end) / 2)
 
-        Both are without gradient. Where the label is dropped, v_g = v, and v_c sees the label all the same.
+    def velocities(self, student: Network, x_t: Tensor, drawn: Draw) -> tuple[Tensor, Tensor]:
+        """Return v_c = v(x_t, t | label, w') and v_g = v + (1 - 1/w') (v_c - v(x_t, t | none, w = 1)).
+
+        Both are without gradient. v(x, t) on the right is the network's; w' is w inside the guidance interval
+        and 1 outside. Where the label is dropped, v_g = v, and v_c sees the label all the same.
         """
-        v, t = drawn.velocity, drawn.times[0]
-        zero, beta = torch.zeros_like(t), self.beta(drawn.w)
+        t = drawn.times[0]
+        v, zero, beta, head = drawn.velocity_at(t), torch.zeros_like(t), self.beta(drawn.w), {}
+        if drawn.interval is not None:
+            start, end = drawn.interval
+            beta, head = torch.where((start <= t) & (t <= end), beta, 1.0), {"head": "v"}
         if self.guidance_range == (1, 1):
-            return student(x_t, t, zero, drawn.full_label, beta).value, v
+            return student(x_t, t, zero, drawn.full_label, beta, **head).value, v
         twice = (torch.cat([z, z]) for z in (x_t, t, zero))
         labels = torch.cat([drawn.full_label, drawn.null_label])
-        v_c, v_u = student(*twice, labels, torch.cat([beta, torch.ones_like(beta)])).value.chunk(2)
+        both = student(*twice, labels, torch.cat([beta, torch.ones_like(beta)]), **head)
+        v_c, v_u = both.value.chunk(2)
         return v_c, torch.where(broadcast(drawn.dropped), v, v + broadcast(1 - beta) * (v_c - v_u))
 
     def loss(self, student: Network, teacher: None, drawn: Draw, tangent_scale: float = 1.0) -> Loss:
-        """Return the adaptively weighted sum |V - sg v_g|^2 for each sample."""
+        """Return the adaptively weighted sum |V - sg v_g|^2 for each sample, and the same of another head."""
         t, r = drawn.times
         x_t = drawn.at(t)
         with torch.no_grad():
             v_c, v_g = self.velocities(student, x_t, drawn)
-        u = average_velocity_along(student, x_t, v_c, t, r, drawn.label, self.beta(drawn.w))
-        V = u.value + broadcast(t - r) * tangent_scale * u.tangent
-        error = (V - v_g).square().sum((1, 2, 3))
-        total = adaptive(error, self.norm_p, self.norm_eps)
-        return Loss(
-            total, {"error": Term(error.detach(), t - r)}, {"F": u.value.detach(), "dF_dt": u.tangent}
-        )
+        heads = {} if drawn.interval is None else {"interval": drawn.interval, "head": "both"}
+        found = average_velocity_along(student, x_t, v_c, t, r, drawn.label, self.beta(drawn.w), **heads)
+        u, v = found if heads else (found, None)
+        errors = {"error": u.value + broadcast(t - r) * tangent_scale * u.tangent - v_g}
+        if v is not None:
+            errors["error_v"] = v.value - v_g
+        errors = {name: error.square().sum((1, 2, 3)) for name, error in errors.items()}
+        total = sum(adaptive(error, self.norm_p, self.norm_eps) for error in errors.values())
+        terms = {name: Term(error.detach(), t - r) for name, error in errors.items()}
+        return Loss(total, terms, {"F": u.value.detach(), "dF_dt": u.tangent})
 
-    def passes(self) -> list[Pass]:
-        """Return the pass of the student's own velocity, with and without label, then the dual pass."""
-        return [Pass(gradient="none", batches=1 + (self.guidance_range != (1, 1))), Pass(dual=True)]
+    def passes(self, auxiliary: bool = False) -> list[Pass]:
+        """Return the pass of the student's own velocity, with and without label, the dual pass, and that of
+        the auxiliary head.
+        """
+        own = Pass(gradient="none", batches=1 + (self.guidance_range != (1, 1)))
+        return [own, Pass(dual=True), *([Pass(head=True)] if auxiliary else [])]

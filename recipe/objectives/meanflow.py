@@ -5,14 +5,13 @@ identity  u(x_t, t, r) = v - (t - r) du/dt,   du/dt along (x, t, r) -> (v, 1, 0)
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from recipe import dual
 from recipe.dual import Dual
 from recipe.objectives.base import Draw, Loss, Network, Objective, Pass, Term, broadcast, logit_normal
 from recipe.settings import BelowOne, NotNegative, Positive, Share
@@ -82,7 +81,7 @@ class MeanFlow(Objective):
             total, {"error": Term(error.detach(), t - r)}, {"F": u.value.detach(), "dF_dt": u.tangent}
         )
 
-    def passes(self) -> list[Pass]:
+    def passes(self, auxiliary: bool = False) -> list[Pass]:
         """Return the passes of guidance (none, one or two evaluations of the student), then the dual pass."""
         guidance = [Pass(gradient="none", batches=1 + bool(self.kappa))] if self.guided else []
         return [*guidance, Pass(dual=True)]
@@ -96,11 +95,21 @@ def ordered_times(u: Tensor, mean: float, std: float, equal_share: float) -> tup
 
 
 def average_velocity_along(
-    net: Network, x_t: Tensor, v: Tensor, t: Tensor, r: Tensor, label: Tensor, beta: Tensor | None
+    net: Network,
+    x_t: Tensor,
+    v: Tensor,
+    t: Tensor,
+    r: Tensor,
+    label: Tensor,
+    beta: Tensor | None,
+    **told: Any,  # noqa: ANN401
 ) -> Dual:
-    """Return u(x_t, t, r) and its derivative du/dt along (v, 1, 0), without gradient through that."""
+    """Return u(x_t, t, r) and its derivative du/dt along (v, 1, 0), without gradient through that.
+
+    told: what else the network is told; it decides what comes back (`recipe.mit.MiT`).
+    """
     one = torch.ones_like(t)
-    return dual.detach(net(Dual(x_t, v), Dual(t, one), Dual(t - r, one), label, beta, detach_tangent=True))
+    return net(Dual(x_t, v), Dual(t, one), Dual(t - r, one), label, beta, detach_tangent=True, **told)
 
 
 def adaptive(error: Tensor, p: float, eps: float) -> Tensor:

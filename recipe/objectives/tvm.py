@@ -148,7 +148,7 @@ class TVM(Objective):
         }
         return Loss(terminal + flow_matching, terms, {"F": F.value.detach(), "dF_ds": F.tangent.detach()})
 
-    def passes(self) -> list[Pass]:
+    def passes(self, auxiliary: bool = False) -> list[Pass]:
         """Return the passes: dual student, teacher (twice where w is not always 1), plain student."""
         return [
             Pass(dual=True, gradient="value" if self.detach_jvp else "both"),
