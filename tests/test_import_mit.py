@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from eval.import_weights import Told, import_weights, main
-from eval.sample import Generator
+from eval.sample import Generator, check_interval
+from eval.sample import main as sample_main
+from eval.sweep import SweepConfig, sweep
 from recipe.config import TrainConfig, load_config
 from recipe.model import GenerativeModel
 from recipe.networks import build
 from recipe.normalizer import Normalizer
-from recipe.objectives import IMF, TVM, MeanFlow
+from recipe.objectives import IMF, TVM, FlowMatching, MeanFlow
 from recipe.warm_start import warm_start
 from recipe.weights import load_weights, read_facts
+from tests.conftest import store
 from tests.test_parity import DATA
 
 IMF_FILE, PMF_FILE = DATA / "mit/imf_a.pth", DATA / "mit/pmf_a.pth"
@@ -165,6 +168,41 @@ def test_no_damage_is_a_traceback(tmp_path):
         (tmp_path / "x.pth").write_bytes(damaged)
         with suppress(ValueError):
             import_weights(tmp_path / "x.pth")
+
+
+def test_the_guidance_interval_is_an_option_of_samples_and_an_axis_of_sweeps(tmp_path, capsys):
+    assert command(PMF_FILE, tmp_path / "w") == 0
+    grids = {}
+    for interval in ("0,1", "0.1,0.7", None):
+        told = ["--interval", interval] if interval else []
+        sample_main(
+            [str(tmp_path / "w"), "--w", "5", "--out", str(tmp_path / "x.png"), "--columns", "1", *told]
+        )
+        grids[interval] = (tmp_path / "x.png").read_bytes()
+    assert grids["0,1"] == grids[None] != grids["0.1,0.7"]
+    for wrong in ("0.7,0.1", "0.5", "a,b", "0,2"):
+        with pytest.raises(SystemExit):
+            sample_main([str(tmp_path / "w"), "--interval", wrong, "--out", str(tmp_path / "x.png")])
+        assert f"--interval: {wrong} must be two times such as 0.4,0.65" in capsys.readouterr().err
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 3, 16, 16), np.uint8)
+    store(tmp_path / "real", pictures, np.arange(20) % 5, list("abcde"))
+    given = [
+        f"folder={tmp_path}/sweep",
+        f"weights={tmp_path}/w",
+        f"reference={tmp_path}/real",
+        "nfe=1",
+        "w=5",
+    ]
+    given += ["extractor=pixels:4", "floor_splits=0", "interval=[[0.1, 0.7], [0, 1]]", "dtype=fp64"]
+    rows = sweep(load_config(SweepConfig, None, given))
+    assert [row["interval"] for row in rows] == [[0.1, 0.7], [0, 1]]
+    assert "| 0.1 to 0.7 |" in (tmp_path / "sweep/results.md").read_text()
+    assert rows[0]["frechet_distance"] != pytest.approx(rows[1]["frechet_distance"], rel=1e-3)
+    plain = sweep(load_config(SweepConfig, None, [*given[:-2], "dtype=fp64"]))
+    assert plain[0]["frechet_distance"] == pytest.approx(rows[1]["frechet_distance"], rel=1e-9)
+    facts = {**read_facts(tmp_path / "w"), "method": FlowMatching().facts()}
+    with pytest.raises(ValueError, match="interval: .* is for iMF on the network mit, not for these weights"):
+        check_interval(facts, [0.1, 0.7])
 
 
 def test_latents_of_another_size_need_their_normalisation(tmp_path, capsys):

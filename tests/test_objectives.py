@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from recipe.config import ConfigError, TrainConfig, load_config
-from recipe.dit import DiT, DiTConfig
+from recipe.dit import DiTConfig
 from recipe.draws import Stream, keys, uniform
 from recipe.dual import Dual
 from recipe.model import GenerativeModel
+from recipe.networks import CONFIGS, build
 from recipe.normalizer import Normalizer
 from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow, from_facts
-from recipe.objectives.base import Condition, draw
+from recipe.objectives.base import Condition, Draw, draw
 from recipe.objectives.flow_matching import flow_matching_loss
 from recipe.sampler import initial_noise, sample
 from recipe.warm_start import warm_start
@@ -170,10 +171,11 @@ def test_naming_another_objective_begins_the_section_anew(tmp_path):
     assert same.objective == TVM(guidance=1.25, gap_mean=0.0)
 
 
-def model_of(objective, **options):
+def model_of(objective, network="dit", **options):
     torch.manual_seed(1)
-    config = DiTConfig(size=4, channels=2, classes=3, width=32, depth=2, heads=2, **options)
-    return GenerativeModel(DiT(config), objective, Normalizer([0.0, 0.0], [1.0, 1.0]), 0)
+    options |= {"head_depth": 1, "context": [2, 1, 1, 1]} if network == "mit" else {}
+    config = CONFIGS[network](size=4, channels=2, classes=3, width=32, depth=2, heads=2, **options)
+    return GenerativeModel(build(config), objective, Normalizer([0.0, 0.0], [1.0, 1.0]), 0)
 
 
 def test_a_run_can_begin_with_flow_matching_in_its_own_parameterisation():
@@ -220,9 +222,16 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda o: f"{o.name}{getattr(o, 'guidance', '')}")
-def test_init_from_keeps_the_velocities_of_the_weights(tmp_path, source, target):
-    trained = model_of(source)
+MIT_PAIRS = [(*PAIRS[i], "mit") for i in (0, 3, 6, 7, 9, 10)]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "network"),
+    [*((*pair, "dit") for pair in PAIRS), *MIT_PAIRS],
+    ids=lambda o: o if isinstance(o, str) else f"{o.name}{getattr(o, 'guidance', '')}",
+)
+def test_init_from_keeps_the_velocities_of_the_weights(tmp_path, source, target, network):
+    trained = model_of(source, network)
     with torch.no_grad():
         for p in trained.net.parameters():
             p.add_(0.2 * torch.randn_like(p))
@@ -233,7 +242,7 @@ def test_init_from_keeps_the_velocities_of_the_weights(tmp_path, source, target)
         TrainConfig, "yamls/digits.yaml", [f"data.local={tmp_path}", f"init_from={tmp_path}/weights"]
     )
     config.model, config.objective = trained.net.config, target
-    model = model_of(target)
+    model = model_of(target, network)
     said = warm_start(model, config)
     assert f"({source.name}, step 5)" in said
     assert ("guidance_embedder" in said) == (target.guidance_input and not source.guidance_input)
@@ -247,6 +256,77 @@ def test_init_from_keeps_the_velocities_of_the_weights(tmp_path, source, target)
         for net in (model.net, model.ema, *([model.target] if target.teacher else [])):
             got = target.average_velocity(net, x, 0.7, 0.7, Condition(label, w, 3))
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("output", ["v", "x"])
+def test_complete_imf_draws_intervals_and_trains_its_auxiliary_head_from_the_first_step(output):
+    objective = IMF(guidance=[1, 8], flow_matching_first="3ba", noise_scale=2.0)
+    model = model_of(objective, "mit", output=output).double()
+    with torch.no_grad():
+        for p in model.net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    ids = torch.arange(64)
+    batch = {"image": torch.randn(64, 2, 4, 4).double(), "label": ids % 3, "sample": ids, "step": 0 * ids}
+    for first in (True, False):
+        model.flow_matching = first
+        model.net.zero_grad()
+        loss = model(batch)
+        loss.total.mean().backward()
+        assert all(p.grad is not None and p.grad.any() for p in model.net.parameters())
+        assert loss.terms.keys() == ({"flow_matching"} if first else {"error", "error_v"})
+    drawn = draw(batch["image"], ids % 3, 0 * ids, ids, 0, objective, 3, model.net.config)
+    (t, r), (start, end) = drawn.times, drawn.interval
+    assert drawn.noise.std().item() == pytest.approx(2, rel=0.05)
+    assert ((start[t == r] == 0) & (end[t == r] == 1)).all()
+    drawn_ends = start[t != r], end[t != r]
+    for found, low, high in zip(drawn_ends, (0, 0.5), (0.5, 1), strict=True):
+        assert low < found.min() < low + 0.1
+        assert high - 0.1 < found.max() < high
+    expected = (
+        drawn.velocity if output == "v" else (drawn.at(t) - drawn.x0) / t.clamp(min=0.05)[:, None, None, None]
+    )
+    torch.testing.assert_close(drawn.velocity_at(t), expected)
+
+
+def test_guidance_is_in_force_inside_the_interval_alone():
+    objective = IMF(guidance=[1, 8])
+    model = model_of(objective, "mit").double()
+    with torch.no_grad():
+        for p in model.net.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    x0, ids, t = (
+        torch.randn(4, 2, 4, 4).double(),
+        torch.arange(4),
+        torch.tensor([0.1, 0.3, 0.5, 0.7]).double(),
+    )
+    ends = torch.full_like(t, 0.3), torch.full_like(t, 0.6)
+    label, w = ids % 3, torch.full_like(t, 4.0)
+    drawn = Draw(x0, torch.randn_like(x0), (t, t / 2), label, w, label, 3, ends)
+    v_c, v_g = objective.velocities(model.net, drawn.at(t), drawn)
+    guided = (v_g - drawn.velocity).abs().amax((1, 2, 3)) > 0
+    assert guided.tolist() == [False, True, True, False]
+    told = torch.tensor([1.0, 0.25, 0.25, 1.0]).double()
+    want = model.net(drawn.at(t), t, 0 * t, label, told, head="v").value
+    torch.testing.assert_close(v_c, want)
+
+
+def test_output_x_allows_no_other_parameterisation_and_noise_has_its_scale(tmp_path):
+    for source, target, message in (
+        (TVM(guidance=2.0), IMF(guidance=2.0), "objective.scaled: with model.output x"),
+        (IMF(noise_scale=2.0), IMF(), "objective.noise_scale: 1 here, 2 there"),
+    ):
+        trained = model_of(source, output="x")
+        data = {"column": "image", "mean": [0.0, 0.0], "std": [1.0, 1.0]}
+        facts = {"method": source.facts(), "data": data, "average": "ema", "step": 5}
+        save_weights(tmp_path / "w", trained.net.state_dict(), trained.net.config, facts)
+        given = [f"data.local={tmp_path}", f"init_from={tmp_path}/w"]
+        config = load_config(TrainConfig, "yamls/digits.yaml", given)
+        config.model, config.objective = trained.net.config, target
+        with pytest.raises(ConfigError, match=message):
+            warm_start(model_of(target, output="x"), config)
+    config.model = model_of(IMF(), "mit").net.config
+    with pytest.raises(ConfigError, match="model.network: mit here, dit there"):
+        warm_start(model_of(IMF(), "mit"), config)
 
 
 def test_weights_that_do_not_fit_are_one_error_with_all_differences(tmp_path):
@@ -291,18 +371,26 @@ def test_the_objective_of_the_documentation_trains():
     assert sample(net, x0, Condition(0 * ids, 1.0, 1), 2, objective).shape == x0.shape
 
 
-def disturbed(objective):
+def disturbed(objective, network="dit"):
     """A network in float64 whose output is not zero, for labels 0 to 2 and 3 for none, and noise for it."""
-    model = model_of(objective).double()
+    model = model_of(objective, network).double()
     with torch.no_grad():
         for p in model.net.parameters():
             p.add_(0.2 * torch.randn_like(p))
     return model.net, initial_noise(torch.arange(4), (2, 4, 4), torch.float64)
 
 
-@pytest.mark.parametrize("objective", [FlowMatching(), *GUIDED], ids=lambda o: f"{o.name}")
-def test_each_sample_is_guided_by_its_own_label_and_weight(objective):
-    net, noise = disturbed(objective)
+@pytest.mark.parametrize(
+    ("objective", "network"),
+    [
+        *((objective, "dit") for objective in (FlowMatching(), *GUIDED)),
+        (TVM(guidance=1.5), "mit"),
+        (IMF(), "mit"),
+    ],
+    ids=lambda o: o if isinstance(o, str) else o.name,
+)
+def test_each_sample_is_guided_by_its_own_label_and_weight(objective, network):
+    net, noise = disturbed(objective, network)
     label, w = torch.tensor([0, 3, 2, 3]), torch.tensor([2.0, 2.0, 1.5, 1.0])
     together = sample(net, noise, Condition(label, w, 3), 2, objective)
     alone = [
