@@ -197,7 +197,7 @@ def test_the_guidance_interval_is_an_option_of_samples_and_an_axis_of_sweeps(tmp
     rows = sweep(load_config(SweepConfig, None, given))
     assert [row["interval"] for row in rows] == [[0.1, 0.7], [0, 1]]
     assert "| 0.1 to 0.7 |" in (tmp_path / "sweep/results.md").read_text()
-    assert rows[0]["frechet_distance"] != pytest.approx(rows[1]["frechet_distance"], rel=1e-3)
+    assert rows[0]["frechet_distance"] != pytest.approx(rows[1]["frechet_distance"], rel=1e-6)
     plain = sweep(load_config(SweepConfig, None, [*given[:-2], "dtype=fp64"]))
     assert plain[0]["frechet_distance"] == pytest.approx(rows[1]["frechet_distance"], rel=1e-9)
     facts = {**read_facts(tmp_path / "w"), "method": FlowMatching().facts()}

@@ -182,7 +182,11 @@ def saved_bytes(net, dual, bf16, batch):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"text": TextConfig("dataset", tokens=80, width=48)}, {"network": "mit", "head_depth": 1}],
+    [
+        {},
+        {"text": TextConfig("dataset", tokens=80, width=48)},
+        {"network": "mit", "head_depth": 1, "v_head": False},
+    ],
     ids=["labels", "prompts", "mit"],
 )
 @pytest.mark.parametrize("dual", [False, True])
