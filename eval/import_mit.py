@@ -82,12 +82,12 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def count(state: dict[str, Tensor], group: str) -> int:
-    """Number of blocks whose names begin with `group`."""
+    """Return the number of blocks whose names begin with `group`."""
     return len({name.split(".")[1] for name in state if name.startswith(f"{group}.")})
 
 
 def configuration(state: dict[str, Tensor], shared: int, size: int | None) -> MiTConfig:
-    """What names and shapes say; `size`, where there are no positions to count, is 32. Raises ValueError."""
+    """Return what names and shapes say; `size`, where no positions tell it, is 32. Raises ValueError."""
     try:
         features, channels, patch, _ = state["x_embedder.proj.weight"].shape
         context = [len(state[f"tokens.{name}"]) for name in ("class", "guidance", "start", "time")]
@@ -118,7 +118,7 @@ def configuration(state: dict[str, Tensor], shared: int, size: int | None) -> Mi
 
 
 def read_mit(state: dict[str, Tensor], size: int | None) -> tuple[dict[str, Tensor], MiTConfig, IMF]:
-    """The weights, their network and their objective. Raises ValueError by name."""
+    """Return the weights, their network and their objective. Raises ValueError by name."""
     shared = count({name.removeprefix("net."): x for name, x in state.items()}, "shared_blocks")
     state = rename(state)
     config = configuration(state, shared, size)

@@ -69,7 +69,7 @@ def import_weights(path: str | Path, told: Told = NOTHING) -> Imported:
 
 
 def import_tvm(path: str | Path, told: Told) -> Imported:
-    """A released snapshot; its data are latents without scaling, or pixels."""
+    """Read a released snapshot of TVM, whose data are latents without scaling, or pixels."""
     state, facts = read_snapshot(path)
     if told.guidance is None:
         raise ValueError(f"{path}: --guidance: needed, the w that this network was trained with")
@@ -80,7 +80,7 @@ def import_tvm(path: str | Path, told: Told) -> Imported:
 
 
 def import_sit(state: dict[str, Tensor], unread: list[str], told: Told) -> Imported:
-    """A SiT; one with REPA's projectors is taken for REPA's."""
+    """Convert a SiT; one with REPA's projectors is taken for REPA's."""
     convention = told.convention or ("repa" if unread else "sit")
     config = configuration(state, told.heads, convention)
     weights, C = convert(state, config), config.channels
@@ -91,7 +91,7 @@ def import_sit(state: dict[str, Tensor], unread: list[str], told: Told) -> Impor
 
 
 def import_mit(state: dict[str, Tensor], unread: list[str], told: Told) -> Imported:
-    """iMF on latents, or pMF on pixels in -1..1; plain or finished by FD-loss."""
+    """Convert iMF on latents, or pMF on pixels in -1..1, plain or finished by FD-loss."""
     weights, config, objective = read_mit(state, told.size)
     objective.noise_scale = told.noise_scale or objective.noise_scale
     pixels = [127.5] * config.channels
@@ -109,7 +109,7 @@ def about(
     published: tuple[list[float], list[float]] | None,
     vae: str = "ema",
 ) -> dict[str, Any]:
-    """Facts of weights beside their network. Raises RefusedPickle.
+    """Return the facts of weights beside their network. Raises RefusedPickle.
 
     published: mean and deviation per channel of what the network was trained on, where the command does not
     give them: of latents without scaling, or, with 1 or 3 channels, of pixels in 0..255.
@@ -133,7 +133,7 @@ def about(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.import_weights",
         description=__doc__,

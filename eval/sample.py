@@ -265,7 +265,7 @@ def check_interval(facts: dict[str, Any], interval: list[float] | None) -> None:
 
 
 def parse_interval(text: str) -> list[float]:
-    """`0.4,0.65` as two times. Raises ValueError."""
+    """Return two times from text such as `0.4,0.65`. Raises ValueError."""
     try:
         return make(Interval, [float(part) for part in text.split(",")], "--interval")
     except ValueError as error:

@@ -69,7 +69,7 @@ class NetworkConfig(Settings):
 
     @model_validator(mode="after")
     def combinations(self) -> NetworkConfig:
-        """Fills in the preset. Raises ConfigError for sizes that do not divide each other."""
+        """Fill in the preset. Raises ConfigError for sizes that do not divide each other."""
         if (preset := getattr(self, "preset", None)) is not None:
             vars(self).update(self.presets[preset])
         if self.width % self.heads:
@@ -80,16 +80,16 @@ class NetworkConfig(Settings):
         return self
 
     def check(self) -> None:
-        """Raises ConfigError for what this network cannot be."""
+        """Raise ConfigError for what this network cannot be."""
 
     @property
     def tokens(self) -> int:
-        """Number of patches."""
+        """The number of patches."""
         return (self.size // self.patch) ** 2
 
     @property
     def sequence(self) -> int:
-        """Number of tokens in a block."""
+        """The number of tokens in a block."""
         return self.tokens
 
     @property
@@ -376,7 +376,7 @@ class Denoiser(nn.Module):
         self.config = config
 
     def image(self, z: Dual, x: Dual, t: Dual) -> Dual:
-        """Features of patches (B, N, p p C) => F (B, C, H, W), of the network's `output` at (x, t)."""
+        """Turn features of patches (B, N, p p C) into F (B, C, H, W), as the network's `output` says."""
         config = self.config
         F = dual.map_linear(lambda y: unpatchify(y, config.patch, config.channels), z)
         if config.output == "v":
@@ -458,7 +458,7 @@ class DiT(Denoiser):
         return dual.detach(F) if detach_tangent else F
 
     def unused(self, guidance: bool, auxiliary: bool) -> list[nn.Module]:
-        """Parts that are never evaluated where no guidance is told, or no auxiliary head is asked for."""
+        """Return the parts that are never evaluated: without guidance its embedder."""
         return [] if guidance else [self.guidance_embedder]
 
     def fix_guidance(self, beta: Tensor) -> None:

@@ -74,7 +74,7 @@ class MiTConfig(NetworkConfig):
     interval: ClassVar[bool] = True
 
     def check(self) -> None:
-        """Raises ConfigError for heads that cannot be rotated, or more blocks in the heads than there are."""
+        """Raise ConfigError for heads that cannot be rotated, or more blocks in the heads than there are."""
         pairs = 2 if self.rotary == "sequence" else 4
         if self.width // self.heads % pairs:
             raise ConfigError(
@@ -86,24 +86,24 @@ class MiTConfig(NetworkConfig):
 
     @property
     def groups(self) -> dict[str, int]:
-        """Number of tokens of each group in context, in their order."""
+        """The number of tokens of each group in context, in their order."""
         label, guidance, interval, time = self.context
         return {"class": label, "guidance": guidance, "start": interval, "end": interval, "time": time}
 
     @property
     def sequence(self) -> int:
-        """Number of tokens in a block."""
+        """The number of tokens in a block."""
         return sum(self.groups.values()) + self.tokens
 
     @property
     def hidden(self) -> int:
-        """Hidden width of SwiGLU: 8/3 of the width, above 1024 a multiple of 8."""
+        """The hidden width of SwiGLU: 8/3 of the width, above 1024 a multiple of 8."""
         hidden = int(self.width * 8 / 3)
         return hidden if self.width <= 1024 else -(-hidden // 8) * 8
 
 
 def rotations(config: MiTConfig) -> Tensor:
-    """Angles of each token's pairs of features, float64 (S, D / heads / 2).
+    """Return the angles by which each token's pairs of features turn, float64 (S, D / heads / 2).
 
     In a sequence, of positions 0, 1, ...; on a grid, the first half of a head turns by the patch's row, the
     second by its column, and tokens in context do not turn.
@@ -119,7 +119,7 @@ def rotations(config: MiTConfig) -> Tensor:
 
 
 class BottleneckEmbed(PatchEmbed):
-    """(B, C, H, W) -> (B, N, D) by way of fewer features."""
+    """Embeds patches (B, C, H, W) -> (B, N, D) by way of fewer features."""
 
     def __init__(self, channels: int, bottleneck: int, width: int, patch: int) -> None:
         super().__init__(channels, bottleneck, patch)
@@ -152,7 +152,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, SwiGLU, linear."""
+    """An MLP: linear, SwiGLU, linear."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class MLP(nn.Module):
 
 
 class MiTBlock(nn.Module):
-    """z += a Attn(norm(z)); z += b MLP(norm(z)), with learned a, b (D,). z (B, S, D)."""
+    """A block z += a Attn(norm(z)); z += b MLP(norm(z)) of tokens (B, S, D), with learned gates a, b (D,)."""
 
     def __init__(self, config: MiTConfig) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class MiTBlock(nn.Module):
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.zeros(width)) for _ in range(2))
 
     def forward(self, z: Dual, cos: Tensor, sin: Tensor, detach_tangent: bool = False) -> Dual:
-        """detach_tangent: as in `recipe.dit.Block`."""
+        """Return the tokens after the block; detach_tangent: as in `recipe.dit.Block`."""
         h = self.attn(dual.rms_norm(z, self.norm1.weight), cos, sin)
         z = dual.add(z, dual.mul(Dual(self.attn_scale), h))
         h = self.mlp(dual.rms_norm(z, self.norm2.weight))
@@ -184,7 +184,7 @@ class MiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """(B, N, D) -> (B, N, p p C)."""
+    """The last layer of a head, (B, N, D) -> (B, N, p p C)."""
 
     def __init__(self, config: MiTConfig) -> None:
         super().__init__()
@@ -196,10 +196,10 @@ class FinalLayer(nn.Module):
 
 
 class MiT(Denoiser):
-    """u(x, t, d, label, beta, interval), and v of the same arguments where there is a head for it."""
+    """The network u(x, t, d, label, beta, interval), and v of the same where there is a head for it."""
 
     def __init__(self, config: MiTConfig, initialize: bool = True) -> None:
-        """initialize=False leaves the weights to be loaded, which saves time."""
+        """Make the network; initialize=False leaves its weights to be loaded, which saves time."""
         super().__init__(config)
         width, channels, patch = config.width, config.channels, config.patch
         if config.bottleneck is None:
@@ -236,7 +236,7 @@ class MiT(Denoiser):
         interval: Interval = (0.0, 1.0),
         head: Literal["u", "v", "both"] = "u",
     ) -> Dual | tuple[Dual, Dual | None]:
-        """u and, where x, t or d carries a tangent, its directional derivative.
+        """Return u and, where x, t or d carries a tangent, its directional derivative.
 
         x, t, d, label, detach_tangent: as for `recipe.dit.DiT`; t counts only for output x; beta: (B,) = 1/w,
         None for 1; interval: the times between which guidance is in force, numbers or (B,). head: v asks for
@@ -261,7 +261,7 @@ class MiT(Denoiser):
         return (u, v) if head == "both" else u or v
 
     def sequence(self, x: Dual, d: Dual, label: Tensor, beta: Tensor | None, interval: Interval) -> Dual:
-        """All tokens, (B, S, D)."""
+        """Return all tokens, (B, S, D)."""
         ones = torch.ones_like(d.value)
         start, end = (Dual(time * ones) for time in interval)
         told = {
@@ -282,31 +282,31 @@ class MiT(Denoiser):
         return z if self.positions is None else dual.add(z, Dual(self.positions))
 
     def read(self, blocks: list[MiTBlock], final: FinalLayer, run: tuple, z: Dual, x: Dual, t: Dual) -> Dual:
-        """What one head makes of the shared tokens."""
+        """Return what one head makes of the shared tokens, (B, C, H, W)."""
         for block in blocks:
             z = block(z, *run)
         patches = dual.map_linear(lambda y: y[:, -self.config.tokens :], z)
         return self.image(final(patches), x, t)
 
     def unused(self, guidance: bool, auxiliary: bool) -> list[nn.Module]:
-        """As for `recipe.dit.DiT`."""
+        """Return the parts that are never evaluated: of the auxiliary head, where nobody asks for it."""
         return [] if auxiliary or not self.config.v_head else [self.v_blocks, self.v_final_layer]
 
     def fix_guidance(self, beta: Tensor) -> None:
-        """As for `recipe.dit.DiT`."""
+        """Change the weights, in place, so that the output without guidance is what it was at beta (1,)."""
         told, untold = (self.guidance_embedder(Dual(z)).value[0] for z in (1 - beta, 0 * beta))
         self.guidance_embedder.mlp[2].bias.add_(told - untold)
 
     def begin_guidance(self) -> None:
-        """As for `recipe.dit.DiT`."""
+        """Change the weights, in place, so that the output at every beta is what it was without guidance."""
         last = self.guidance_embedder.mlp[2]
         last.bias.copy_(self.guidance_embedder(Dual(last.bias.new_zeros(1))).value[0])
         last.weight.zero_()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """N(0, c^2 / fan in) with c = 0.32 in blocks and 1 in embedders; Xavier for patches; N(0, 1 / D) for
-        tokens and labels; gates, final layers and biases begin at zero, so the output is zero.
+        """Draw weights from N(0, c^2 / fan in), c = 0.32 in blocks and 1 in embedders; tokens and labels from
+        N(0, 1 / D); patches by Xavier; gates, final layers and biases are zero, and so is the output.
         """
         for name, p in self.named_parameters():
             module = name.split(".")[0]

@@ -10,5 +10,5 @@ AnyNetwork = one_of("network", "dit", CONFIGS)
 
 
 def build(config: NetworkConfig, initialize: bool = True) -> Denoiser:
-    """The network of these settings; initialize=False leaves its weights to be loaded, which saves time."""
+    """Make the network of these settings; initialize=False leaves its weights to be loaded, to save time."""
     return NETWORKS[config.network](config, initialize)

@@ -129,7 +129,7 @@ def one_of(key: str, default: str, choices: dict[str, type[Settings]]) -> Any:  
         return given.get(key, default) if isinstance(given, dict) else getattr(given, key, None)
 
     def refuse_others(given: Any) -> Any:  # noqa: ANN401
-        """Raises ConfigError for an unknown name, and for a setting of another choice, saying whose it is."""
+        """Raise ConfigError for an unknown name, and for a setting of another choice, saying whose it is."""
         name = chosen(given)
         if isinstance(given, dict) and not (isinstance(name, str) and name in choices):
             raise ConfigError(f"{key}: {name!r} is not one of {', '.join(choices)}")
@@ -215,7 +215,7 @@ def without_scheme(path: str) -> str:
 
 
 def ordered(pair: list[float]) -> list[float]:
-    """Two numbers of which the first is not the larger. Raises ValueError."""
+    """Return two numbers of which the first is not the larger. Raises ValueError."""
     if pair[0] > pair[1]:
         raise ValueError
     return pair
