@@ -238,6 +238,11 @@ def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, d
             yield export, labels, cell
 
 
+def is_of_cell(row: dict[str, Any], cell: dict[str, Any]) -> bool:
+    """Return True if a row of results is the cell's, which without guidance interval has no key for that."""
+    return cell.items() <= row.items() and row.get("interval") == cell.get("interval")
+
+
 def text_encoder(export: Export) -> str:
     """Return the name of what encodes prompts for these weights; empty for weights without prompts."""
     text = export.facts["model"].get("text")
@@ -559,7 +564,7 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
         sys.stderr.write(f"warning: {doubt}\n")
     with wandb_run(config) as run:
         for export, labels, cell in tqdm(grid, "sweep", unit="cell", disable=not main_rank):
-            row = next((r for r in reversed(finished[0]) if cell.items() <= r.items()), None)
+            row = next((r for r in reversed(finished[0]) if is_of_cell(r, cell)), None)
             if row is None:
                 if loaded != export.path:
                     generator, loaded = make_generator(config, export.path, device), export.path

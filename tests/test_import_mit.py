@@ -199,6 +199,7 @@ def test_the_guidance_interval_is_an_option_of_samples_and_an_axis_of_sweeps(tmp
     assert "| 0.1 to 0.7 |" in (tmp_path / "sweep/results.md").read_text()
     assert rows[0]["frechet_distance"] != pytest.approx(rows[1]["frechet_distance"], rel=1e-6)
     plain = sweep(load_config(SweepConfig, None, [*given[:-2], "dtype=fp64"]))
+    assert "interval" not in plain[0]  # scored anew: a row of an interval is of another cell
     assert plain[0]["frechet_distance"] == pytest.approx(rows[1]["frechet_distance"], rel=1e-9)
     facts = {**read_facts(tmp_path / "w"), "method": FlowMatching().facts()}
     with pytest.raises(ValueError, match="interval: .* is for iMF on the network mit, not for these weights"):
