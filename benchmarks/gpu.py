@@ -38,11 +38,11 @@ from benchmarks.attention import BOTH_BAR, FORWARD_BAR
 from benchmarks.step import measure_variants, predicted
 from eval.reference import open_images
 from eval.report import read_lines, read_log
-from recipe.checkpoints import newest_checkpoint
+from recipe.checkpoints import newest_checkpoint, own_checkpoints
 from recipe.config import TrainConfig, load_config
 from recipe.preemption import PREEMPTED
 from recipe.reference import make_extractor
-from storage.manifest import read_manifest
+from storage import Folders
 from storage.outside import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -154,7 +154,9 @@ def train_and_score(name: str, override: str, size: Size, out: Path) -> Result:
     for _ in range(2):
         python(*TRAIN, yaml, *settings, expect=PREEMPTED)
     config = load_config(TrainConfig, yaml, settings)
-    with newest_checkpoint(config, read_manifest(config.data.source)) as found:
+    folders = Folders()
+    point = own_checkpoints(config, folders, folders[config.save_folder].names())
+    with newest_checkpoint(config, point, folders) as found:
         python("-m", "eval.export", found.load_path, "--out", run / "weights/last-ema")
     data = out / "files/data"
     sweep = [*size.sweep, f"folder={run}", f"weights=[{run}/weights/last-ema]", f"reference={data}/train"]

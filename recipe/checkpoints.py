@@ -38,7 +38,7 @@ from composer.utils import dist
 from recipe.config import ConfigError, TrainConfig, as_dict
 from recipe.guard import check_finite, stepped
 from recipe.parallel import on_rank_zero, unwrap
-from storage import Folder, MissingError, StorageError, writing
+from storage import Folder, Folders, MissingError, StorageError, writing
 from storage.manifest import Manifest
 from storage.outside import LARGEST, OutsideError, file_digest, parse_json
 
@@ -64,7 +64,7 @@ INIT_ONLY = ("preset", "label_std", "time_init", "patch_init")  # do not change 
 
 @dataclass
 class Checkpoint:
-    """A folder of this layout; `files` are the names in it that a listing shows."""
+    """A folder of this layout; files: the names in it that a listing shows."""
 
     name: str
     files: set[str]
@@ -76,7 +76,7 @@ class Checkpoint:
 
 
 def checkpoints(folder: Folder, names: list[str]) -> list[Checkpoint]:
-    """Complete or not, newest first."""
+    """Return the checkpoints among these files of a folder, complete or not, newest first."""
     found: dict[str, Checkpoint] = {}
     for name in names:
         parent, _, file = name.rpartition("/")
@@ -90,7 +90,7 @@ class DamageError(StorageError):
 
 
 def read_json(folder: Folder, name: str, keys: set[str]) -> dict:
-    """Return the object in a file of this layout. Raises StorageError, DamageError."""
+    """Read the object in a file of this layout. Raises StorageError, DamageError."""
     try:
         content = parse_json(folder.read(name, LARGEST), name)
     except OutsideError:
@@ -101,7 +101,7 @@ def read_json(folder: Folder, name: str, keys: set[str]) -> dict:
 
 
 def receipts(folder: Folder, checkpoint: Checkpoint) -> list[dict] | None:
-    """Return the receipts of all ranks, of one attempt at saving; None if the checkpoint is not complete.
+    """Read the receipts of all ranks, of one attempt at saving; None if the checkpoint is not complete.
 
     Raises StorageError, DamageError.
     """
@@ -115,12 +115,12 @@ def receipts(folder: Folder, checkpoint: Checkpoint) -> list[dict] | None:
 
 
 def checksum(path: Path) -> str:
-    """Return xxh64 of a file, hexadecimal."""
+    """Return the xxh64 of a file, hexadecimal."""
     return file_digest(path, xxhash.xxh64())
 
 
 def find_damage(path: Path, expected: dict[str, str]) -> str | None:
-    """What is wrong with the checkpoint in the local folder `path`, or None."""
+    """Return what is wrong with the checkpoint in the local folder `path`, or None."""
     for name, digest in expected.items():
         if not (path / name).is_file():
             return f"{name} is gone"
@@ -130,7 +130,7 @@ def find_damage(path: Path, expected: dict[str, str]) -> str | None:
 
 
 def identity(config: TrainConfig) -> dict:
-    """What a checkpoint must agree on with the run that loads it."""
+    """Return what a checkpoint must agree on with the run that loads it."""
     model = {k: v for k, v in as_dict(config.model).items() if k not in INIT_ONLY}
     return {
         "objective.name": config.objective.name,
@@ -164,7 +164,7 @@ def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: 
             )
 
 
-def sign_in(config: TrainConfig, folder: Folder, start: str | None = None) -> None:
+def sign_in(config: TrainConfig, folder: Folder, start: str) -> None:
     """Write whose folder this is, and which start of that run has it now."""
     owner = {"run_name": config.run_name, "identity": identity(config), "attempt": start}
     owner["origin"] = getattr(config.objective, "origin", None)  # of the weights that `frechet` finishes
@@ -178,9 +178,9 @@ class Owner:
     costs nothing. All ranks make one; what an earlier start would write after that raises StorageError.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, folders: Folders) -> None:
         self.start = dist.all_gather_object(uuid.uuid4().hex)[0]
-        self.saves, self.files = Folder(config.save_folder), Folder(config.folder)
+        self.saves, self.files = folders[config.save_folder], folders[config.folder]
         on_rank_zero(lambda: self.claim(config))
 
     def claim(self, config: TrainConfig) -> None:
@@ -217,7 +217,7 @@ class Saved(NamedTuple):
 
 
 def complete(folder: Folder, found: list[Checkpoint]) -> list[Saved]:
-    """Those of the checkpoints that are complete, in the same order. Raises StorageError."""
+    """Return those checkpoints that are complete, in the same order. Raises StorageError."""
     result = []
     for checkpoint in found:
         try:
@@ -243,80 +243,88 @@ def brief(dataset: dict) -> str:
     return f"{dataset['samples']} samples, {dataset['xxh64']}"
 
 
-def check_dataset(config: TrainConfig, manifest: Manifest, uri: str, found: list[Saved]) -> None:
-    """Raise ConfigError where the checkpoints in `uri` were trained on another dataset.
+def check_dataset(config: TrainConfig, manifest: Manifest, point: Resumable) -> None:
+    """Raise ConfigError where checkpoints were trained on another dataset than this one.
 
     A position in one dataset means nothing in another: Streaming fails there, or goes on with other samples.
     """
     here = dataset_facts(manifest)
-    for saved in found:
+    for saved in point.saved:
         if (there := saved.dataset) and there != here:
             key = "data.remote" if config.data.remote else "data.local"
             raise ConfigError(
-                f"{key}: {config.data.source} ({brief(here)}) is not the dataset of {uri}/{saved.name} "
+                f"{key}: {config.data.source} ({brief(here)}) is not the dataset of {point.uri}/{saved.name} "
                 f"({brief(there)}). Fix: give that one, or begin a new run with the weights of this one "
                 f"(init_from, with another run_name, folder and save_folder)"
             )
 
 
-def claim(config: TrainConfig, manifest: Manifest) -> tuple[str, list[Saved]]:
-    """This run's folder, which a new run claims, and its complete checkpoints; or those of `fork_from`.
+class Resumable(NamedTuple):
+    """Complete checkpoints that a run can go on from, newest first, and the URI of their folder."""
 
-    Raises ConfigError, StorageError.
+    uri: str
+    saved: list[Saved]
+
+
+def own_checkpoints(config: TrainConfig, folders: Folders, names: list[str]) -> Resumable:
+    """Return the run's own checkpoints; names: of the files in its save_folder.
+
+    Raises ConfigError where the folder is another run's, StorageError.
     """
-    folder = Folder(config.save_folder)
-    names = [name for name in folder.names() if not name.startswith(PROBE)]
+    folder = folders[config.save_folder]
     if names:
         check_identity(config, folder, names)
-        if folder.remote and LOG in names and not Path(config.folder, LOG).exists():
-            folder.get(LOG, Path(config.folder, LOG))
-    else:
-        sign_in(config, folder)
     found = checkpoints(folder, names)
-    own = complete(folder, found)
-    for name in [c.name for c in found if c.name not in [saved.name for saved in own]]:
+    saved = complete(folder, found)
+    for name in [c.name for c in found if c.name not in [one.name for one in saved]]:
         log.warning("%s/%s was never completed: not used", folder.uri, name)
-    uri, usable = (folder.uri, own) if own or not config.fork_from else fork(config)
-    check_dataset(config, manifest, uri, usable)
-    return uri, usable
+    return Resumable(folder.uri, saved)
 
 
-def fork(config: TrainConfig) -> tuple[str, list[Saved]]:
-    """Return the folder and the checkpoint that `fork_from` names. Raises ConfigError, StorageError."""
+def fork(config: TrainConfig, folders: Folders) -> Resumable:
+    """Return the checkpoint that `fork_from` names. Raises ConfigError, StorageError."""
     uri, _, name = config.fork_from.rpartition("/")
-    parent = Folder(uri)
+    parent = folders[uri]
     names = parent.names()
     found = complete(parent, [c for c in checkpoints(parent, names) if c.name == name])
     if not found:
         raise ConfigError(f"fork_from: {config.fork_from} is not a complete checkpoint")
     check_identity(config, parent, names, fork=True)
-    return parent.uri, found
+    return Resumable(parent.uri, found)
 
 
-def fetch(uri: str, name: str, files: dict[str, str], scratch: Path) -> tuple[Path, str | None]:
-    """(local folder of the checkpoint, what is wrong with it or None); a remote one is downloaded first.
+def fetch(folder: Folder, name: str, files: dict[str, str], scratch: Path) -> tuple[Path, str | None]:
+    """Return the local folder of a checkpoint, and what is wrong with it or None; a remote one is downloaded.
 
     Raises StorageError: a service that does not answer is no reason to go back to an older checkpoint.
     """
-    folder = Folder(uri)
-    if not folder.remote:
-        return Path(uri, name), find_damage(Path(uri, name), files)
-    there = set(folder.names())
-    present = [file for file in files if f"{name}/{file}" in there]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda file: folder.get(f"{name}/{file}", scratch / name / file), present))
-    return scratch / name, find_damage(scratch / name, files)
+
+    def download(file: str) -> None:
+        with suppress(MissingError):  # `find_damage` says that it is gone
+            folder.get(f"{name}/{file}", scratch / name / file)
+
+    if folder.remote:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(download, files))
+    local = scratch if folder.remote else Path(folder.uri)
+    return local / name, find_damage(local / name, files)
+
+
+def fetch_log(config: TrainConfig, folder: Folder, names: list[str]) -> None:
+    """Copy the log of numbers from a bucket, of whose files these are the names, unless it is here."""
+    if folder.remote and LOG in names and not Path(config.folder, LOG).exists():
+        folder.get(LOG, Path(config.folder, LOG))
 
 
 def remove_downloads(folder: str) -> None:
-    """Of starts that were killed. No rank leaves before all are done: nodes may share the folder."""
+    """Delete downloads of starts that were killed. Ranks wait for each other: nodes may share the folder."""
     if dist.get_local_rank() == 0:
         for left in Path(folder).glob("resume-*"):
             shutil.rmtree(left, ignore_errors=True)
     dist.barrier()
 
 
-class Found(NamedTuple):
+class Resume(NamedTuple):
     """A checkpoint to go on with: Composer's load_path, where it came from, the settings that made it."""
 
     load_path: str
@@ -325,30 +333,28 @@ class Found(NamedTuple):
 
 
 @contextmanager
-def newest_checkpoint(config: TrainConfig, manifest: Manifest) -> Iterator[Found | None]:
-    """Return the newest usable checkpoint, None if the run is new.
+def newest_checkpoint(config: TrainConfig, point: Resumable, folders: Folders) -> Iterator[Resume | None]:
+    """Yield the newest usable checkpoint, None if the run is new.
 
-    All ranks call it; each node has its own copy of a remote checkpoint until the end of the block.
-
-    Raises ConfigError if there are checkpoints and none of them is sound: a run never starts over by itself.
+    All ranks call it; each node has its own copy of a remote checkpoint until the end of the block. Raises
+    ConfigError if there are checkpoints and none of them is sound: a run never starts over by itself.
     """
     remove_downloads(config.folder)
-    uri, found = on_rank_zero(lambda: claim(config, manifest))
-    scratch, problems = None, []
+    uri, scratch, problems = point.uri, None, []
     if dist.get_local_rank() == 0:
         Path(config.folder).mkdir(parents=True, exist_ok=True)
         scratch = tempfile.mkdtemp(prefix="resume-", dir=config.folder)
     try:
-        for name, files, problem, settings, _ in found:
+        for name, files, problem, settings, _ in point.saved:
             path = ""
             if problem is None and dist.get_local_rank() == 0:
-                path, problem = fetch(uri, name, files, Path(scratch))
+                path, problem = fetch(folders[uri], name, files, Path(scratch))
             answers = dist.all_gather_object((str(path), problem))
             problem = next((p for _, p in answers if p), None)
             if problem is None:
                 local = Path(answers[dist.get_global_rank() - dist.get_local_rank()][0]).absolute()
                 load_path = str(local if config.parallel.fsdp2 else local / "rank0.pt")
-                yield Found(load_path, f"{uri}/{name}", settings)
+                yield Resume(load_path, f"{uri}/{name}", settings)
                 dist.barrier()
                 return
             problems.append(f"{name}: {problem}")
@@ -365,13 +371,13 @@ def newest_checkpoint(config: TrainConfig, manifest: Manifest) -> Iterator[Found
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Other files in it stay, and it with them; buckets have no folders."""
+    """Remove a folder without files. One with other files stays, and buckets have no folders."""
     with suppress(OSError):
         folder.rmdir()
 
 
 def ours(folder: Folder, checkpoint: Checkpoint, run_name: str) -> bool:
-    """Return True if its first receipt, where there is one, can be read and names that run."""
+    """Return True if the checkpoint belongs to `run_name`, or has no receipt yet."""
     if "rank0.json" not in checkpoint.files:
         return True
     with suppress(DamageError):
@@ -425,7 +431,7 @@ class Checkpoints(CheckpointSaver):
         self.seconds = 0.0
 
     def state_dict(self) -> dict:
-        """Nothing: the folder itself says what has been saved."""
+        """Return nothing: the folder itself says what has been saved."""
         return {}
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
@@ -442,7 +448,7 @@ class Checkpoints(CheckpointSaver):
         logger.log_metrics({"time/checkpoint_seconds": self.seconds})
 
     def publish(self, name: str, step: int | None) -> None:
-        """Checksums, uploads and signs for what this rank saved; rank 0 mirrors, and prunes up to `step`."""
+        """Upload what this rank saved and sign for its checksums; rank 0 mirrors, and prunes up to `step`."""
         rank, local = dist.get_global_rank(), Path(self.folder, name)
         mine = [*local.glob(f"__{rank}_*.distcp"), *local.glob(f"rank{rank}.pt")]
         mine += local.glob(".metadata") if rank == 0 else []
@@ -481,7 +487,7 @@ class Checkpoints(CheckpointSaver):
             self.target.put(LOG, rows)
 
     def wait(self) -> None:
-        """Until everything saved so far is where it belongs. Raises StorageError."""
+        """Wait until everything saved so far is where it belongs. Raises StorageError."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             pending.result()
@@ -494,12 +500,12 @@ class Checkpoints(CheckpointSaver):
         return f"{self.target.uri}/{sound[0]}" if sound else None
 
     def settle(self) -> None:
-        """No rank leaves before all uploads are done: the launcher ends the others when one is gone."""
+        """Wait for all ranks' uploads: the launcher ends the others when one is gone."""
         self.wait()
         dist.barrier()
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Upload and prunes for the last time."""
+        """Upload and prune for the last time."""
         self.settle()
         if dist.get_global_rank() == 0:
             self.mirror()

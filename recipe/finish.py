@@ -5,7 +5,7 @@ the moments of samples after every one.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from composer.core import Algorithm, Event, State, get_precision_context
@@ -17,41 +17,38 @@ from tqdm import tqdm
 from recipe.checkpoints import RUN, read_json
 from recipe.config import ConfigError, TrainConfig
 from recipe.guard import stepped
-from recipe.normalizer import Normalizer
 from recipe.objectives import from_facts
 from recipe.objectives.frechet import Frechet, Match
 from recipe.parallel import on_rank_zero, unwrap
 from recipe.pretrained import hash_weights, load_decoder
 from recipe.reference import STATISTICS, MDSImages, content_digest, make_extractor, measure, statistics_for
-from recipe.warm_start import earlier_finishes, locate_weights
-from recipe.weights import parse_facts
-from storage import Folder
-from storage.manifest import DatasetError, Manifest
+from recipe.warm_start import earlier_finishes
+from storage.manifest import DatasetError
+
+if TYPE_CHECKING:
+    from recipe.preflight import Findings
 
 BATCH = 256  # real images at once
 
 
-def origin(config: TrainConfig, source: str | None) -> dict[str, Any]:
-    """`method` and `finished` of the weights that the run began with: from the folder of the checkpoint
-    `source` that it goes on from, else from `init_from`. Raises ConfigError, StorageError.
+def origin(found: Findings) -> dict[str, Any]:
+    """Return `method` and `finished` of the weights that the run began with. Raises StorageError.
+
+    They are in the folder of the checkpoints that it goes on from, or in the weights of `init_from`.
     """
-    if source:
-        return read_json(Folder(source.rpartition("/")[0]), RUN, {"origin"})["origin"]
-    folder, name = locate_weights(config.init_from)
-    try:
-        facts = parse_facts(folder.read(f"{name}.json"), f"{folder.uri}/{name}.json")
-    except ValueError as error:
-        raise ConfigError(f"init_from: {error}") from error
+    if found.weights is None:
+        return read_json(found.folders[found.point.uri], RUN, {"origin"})["origin"]
+    facts = found.weights.facts
     return {"method": facts["method"], "finished": earlier_finishes(facts)}
 
 
-def begin_finish(config: TrainConfig, manifest: Manifest, normalizer: Normalizer, source: str | None) -> None:
+def begin_finish(config: TrainConfig, found: Findings) -> None:
     """Load extractors and decoder and measure the real images, on all ranks together.
 
     Raises ConfigError naming the setting, StorageError.
     """
-    objective: Frechet = config.objective
-    objective.origin = on_rank_zero(lambda: origin(config, source))
+    objective, manifest = config.objective, found.manifest
+    objective.origin = on_rank_zero(lambda: origin(found))
     base = from_facts(objective.origin["method"])
     low, high = base.guidance_range
     if objective.w is not None and not low <= objective.w <= high:
@@ -69,7 +66,7 @@ def begin_finish(config: TrainConfig, manifest: Manifest, normalizer: Normalizer
             raise ConfigError(f"objective.vae: {error}") from error
 
     def pixels(x0: Tensor) -> Tensor:
-        values = normalizer.invert(x0)
+        values = found.normalizer.invert(x0)
         return decode(values) if decode else values
 
     matches, objective.finished = {}, list(objective.origin["finished"])
@@ -79,10 +76,10 @@ def begin_finish(config: TrainConfig, manifest: Manifest, normalizer: Normalizer
         except (ValueError, OSError, ImportError) as error:
             raise ConfigError(f"objective.features.{name}: {error}") from error
         extractor = matches[name].extractor
-        found = {"extractor": name, "weights": hash_weights(extractor.network), "reference": reference}
-        digest = content_digest(reference, extractor)
+        about = {"extractor": name, "weights": hash_weights(extractor.network), "reference": reference}
+        about["digest"] = content_digest(reference, extractor)
         asked = {"nfe": objective.nfe, "w": objective.w, "interval": objective.interval}
-        objective.finished.append({**found, "digest": digest, **asked})
+        objective.finished.append({**about, **asked})
     if any(one != objective.finished for one in dist.all_gather_object(objective.finished)):
         raise ConfigError(
             f"objective.features: nodes have different extractors or real images. Fix: copy {config.folder}/"

@@ -14,32 +14,36 @@ import sys
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import gettempdir
+from typing import NamedTuple
 
 import torch
 from composer.utils import dist, parse_uri
 
-from recipe.checkpoints import PROBE, check_dataset, checkpoints, complete, fork
+from recipe.checkpoints import PROBE, DamageError, Resumable, check_dataset, fork, own_checkpoints
 from recipe.config import ConfigError, TrainConfig, divisible, load_config, yaml_of
 from recipe.data import SHUFFLE_WINDOW
 from recipe.ema import average_names
 from recipe.manual import answer
 from recipe.networks import build
-from recipe.normalizer import make_normalizer
+from recipe.normalizer import Normalizer, make_normalizer
 from recipe.plan_finish import Finish
 from recipe.text import TextConfig
-from recipe.warm_start import check_weights
-from storage import Folder, StorageError, status, transient
+from recipe.warm_start import Weights, check_weights
+from storage import Folders, StorageError, status, transient
 from storage.manifest import DatasetError, Manifest, open_dataset
 
 OCI_LOGIN = "oci setup config"
 log = logging.getLogger("recipe.preflight")
 
 
-def check_data(config: TrainConfig) -> Manifest:
-    """Return the dataset's manifest, compared with its index and with the model. Raises ConfigError."""
+def check_data(config: TrainConfig) -> tuple[Manifest, Normalizer]:
+    """Return the dataset's manifest, compared with its index and with the model, and the normaliser.
+
+    Raises ConfigError.
+    """
     if not config.data.remote and not os.path.isdir(config.data.local):
         raise ConfigError(f"data.local: {config.data.local} is not a folder, and data.remote is not set")
     try:
@@ -62,13 +66,12 @@ def check_data(config: TrainConfig) -> Manifest:
                 f"data.{key}: {getattr(config.data, key)} is more than the {manifest.num_samples} samples "
                 f"of {config.data.source}"
             )
-    try:
-        make_normalizer(config.data.normalize, manifest)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     if config.model.text is not None:
         check_text(config.model.text, manifest, config.data.source)
-    return manifest
+    try:
+        return manifest, make_normalizer(config.data.normalize, manifest)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_text(text: TextConfig, manifest: Manifest, source: str) -> None:
@@ -122,35 +125,49 @@ def remedy(uri: str, error: StorageError) -> str:
     }[scheme]
 
 
-def writable(key: str, uri: str) -> Iterator[str]:
-    """Yield a problem where a folder cannot be listed, written to or deleted from."""
-    probe = f"{PROBE}-{uuid.uuid4().hex}"  # nodes may share the folder
+@contextmanager
+def naming(key: str, uri: str) -> Iterator[None]:
+    """Turn a StorageError into a ConfigError that names the setting, and the command that mends it."""
     try:
-        folder = Folder(uri)
-        folder.names()
+        yield
+    except DamageError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    except StorageError as error:
+        raise ConfigError(f"{key}: {error}. Fix: {remedy(uri, error)}") from error
+
+
+def writable(key: str, uri: str, folders: Folders) -> list[str]:
+    """Return the names of the files in a folder, which is listed, written to and deleted from.
+
+    Raises ConfigError.
+    """
+    probe = f"{PROBE}-{uuid.uuid4().hex}"  # nodes may share the folder
+    with naming(key, uri):
+        folder = folders[uri]
+        names = [name for name in folder.names() if not name.startswith(PROBE)]
         folder.write(probe, b"")
         folder.delete(probe)
-    except StorageError as error:
-        yield f"{key}: {error}. Fix: {remedy(uri, error)}"
+    return names
 
 
-def startable(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
-    """Check the run's checkpoints; until it has one of its own, what `fork_from` or `init_from` names."""
-    key, uri = "save_folder", config.save_folder
-    try:
-        folder = Folder(uri)
-        if own := complete(folder, checkpoints(folder, folder.names())):
-            check_dataset(config, manifest, uri, own)
-        elif config.fork_from:
-            key, uri = "fork_from", config.fork_from
-            check_dataset(config, manifest, *fork(config))
-        elif config.init_from:
-            key, uri = "init_from", config.init_from
-            check_weights(config, make_normalizer(config.data.normalize, manifest))
-    except ConfigError as error:
-        yield str(error)
-    except StorageError as error:
-        yield f"{key}: {error}. Fix: {remedy(uri, error)}"
+def beginning(
+    config: TrainConfig, manifest: Manifest, normalizer: Normalizer, folders: Folders, names: list[str]
+) -> tuple[Resumable, Weights | None]:
+    """Return the run's checkpoints; until it has one of its own, what `fork_from` or `init_from` names.
+
+    names: of the files in its save_folder. Raises ConfigError.
+    """
+    with naming("save_folder", config.save_folder):
+        point = own_checkpoints(config, folders, names)
+    weights = None
+    if not point.saved and config.fork_from:
+        with naming("fork_from", config.fork_from):
+            point = fork(config, folders)
+    elif not point.saved and config.init_from:
+        with naming("init_from", config.init_from):
+            weights = check_weights(config, normalizer, folders)
+    check_dataset(config, manifest, point)
+    return point, weights
 
 
 def oci_agreement(config: TrainConfig) -> Iterator[str]:
@@ -285,19 +302,47 @@ def references(config: TrainConfig) -> Iterator[str]:
             yield f"objective.features.{name}: {path} does not exist. Fix: convert it, or name another"
 
 
-def problems(config: TrainConfig, ranks: int) -> tuple[list[str], Manifest | None]:
-    """Return all that would make a run of `config` on that many ranks fail, and the dataset's manifest."""
-    found, manifest = [*divisible(config, ranks), *precision(config), *wandb_key(config)], None
-    found += [*temporary_folder(config), *oci_agreement(config)]
+class Findings(NamedTuple):
+    """What the checks before a run have found, for the run to go on with.
+
+    names: of the files in its save_folder; point: the checkpoints that it can go on from, none for a new run;
+    weights: those of `init_from`, for a new run; folders: opened by this process so far.
+    """
+
+    manifest: Manifest
+    normalizer: Normalizer
+    names: list[str]
+    point: Resumable
+    weights: Weights | None
+    folders: Folders
+
+
+@contextmanager
+def collecting(problems: list[str]) -> Iterator[None]:
+    """Add the message of a ConfigError to the problems instead of raising it."""
     try:
-        manifest = check_data(config)
+        yield
     except ConfigError as error:
-        found.append(str(error))
-    found += [*writable("folder", config.folder), *writable("save_folder", config.save_folder)]
-    if not found:
-        found = [*cache_limit(config, ranks, manifest), *disk_space(config, manifest)]
-        found += [*startable(config, manifest), *references(config)]
-    return found, manifest
+        problems.append(str(error))
+
+
+def examine(config: TrainConfig, ranks: int) -> tuple[list[str], Findings | None]:
+    """Return all that would make a run of `config` on that many ranks fail, and what there is for it."""
+    folders = Folders()
+    found = [*divisible(config, ranks), *precision(config), *wandb_key(config)]
+    found += [*temporary_folder(config), *oci_agreement(config)]
+    with collecting(found):
+        manifest, normalizer = check_data(config)
+    with collecting(found):
+        writable("folder", config.folder, folders)
+    with collecting(found):
+        names = writable("save_folder", config.save_folder, folders)
+    if found:
+        return found, None
+    found += [*cache_limit(config, ranks, manifest), *disk_space(config, manifest), *references(config)]
+    with collecting(found):
+        point, weights = beginning(config, manifest, normalizer, folders, names)
+    return found, None if found else Findings(manifest, normalizer, names, point, weights, folders)
 
 
 def shared(folder: str) -> bool:
@@ -312,21 +357,23 @@ def shared(folder: str) -> bool:
     return all(seen)
 
 
-def check(config: TrainConfig) -> Manifest:
-    """Check the same on every node of a run, since each has its own credentials and disks.
+def check(config: TrainConfig) -> Findings:
+    """Look on every node of a run, since each has its own credentials and disks; all ranks call it.
 
-    Returns the manifest, which every node has read once, to all of its ranks. Raises ConfigError.
+    Returns what rank 0 has found, with the folders that this process has opened. Raises ConfigError.
     """
-    mine = problems(config, dist.get_world_size()) if dist.get_local_rank() == 0 else ([], None)
-    problems_of_nodes, manifests = zip(*dist.all_gather_object(mine), strict=True)
-    if found := sorted({problem for node in problems_of_nodes for problem in node}):
+    problems, mine = examine(config, dist.get_world_size()) if dist.get_local_rank() == 0 else ([], None)
+    folders = mine.folders if mine else Folders()
+    sent = mine and mine._replace(folders=Folders())  # connections cannot be sent
+    answers = dist.all_gather_object((problems, sent))
+    if found := sorted({problem for problems, _ in answers for problem in problems}):
         raise ConfigError("\n".join(found))
     if "://" not in config.save_folder and not shared(config.save_folder):
         raise ConfigError(
             f"save_folder: {config.save_folder} is not one folder that all nodes see, and each writes "
             f"a part of a checkpoint: choose one on a file system that they share, or in a bucket"
         )
-    return manifests[0]
+    return answers[0][1]._replace(folders=folders)
 
 
 def main(arguments: list[str]) -> None:
@@ -337,7 +384,7 @@ def main(arguments: list[str]) -> None:
         config = load_config(TrainConfig, yaml_of(arguments[0]), arguments[1:])
     except ConfigError as error:
         raise SystemExit(f"config error: {error}") from error
-    found, _ = problems(config, ranks)
+    found, _ = examine(config, ranks)
     if found:
         raise SystemExit("\n".join(found))
     print(f"{config.run_name}: ready on {ranks} rank(s): {config.data.source} -> {config.save_folder}")

@@ -28,7 +28,7 @@ if __name__ == "__main__":  # run by path, too, this checkout's code goes before
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipe.callbacks import ExportWeights, JSONLines, LossByTime, MetricsToWandB, SampleGrid, Throughput
-from recipe.checkpoints import LOG, Checkpoints, Owner, newest_checkpoint
+from recipe.checkpoints import LOG, Checkpoints, Owner, Resume, fetch_log, newest_checkpoint
 from recipe.config import (
     ConfigError,
     GridConfig,
@@ -46,13 +46,13 @@ from recipe.guard import DivergedError, ScaleParameter
 from recipe.manual import answer
 from recipe.model import GenerativeModel, StepKey
 from recipe.networks import build
-from recipe.normalizer import Normalizer, make_normalizer
+from recipe.normalizer import Normalizer
 from recipe.optimizer import LearningRate, build_optimizer, rate_of_step, take_settings
-from recipe.parallel import parallelism, prepare_blocks
+from recipe.parallel import on_rank_zero, parallelism, prepare_blocks
 from recipe.patches import exact_float32
 from recipe.plan import step_flops
 from recipe.preemption import PREEMPTED, Preemption, ignore_sigterm
-from recipe.preflight import check
+from recipe.preflight import Findings, check
 from recipe.text import Prompts
 from recipe.warm_start import warm_start
 from storage import StorageError
@@ -61,16 +61,14 @@ from storage.manifest import DatasetError, Manifest
 log = logging.getLogger("recipe.train")
 
 
-def build_model(config: TrainConfig, manifest: Manifest, source: str | None = None) -> GenerativeModel:
-    """Return student and averages from the seed alone: the same on every rank. source: the checkpoint to
-    come.
-    """
-    text, normalize = config.model.text, make_normalizer(config.data.normalize, manifest)
+def build_model(config: TrainConfig, found: Findings) -> GenerativeModel:
+    """Build student and averages from the seed alone, the same on every rank."""
     if config.objective.finishes:
-        begin_finish(config, manifest, normalize, source)
+        begin_finish(config, found)
     reproducibility.seed_all(config.seed)
-    prompts = None if text is None else Prompts(text, manifest.text, config.model.null)
-    model = GenerativeModel(build(config.model), config.objective, normalize, config.seed, prompts)
+    text = config.model.text
+    prompts = None if text is None else Prompts(text, found.manifest.text, config.model.null)
+    model = GenerativeModel(build(config.model), config.objective, found.normalizer, config.seed, prompts)
     for net, trained in ((model.net, True), (model.target, False), (model.ema, False)):
         if net is not None:
             prepare_blocks(net, config.parallel, trained)
@@ -78,7 +76,7 @@ def build_model(config: TrainConfig, manifest: Manifest, source: str | None = No
 
 
 def build_loggers(config: TrainConfig, owner: Owner) -> list[LoggerDestination]:
-    """train.jsonl and the console always, Weights & Biases where asked for."""
+    """Return the loggers: train.jsonl and the console always, Weights & Biases where asked for."""
     folder, name = config.folder, config.run_name
     loggers = [
         JSONLines(f"{folder}/{LOG}", config.log.interval, owner),
@@ -119,7 +117,7 @@ def about_data(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
 
 
 def build_grid(folder: str, config: GridConfig, column: str) -> SampleGrid:
-    """Return the grid with its autoencoder loaded, where it needs one. Raises ConfigError."""
+    """Make the callback of grids, with its autoencoder where it needs one. Raises ConfigError."""
     try:
         return SampleGrid(folder, config, column)
     except DatasetError as error:
@@ -136,19 +134,15 @@ def build_algorithms(config: TrainConfig) -> list[Algorithm]:
 
 
 def build_trainer(
-    config: TrainConfig,
-    manifest: Manifest,
-    load_path: str | None,
-    preemption: Preemption,
-    source: str | None = None,
+    config: TrainConfig, found: Findings, resume: Resume | None, preemption: Preemption
 ) -> Trainer:
-    """Return everything that one run needs, from its configuration; load_path, source: see `Found`."""
-    model = build_model(config, manifest, source)
-    if config.init_from and load_path is None:
-        log.info("%s: %s", config.run_name, warm_start(model, config))
+    """Build all that a run needs, from its configuration and what the checks before it have found."""
+    model = build_model(config, found)
+    if found.weights is not None and resume is None:
+        log.info("%s: %s", config.run_name, warm_start(model, found.weights, found.folders))
     device = "gpu" if torch.cuda.is_available() else "cpu"
-    owner = Owner(config)
-    loader = train_loader(config.data, config.seed, config.model.text, manifest)
+    owner = Owner(config, found.folders)
+    loader = train_loader(config.data, config.seed, config.model.text, found.manifest)
     loader.worker_init_fn = ignore_sigterm
     trainer = Trainer(
         model=model,
@@ -156,10 +150,10 @@ def build_trainer(
         optimizers=build_optimizer(model.net, config.optimizer),
         max_duration=config.duration,
         algorithms=build_algorithms(config),
-        callbacks=build_callbacks(config, manifest, device, preemption, owner),
+        callbacks=build_callbacks(config, found.manifest, device, preemption, owner),
         loggers=build_loggers(config, owner),
         run_name=config.run_name,
-        load_path=load_path,
+        load_path=resume and resume.load_path,
         device=device,
         parallelism_config=parallelism(config.parallel, "cuda" if device == "gpu" else "cpu"),
         precision=config.precision,
@@ -172,7 +166,7 @@ def build_trainer(
 
 
 def short_for_average(trainer: Trainer, ema: EMAConfig) -> str | None:
-    """What to say of a run at whose end the evaluation average still holds the noise of its beginning."""
+    """Return advice for a run whose evaluation average ends with noise of its beginning, else None."""
     duration = trainer.state.max_duration
     batches = {TimeUnit.BATCH: 1, TimeUnit.EPOCH: len(trainer.state.train_dataloader)}.get(duration.unit)
     if ema.ramp or batches is None or duration.value * batches * (1 - ema.decay) >= 3:
@@ -182,32 +176,32 @@ def short_for_average(trainer: Trainer, ema: EMAConfig) -> str | None:
 
 
 def start(config: TrainConfig, preemption: Preemption) -> tuple[Trainer, Manifest]:
-    """Check the surroundings, and builds the trainer at the step where the run stands."""
+    """Check the surroundings, and build the trainer at the step where the run stands."""
     exact_float32()
     device = "gpu" if torch.cuda.is_available() else "cpu"
     dist.initialize_dist(device, timeout=3600)  # while a checkpoint is downloaded, the other ranks wait
-    manifest = check(config)
+    found = check(config)
+    on_rank_zero(lambda: fetch_log(config, found.folders[config.save_folder], found.names))
     batch = config.data.per_rank(dist.get_world_size())
     if (size := config.microbatch or 0) > batch:
         log.warning("microbatch: %d is more than a rank's %d samples here: one pass", size, batch)
-    with newest_checkpoint(config, manifest) as found:
-        load_path, source = (found.load_path, found.source) if found else (None, None)
-        trainer = build_trainer(config, manifest, load_path, preemption, source)
+    with newest_checkpoint(config, found.point, found.folders) as resume:
+        trainer = build_trainer(config, found, resume, preemption)
     step = int(trainer.state.timestamp.batch)
     if trainer.state.timestamp >= trainer.state.max_duration:
-        if found.source == config.fork_from:
-            nothing = f"leaves nothing to do after step {step} of {found.source}"
+        if resume.source == config.fork_from:
+            nothing = f"leaves nothing to do after step {step} of {resume.source}"
             raise ConfigError(f"duration: {config.duration} {nothing}")
-        log.info("%s: already finished at step %d (%s)", config.run_name, step, found.source)
-    elif found:
-        log.info("%s: resumed at step %d from %s", config.run_name, step, found.source)
-        for line in changes(trainer, config, found.settings):
+        log.info("%s: already finished at step %d (%s)", config.run_name, step, resume.source)
+    elif resume:
+        log.info("%s: resumed at step %d from %s", config.run_name, step, resume.source)
+        for line in changes(trainer, config, resume.settings):
             log.info("%s: %s", config.run_name, line)
     else:
         if not config.init_from and (advice := short_for_average(trainer, config.ema)):
             log.info("%s: %s", config.run_name, advice)
         log.info("%s: starting at step 0, %s has no complete checkpoint", config.run_name, config.save_folder)
-    return trainer, manifest
+    return trainer, found.manifest
 
 
 def changes(trainer: Trainer, config: TrainConfig, settings: dict | None) -> Iterator[str]:
@@ -237,7 +231,7 @@ def differences(before: dict, now: dict, section: str = "") -> list[str]:
 
 
 def fit(trainer: Trainer, config: TrainConfig) -> None:
-    """Trains. Raises StorageError; SystemExit where training diverges: what to try and what to go back to."""
+    """Train. Raises StorageError; where training diverges SystemExit with what to try and to go back to."""
     try:
         trainer.fit()
     except DivergedError as error:
@@ -251,7 +245,7 @@ def fit(trainer: Trainer, config: TrainConfig) -> None:
 
 
 def dry_run(config: TrainConfig) -> str:
-    """Return the run in words, its network built of shapes alone: nothing is read, allocated or sent."""
+    """Describe the run, its network built of shapes alone: nothing is read, allocated or sent."""
     world, batch = dist.get_world_size(), config.data.batch_size
     if problems := divisible(config, world):
         raise ConfigError("\n".join(problems))
@@ -268,7 +262,7 @@ def dry_run(config: TrainConfig) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Command line: CONFIG.yaml [key=value ...] [--dry-run]."""
+    """Run the command line: CONFIG.yaml [key=value ...] [--dry-run]."""
     dry, arguments = "--dry-run" in arguments, [a for a in arguments if a != "--dry-run"]
     answer(
         arguments, "composer recipe/train.py CONFIG.yaml [key=value ...] [--dry-run]", __doc__, TrainConfig

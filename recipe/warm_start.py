@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,30 +25,38 @@ from recipe.objectives import from_facts
 from recipe.objectives.base import Objective
 from recipe.settings import make
 from recipe.weights import load_weights, newest_export, parse_facts
-from storage import Folder
+from storage import Folders
 
 EMBEDDERS = ("s_embedder", "guidance_embedder")
 
 
-def locate_weights(uri: str) -> tuple[Folder, str]:
+class Weights(NamedTuple):
+    """Weights to begin with: the URI of their folder, their name in it, and the content of their JSON."""
+
+    uri: str
+    name: str
+    facts: dict[str, Any]
+
+
+def locate_weights(uri: str, folders: Folders) -> tuple[str, str]:
     """Return the folder and the name of weights; of a folder of exports its newest are meant.
 
     Raises StorageError.
     """
-    newest = newest_export(Folder(uri).names())
+    newest = newest_export(folders[uri].names())
     uri = f"{uri}/{newest}" if newest else uri
     folder, _, name = uri.removesuffix(".json").removesuffix(".safetensors").rpartition("/")
-    return Folder(folder or "."), name
+    return folder or ".", name
 
 
-def check_weights(config: TrainConfig, normalizer: Normalizer) -> tuple[Folder, str]:
+def check_weights(config: TrainConfig, normalizer: Normalizer, folders: Folders) -> Weights:
     """Find the weights of `init_from`; all their differences from the run are one ConfigError.
 
     Raises StorageError.
     """
-    folder, name = locate_weights(config.init_from)
+    uri, name = locate_weights(config.init_from, folders)
     try:
-        facts = parse_facts(folder.read(f"{name}.json"), f"{folder.uri}/{name}.json")
+        facts = parse_facts(folders[uri].read(f"{name}.json"), f"{uri}/{name}.json")
         theirs = asdict(make(AnyNetwork, facts["model"], "model"))
     except ValueError as error:
         raise ConfigError(f"init_from: {error}") from error
@@ -75,7 +83,7 @@ def check_weights(config: TrainConfig, normalizer: Normalizer) -> tuple[Folder, 
         found.append(str(error))
     if found:
         raise ConfigError(f"init_from: {config.init_from} does not fit: {'; '.join(found)}")
-    return folder, name
+    return Weights(uri, name, facts)
 
 
 def earlier_finishes(facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -117,17 +125,17 @@ def adapt(net: Denoiser, source: Objective, target: Objective) -> None:
         net.begin_guidance()
 
 
-def warm_start(model: GenerativeModel, config: TrainConfig) -> str:
-    """Put the weights of `init_from` into the student and its averages; says what is taken and what is new.
+def warm_start(model: GenerativeModel, weights: Weights, folders: Folders) -> str:
+    """Put weights into the student and its averages; return what is taken and what is new.
 
     Raises ConfigError, StorageError.
     """
-    folder, name = check_weights(config, model.normalizer)
     with TemporaryDirectory() as scratch:
         for suffix in (".safetensors", ".json"):
-            folder.get(name + suffix, Path(scratch, name + suffix))
+            name = weights.name + suffix
+            folders[weights.uri].get(name, Path(scratch, name))
         try:
-            net, facts = load_weights(Path(scratch, name))
+            net, facts = load_weights(Path(scratch, weights.name))
         except ValueError as error:
             raise ConfigError(f"init_from: {error}") from error
     source = from_facts(facts["method"])
@@ -144,6 +152,6 @@ def warm_start(model: GenerativeModel, config: TrainConfig) -> str:
     new += ["text"] if net.config.text != model.net.config.text else []
     taken = sum(x.numel() for key, x in state.items() if key.split(".")[0] not in new)
     return (
-        f"{folder.uri}/{name} ({source.name}, step {facts['step']}): {taken:,} parameters taken, "
+        f"{weights.uri}/{weights.name} ({source.name}, step {facts['step']}): {taken:,} parameters taken, "
         f"new: {', '.join(new) or 'none'}"
     )

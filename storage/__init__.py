@@ -130,6 +130,14 @@ class Folder:
         return attempt(f"{verb} {self.uri}/{name}".rstrip("/"), action)
 
 
+class Folders(dict[str, Folder]):
+    """Folders by their URIs, each opened when it is first asked for, once. Threads may share them."""
+
+    def __missing__(self, uri: str) -> Folder:
+        self[uri] = folder = Folder(uri)
+        return folder
+
+
 class Client(Protocol):
     """The access to one place by names of files below it; every method may raise any error."""
 

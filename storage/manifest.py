@@ -226,15 +226,22 @@ def read_manifest(uri: str) -> Manifest:
     Raises DatasetError if there is none: the folder is empty, or its conversion has not finished.
     """
     try:
-        return Manifest.from_json(Folder(uri).read(MANIFEST, LARGEST), f"{uri}/{MANIFEST}")
+        return _read_manifest(Folder(uri))
+    except StorageError as error:
+        raise DatasetError(str(error)) from error
+
+
+def _read_manifest(folder: Folder) -> Manifest:
+    """Read the manifest in a folder. Raises DatasetError, StorageError."""
+    uri = folder.uri
+    try:
+        return Manifest.from_json(folder.read(MANIFEST, LARGEST), f"{uri}/{MANIFEST}")
     except MissingError as error:
         reason = "not a dataset, or its conversion did not finish"
         with suppress(StorageError):
-            Folder(uri).read(f"train/{MANIFEST}")
+            folder.read(f"train/{MANIFEST}")
             reason = f"that is in its splits, so name one of them: {uri}/train"
         raise DatasetError(f"{uri} holds no {MANIFEST}: {reason}") from error
-    except StorageError as error:
-        raise DatasetError(str(error)) from error
 
 
 class File(TypedDict):
@@ -290,9 +297,10 @@ def open_dataset(uri: str) -> tuple[Manifest, list[Shard]]:
 
     Raises DatasetError if one of the two is missing or invalid, or if they contradict each other.
     """
-    manifest = read_manifest(uri)
     try:
-        return manifest, read_index(Folder(uri).read(INDEX, LARGEST), manifest, f"{uri}/{INDEX}")
+        folder = Folder(uri)
+        manifest = _read_manifest(folder)
+        return manifest, read_index(folder.read(INDEX, LARGEST), manifest, f"{folder.uri}/{INDEX}")
     except StorageError as error:
         raise DatasetError(str(error)) from error
 

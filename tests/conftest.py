@@ -22,11 +22,15 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from recipe.checkpoints import Resumable
 from recipe.config import TrainConfig, load_config
 from recipe.dit import DiT
 from recipe.features import Pixels
 from recipe.objectives.frechet import Frechet, Match
+from recipe.preflight import Findings, check_data
+from recipe.warm_start import check_weights
 from recipe.weights import save_weights
+from storage import Folders
 from storage.manifest import Manifest
 from streaming_convert import writer
 from streaming_convert.encoders import Stored
@@ -154,6 +158,14 @@ def finishing(base, shape, pool=1, **settings):
     match.refresh()
     objective = Frechet(features={"pixels": "real"}, **settings)
     return objective.begin(base, {"pixels": match}, lambda x0: 127.5 + 127.5 * x0)
+
+
+def findings(config):
+    """What the checks before a new run find, without a look at the places that it writes to."""
+    folders = Folders()
+    manifest, normalizer = check_data(config)
+    weights = check_weights(config, normalizer, folders) if config.init_from else None
+    return Findings(manifest, normalizer, [], Resumable(config.save_folder, []), weights, folders)
 
 
 @pytest.fixture(scope="session")

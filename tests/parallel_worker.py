@@ -24,9 +24,8 @@ from recipe.config import TrainConfig, load_config
 from recipe.data import train_loader
 from recipe.model import StepKey
 from recipe.parallel import parallelism, unwrap
-from recipe.preflight import check_data
 from recipe.train import build_algorithms, build_model
-from tests.conftest import TINY, documented_objective
+from tests.conftest import TINY, documented_objective, findings
 
 STEPS = 20
 
@@ -79,7 +78,7 @@ def build(digits, dtype, overrides, steps, callback, **paths):
     config = load_config(TrainConfig, "yamls/digits.yaml", [f"data.local={digits}", *TINY, *known])
     if example:
         config.objective = documented_objective()(kappa=0.25)
-    model, sharding = build_model(config, check_data(config)), parallelism(config.parallel, "cpu")
+    model, sharding = build_model(config, findings(config)), parallelism(config.parallel, "cpu")
     if isinstance(callback, Gradients):
         perturb(model)
     if dtype == "bf16":  # Composer has no bf16 on a CPU: what its trainer and amp_bf16 do on a GPU

@@ -16,9 +16,8 @@ from recipe.normalizer import Normalizer
 from recipe.pictures import grid, to_pixels
 from recipe.plan import step_flops
 from recipe.preemption import Preemption
-from recipe.preflight import check_data
 from recipe.train import build_trainer
-from tests.conftest import TINY
+from tests.conftest import TINY, findings
 
 LABELS, COLUMNS = [3, 1, 10], 4
 OPTIONS = ["duration=4ba", "log.interval=2", "log.peak_tflops=2", "microbatch=4", "grid.interval=2ba"]
@@ -44,7 +43,7 @@ def trained(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("callbacks")
     overrides = [f"data.local={digits}", f"folder={folder}", *TINY, *OPTIONS]
     config = load_config(TrainConfig, "yamls/digits.yaml", overrides)
-    trainer, terms = build_trainer(config, check_data(config), None, Preemption(None)), Terms()
+    trainer, terms = build_trainer(config, findings(config), None, Preemption(None)), Terms()
     trainer.state.callbacks.append(terms)
     trainer.fit()
     trainer.close()

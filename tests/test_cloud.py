@@ -31,9 +31,9 @@ from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.preemption import Preemption
 from recipe.train import build_trainer, start
 from recipe.weights import load_weights
-from storage import Folder, StorageError, normalize_uri
+from storage import Folder, Folders, StorageError, normalize_uri
 from storage.manifest import read_manifest
-from tests.conftest import NAMESPACES, ROOT, TINY, outputs
+from tests.conftest import NAMESPACES, ROOT, TINY, findings, outputs
 from tests.fakes import Cloud
 
 
@@ -212,7 +212,7 @@ def config_of(digits, save_folder, *more):
 
 
 def trainer_of(config):
-    return build_trainer(config, preflight.check_data(config), None, Preemption(None))
+    return build_trainer(config, findings(config), None, Preemption(None))
 
 
 @pytest.fixture
@@ -232,8 +232,11 @@ def sign(folder, name, rank=0, **more):
 
 
 def resumed_from(config):
-    with newest_checkpoint(config, read_manifest(config.data.source)) as found:
-        return found and found.source.rpartition("/")[2]
+    """The name of the checkpoint that a start goes on from, None for a new run; it claims the folder."""
+    found = preflight.check(config)
+    with newest_checkpoint(config, found.point, found.folders) as resume:
+        Owner(config, found.folders)
+        return resume and resume.source.rpartition("/")[2]
 
 
 def test_the_newest_sound_checkpoint_is_taken_and_damage_is_said(saved, digits, tmp_path, caplog):
@@ -291,7 +294,7 @@ def test_a_folder_with_other_files_is_refused_and_left_as_it_is(s3, digits, clou
 def test_a_folder_that_may_not_be_listed_is_an_error(s3, straight, digits):
     s3.faults.denied = "prefix=straight/"
     try:
-        with pytest.raises(StorageError, match="cannot list s3://tests/straight: .*403"):
+        with pytest.raises(ConfigError, match="^save_folder: cannot list s3://tests/straight: .*403"):
             resumed_from(config_of(digits, s3.uri("straight")))
     finally:
         s3.faults.heal()
@@ -304,6 +307,41 @@ def test_a_fork_starts_from_another_runs_checkpoint_in_its_own_folder(s3, straig
     assert Folder(s3.uri("fork")).names() == ["run.json"]
     with pytest.raises(ConfigError, match="fork_from: .*ep0-ba9 is not a complete checkpoint"):
         resumed_from(config_of(digits, s3.uri("fork2"), f"{fork[:-1]}9"))
+
+
+def test_a_start_opens_and_lists_its_save_folder_once(
+    s3, s3_digits, digits, tmp_path, monkeypatch, cloud_env
+):
+    """Of a new run, of one that resumes, of a fork with its source, of weights to begin with."""
+    opened, listed = [], []
+    names, made = Folder.names, Folder.__init__
+    monkeypatch.setattr(Folder, "__init__", lambda self, uri: (opened.append(uri), made(self, uri))[1])
+    monkeypatch.setattr(Folder, "names", lambda self: (listed.append(self.uri), names(self))[1])
+    more = (f"data.remote={s3_digits}", f"data.local={tmp_path}/cache", "grid.interval=null")
+
+    def begin(name, *others):
+        opened.clear()
+        listed.clear()
+        folder = f"folder={tmp_path}/{name}"
+        trainer, _ = start(config_of(digits, s3.uri(name), folder, *others, *more), Preemption(None))
+        asked = [uri for uri in opened if not re.search("digits|cache", uri)]
+        counted = {uri: (asked.count(uri), listed.count(uri)) for uri in asked}
+        return trainer, counted
+
+    trainer, counted = begin("once", "duration=2ba")
+    assert counted == {s3.uri("once"): (1, 1), f"{tmp_path}/once": (1, 1)}
+    trainer.fit()
+    trainer.close()
+    trainer, counted = begin("once", "duration=4ba")
+    assert int(trainer.state.timestamp.batch) == 2
+    assert counted == {s3.uri("once"): (1, 1), f"{tmp_path}/once": (1, 1)}
+    trainer.close()
+    for name, key, place in (("forked", "fork_from", "ep0-ba2"), ("warm", "init_from", "weights")):
+        source = s3.uri("once") if key == "fork_from" else f"{s3.uri('once')}/weights"
+        trainer, counted = begin(name, f"{key}={s3.uri('once')}/{place}", f"run_name={name}", "duration=4ba")
+        here = {s3.uri(name): (1, 1), f"{tmp_path}/{name}": (1, 1)}
+        assert counted == {**here, source: (1, 1)}
+        trainer.close()
 
 
 def test_a_fork_with_nothing_left_to_do_is_refused(s3, straight, digits, tmp_path):
@@ -344,7 +382,7 @@ def test_a_receipt_that_cannot_be_read_is_damage_and_never_a_fresh_start(digits,
     with pytest.raises(ConfigError, match=r"none of the checkpoints .*ep0-ba4/rank0.json is damaged"):
         resumed_from(config)
     folder.write("run.json", b"[]")
-    with pytest.raises(StorageError, match=r"run.json is damaged"):
+    with pytest.raises(ConfigError, match=r"^save_folder: .*run.json is damaged"):
         resumed_from(config)
 
 
@@ -353,7 +391,7 @@ def test_what_a_killed_start_left_is_no_obstacle_and_does_not_stay(digits, tmp_p
     (tmp_path / "save/run.json.tmp").write_bytes(b"{")
     (tmp_path / "run/resume-killed/ep0-ba4").mkdir(parents=True)
     assert resumed_from(config_of(digits, tmp_path / "save", f"folder={tmp_path}/run")) is None
-    assert not list((tmp_path / "run").iterdir())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["start.json"]
 
 
 class AtOnce:
@@ -390,7 +428,7 @@ def test_of_two_starts_of_one_run_the_earlier_one_writes_nothing_more(
 ):
     more = ("duration=2ba", "grid.interval=null", f"log.interval={interval}")
     trainer = trainer_of(config_of(digits, tmp_path / "save", f"folder={tmp_path}/a", *more))
-    Owner(config_of(digits, tmp_path / "save", f"folder={tmp_path}/{folder}"))
+    Owner(config_of(digits, tmp_path / "save", f"folder={tmp_path}/{folder}"), Folders())
     with pytest.raises(StorageError, match=message):
         trainer.fit()
     trainer.close()
@@ -402,7 +440,7 @@ def test_of_two_starts_of_one_run_the_earlier_one_writes_nothing_more(
 def test_a_bucket_gets_the_export_of_the_later_start(s3, digits, tmp_path, cloud_env):
     """Both wrote weights of one name, with other settings; the earlier one's were in the bucket already."""
     config = config_of(digits, s3.uri("replaced"), f"folder={tmp_path}")
-    saver = Checkpoints(config, read_manifest(config.data.source), Owner(config))
+    saver = Checkpoints(config, read_manifest(config.data.source), Owner(config, Folders()))
     (tmp_path / "weights").mkdir()
     for content in (b"one", b"two"):
         saver.mirrored.clear()  # as for another start
@@ -425,8 +463,6 @@ def test_checkpoints_of_another_dataset_are_refused_with_the_way_out(digits, tmp
         sign(Folder(config.save_folder), "ep0-ba8", dataset=other)
         with pytest.raises(ConfigError, match=r"^data.local: .*1797 samples.* is not .*ep0-ba8 .*init_from"):
             resumed_from(config)
-        (problem,) = preflight.startable(config, read_manifest(str(digits)))
-        assert problem.startswith("data.local: ")
         fork = config_of(digits, tmp_path / "fork", f"fork_from={config.save_folder}/ep0-ba8")
         with pytest.raises(ConfigError, match=r"^data.local: "):
             resumed_from(fork)
@@ -504,7 +540,7 @@ class TestPreflight:
         self, digits, tmp_path, monkeypatch
     ):
         def disk_space(config):
-            return list(preflight.disk_space(config, preflight.check_data(config)))
+            return list(preflight.disk_space(config, preflight.check_data(config)[0]))
 
         config = config_of(digits, tmp_path / "save", f"folder={tmp_path}", "save_keep=2")
         size = preflight.checkpoint_bytes(config)
@@ -549,8 +585,8 @@ class TestPreflight:
         assert "Fix: oci setup config" in problem
 
     def test_a_bucket_that_is_not_there_comes_with_the_command_that_makes_it(self, oci):
-        (problem,) = preflight.writable("save_folder", "oci://nowhere/run")
-        assert "Fix: oci os bucket create --name nowhere" in problem
+        with pytest.raises(ConfigError, match="Fix: oci os bucket create --name nowhere"):
+            preflight.writable("save_folder", "oci://nowhere/run", Folders())
 
 
 def test_a_bucket_itself_is_a_folder(s3, cloud_env):

@@ -92,7 +92,7 @@ def test_an_odd_setting_is_one_line_or_a_run_that_can_start(section, small, digi
             assert key in str(error), (key, value)
             assert "\n" not in str(error), (key, value)
         else:
-            problems, _ = preflight.problems(config, 1)
+            problems, _ = preflight.examine(config, 1)
             assert all(key in line and "\n" not in line for line in problems), (key, value, problems)
 
 
@@ -149,15 +149,15 @@ def test_a_setting_that_breaks_its_rule_says_which_rule(small, override, message
     ],
 )
 def test_more_than_the_dataset_holds_is_refused_before_the_start(small, override, message):
-    (problem,), _ = preflight.problems(load_config(TrainConfig, small, [override]), 1)
+    (problem,), _ = preflight.examine(load_config(TrainConfig, small, [override]), 1)
     assert problem.startswith(message)
 
 
 def test_the_manifest_is_read_once(small, monkeypatch):
     read, calls = preflight.open_dataset, []
     monkeypatch.setattr(preflight, "open_dataset", lambda uri: calls.append(uri) or read(uri))
-    problems, manifest = preflight.problems(load_config(TrainConfig, small, []), 1)
-    assert (problems, manifest.num_samples, len(calls)) == ([], 1797, 1)
+    problems, found = preflight.examine(load_config(TrainConfig, small, []), 1)
+    assert (problems, found.manifest.num_samples, len(calls)) == ([], 1797, 1)
 
 
 def test_a_number_is_a_number_everywhere(small):
@@ -283,9 +283,9 @@ def test_a_plan_needs_no_data_and_takes_any_gpu(small, capsys):
 
 def test_a_temporary_folder_too_long_for_sockets_is_one_line_instead_of_a_run_that_hangs(small, monkeypatch):
     monkeypatch.setattr(preflight, "gettempdir", lambda: "/tmp/" + 71 * "x")
-    problems, _ = preflight.problems(load_config(TrainConfig, small, ["data.workers=1"]), 1)
+    problems, _ = preflight.examine(load_config(TrainConfig, small, ["data.workers=1"]), 1)
     assert [line for line in problems if line.startswith("data.workers: 1 need a temporary folder")]
-    assert preflight.problems(load_config(TrainConfig, small, ["data.workers=0"]), 1)[0] == []
+    assert preflight.examine(load_config(TrainConfig, small, ["data.workers=0"]), 1)[0] == []
 
 
 def test_features_that_are_given_replace_those_of_the_yaml():

@@ -9,14 +9,13 @@ from types import SimpleNamespace
 from composer.core import Time, Timestamp
 
 from recipe import console
-from recipe.checkpoints import dataset_facts
+from recipe.checkpoints import Resume, dataset_facts
 from recipe.config import TrainConfig, as_dict, load_config
 from recipe.console import Bar, ConsoleLines, summary
 from recipe.preemption import Preemption
-from recipe.preflight import check_data
 from recipe.train import build_trainer, changes, differences
 from storage.manifest import read_manifest
-from tests.conftest import TINY
+from tests.conftest import TINY, findings
 
 
 def config_of(digits, folder, *more):
@@ -74,7 +73,7 @@ def test_a_resume_says_which_settings_changed_and_how_the_rate_jumps(digits, tmp
     decay = ["optimizer.schedule=linear", "optimizer.lr=0.01", "data.batch_size=256"]
     config = config_of(digits, tmp_path, *decay, "duration=4ba", "save_interval=4ba")
     manifest = read_manifest(str(digits))
-    trainer = build_trainer(config, check_data(config), None, Preemption(None))
+    trainer = build_trainer(config, findings(config), None, Preemption(None))
     trainer.fit()
     trainer.close()
     receipt = json.loads((tmp_path / "checkpoints/ep0-ba4/rank0.json").read_text())
@@ -85,7 +84,7 @@ def test_a_resume_says_which_settings_changed_and_how_the_rate_jumps(digits, tmp
     assert Path(draw[0]).exists() and draw[1:4] == ["-m", "eval.sample", f"{tmp_path}/weights/ba0000004-ema"]
     load = str(tmp_path / "checkpoints/ep0-ba4/rank0.pt")
     longer = config_of(digits, tmp_path, *decay, "duration=8ba", "save_interval=4ba")
-    trainer = build_trainer(longer, manifest, load, Preemption(None))
+    trainer = build_trainer(longer, findings(longer), Resume(load, load, None), Preemption(None))
     assert list(changes(trainer, longer, receipt["settings"])) == [
         "changed since then: duration 4ba => 8ba",
         "the learning rate jumps from 0.0025 at step 3 to 0.005 at step 4",

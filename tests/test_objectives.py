@@ -16,9 +16,9 @@ from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow, from
 from recipe.objectives.base import Condition, Draw, draw
 from recipe.objectives.flow_matching import flow_matching_loss
 from recipe.sampler import initial_noise, sample
-from recipe.warm_start import warm_start
+from recipe.warm_start import check_weights, warm_start
 from recipe.weights import save_weights
-from storage import StorageError
+from storage import Folders, StorageError
 from tests.conftest import documented_objective
 from tests.test_tvm import SIGMA, exact_network, make_batch, small_network, spread
 
@@ -242,8 +242,8 @@ def test_init_from_keeps_the_velocities_of_the_weights(tmp_path, source, target,
         TrainConfig, "yamls/digits.yaml", [f"data.local={tmp_path}", f"init_from={tmp_path}/weights"]
     )
     config.model, config.objective = trained.net.config, target
-    model = model_of(target, network)
-    said = warm_start(model, config)
+    model, folders = model_of(target, network), Folders()
+    said = warm_start(model, check_weights(config, model.normalizer, folders), folders)
     assert f"({source.name}, step 5)" in said
     assert ("guidance_embedder" in said) == (target.guidance_input and not source.guidance_input)
     x, label = torch.randn(5, 2, 4, 4).double(), torch.arange(5) % 3
@@ -340,7 +340,7 @@ def test_weights_that_do_not_fit_are_one_error_with_all_differences(tmp_path):
     config.model = DiTConfig(**{**asdict(source.net.config), "depth": 3, "norm": "layer"})
     config.objective = IMF(guidance=[1, 2])
     with pytest.raises(ConfigError) as error:
-        warm_start(model_of(config.objective, norm="layer"), config)
+        check_weights(config, model_of(config.objective, norm="layer").normalizer, Folders())
     for part in (
         "model.depth: 3 here, 2 there",
         "model.norm",
@@ -351,7 +351,7 @@ def test_weights_that_do_not_fit_are_one_error_with_all_differences(tmp_path):
         assert part in str(error.value)
     config.init_from = f"{tmp_path}/none"
     with pytest.raises(StorageError, match="none.json"):
-        warm_start(model_of(config.objective), config)
+        check_weights(config, model_of(config.objective).normalizer, Folders())
 
 
 def test_the_objective_of_the_documentation_trains():

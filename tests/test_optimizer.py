@@ -5,12 +5,12 @@ import math
 
 import pytest
 
+from recipe.checkpoints import Resume
 from recipe.config import OptimizerConfig, TrainConfig, load_config
 from recipe.optimizer import in_steps, learning_rate, rate_of_step
 from recipe.preemption import Preemption
-from recipe.preflight import check_data
 from recipe.train import build_trainer
-from tests.conftest import TINY
+from tests.conftest import TINY, findings
 
 
 def rates(schedule, warmup, duration):
@@ -54,7 +54,8 @@ def logged_rates(digits, folder, *overrides, load_path=None):
         *overrides,
     ]
     config = load_config(TrainConfig, "yamls/digits.yaml", [*TINY, "data.batch_size=256", *overrides])
-    trainer = build_trainer(config, check_data(config), load_path, Preemption(None))
+    resume = load_path and Resume(load_path, load_path, None)
+    trainer = build_trainer(config, findings(config), resume, Preemption(None))
     used = []
     step = trainer.state.optimizers[0].step
     trainer.state.optimizers[0].step = lambda *a, **k: (

@@ -29,8 +29,7 @@ from recipe.text import BEGIN, Prompts, Text, TextConfig, byte_tokens, empty_pro
 from recipe.train import build_model
 from recipe.warm_start import warm_start
 from recipe.weights import load_weights, save_weights
-from storage.manifest import read_manifest
-from tests.conftest import TINY, run
+from tests.conftest import TINY, findings, run
 from tests.test_text_encoder import save_clip, save_t5
 
 PROMPTS = ["red heart", "", "flag: Côte d’Ivoire", "a" * 300]
@@ -399,8 +398,9 @@ def test_prompts_need_captions(digits):
 def test_weights_without_prompts_begin_a_run_with_them(tiny_run, digits):
     overrides = [f"data.local={digits}", *TINY, f"init_from={tiny_run}/weights", *CONFIG[1:]]
     config = load_config(TrainConfig, "yamls/digits.yaml", overrides)
-    model = build_model(config, read_manifest(str(digits)))
-    said = warm_start(model, config)
+    found = findings(config)
+    model = build_model(config, found)
+    said = warm_start(model, found.weights, found.folders)
     assert said.endswith("new: text")
     net, _ = load_weights(tiny_run / "weights/ba0000008-ema")
     x, t, d, label = query()

@@ -25,11 +25,10 @@ from recipe.ema import ema_decay
 from recipe.guard import DivergedError
 from recipe.model import StepKey
 from recipe.parallel import unwrap
-from recipe.preflight import check_data
 from recipe.train import build_algorithms, build_model, short_for_average
 from recipe.weights import load_weights
 from storage import StorageError, writing
-from tests.conftest import EACH, NAMESPACES, PATIENCE, ROOT, TINY, run
+from tests.conftest import EACH, NAMESPACES, PATIENCE, ROOT, TINY, findings, run
 
 
 class Recorder(Callback):
@@ -69,7 +68,7 @@ def fit(digits, steps, *overrides, recorder=None, **trainer):
     """Train in this process; returns (model, recorder)."""
     overrides = [f"data.local={digits}", *TINY, *(o.format(digits=digits) for o in overrides)]
     config = load_config(TrainConfig, "yamls/digits.yaml", overrides)
-    model = build_model(config, check_data(config)).double()
+    model = build_model(config, findings(config)).double()
     recorder = recorder or Recorder()
     optimizer = torch.optim.AdamW([p for p in model.net.parameters() if p.requires_grad], lr=1e-3)
     algorithms = build_algorithms(config)
