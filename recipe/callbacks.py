@@ -130,17 +130,21 @@ class SampleGrid(Callback):
     may be sharded; rank 0 writes.
     """
 
-    def __init__(self, folder: str, config: GridConfig, column: str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str, config: GridConfig, column: str, owner: Owner) -> None:
+        self.folder, self.owner = Path(folder), owner
         self.config, self.column = config, column
         self.due: Callable[[State, Event], bool] = create_interval_scheduler(config.interval)
         wanted = column == "latents" and config.vae and dist.get_global_rank() == 0
         self.vae = load_vae(config.vae) if wanted else None
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        """Draw when it is due; the averages, which are algorithms, have been updated by then."""
+        """Draw when it is due; the averages, which are algorithms, have been updated by then.
+
+        Raises StorageError, on all ranks.
+        """
         if event != Event.BATCH_CHECKPOINT or not self.due(state, event):
             return
+        on_rank_zero(self.owner.check_files)
         for nfe in self.config.nfe:
             with get_precision_context(state.precision):
                 x0 = self.sample(unwrap(state.model), nfe, state.train_dataloader)

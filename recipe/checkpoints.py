@@ -50,13 +50,16 @@ LOG = "train.jsonl"
 PROBE = ".preflight"
 FOLDER = re.compile(r"ep(\d+)-ba(\d+)")
 FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata|rank\d+\.(pt|json)")
-RECEIPT = {"run_name", "attempt", "ranks", "files"}
+RECEIPT = {"run_name", "attempt", "ranks", "files", "settings", "dataset"}
+DATASET = {"samples": int, "xxh64": str}
 KINDS = {  # of the values in these files; those of `files` are names of a checkpoint's own files
     "run_name": lambda x: isinstance(x, str),
     "identity": lambda x: isinstance(x, dict),
     "attempt": lambda x: x is None or isinstance(x, str),
     "ranks": lambda x: isinstance(x, int) and 1 <= x <= 2**20,
     "files": lambda x: isinstance(x, dict) and all(map(FILE.fullmatch, x)),
+    "settings": lambda x: x is None or isinstance(x, dict),  # these two are rank 0's to write
+    "dataset": lambda x: x is None or isinstance(x, dict) and {k: type(v) for k, v in x.items()} == DATASET,
     "origin": lambda x: isinstance(x, dict) and isinstance(x.get("method"), dict),
 }
 INIT_ONLY = ("preset", "label_std", "time_init", "patch_init")  # do not change the shape of the network

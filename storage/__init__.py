@@ -98,9 +98,10 @@ class Folder:
 
     def get(self, name: str, target: Path) -> None:
         """Copy the file `name` to the local path `target`. Raises MissingError if it does not exist."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._attempt("read", name, lambda: self._client.get(self.prefix + name, f"{target}.tmp"))
-        os.replace(f"{target}.tmp", target)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._attempt("read", name, lambda: self._client.get(self.prefix + name, f"{target}.tmp"))
+            os.replace(f"{target}.tmp", target)
 
     def write(self, name: str, content: bytes) -> None:
         """Write `content` as the file `name`, whole or not at all."""

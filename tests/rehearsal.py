@@ -232,7 +232,7 @@ def rehearse(name, sharded, precision):
 
 def draw_grid(model, column, precision, vae, batch):
     """Samples of the average, through the decoder of latents where there are any."""
-    grid = SampleGrid("nowhere", GridConfig(columns=2, nfe=[2]), "image")
+    grid = SampleGrid("nowhere", GridConfig(columns=2, nfe=[2]), "image", owner=None)
     rows = {name: x.cpu() for name, x in batch.items()}
     dataset = type("Rows", (list,), {"size": BATCH})([None] * BATCH)
     loader = SimpleNamespace(dataset=dataset, collate_fn=lambda samples: rows)

@@ -131,4 +131,4 @@ def test_an_autoencoder_that_cannot_be_loaded_is_an_error_before_training():
     from recipe.train import build_grid
 
     with pytest.raises(ConfigError, match="grid.vae: "):
-        build_grid("nowhere", GridConfig(vae=str(Path("no") / "such" / "folder")), "latents")
+        build_grid("nowhere", GridConfig(vae=str(Path("no") / "such" / "folder")), "latents", owner=None)

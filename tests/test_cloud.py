@@ -376,8 +376,10 @@ def test_a_receipt_that_cannot_be_read_is_damage_and_never_a_fresh_start(digits,
     folder = Folder(config.save_folder)
     sign(folder, "ep0-ba4")
     folder.write("ep0-ba8/rank0.json", b'{"run')
+    sign(folder, "ep0-ba12", settings=["duration"])
+    sign(folder, "ep0-ba16", dataset={"samples": "1797", "xxh64": "0"})
     assert resumed_from(config) == "ep0-ba4"
-    assert "ep0-ba8 is damaged: not used" in caplog.text
+    assert all(f"ep0-ba{step} is damaged: not used" in caplog.text for step in (8, 12, 16))
     folder.write("ep0-ba4/rank0.json", b"{}")
     with pytest.raises(ConfigError, match=r"none of the checkpoints .*ep0-ba4/rank0.json is damaged"):
         resumed_from(config)
@@ -416,17 +418,18 @@ def test_weights_reach_the_bucket_before_the_receipt_that_ends_the_run(s3, digit
 
 
 @pytest.mark.parametrize(
-    ("folder", "interval", "message"),
+    ("folder", "first", "message"),
     [
-        ("a", 1, r"folder: .*/a was taken over by a later start"),  # at the first line of the log
-        ("a", 10, r"folder: .*/a was taken over by a later start"),  # at the first export
-        ("b", 10, r"save_folder: .*/save was taken over by a later start"),  # at the first checkpoint
+        ("a", "log.interval=1", r"folder: .*/a was taken over by a later start"),
+        ("a", "grid.interval=1ba", r"folder: .*/a was taken over by a later start"),
+        ("a", "export_interval=1ba", r"folder: .*/a was taken over by a later start"),
+        ("b", "save_interval=1ba", r"save_folder: .*/save was taken over by a later start"),
     ],
 )
 def test_of_two_starts_of_one_run_the_earlier_one_writes_nothing_more(
-    digits, tmp_path, folder, interval, message
+    digits, tmp_path, folder, first, message
 ):
-    more = ("duration=2ba", "grid.interval=null", f"log.interval={interval}")
+    more = ("duration=2ba", "grid.interval=null", "log.interval=10", first)
     trainer = trainer_of(config_of(digits, tmp_path / "save", f"folder={tmp_path}/a", *more))
     Owner(config_of(digits, tmp_path / "save", f"folder={tmp_path}/{folder}"), Folders())
     with pytest.raises(StorageError, match=message):

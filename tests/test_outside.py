@@ -65,6 +65,14 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
             Folder(str(tmp_path)).read(name, 100)
 
 
+def test_a_place_that_takes_no_file_is_named(tmp_path):
+    (tmp_path / "here").write_bytes(b"content")
+    (tmp_path / "folder").mkdir()
+    for target, answer in (("here/below", "File exists"), ("folder", "Is a directory")):
+        with pytest.raises(StorageError, match=f"cannot write {tmp_path / target}: {answer}"):
+            Folder(str(tmp_path)).get("here", tmp_path / target)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Twelve pictures in three shards, captioned, to be copied and damaged."""
