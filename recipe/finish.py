@@ -5,7 +5,7 @@ the moments of samples after every one.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from composer.core import Algorithm, Event, State, get_precision_context
@@ -20,13 +20,11 @@ from recipe.guard import stepped
 from recipe.objectives import from_facts
 from recipe.objectives.frechet import Frechet, Match
 from recipe.parallel import on_rank_zero, unwrap
+from recipe.preflight import Findings
 from recipe.pretrained import hash_weights, load_decoder
 from recipe.reference import STATISTICS, MDSImages, content_digest, make_extractor, measure, statistics_for
 from recipe.warm_start import earlier_finishes
 from storage.manifest import DatasetError
-
-if TYPE_CHECKING:
-    from recipe.preflight import Findings
 
 BATCH = 256  # real images at once
 
