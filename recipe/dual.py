@@ -208,14 +208,14 @@ def rotate(x: Dual, cos: Tensor, sin: Tensor) -> Dual:
     return map_linear(turn, x)
 
 
-def sinusoid(u: Dual, width: int = 256, max_period: float = 10000.0) -> Dual:
-    """Return [cos(u f_i), sin(u f_i)] with f_i = max_period^(-2i/width): (B,) => (B, width).
+def sinusoid(u: Dual, width: int) -> Dual:
+    """Return [cos(u f_i), sin(u f_i)] with f_i = 10000^(-2i/width): (B,) => (B, width).
 
     The angles are taken in float64 and the result has the type of u: no factor of 1000 on the time.
     """
     half = width // 2
     steps = torch.arange(half, dtype=torch.float64, device=u.value.device)
-    freqs = max_period ** (-steps / half)
+    freqs = 10000.0 ** (-steps / half)
     angles = u.value.double()[:, None] * freqs
     cos, sin = angles.cos(), angles.sin()
     value = torch.cat([cos, sin], -1).to(u.value.dtype)

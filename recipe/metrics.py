@@ -14,6 +14,11 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 # The functions below are given the features of all ranks, so torchmetrics must not gather them once more.
 ALONE = {"sync_on_compute": False}
+SUBSETS = 100  # of the kernel distance
+SPLITS = 10  # of the Inception score
+NEIGHBOURS = 3  # of precision and recall
+AMONG, FOUND = 100, 10  # of retrieval: images to choose from, nearest ones that count
+ROWS = 2048  # of features compared at a time
 
 
 class FeatureMoments(Metric):
@@ -22,10 +27,8 @@ class FeatureMoments(Metric):
     The states are float64 sums (centred moments are not additive), which torchmetrics adds up over ranks: any
     split into batches and ranks gives the same moments up to the order of additions (1e-9 is tested).
 
-    Raw second moments lose log10(mean^2 / variance) of float64's 16 digits. Network features lose one or two;
-    for data far from the origin pass `shift`, a point near the mean that every rank subtracts first.
-
-    num_features: F; shift: (F,), the origin by default.
+    Raw second moments lose log10(mean^2 / variance) of float64's 16 digits; network features lose one or two.
+    num_features: F.
     """
 
     full_state_update = False
@@ -33,24 +36,20 @@ class FeatureMoments(Metric):
     sum: Tensor
     count: Tensor
 
-    def __init__(self, num_features: int, shift: Tensor | None = None) -> None:
+    def __init__(self, num_features: int) -> None:
         super().__init__()
-        shift = torch.zeros(num_features) if shift is None else shift
-        if shift.shape != (num_features,):
-            raise ValueError(f"shift has shape {tuple(shift.shape)}, expected ({num_features},)")
-        self.register_buffer("shift", shift.double(), persistent=False)
-        zeros = {"dtype": torch.float64, "device": shift.device}
-        self.add_state("sum_outer", torch.zeros(num_features, num_features, **zeros), dist_reduce_fx="sum")
-        self.add_state("sum", torch.zeros(num_features, **zeros), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64, device=shift.device), dist_reduce_fx="sum")
+        zeros = torch.zeros(num_features, num_features, dtype=torch.float64)
+        self.add_state("sum_outer", zeros, dist_reduce_fx="sum")
+        self.add_state("sum", zeros[0].clone(), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, features: Tensor) -> None:
         """Add a batch of features (N, F), of any floating-point type."""
         if features.ndim != 2 or features.shape[1] != len(self.sum):
             raise ValueError(f"features have shape {tuple(features.shape)}, expected (N, {len(self.sum)})")
-        centred = features.double() - self.shift
-        self.sum_outer.addmm_(centred.T, centred)
-        self.sum += centred.sum(0)
+        features = features.double()
+        self.sum_outer.addmm_(features.T, features)
+        self.sum += features.sum(0)
         self.count += len(features)
 
     def compute(self) -> tuple[Tensor, Tensor]:
@@ -62,9 +61,8 @@ class FeatureMoments(Metric):
             raise ValueError(f"a covariance needs at least 2 samples, got {int(self.count)}")
         if not torch.isfinite(self.sum).all():
             raise ValueError("features contain values that are not finite")
-        offset = self.sum / self.count
-        covariance = (self.sum_outer - torch.outer(self.sum, offset)) / (self.count - 1)
-        return self.shift + offset, covariance
+        mean = self.sum / self.count
+        return mean, (self.sum_outer - torch.outer(self.sum, mean)) / (self.count - 1)
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
@@ -118,12 +116,13 @@ def resampled_distance(
 
 
 def kernel_distance(
-    features: Tensor, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    features: Tensor, reference: Tensor, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """Return the kernel distance (KID, Binkowski et al. 2018): unbiased MMD^2, kernel (x.y / F + 1)^3.
 
-    By torchmetrics; its subsets come from `seed` alone, so beside it the order of the rows matters. Features
-    (N, F) and reference (M, F), at least `subset_size` long => mean and standard deviation over the subsets.
+    By torchmetrics; its 100 subsets come from `seed` alone, so beside it the order of the rows matters.
+    Features (N, F) and reference (M, F), at least `subset_size` long => mean and standard deviation over the
+    subsets.
     """
     shortest = min(len(features), len(reference))
     if shortest < subset_size:
@@ -131,77 +130,76 @@ def kernel_distance(
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
         torch.manual_seed(seed)
-        metric = KernelInceptionDistance(nn.Identity(), subsets, subset_size, **ALONE)
+        metric = KernelInceptionDistance(nn.Identity(), SUBSETS, subset_size, **ALONE)
         metric.update(reference, real=True)
         metric.update(features, real=False)
         mean, std = metric.compute()
     return float(mean), float(std)
 
 
-def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
+def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float]:
     """Return the Inception score (Salimans et al. 2016): exp E KL(p(y|x) || p(y)), by torchmetrics.
 
-    logits: (N, K), for the 2015 graph the outputs without bias; shuffled by `seed` and split into `splits`
-    parts => mean and (unbiased) standard deviation over the parts.
+    logits: (N, K), for the 2015 graph the outputs without bias; shuffled by `seed` and split into ten parts
+    => mean and (unbiased) standard deviation over the parts.
     """
-    if not 2 <= splits <= len(logits):
-        raise ValueError(f"splits must lie between 2 and the number of samples, {len(logits)}; got {splits}")
+    if len(logits) < SPLITS:
+        raise ValueError(f"the Inception score needs at least {SPLITS} samples, got {len(logits)}")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
         torch.manual_seed(seed)
-        metric = InceptionScore(nn.Identity(), splits=splits, **ALONE)
+        metric = InceptionScore(nn.Identity(), splits=SPLITS, **ALONE)
         metric.update(logits)
         mean, std = metric.compute()
     return float(mean), float(std)
 
 
-def precision_recall(
-    features: Tensor, reference: Tensor, k: int = 3, rows: int = 2048
-) -> tuple[float, float]:
+def precision_recall(features: Tensor, reference: Tensor) -> tuple[float, float]:
     """Return improved precision and recall (Kynkaanniemi et al. 2019), which torchmetrics does not have.
 
     Precision is the share of samples inside the union of balls around the reference points, each reaching to
-    that point's k-th neighbour in the reference; recall exchanges the roles. Features (N, F) and reference
-    (M, F) are longer than k; `rows` at a time bound the memory.
+    that point's third neighbour in the reference; recall exchanges the roles. Features (N, F) and reference
+    (M, F) are compared in blocks, which bounds the memory.
     """
-    if min(len(features), len(reference)) <= k:
-        raise ValueError(f"k = {k} needs more than {k} samples, got {len(features)} and {len(reference)}")
-    return _coverage(features, reference, k, rows), _coverage(reference, features, k, rows)
+    if min(len(features), len(reference)) <= NEIGHBOURS:
+        numbers = f"{len(features)} and {len(reference)}"
+        raise ValueError(f"precision and recall need more than {NEIGHBOURS} samples, got {numbers}")
+    return _coverage(features, reference), _coverage(reference, features)
 
 
-def _coverage(points: Tensor, support: Tensor, k: int, rows: int) -> float:
-    """Return the share of `points` inside the union of the k-neighbour balls around `support`."""
-    # A point is its own nearest neighbour, hence k + 1.
-    radii = torch.cat([torch.cdist(part, support).kthvalue(k + 1).values for part in support.split(rows)])
-    inside = [(torch.cdist(part, support) <= radii).any(1) for part in points.split(rows)]
+def _coverage(points: Tensor, support: Tensor) -> float:
+    """Return the share of `points` inside the union of the neighbours' balls around `support`."""
+    k = NEIGHBOURS + 1  # a point is its own nearest neighbour
+    radii = torch.cat([torch.cdist(part, support).kthvalue(k).values for part in support.split(ROWS)])
+    inside = [(torch.cdist(part, support) <= radii).any(1) for part in points.split(ROWS)]
     return float(torch.cat(inside).double().mean())
 
 
-def retrieval(features: Tensor, real: Tensor, own: Tensor, seed: int, among: int = 100, k: int = 10) -> float:
-    """Return how often a sample's real image is among its k nearest of `among`: that one and random others.
+def retrieval(features: Tensor, real: Tensor, own: Tensor, seed: int) -> float:
+    """Return how often a sample's real image is among its ten nearest of 100: that one and random others.
 
     features: (n, F) of samples; real: (N, F); own: int64 (n,), whose caption each sample was asked for. With
-    fewer real images all of them; chance is k / among.
+    fewer real images all of them; chance is 0.1.
     """
-    generator, count = torch.Generator().manual_seed(seed), min(among, len(real)) - 1
+    generator, count = torch.Generator().manual_seed(seed), min(AMONG, len(real)) - 1
     found = 0
     for point, mine in zip(features, own.tolist(), strict=True):
         others = torch.randperm(len(real) - 1, generator=generator)[:count]
         distance = (real[others + (others >= mine)] - point).norm(dim=1)
-        found += int((distance < (real[mine] - point).norm()).sum() < k)
+        found += int((distance < (real[mine] - point).norm()).sum() < FOUND)
     return found / len(features)
 
 
-def nearest(points: Tensor, support: Tensor, rows: int = 2048) -> tuple[Tensor, Tensor]:
+def nearest(points: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
     """Return the distances (N,) from `points` (N, F) to the nearest of `support` (M, F), and its rows (N,).
 
-    `rows` of either are compared at a time, which bounds the memory.
+    They are compared in blocks, which bounds the memory.
     """
     found = []
-    for part in points.split(rows):
-        blocks = [torch.cdist(part, block).min(1) for block in support.split(rows)]
+    for part in points.split(ROWS):
+        blocks = [torch.cdist(part, block).min(1) for block in support.split(ROWS)]
         distances, block = torch.stack([b.values for b in blocks]).min(0)
         index = torch.stack([b.indices for b in blocks])[block, torch.arange(len(part))]
-        found.append((distances, block * rows + index))
+        found.append((distances, block * ROWS + index))
     distances, index = zip(*found, strict=True)
     return torch.cat(distances), torch.cat(index)

@@ -76,13 +76,12 @@ def load_decoder(
     encoder: dict[str, Any],
     vae: str | None,
     device: str | torch.device,
-    batch_size: int = 16,
     half: bool = True,
 ) -> Callable[[Tensor], Tensor]:
     """Return a function from stored latents (N, c, h, w) to pixels (N, 3, H, W) in 0..255, not rounded.
 
-    It works in fp16 on a GPU, as the published evaluations do, and in fp32 on a CPU or where `half` is false,
-    `batch_size` at a time. Gradients flow through it to the latents.
+    It works in fp16 on a GPU, as the published evaluations do, and in fp32 on a CPU or where `half` is false.
+    Gradients flow through it to the latents.
     encoder: of the dataset's manifest, as the weights say; vae: folder of a diffusers AutoencoderKL, None for
     the one that `encoder` names. Raises ValueError where diffusers is missing, there is no such autoencoder,
     or the latents were made with other weights.
@@ -97,7 +96,7 @@ def load_decoder(
     network = network.half() if half and torch.device(device).type == "cuda" else network
     scaling = encoder.get("scaling", 1.0)
 
-    return lambda latents: decode(network, latents / scaling, batch_size)
+    return lambda latents: decode(network, latents / scaling, batch_size=16)
 
 
 class TextEncoder:

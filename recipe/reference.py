@@ -178,17 +178,17 @@ def make_extractor(
         return SmallImageClassifier.train(*labelled(images), seed, path).to(device)
 
 
-def read_statistics(path: str | Path, metric: str = "fid") -> tuple[Tensor, Tensor]:
+def read_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
     """Read mean (F,) and covariance (F, F), float64, from a file of statistics; nothing is executed.
 
     path: an .npz with mu and sigma (ours, ADM's, EDM's), or a .pkl in one of three layouts: {mu, sigma},
-    {metric: {mu, sigma}} (EDM2's), or sums {raw_mean, raw_cov, num_items} (StyleGAN3's FeatureStats). Raises
+    {"fid": {mu, sigma}} (EDM2's), or sums {raw_mean, raw_cov, num_items} (StyleGAN3's FeatureStats). Raises
     OSError where it cannot be opened, ValueError where it is damaged, not finite or something else.
     """
     suffix = Path(path).suffix
     if suffix not in STATISTICS:
         raise ValueError(f"{path}: reference statistics are .npz or .pkl")
-    mean, covariance = _read_npz(path) if suffix == ".npz" else _read_pickle(path, metric)
+    mean, covariance = _read_npz(path) if suffix == ".npz" else _read_pickle(path)
     mean, covariance = (torch.from_numpy(x.astype(np.float64)) for x in (mean, covariance))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
@@ -216,10 +216,10 @@ def _read_npz(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"{path}: not .npz statistics ({type(error).__name__}: {error})") from error
 
 
-def _read_pickle(path: str | Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_pickle(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     content = read_file(path, NUMPY_GLOBALS)
-    if type(content) is dict and metric in content:
-        content = content[metric]
+    if type(content) is dict and "fid" in content:
+        content = content["fid"]
     match content:
         case {"mu": mean, "sigma": covariance}:
             return _array(mean, f"{path}: mu"), _array(covariance, f"{path}: sigma")
@@ -229,7 +229,7 @@ def _read_pickle(path: str | Path, metric: str) -> tuple[np.ndarray, np.ndarray]
             if second.shape != (mean.size, mean.size):
                 raise RefusedPickle(f"{path}: raw_mean and raw_cov do not belong together")
             return mean, second - np.outer(mean, mean)
-    raise RefusedPickle(f"{path}: neither {{mu, sigma}}, alone or under {metric!r}, nor raw sums of features")
+    raise RefusedPickle(f"{path}: neither {{mu, sigma}}, alone or under 'fid', nor raw sums of features")
 
 
 def _array(node: object, where: str) -> np.ndarray:
