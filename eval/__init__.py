@@ -1,0 +1,1 @@
+"""Sampling, scores, exports and imports of trained weights."""

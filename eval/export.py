@@ -75,7 +75,7 @@ def local_copy(source: str) -> Iterator[Path]:
 def read_checkpoint(path: str | Path, average: str) -> tuple[dict[str, Tensor], Facts]:
     """Return the weights of one average (`ema` or `net`) and their description.
 
-    The checkpoint is trusted: loading it can execute what it holds.     Raises FileNotFoundError, or
+    The checkpoint is trusted: loading it can execute what it holds. Raises FileNotFoundError, or
     ValueError where it holds no such average or is not of this project.
     """
     path = Path(path)

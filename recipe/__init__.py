@@ -1,0 +1,1 @@
+"""Training: settings, network, objectives, data, and what a run writes."""

@@ -259,9 +259,11 @@ class SharedFlag:
         self._value = multiprocessing.RawValue("b", 0)
 
     def set(self) -> None:
+        """Set it, for good."""
         self._value.value = 1
 
     def is_set(self) -> bool:
+        """Return True once it is set."""
         return self._value.value == 1
 
 

@@ -1,0 +1,1 @@
+"""Pictures and latents to datasets of MosaicML Streaming; checks and looks at them."""

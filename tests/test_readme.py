@@ -1,6 +1,9 @@
 """The README's way from a folder of pictures to a first sweep, run as it stands; the pages; the floors."""
 
+import importlib
+import inspect
 import json
+import pkgutil
 import re
 import shlex
 
@@ -51,6 +54,23 @@ def test_packages_import_from_the_floors_below_alone():
         for file in (ROOT / package).rglob("*.py"):
             imported = re.findall(r"^\s*(?:from|import) (\w+)", file.read_text(), re.MULTILINE)
             assert not set(imported) & set(floors[floor + 1 :]), file
+
+
+@pytest.mark.parametrize("package", ["storage", "recipe", "streaming_convert", "eval"])
+def test_every_public_method_says_what_it_does(package):
+    """Ruff asks it of modules, classes and functions; a method may leave it to the one that it overrides."""
+    silent = []
+    for name in (
+        package,
+        *(info.name for info in pkgutil.walk_packages([str(ROOT / package)], f"{package}.")),
+    ):
+        for _, kind in inspect.getmembers(importlib.import_module(name), inspect.isclass):
+            public = kind.__module__ == name and not kind.__name__.startswith("_")
+            own = vars(kind) if public else ()
+            methods = [getattr(kind, method) for method in own if not method.startswith("_")]
+            methods = [method for method in methods if inspect.isroutine(method)]
+            silent += [f"{name}: {x.__qualname__}" for x in methods if not inspect.getdoc(x)]
+    assert not silent
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
