@@ -28,7 +28,7 @@ from recipe.dit import DiT
 from recipe.features import Pixels
 from recipe.objectives.frechet import Frechet, Match
 from recipe.preflight import Findings, check_data
-from recipe.warm_start import check_weights
+from recipe.warm_start import check_weights, warm_start
 from recipe.weights import save_weights
 from storage import Folders
 from storage.manifest import Manifest
@@ -166,6 +166,12 @@ def findings(config):
     manifest, normalizer = check_data(config)
     weights = check_weights(config, normalizer, folders) if config.init_from else None
     return Findings(manifest, normalizer, [], Resumable(config.save_folder, []), weights, folders)
+
+
+def begin(model, config):
+    """Put the weights of `init_from` into a model, as a new run does; returns what it says."""
+    folders = Folders()
+    return warm_start(model, check_weights(config, model.normalizer, folders), folders)
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,8 @@ from recipe.model import GenerativeModel
 from recipe.networks import build
 from recipe.normalizer import Normalizer
 from recipe.objectives import IMF, TVM, FlowMatching, MeanFlow
-from recipe.warm_start import warm_start
 from recipe.weights import load_weights, read_facts
-from tests.conftest import store
+from tests.conftest import begin, store
 from tests.test_parity import DATA
 
 IMF_FILE, PMF_FILE = DATA / "mit/imf_a.pth", DATA / "mit/pmf_a.pth"
@@ -100,7 +99,7 @@ def test_a_run_of_any_objective_begins_at_its_velocities(tmp_path, file, target)
     source, _ = load_weights(tmp_path / "w")
     config.model, config.objective = source.config, target
     model = GenerativeModel(build(config.model), target, Normalizer([0.0] * 4, [2.0] * 4), 0)
-    assert "new: none" in warm_start(model, config)
+    assert "new: none" in begin(model, config)
     x, t, label, w = torch.randn(3, 4, 8, 8), torch.rand(3), torch.arange(3), torch.tensor([1.0, 1.0, 1.0])
     want = source(x, t, 0.3 * t, label, 1 / w).value
     torch.testing.assert_close(model.net(x, t, 0.3 * t, label, target.beta(w)).value, want)

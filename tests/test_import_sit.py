@@ -15,9 +15,8 @@ from recipe.config import TrainConfig, load_config
 from recipe.dit import DiT
 from recipe.model import GenerativeModel
 from recipe.normalizer import Normalizer
-from recipe.warm_start import check_weights, warm_start
 from recipe.weights import load_weights, read_facts
-from storage import Folders
+from tests.conftest import begin
 from tests.test_parity import DATA
 
 PLAIN, TRAIN = DATA / "objectives/sit_a.pt", DATA / "objectives/sit_a_train.pt"
@@ -56,8 +55,7 @@ def test_a_run_of_any_objective_begins_at_its_velocities(tmp_path, objective):
     model = GenerativeModel(
         DiT(config.model), config.objective, Normalizer([0.0] * 4, facts["data"]["std"]), 0
     )
-    folders = Folders()
-    said = warm_start(model, check_weights(config, model.normalizer, folders), folders)
+    said = begin(model, config)
     assert "new: s_embedder" in said
     assert ("guidance_embedder" in said) == config.objective.guidance_input
     plain = DiT(config.model)

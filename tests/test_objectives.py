@@ -16,10 +16,10 @@ from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow, from
 from recipe.objectives.base import Condition, Draw, draw
 from recipe.objectives.flow_matching import flow_matching_loss
 from recipe.sampler import initial_noise, sample
-from recipe.warm_start import check_weights, warm_start
+from recipe.warm_start import check_weights
 from recipe.weights import save_weights
 from storage import Folders, StorageError
-from tests.conftest import documented_objective
+from tests.conftest import begin, documented_objective
 from tests.test_tvm import SIGMA, exact_network, make_batch, small_network, spread
 
 GUIDED = [
@@ -242,8 +242,8 @@ def test_init_from_keeps_the_velocities_of_the_weights(tmp_path, source, target,
         TrainConfig, "yamls/digits.yaml", [f"data.local={tmp_path}", f"init_from={tmp_path}/weights"]
     )
     config.model, config.objective = trained.net.config, target
-    model, folders = model_of(target, network), Folders()
-    said = warm_start(model, check_weights(config, model.normalizer, folders), folders)
+    model = model_of(target, network)
+    said = begin(model, config)
     assert f"({source.name}, step 5)" in said
     assert ("guidance_embedder" in said) == (target.guidance_input and not source.guidance_input)
     x, label = torch.randn(5, 2, 4, 4).double(), torch.arange(5) % 3
@@ -323,10 +323,10 @@ def test_output_x_allows_no_other_parameterisation_and_noise_has_its_scale(tmp_p
         config = load_config(TrainConfig, "yamls/digits.yaml", given)
         config.model, config.objective = trained.net.config, target
         with pytest.raises(ConfigError, match=message):
-            warm_start(model_of(target, output="x"), config)
+            begin(model_of(target, output="x"), config)
     config.model = model_of(IMF(), "mit").net.config
     with pytest.raises(ConfigError, match="model.network: mit here, dit there"):
-        warm_start(model_of(IMF(), "mit"), config)
+        begin(model_of(IMF(), "mit"), config)
 
 
 def test_weights_that_do_not_fit_are_one_error_with_all_differences(tmp_path):
