@@ -43,6 +43,7 @@ TWO = {
 for name, overrides in list(EACH.items())[1:]:
     TWO[f"{name}:ddp"] = ",".join(["float64", *overrides])
     TWO[f"{name}:everything"] = ",".join([TWO["everything"], *overrides])
+TWO["frechet:hybrid"] = ",".join([TWO["hybrid"], *EACH["frechet"]])
 
 DIFFERENTIATED = {
     **{name: overrides for name, overrides in EACH.items() if name != "flow_matching_first"},
