@@ -31,6 +31,7 @@ def become(arguments, cwd, env, files):
     os.environ.clear()
     os.environ.update(env)
     tempfile.tempdir = None  # TMPDIR may be another one
+    multiprocessing.set_start_method("fork", force=True)  # as Python sets it for whoever is started alone
     for number, (path, stream) in enumerate(zip(files, ("stdout", "stderr"), strict=True), 1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
