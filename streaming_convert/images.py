@@ -14,9 +14,8 @@ from operator import methodcaller
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, features
 
-from storage.manifest import DatasetError
-
 from recipe.pictures import to_array
+from storage.manifest import DatasetError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 FURTHER = {"gif": (".gif",), "bmp": (".bmp",), "tiff": (".tif", ".tiff"), "avif": (".avif",)}  # if asked for
