@@ -83,9 +83,8 @@ def test_the_launch_file_of_skypilot_starts_the_run_on_every_node(tmp_path):
     words = said.stdout.splitlines()
     script = words.index("recipe/train.py")
     launcher = dict(zip(words[:script:2], words[1:script:2], strict=True))
-    assert launcher == {
-        "-n": "8", "--world_size": "16", "--node_rank": "1", "--master_addr": "10.0.0.1", "--master_port": "29500"
-    }  # fmt: skip
+    place = {"--world_size": "16", "--node_rank": "1", "--master_addr": "10.0.0.1", "--master_port": "29500"}
+    assert launcher == {"-n": "8", **place}
     assert (ROOT / words[script + 1]).is_file() and "save_folder=s3://" in " ".join(words[script:])
     sky = pytest.importorskip("sky")  # its own parser, where it is installed
     parsed = sky.Task.from_yaml(str(ROOT / "yamls/launch/skypilot.yaml"))
