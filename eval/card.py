@@ -14,8 +14,9 @@ import yaml
 
 from eval.report import Row, markdown, plain, read_lines, reportable
 from eval.sample import describe
-from recipe.dit import DiTConfig
+from recipe.networks import AnyNetwork
 from recipe.objectives import from_facts
+from recipe.settings import make
 from recipe.weights import check_digest, read_facts, shapes
 
 NAME = "model"  # of the two files of weights in the folder
@@ -72,7 +73,11 @@ def text(name: str, facts: dict[str, Any], rows: list[Row], picture: bool) -> st
 
 def described(facts: dict[str, Any]) -> list[str]:
     """Return a table of what weights say of themselves."""
-    config, data, objective = DiTConfig(**facts["model"]), facts["data"], from_facts(facts["method"])
+    config, data, objective = (
+        make(AnyNetwork, facts["model"], "model"),
+        facts["data"],
+        from_facts(facts["method"]),
+    )
     size = f"{config.size}x{config.size} of {config.channels} channels"
     encoder = data.get("encoder") or {}
     made = (
@@ -103,7 +108,7 @@ def described(facts: dict[str, Any]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {key} | {plain(str(value))} |" for key, value in found.items())]
 
 
-def parameters(config: DiTConfig) -> int:
+def parameters(config: AnyNetwork) -> int:
     """Return the number of weights of an architecture."""
     return sum(math.prod(shape) for shape in shapes(config).values())
 

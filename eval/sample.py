@@ -18,7 +18,6 @@ import sys
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,6 @@ from recipe.pictures import captioned, grid
 from recipe.sampler import check_steps
 from recipe.settings import Count, Interval, Positive, make
 from recipe.text import Text
-
 
 # ---------------------------------------------------------------- what must be said beside a distance
 
