@@ -73,38 +73,27 @@ def text(name: str, facts: dict[str, Any], rows: list[Row], picture: bool) -> st
 
 def described(facts: dict[str, Any]) -> list[str]:
     """Return a table of what weights say of themselves."""
-    config, data, objective = (
-        make(AnyNetwork, facts["model"], "model"),
-        facts["data"],
-        from_facts(facts["method"]),
-    )
-    size = f"{config.size}x{config.size} of {config.channels} channels"
-    encoder = data.get("encoder") or {}
-    made = (
-        f"latents, {size}, of {encoder.get('model') or encoder.get('name')}"
-        if data["column"] == "latents"
-        else size
-    )
+    config, data = make(AnyNetwork, facts["model"], "model"), facts["data"]
+    objective, encoder = from_facts(facts["method"]), data.get("encoder") or {}
+    images = f"{config.size}x{config.size} of {config.channels} channels"
+    if data["column"] == "latents":
+        images = f"latents, {images}, of {encoder.get('model') or encoder.get('name')}"
     low, high = objective.guidance_range
     names = data.get("class_names", [])
     classes = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     found = {
         "objective": objective.name,
         "guidance w": f"{low:g}" if low == high else f"{low:g} to {high:g}",
-        "images": made,
+        "images": images,
         "classes": f"{config.classes} ({classes})" if classes else f"{config.classes}",
-        "prompts": "none"
-        if config.text is None
-        else f"{config.text.encoder}, at most {config.text.tokens} tokens",
+        "prompts": f"{config.text.encoder}, at most {config.text.tokens} tokens" if config.text else "none",
         "training images": sum(data.get("class_counts", [])) or "not known",
         "steps": facts["step"],
         "weights": f"{facts['average']}, {parameters(config):,} parameters",
         "code": facts["commit"],
     }
-    found |= {
-        "finished on": ", ".join(dict.fromkeys(one["extractor"] for one in facts.get("finished", [])))
-        or "nothing"
-    }
+    finished = dict.fromkeys(one["extractor"] for one in facts.get("finished", []))
+    found["finished on"] = ", ".join(finished) or "nothing"
     return ["| | |", "|---|---|", *(f"| {key} | {plain(str(value))} |" for key, value in found.items())]
 
 
