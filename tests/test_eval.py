@@ -217,7 +217,7 @@ def test_every_option_says_what_it_means(capsys):
         sample_main(["--help"])
     said = capsys.readouterr().out.partition("\noptions:")[2]
     options = re.split(r"^  (?=\S)", said, flags=re.MULTILINE)[1:]
-    assert len(options) == 16
+    assert len(options) == 17
     for option in options:  # more than its name and what it takes
         assert len(re.sub(r"^(-\S+,? ?)+(\{.*?\}|[A-Z_]+)?( \[.*?\])?", "", option).split()) >= 3, option
 
