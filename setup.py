@@ -33,10 +33,13 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     "vae": ["diffusers>=0.30,<0.40", "accelerate>=1,<2"],
     "text": ["transformers>=4.56,<5"],
+    "data": ["pyarrow>=15"],
+    "onnx": ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.17"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["text"],
     *EXTRAS["vae"],
+    *EXTRAS["data"],
     "pytest>=8",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",

@@ -6,7 +6,11 @@ or weights themselves (for `--program`). Checkpoints are pickles: loading one ca
 open only your own.
 
 `--program FILE.pt2` also writes the sampler as a torch.export program, (noise, label) -> images, which
-`torch.export.load(FILE).module()` runs with torch alone, without this project's code.
+`torch.export.load(FILE).module()` runs with torch alone, without this project's code; FILE.onnx is for
+onnxruntime. With prompts it takes their tokens and lengths, too.
+
+`--card FOLDER` writes a folder for others: the weights and a model card with the scores of the run's sweep.
+`--hub USER/MODEL` uploads it to the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import argparse
 import hashlib
 import json
 import pickle
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,15 +36,17 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from eval.sample import check_guidance, quantize
+from eval.card import make_folder, upload
 from recipe.ema import combination, exponent, length_of
+from recipe.generator import check_guidance, quantize
 from recipe.networks import AnyNetwork
 from recipe.normalizer import Normalizer
 from recipe.objectives import from_facts
 from recipe.objectives.base import Condition
 from recipe.sampler import check_steps, sample
 from recipe.settings import make
-from recipe.weights import load_tensors, load_weights, parse_facts, read_facts, save_weights
+from recipe.text import Prompts, Text
+from recipe.weights import load_tensors, load_weights, newest_weights, parse_facts, read_facts, save_weights
 from storage import Folder, StorageError
 
 Facts = dict[str, Any]
@@ -239,7 +246,11 @@ def synthesized(
 
 
 class Sampler(nn.Module):
-    """A network and its sampler: noise (B, C, H, W) and labels int64 (B,) => uint8 images, or latents."""
+    """A network and its sampler: noise (B, C, H, W) and labels int64 (B,) => uint8 images, or latents.
+
+    A network with prompts takes their tokens (B, L) or embeddings (B, L, width), and lengths int64 (B,),
+    after the label, or in its place where there are no classes.
+    """
 
     def __init__(self, path: str | Path, nfe: int, w: float | None) -> None:
         super().__init__()
@@ -247,12 +258,21 @@ class Sampler(nn.Module):
         self.normalizer = Normalizer(self.facts["data"]["mean"], self.facts["data"]["std"])
         self.objective = from_facts(self.facts["method"])
         self.nfe, self.w = nfe, self.objective.default_w if w is None else w
+        text = self.net.config.text
+        self.prompts = (
+            None if text is None else Prompts(text, self.facts["data"].get("text"), self.net.config.null)
+        )
         check_steps(nfe)
         check_guidance(self.objective, self.w)
 
-    def forward(self, noise: Tensor, label: Tensor) -> Tensor:
-        asked = Condition(label, self.w, self.net.config.null)
-        x0 = sample(self.net, noise, asked, self.nfe, self.objective)
+    def forward(self, noise: Tensor, *asked: Tensor) -> Tensor:
+        net, config = self.net, self.net.config
+        label = asked[0] if config.classes or self.prompts is None else torch.zeros_like(asked[1])
+        if self.prompts is not None:
+            text = Text(*asked[-2:])
+            label = label if config.classes else self.prompts.unlabelled(label, text)
+            net = self.prompts(net, text)
+        x0 = sample(net, noise, Condition(label, self.w, config.null), self.nfe, self.objective)
         values = self.normalizer.invert(x0)
         return quantize(values, "nearest") if self.facts["data"]["column"] == "image" else values.float()
 
@@ -260,13 +280,30 @@ class Sampler(nn.Module):
 def export_program(path: str | Path, nfe: int = 1, w: float | None = None) -> torch.export.ExportedProgram:
     """Trace the sampler with its weights to one graph, for any batch size up to 65,536."""
     sampler = Sampler(path, nfe, w)
-    config = sampler.net.config
-    if config.text is not None:
-        raise ValueError(f"--program: {path} takes prompts, and a program takes labels alone")
-    example = torch.zeros(2, config.channels, config.size, config.size), torch.zeros(2, dtype=torch.int64)
-    batch = torch.export.Dim("batch", min=1, max=2**16)
+    config, text = sampler.net.config, sampler.net.config.text
+    example = [torch.zeros(2, config.channels, config.size, config.size)]
+    if config.classes or text is None:
+        example.append(torch.zeros(2, dtype=torch.int64))
+    if text is not None:
+        example += sampler.prompts.empty(2)
+    batch = {0: torch.export.Dim("batch", min=1, max=2**16)}
     with torch.no_grad():
-        return torch.export.export(sampler, example, dynamic_shapes=({0: batch}, {0: batch}))
+        return torch.export.export(
+            sampler, tuple(example), dynamic_shapes=(batch, (batch,) * (len(example) - 1))
+        )
+
+
+def save_program(program: torch.export.ExportedProgram, path: str) -> None:
+    """Write the sampler as a program of torch.export (.pt2), or of ONNX (.onnx). Raises ValueError."""
+    if path.endswith(".pt2"):
+        torch.export.save(program, path)
+        return
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError("--program: ONNX needs pip install 'terminal-velocity[onnx]'") from error
+    torch.onnx.export(program, f=path, dynamo=True, external_data=False, verbose=False)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -279,12 +316,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", help="checkpoint (.pt or folder), folder of weights, or weights")
     parser.add_argument("--average", default="ema", help="ema, net or posthoc:LENGTH (default: ema)")
     parser.add_argument("--out", help="path of the weights to write, without suffix")
-    parser.add_argument("--program", help="the .pt2 file of the sampler to write")
+    parser.add_argument("--program", help="the .pt2 or .onnx file of the sampler to write")
     parser.add_argument("--nfe", type=int, default=1, help="steps of the program's sampler")
     parser.add_argument("--w", type=float, help="its guidance weight; default: the one of training")
+    parser.add_argument("--card", type=Path, help="folder of weights and a model card to write")
+    results = "folder of the sweep whose scores the card shows; default: that of the run"
+    parser.add_argument("--results", type=Path, help=results)
+    parser.add_argument(
+        "--hub", metavar="USER/MODEL", help="upload the card's folder to the Hugging Face hub"
+    )
     args = parser.parse_args(argv)
-    if args.program is not None and Path(args.program).suffix != ".pt2":
-        parser.error(f"--program: {args.program} must end in .pt2, a torch.export program; no other is made")
+    if args.program is not None and Path(args.program).suffix not in (".pt2", ".onnx"):
+        parser.error(f"--program: {args.program} must end in .pt2 (torch.export) or .onnx; no other is made")
+    if args.hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.hub):
+        parser.error(f"--hub: {args.hub} must be USER/MODEL")
     try:
         check_steps(args.nfe, "--nfe")
         weights = args.source
@@ -295,10 +340,14 @@ def main(argv: list[str] | None = None) -> int:
                 weights = save(args.out, *(synthesize if posthoc else read_checkpoint)(source, average))
             sys.stdout.write(f"{weights}\n")
         if args.program is not None:
-            torch.export.save(export_program(weights, args.nfe, args.w), args.program)
+            save_program(export_program(newest_weights(weights), args.nfe, args.w), args.program)
             sys.stdout.write(f"{args.program}\n")
-        if args.out is None and args.program is None:
-            raise ValueError("nothing to write: give --out or --program")
+        if args.card or args.hub:
+            folder = args.card or Path(args.hub.rpartition("/")[2])
+            sys.stdout.write(f"{make_folder(newest_weights(weights), folder, args.results)}\n")
+            sys.stdout.write(f"{upload(folder, args.hub)}\n" if args.hub else "")
+        if not (args.out or args.program or args.card or args.hub):
+            raise ValueError("nothing to write: give --out, --program, --card or --hub")
     except (OSError, ValueError, StorageError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

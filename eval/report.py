@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from eval.reference import Reference
-from eval.sample import Generator
+from recipe.generator import Generator
 from recipe.metrics import nearest
 from recipe.pictures import grid, lettering
 from recipe.reference import MDSImages

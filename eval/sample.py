@@ -15,37 +15,23 @@ import csv
 import math
 import re
 import sys
-import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
 from recipe.draws import Stream, keys, uniform
-from recipe.networks import AnyNetwork
-from recipe.normalizer import Normalizer
-from recipe.objectives import Objective, from_facts
-from recipe.objectives.base import Condition
-from recipe.patches import exact_float32
-from recipe.pictures import captioned, grid, to_uint8
-from recipe.pretrained import TextEncoder, load_decoder
-from recipe.sampler import check_steps, initial_noise, sample
+from recipe.generator import DTYPES, Generator, Seed, check_guidance, check_interval
+from recipe.pictures import captioned, grid
+from recipe.sampler import check_steps
 from recipe.settings import Count, Interval, Positive, make
-from recipe.text import Prompts, Text, byte_tokens
-from recipe.weights import load_weights, newest_weights
-
-DTYPES = ("fp32", "fp64", "amp_bf16")
-Seed = Annotated[int, Field(ge=0, le=2**62)]  # sample i has the seed + i, an int64
-
+from recipe.text import Text
 
 # ---------------------------------------------------------------- what must be said beside a distance
 
@@ -120,150 +106,6 @@ def choose_labels(name: str, classes: int, class_counts: list[int], seeds: Tenso
     return torch.searchsorted(shares, quantiles * shares[-1], right=True)
 
 
-def quantize(values: Tensor, rounding: str) -> Tensor:
-    """Round pixel values in 0..255 units to uint8, to the `nearest` integer or `down`."""
-    return to_uint8(values if rounding == "nearest" else values.floor())
-
-
-# ---------------------------------------------------------------- weights that make images
-
-
-class Generator:
-    """Weights ready to make images: uint8 (B, C, H, W) from labels and seeds. A folder means its newest.
-
-    interval: the times between which guidance is in force, of weights that take one (`check_interval`).
-    dtype: of the network's arithmetic; in fp64 an image does not depend on its batch, in fp32 some pixels
-    may change by 1 with the batch size. vae: see recipe/pretrained.py.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        device: str | torch.device = "cpu",
-        dtype: str = "fp32",
-        rounding: str = "nearest",
-        vae: str | None = None,
-    ) -> None:
-        exact_float32()
-        self.net, self.facts = load_weights(newest_weights(path), device)
-        self.device, self.rounding = torch.device(device), rounding
-        self.dtype = torch.float64 if dtype == "fp64" else torch.float32
-        self.autocast = dtype == "amp_bf16"
-        self.net.to(self.dtype)
-        self.objective = from_facts(self.facts["method"])
-        self.interval: list[float] | None = None
-        data = self.facts["data"]
-        self.normalizer = Normalizer(data["mean"], data["std"]).to(self.device, self.dtype)
-        text = self.net.config.text
-        self.prompts = None
-        if text is not None:
-            prompts = Prompts(text, data.get("text"), self.net.config.null)
-            self.prompts = prompts.to(self.device, self.dtype)
-        latent = data["column"] == "latents"
-        self.decode = load_decoder(data["encoder"], vae, device) if latent else None
-
-    def noise(self, seeds: Tensor) -> Tensor:
-        """Return noise (B, C, H, W) from int64 seeds (B,)."""
-        config = self.net.config
-        shape = config.channels, config.size, config.size
-        return initial_noise(seeds.to(self.device), shape, self.dtype)
-
-    def __call__(self, label: Tensor, seeds: Tensor, nfe: int, w: float, text: Text | None = None) -> Tensor:
-        """Return images; label, seeds: int64 (B,), the label K stands for none; text: see `from_noise`."""
-        return self.from_noise(self.noise(seeds), label, nfe, w, text)
-
-    def from_noise(
-        self, noise: Tensor, label: Tensor, nfe: int, w: float, text: Text | None = None
-    ) -> Tensor:
-        """Return images from noise (B, C, H, W), for labels int64 (B,).
-
-        text: B prompts. A network with prompts takes None for no prompts, and no labels either: it was never
-        trained with a label alone. Raises ValueError for a label or a number of steps that cannot be,
-        FloatingPointError where the output is not finite.
-        """
-        net, null = self.net, self.net.config.null
-        check_labels(label, null)
-        label = label.to(self.device)
-        if self.prompts is not None:
-            label = torch.full_like(label, null) if text is None else label
-            text = self.prompts.empty(len(label)) if text is None else text.to(self.device)
-            label = label if net.config.classes else self.prompts.unlabelled(label, text)
-            net = self.prompts(net, text)
-        if self.interval is not None:
-            net = partial(net, interval=tuple(self.interval))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            x0 = sample(net, noise, Condition(label, w, null), nfe, self.objective)
-        values = self.normalizer.invert(x0)
-        if not values.isfinite().all():
-            raise FloatingPointError(f"the network's output is not finite with {nfe} steps at w = {w:g}")
-        return quantize(self.decode(values.float()) if self.decode else values, self.rounding)
-
-    def batches(
-        self,
-        label: Tensor,
-        seeds: Tensor,
-        nfe: int,
-        w: float,
-        batch_size: int,
-        rank: int = 0,
-        world: int = 1,
-        text: Callable[[Tensor], Text] | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the images of every world-th batch, beginning with the rank's, and their places in `label`.
-
-        text: from an index to these samples' prompts; None for empty ones.
-        """
-        for index in torch.arange(len(seeds)).split(batch_size)[rank::world]:
-            yield self(label[index], seeds[index], nfe, w, text and text(index)), index
-
-    def encode(self, prompts: list[str], text_encoder: str | None = None) -> Text:
-        """Encode prompts for this network; those that are too long are cut, with a warning that counts them.
-
-        text_encoder: of stored embeddings, folder or hub name of the model; None: as the weights say. Raises
-        ValueError where it is not the one that the network was trained with.
-        """
-        config = self.net.config.text
-        if config is None:
-            raise ValueError("--prompts: these weights take none")
-        if config.encoder == "bytes":
-            text, cut = byte_tokens(prompts, config.tokens)
-        else:
-            stored = self.facts["data"]["text"]
-            encoder = TextEncoder(text_encoder or stored["encoder"], config.tokens, self.device)
-            if encoder.sha256 != stored["sha256"]:
-                raise ValueError(
-                    f"--text-encoder: {encoder.name} hashes to {encoder.sha256[:12]}, the network was "
-                    f"trained with {stored['encoder']}, {stored['sha256'][:12]}"
-                )
-            text, cut = Text(*map(torch.from_numpy, encoder.encode(prompts))), encoder.cut
-        if cut:
-            said = f"{cut} of {len(prompts)} prompts are longer than {config.tokens} tokens"
-            warnings.warn(said, stacklevel=2)
-        return text
-
-
-def check_labels(label: Tensor, null: int) -> None:
-    """Raise ValueError unless all labels are from 0 to `null`, which means none."""
-    wrong = label[(label < 0) | (label > null)]
-    if len(wrong):
-        raise ValueError(f"label: {wrong[0]} must be from 0 to {null}, where {null} means none")
-
-
-def check_guidance(objective: Objective, w: float) -> None:
-    """Warn of a w that the network has not been trained for."""
-    low, high = objective.guidance_range
-    if not low <= w <= high:
-        trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        warnings.warn(f"w = {w:g} is outside what {objective.name} was trained for, {trained}", stacklevel=2)
-
-
-def check_interval(facts: dict[str, Any], interval: list[float] | None) -> None:
-    """Raise ValueError for weights that have been trained without a guidance interval, if there is one."""
-    network, objective = make(AnyNetwork, facts["model"], "model"), from_facts(facts["method"])
-    if interval is not None and not (network.interval and objective.auxiliary):
-        raise ValueError(f"interval: {interval} is for iMF on the network mit, not for these weights")
-
-
 def parse_interval(text: str) -> list[float]:
     """Return two times from text such as `0.4,0.65`. Raises ValueError."""
     try:
@@ -272,14 +114,7 @@ def parse_interval(text: str) -> list[float]:
         raise ValueError(f"--interval: {text} must be two times such as 0.4,0.65, from 0 to 1") from error
 
 
-def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """Return `steps` points of the great circle from start to end (C, H, W), both included, all normal noise.
-
-    A straight line would pass through noise of too small a norm, which the network has never seen.
-    """
-    angle = torch.acos((start * end).sum() / (start.norm() * end.norm()))
-    fraction = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device)[:, None, None, None]
-    return (torch.sin((1 - fraction) * angle) * start + torch.sin(fraction * angle) * end) / torch.sin(angle)
+# ---------------------------------------------------------------- files of samples
 
 
 def write_pngs(
@@ -312,58 +147,24 @@ def write_npz(path: Path, batches: Iterable[tuple[Tensor, Tensor]], labels: Tens
             np.lib.format.write_array(file, labels.numpy())
 
 
-def parse_labels(text: str | None, generator: Generator) -> Tensor:
-    """Return int64 labels for `0,cat,none`: numbers, names of classes, and `none` for no label.
-
-    A name with a comma is quoted, as in CSV. None means the first ten, or no label where the network takes
-    prompts. Raises ValueError.
-    """
-    config = generator.net.config
-    names = generator.facts["data"].get("class_names", [])[: config.classes]
-    first = range(0 if config.text else min(config.classes, 10))
-    known = {str(name): label for label, name in enumerate(names)}
-    known |= {"none": config.null, **{str(label): label for label in range(config.classes)}}
+def read_labels(text: str | None) -> list[str] | None:
+    """Return the labels of `0,cat,none`; a name with a comma is quoted, as in CSV. Raises ValueError."""
+    if text is None:
+        return None
     try:
-        parts = [str(i) for i in first] or ["none"] if text is None else next(csv.reader([text])) or [""]
+        return [part.strip() for part in next(csv.reader([text]), [""])]
     except csv.Error as error:
-        raise ValueError(f"--labels: {error}") from error
-    for part in parts:
-        if part.strip() not in known:
-            allowed = f"in 0..{config.classes - 1}, nor `none`" if config.classes else "`none`"
-            named = f", nor a class such as {names[0]!r}" if names else ""
-            raise ValueError(f"--labels: {part!r} is not {allowed}{named}")
-    return torch.tensor([known[part.strip()] for part in parts])
+        raise ValueError(f"labels: {error}") from error
 
 
-def parse_prompts(given: list[str], labels: str | None, generator: Generator) -> tuple[Tensor, list[str]]:
-    """Return a label for each prompt, and the prompts, or the lines of a file. Raises OSError, ValueError."""
-    if generator.prompts is None:
-        raise ValueError("--prompts: these weights take none")
-    file = Path(given[0])
-    prompts = file.read_text().splitlines() if len(given) == 1 and file.is_file() else given
+def read_prompts(given: list[str] | None) -> list[str] | None:
+    """Return the prompts, or the lines of the one file that is named instead. Raises OSError, ValueError."""
+    if not given or len(given) > 1 or not Path(given[0]).is_file():
+        return given or None
+    prompts = Path(given[0]).read_text(encoding="utf-8").splitlines()
     if not prompts:
-        raise ValueError(f"--prompts: {file} is empty")
-    if not generator.net.config.classes:
-        return torch.zeros(len(prompts), dtype=torch.int64), prompts
-    chosen = parse_labels(labels, generator) if labels else torch.tensor([])
-    if len(chosen) not in (1, len(prompts)):
-        raise ValueError(
-            f"--labels: one for all prompts, or one for each of {len(prompts)}, since there are classes"
-        )
-    return chosen.expand(len(prompts)), prompts
-
-
-def parse_rows(generator: Generator, options: argparse.Namespace) -> tuple[Tensor, list[str]]:
-    """Return the labels (R,) that --labels or --prompts ask for, and the R prompts, or none.
-
-    Raises OSError, ValueError.
-    """
-    if options.prompts:
-        return parse_prompts(options.prompts, options.labels, generator)
-    labels = parse_labels(options.labels, generator)
-    if generator.prompts is not None and (labels != generator.net.config.null).any():
-        raise ValueError("--labels: these weights take prompts too, and know no label alone: give --prompts")
-    return labels, []
+        raise ValueError(f"prompts: {given[0]} is empty")
+    return prompts
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -382,8 +183,6 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--out: {out} is not empty")
     if options.interpolate is not None and not grid_wanted:
         raise ValueError(f"--interpolate makes a grid: --out {out} must end in .png")
-    if options.interpolate == options.seed:
-        raise ValueError(f"--interpolate: {options.seed} is the seed that the rows start from")
     if grid_wanted and (options.samples or options.protocol):
         raise ValueError(f"--samples and --protocol need --out NAME.npz or a folder, not {out}")
     if options.protocol and (options.labels or options.prompts):
@@ -392,25 +191,16 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--prompts: {out} has no place for prompts: give a .png or a folder")
 
 
-def draw_grid(
-    generator: Generator, labels: Tensor, prompts: list[str], w: float, options: argparse.Namespace
-) -> np.ndarray:
-    """Draw a row for each label or prompt: of other seeds, or on the way from one seed to another."""
-    columns, repeated = options.columns, labels.repeat_interleave(options.columns)
-    text = generator.encode(prompts, options.text_encoder) if prompts else None
-    if options.interpolate is not None:
-        ends = generator.noise(torch.tensor([options.seed, options.interpolate]))
-        noise = interpolate(ends[0], ends[1], columns).repeat(len(labels), 1, 1, 1)
-    else:
-        noise = generator.noise(options.seed + torch.arange(len(repeated)))
-    images = []
-    for index in tqdm(torch.arange(len(repeated)).split(options.batch_size), "sampling", unit="batch"):
-        told = None if text is None else Text(*(x[index // columns] for x in text))
-        images.append(generator.from_noise(noise[index], repeated[index], options.nfe, w, told).cpu())
-    if text is None:
-        return grid(torch.cat(images), columns, options.scale)
+def draw_grid(generator: Generator, options: argparse.Namespace) -> np.ndarray:
+    """Return a picture (H, W, 3) with a row of samples for each label, or for each prompt, and that below."""
+    labels, prompts, columns = read_labels(options.labels), read_prompts(options.prompts), options.columns
+    how = {key: getattr(options, key) for key in ("nfe", "w", "seed", "interpolate", "batch_size")}
+    images = generator.sample(labels, prompts, columns, **how, progress=True)
+    images = images.transpose(0, 3, 1, 2)
+    if not prompts:
+        return grid(images, columns, options.scale)
     rows = []
-    for row, prompt in zip(torch.cat(images).split(columns), prompts, strict=True):
+    for row, prompt in zip(np.split(images, len(prompts)), prompts, strict=True):
         strip = grid(row, columns, options.scale).transpose(2, 0, 1)
         rows.append(captioned(strip, prompt).transpose(1, 2, 0))
     return np.concatenate(rows)
@@ -432,11 +222,13 @@ def protocol_labels(generator: Generator, options: argparse.Namespace) -> tuple[
     return labels, describe(protocol, count)
 
 
-def draw_set(generator: Generator, w: float, options: argparse.Namespace) -> None:
+def draw_set(generator: Generator, options: argparse.Namespace) -> None:
     """Write samples of labels, prompts or a protocol, as .npz or as a folder of PNGs. Raises ValueError."""
     config, text, prompts = generator.net.config, None, []
+    w = generator.objective.default_w if options.w is None else options.w
+    check_guidance(generator.objective, w)
     if options.labels or options.prompts or generator.prompts is not None:
-        labels, prompts = parse_rows(generator, options)
+        labels, prompts = generator.rows(read_labels(options.labels), read_prompts(options.prompts))
         each = options.samples or options.columns
         said = f"{each} samples of each of {len(labels)} {'prompts' if prompts else 'labels'}."
         row = torch.arange(len(labels)).repeat_interleave(each)
@@ -444,7 +236,7 @@ def draw_set(generator: Generator, w: float, options: argparse.Namespace) -> Non
     else:
         labels, said = protocol_labels(generator, options)
     if prompts:
-        encoded = generator.encode(prompts, options.text_encoder)
+        encoded = generator.encode(prompts)
         text = lambda index: Text(*(x[row[index]] for x in encoded))  # noqa: E731
     seeds = options.seed + torch.arange(len(labels))
     batches = generator.batches(labels, seeds, options.nfe, w, options.batch_size, text=text)
@@ -457,6 +249,12 @@ def draw_set(generator: Generator, w: float, options: argparse.Namespace) -> Non
         asked = [prompts[i] for i in row.tolist()] if prompts else [""] * len(labels)
         write_pngs(options.out, bar, seeds, list(zip(told, asked, strict=True)))
     tqdm.write(said)
+
+
+def as_option(message: str) -> str:
+    """Return an error of `Generator` that begins with an argument's name with that of the option instead."""
+    names = r"^(labels|prompts|text_encoder|vae|interpolate)(?=:)"
+    return re.sub(names, lambda name: f"--{name[0]}".replace("_", "-"), message)
 
 
 def main(arguments: list[str]) -> None:
@@ -485,7 +283,7 @@ def main(arguments: list[str]) -> None:
     add("--interpolate", type=int, metavar="SEED", help="the seed that every row of a grid ends at")
     add("--batch-size", type=int, default=64, help="samples drawn at once (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="fp32", help="arithmetic of the network (default: %(default)s)")
-    add("--vae", help="folder of a diffusers AutoencoderKL, for latents (default: as the weights say)")
+    add("--vae", help="folder of an autoencoder of diffusers, for latents (default: as the weights say)")
     add("--scale", type=int, default=4, help="side of a pixel in a grid (default: %(default)s)")
     add("--out", type=Path, default=Path("grid.png"), help="NAME.png, NAME.npz, or a folder (grid.png)")
     options = parser.parse_args(arguments)
@@ -493,19 +291,17 @@ def main(arguments: list[str]) -> None:
         _check(options)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         rounding = PROTOCOLS[options.protocol or DEFAULT].rounding
-        generator = Generator(options.weights, device, options.dtype, rounding, options.vae)
-        w = generator.objective.default_w if options.w is None else options.w
-        check_guidance(generator.objective, w)
+        models = options.vae, options.text_encoder
+        generator = Generator(options.weights, device, options.dtype, rounding, *models)
         if options.interval is not None:
             generator.interval = parse_interval(options.interval)
             check_interval(generator.facts, generator.interval)
         if options.out.suffix == ".png":
-            picture = draw_grid(generator, *parse_rows(generator, options), w, options)
-            Image.fromarray(picture).save(options.out)
+            Image.fromarray(draw_grid(generator, options)).save(options.out)
         else:
-            draw_set(generator, w, options)
+            draw_set(generator, options)
     except (OSError, ValueError, FloatingPointError) as error:
-        parser.error(str(error))
+        parser.error(as_option(str(error)))
     tqdm.write(str(options.out))
 
 

@@ -33,10 +33,11 @@ if __name__ == "__main__":  # run by path, too, this checkout's code goes before
 from eval.export import Export, find_weights
 from eval.reference import Captions, HeldOut, Reference, open_images
 from eval.report import newest_of_each_folder, parse_lines, reportable, write_report
-from eval.sample import DTYPES, PROTOCOLS, Generator, check_guidance, check_interval, choose_labels, describe
+from eval.sample import PROTOCOLS, choose_labels, describe
 from recipe.config import ConfigError, load_config
 from recipe.ema import MAX_LENGTH, length_of
 from recipe.features import EXTRACTORS, FeatureExtractor, FeatureSet, Pixels, SmallImageClassifier
+from recipe.generator import DTYPES, Generator, check_guidance, check_interval
 from recipe.manual import answer
 from recipe.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from recipe.objectives import from_facts

@@ -130,8 +130,16 @@ class SampleGrid(Callback):
     may be sharded; rank 0 writes.
     """
 
-    def __init__(self, folder: str, config: GridConfig, column: str, owner: Owner) -> None:
-        self.folder, self.owner = Path(folder), owner
+    def __init__(
+        self,
+        folder: str,
+        config: GridConfig,
+        column: str,
+        owner: Owner,
+        encoder: dict[str, Any] | None = None,
+    ) -> None:
+        """encoder: what the dataset's manifest says of its latents."""
+        self.folder, self.owner, self.encoder = Path(folder), owner, encoder
         self.config, self.column = config, column
         self.due: Callable[[State, Event], bool] = create_interval_scheduler(config.interval)
         wanted = column == "latents" and config.vae and dist.get_global_rank() == 0
@@ -149,7 +157,8 @@ class SampleGrid(Callback):
             with get_precision_context(state.precision):
                 x0 = self.sample(unwrap(state.model), nfe, state.train_dataloader)
             if dist.get_global_rank() == 0:
-                images = to_pixels(x0, unwrap(state.model).normalizer, self.column, self.vae)
+                normalizer = unwrap(state.model).normalizer
+                images = to_pixels(x0, normalizer, self.column, self.vae, self.encoder)
                 picture = grid(images.cpu(), self.config.columns)
                 path = self.folder / f"ba{int(state.timestamp.batch):07d}-nfe{nfe}.png"
                 with writing(path):

@@ -119,6 +119,13 @@ class TrainConfig(Settings):
     init_from: Place | None = Field(
         None, description="Exported or imported weights, or a folder of exports, that a new run begins with."
     )
+    init_classes: Annotated[
+        dict[str | int, str | int], Says("must name a class of init_from for each: {cat: tabby, 3: 7}")
+    ] = Field(
+        {},
+        description="Classes that begin with those of init_from: {cat: tabby}, by names or numbers. Without "
+        "it all do if there are as many there, else none.",
+    )
     time_limit: Seconds | None = Field(
         None, description="Time after the start at which the run saves and exits with status 75."
     )
@@ -156,6 +163,8 @@ class TrainConfig(Settings):
             )
         if self.objective.finishes and not (self.init_from or self.fork_from):
             raise ConfigError(f"init_from: {self.objective.name} needs the weights that it finishes")
+        if self.init_classes and not self.init_from:
+            raise ConfigError("init_classes: names classes of init_from, which is not set")
         if self.init_from and self.fork_from:
             raise ConfigError(
                 "init_from: begins a new run, and fork_from goes on with another: give one of them"

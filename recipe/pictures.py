@@ -40,29 +40,49 @@ def false_colours(latents: Tensor) -> Tensor:
     return to_uint8(127.5 + 63.75 * latents[:, : 3 if latents.shape[1] >= 3 else 1])
 
 
-def decode(vae: Any, latents: Tensor, batch_size: int = 1) -> Tensor:  # noqa: ANN401
-    """Decode latents (B, c, h, w), without scaling, to pixel values (B, 3, H, W) in 0..255, not rounded.
+def decode(
+    vae: Any,  # noqa: ANN401
+    latents: Tensor,
+    encoder: dict[str, Any] | None = None,
+    batch_size: int = 1,
+) -> Tensor:
+    """Decode latents (B, c, h, w), as they are stored, to pixel values (B, 3, H, W) in 0..255, not rounded.
 
-    vae: an AutoencoderKL of diffusers, which works in its own type, `batch_size` at a time. Gradients flow
-    through it.
+    vae: an autoencoder of diffusers, which works in its own type, `batch_size` at a time; gradients flow
+    through it. encoder: facts of the dataset's manifest: `scaling`, by which the latents were multiplied
+    after `shift` was subtracted.
     """
     import torch
 
+    encoder = encoder or {}
+    latents = latents / encoder.get("scaling", 1.0) + encoder.get("shift", 0.0)
+    scale, offset = pixel_range(vae)
     parts = latents.to(vae.device, vae.dtype).split(batch_size)
-    return torch.cat([127.5 * (vae.decode(part).sample.float() + 1) for part in parts])
+    return torch.cat([scale * (vae.decode(part).sample.float() + offset) for part in parts])
 
 
-def to_pixels(x0: Tensor, normalizer: Normalizer, column: str, vae: Any | None) -> Tensor:  # noqa: ANN401
+def pixel_range(vae: Any) -> tuple[float, float]:  # noqa: ANN401
+    """Return s and o of pixels x / s - o as an autoencoder takes them: -1 to 1, or 0 to 1 for an RAE."""
+    return (255.0, 0.0) if type(vae).__name__ == "AutoencoderRAE" else (127.5, 1.0)
+
+
+def to_pixels(
+    x0: Tensor,
+    normalizer: Normalizer,
+    column: str,
+    vae: Any | None,  # noqa: ANN401
+    encoder: dict[str, Any] | None = None,
+) -> Tensor:
     """Turn a network's output (B, C, H, W) into uint8 pixels (B, 1 or 3, ...), latents without `vae` into
     false colours.
 
-    column: what the network was trained on, "image" or "latents".
+    column: what the network was trained on, "image" or "latents"; encoder: see `decode`.
     """
     if column == "image":
         return to_uint8(normalizer.invert(x0))
     if vae is None:
         return false_colours(x0)
-    return to_uint8(decode(vae, normalizer.invert(x0)))
+    return to_uint8(decode(vae, normalizer.invert(x0), encoder))
 
 
 # ---------------------------------------------------------------- drawing

@@ -19,7 +19,7 @@ import xxhash
 from torch import Tensor, nn
 
 from recipe.patches import exact_float32
-from recipe.pictures import decode
+from recipe.pictures import decode, pixel_range
 from storage.manifest import DatasetError
 
 FILES = ("config.json", "*.safetensors*", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
@@ -30,22 +30,54 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load_vae(model: str, dtype: str = "fp32", device: str | None = None):  # noqa: ANN201 (diffusers is optional)
-    """Load the AutoencoderKL in the folder, or of the hub name, `model`.
+    """Return the autoencoder of images in the folder, or of the hub name, `model`, by its own class.
 
-    Raises DatasetError if that fails.
+    Of a whole pipeline it is the one in its folder `vae`. Raises DatasetError if it cannot be loaded.
     """
     try:
-        from diffusers import AutoencoderKL
+        import diffusers
     except ImportError as error:
         raise DatasetError("a VAE needs diffusers: pip install 'terminal-velocity[vae]'") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     exact_float32()
     try:
-        vae = AutoencoderKL.from_pretrained(model, torch_dtype=DTYPES[dtype])
+        config, where = _vae_config(model)
+        kind = getattr(diffusers, str(config.get("_class_name")), None)
+        if not all(hasattr(kind, method) for method in ("from_pretrained", "encode", "decode")):
+            raise ValueError(f"{config.get('_class_name')} is no autoencoder of this diffusers")
+        vae = kind.from_pretrained(model, torch_dtype=DTYPES[dtype], **where)
         return vae.to(device).eval()
     except Exception as error:  # torch, safetensors and the hub have their own
         reason = " ".join(str(error).split())
         raise DatasetError(f"--vae: cannot load {model} on {device}: {reason}") from error
+
+
+def _vae_config(model: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return an autoencoder's configuration and, of a pipeline's, where it lies: {"subfolder": "vae"}."""
+    from diffusers import AutoencoderKL
+
+    try:
+        return AutoencoderKL.load_config(model), {}
+    except OSError:
+        where = {"subfolder": "vae"}
+        try:
+            return AutoencoderKL.load_config(model, **where), where
+        except OSError:
+            pass
+        raise
+
+
+def encode_pixels(network: nn.Module, pixels: Tensor) -> Tensor:
+    """Return latents (N, 2c, h, w) of pixels (N, C, H, W) in 0..255: the posterior's means and deviations.
+
+    The deviations of an autoencoder without a posterior are 0.
+    """
+    scale, offset = pixel_range(network)
+    found = network.encode(pixels.to(network.device, network.dtype) / scale - offset)
+    if hasattr(found, "latent_dist"):
+        return torch.cat([found.latent_dist.mean, found.latent_dist.std], dim=1)
+    latents = found.latents if hasattr(found, "latents") else found.latent
+    return torch.cat([latents, torch.zeros_like(latents)], dim=1)
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -82,9 +114,9 @@ def load_decoder(
 
     It works in fp16 on a GPU, as the published evaluations do, and in fp32 on a CPU or where `half` is false.
     Gradients flow through it to the latents.
-    encoder: of the dataset's manifest, as the weights say; vae: folder of a diffusers AutoencoderKL, None for
-    the one that `encoder` names. Raises ValueError where diffusers is missing, there is no such autoencoder,
-    or the latents were made with other weights.
+    encoder: of the dataset's manifest, as the weights say; vae: folder of an autoencoder of diffusers, None
+    for the one that `encoder` names. Raises ValueError where diffusers is missing, there is no such
+    autoencoder, or the latents were made with other weights.
     """
     model = autoencoder(encoder, vae)
     network = load_vae(model, "fp32", str(device)).requires_grad_(False)
@@ -94,9 +126,8 @@ def load_decoder(
             f"vae: the weights of {model} hash to {found}, the latents were made with {made_with}"
         )
     network = network.half() if half and torch.device(device).type == "cuda" else network
-    scaling = encoder.get("scaling", 1.0)
 
-    return lambda latents: decode(network, latents / scaling, batch_size=16)
+    return lambda latents: decode(network, latents, encoder, batch_size=16)
 
 
 class TextEncoder:

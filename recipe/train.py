@@ -103,7 +103,8 @@ def build_callbacks(
         LossByTime(interval),
     ]
     if config.grid.interval is not None:
-        callbacks.append(build_grid(f"{config.folder}/samples", config.grid, manifest.column, owner))
+        about = config.grid, manifest.column, owner, manifest.encoder
+        callbacks.append(build_grid(f"{config.folder}/samples", *about))
     if device == "gpu":
         callbacks.append(MemoryMonitor())
     return [*callbacks, Checkpoints(config, manifest, owner)]
@@ -116,10 +117,12 @@ def about_data(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
     return data if config.model.text is None else {**data, "text": manifest.text}
 
 
-def build_grid(folder: str, config: GridConfig, column: str, owner: Owner) -> SampleGrid:
+def build_grid(
+    folder: str, config: GridConfig, column: str, owner: Owner, encoder: dict[str, Any] | None = None
+) -> SampleGrid:
     """Make the callback of grids, with its autoencoder where it needs one. Raises ConfigError."""
     try:
-        return SampleGrid(folder, config, column, owner)
+        return SampleGrid(folder, config, column, owner, encoder)
     except DatasetError as error:
         raise ConfigError(f"grid.vae: {error}") from error
 

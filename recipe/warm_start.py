@@ -7,6 +7,7 @@ nothing and is learned.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,16 +27,26 @@ from recipe.objectives.base import Objective
 from recipe.settings import make
 from recipe.weights import load_weights, newest_export, parse_facts
 from storage import Folders
+from storage.manifest import read_manifest
 
+log = logging.getLogger("recipe.warm_start")
 EMBEDDERS = ("s_embedder", "guidance_embedder")
+MAY_DIFFER = ("size", "patch", "channels", "classes")  # of a network: what does not fit then is new
+TABLE = "y_embedder.embedding_table.weight"
 
 
 class Weights(NamedTuple):
-    """Weights to begin with: the URI of their folder, their name in it, and the content of their JSON."""
+    """Weights to begin with: the URI of their folder, their name in it, and the content of their JSON.
+
+    rows: the labels of the run whose embeddings begin with those of other labels there; said: how they differ
+    from the run.
+    """
 
     uri: str
     name: str
     facts: dict[str, Any]
+    rows: dict[int, int]
+    said: list[str]
 
 
 def locate_weights(uri: str, folders: Folders) -> tuple[str, str]:
@@ -50,13 +61,29 @@ def locate_weights(uri: str, folders: Folders) -> tuple[str, str]:
 
 
 def check_weights(config: TrainConfig, normalizer: Normalizer, folders: Folders) -> Weights:
-    """Find the weights of `init_from`; all their differences from the run are one ConfigError.
+    """Find the weights of `init_from`; what cannot be taken is one ConfigError with all differences.
 
     Raises StorageError.
     """
     uri, name = locate_weights(config.init_from, folders)
     try:
         facts = parse_facts(folders[uri].read(f"{name}.json"), f"{uri}/{name}.json")
+    except ValueError as error:
+        raise ConfigError(f"init_from: {error}") from error
+    fatal, said = differences(config, normalizer, facts)
+    if fatal:
+        raise ConfigError(f"init_from: {config.init_from} does not fit: {'; '.join(fatal + said)}")
+    return Weights(uri, name, facts, class_rows(config, facts), said)
+
+
+def differences(
+    config: TrainConfig, normalizer: Normalizer, facts: dict[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Return how weights with these facts differ from the run: what cannot be, and what will be new.
+
+    A finish, which goes on with a network as it is, allows no difference. Raises ConfigError.
+    """
+    try:
         theirs = asdict(make(AnyNetwork, facts["model"], "model"))
     except ValueError as error:
         raise ConfigError(f"init_from: {error}") from error
@@ -65,25 +92,65 @@ def check_weights(config: TrainConfig, normalizer: Normalizer, folders: Folders)
         mine.pop("text", None)  # begins as nothing
     if mine["network"] != theirs["network"]:
         mine = {"network": mine["network"]}
-    found = [f"model.{k}: {v} here, {theirs[k]} there" for k, v in mine.items() if theirs[k] != v]
+    told = {key: f"model.{key}: {v} here, {theirs[key]} there" for key, v in mine.items() if theirs[key] != v}
+    may_differ = {*MAY_DIFFER, *(["text"] if mine.get("text", 0) is None else [])}
+    may_differ = may_differ if theirs["network"] == "dit" else set()
     for key in ("mean", "std"):
         here, there = getattr(normalizer, key).flatten(), torch.tensor(facts["data"][key])
         if here.shape != there.shape or not torch.allclose(here, there, rtol=1e-4):
-            found.append(f"data.normalize.{key}: {here.tolist()} here, {there.tolist()} there")
+            told[key] = f"data.normalize.{key}: {here.tolist()} here, {there.tolist()} there"
+            may_differ.add(key)
+    if config.objective.finishes:
+        return list(told.values()), []
+    fatal = [text for key, text in told.items() if key not in may_differ]
     try:
         source = from_facts(facts["method"])
-        if not config.objective.finishes:
-            if output_ratio(source, config.objective) != 1 and config.model.output == "x":
-                raise ValueError(
-                    "objective.scaled: with model.output x the parameterisation must be the same"
-                )
-            if (here := config.objective.noise_scale) != (there := source.noise_scale):
-                raise ValueError(f"objective.noise_scale: {here:g} here, {there:g} there")
+        if output_ratio(source, config.objective) != 1 and config.model.output == "x":
+            raise ValueError("objective.scaled: with model.output x the parameterisation must be the same")
+        if (here := config.objective.noise_scale) != (there := source.noise_scale):
+            raise ValueError(f"objective.noise_scale: {here:g} here, {there:g} there")
     except ValueError as error:
-        found.append(str(error))
-    if found:
-        raise ConfigError(f"init_from: {config.init_from} does not fit: {'; '.join(found)}")
-    return Weights(uri, name, facts)
+        fatal.append(str(error))
+    return fatal, [text for key, text in told.items() if key in may_differ]
+
+
+def class_rows(config: TrainConfig, facts: dict[str, Any]) -> dict[int, int]:
+    """Return labels of the run and the labels of the weights whose embeddings they begin with.
+
+    Raises ConfigError for a class that is none.
+    """
+    if not config.init_classes:
+        return {}
+    names = read_manifest(config.data.source).class_names, facts["data"].get("class_names", [])
+    sides = zip(
+        names, (config.model.classes, facts["model"]["classes"]), ("here", "in the weights"), strict=True
+    )
+    known = []
+    for side, count, where in sides:
+        labels = {str(name): label for label, name in enumerate(side[:count])}
+        known.append((labels | {str(label): label for label in range(count)}, where))
+    rows = {}
+    for pair in config.init_classes.items():
+        for name, (labels, where) in zip(pair, known, strict=True):
+            if str(name) not in labels:
+                raise ConfigError(f"init_classes: {name!r} is no class {where}: {', '.join(labels)}"[:300])
+        rows[known[0][0][str(pair[0])]] = known[1][0][str(pair[1])]
+    return rows
+
+
+def fitting(own: dict[str, Tensor], state: dict[str, Tensor], rows: dict[int, int]) -> dict[str, Tensor]:
+    """Return those of the weights `state` that fit a network with the weights `own`.
+
+    Of the label table, where the number of classes differs or `rows` are given, that is a new one with those
+    rows and the last, which stands for no label.
+    """
+    found = {name: x for name, x in state.items() if name in own and own[name].shape == x.shape}
+    if TABLE in own and (TABLE not in found or rows):
+        found[TABLE] = own[TABLE].clone()
+        found[TABLE][-1] = state[TABLE][-1]
+        for mine, theirs in rows.items():
+            found[TABLE][mine] = state[TABLE][theirs]
+    return found
 
 
 def earlier_finishes(facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -142,15 +209,22 @@ def warm_start(model: GenerativeModel, weights: Weights, folders: Folders) -> st
     if not model.objective.finishes:
         model.objective.finished = earlier_finishes(facts)
     adapt(net, source, model.objective)
-    state: dict[str, Tensor] = net.state_dict()
+    rows, own = weights.rows, model.net.state_dict()
+    state: dict[str, Tensor] = fitting(own, net.state_dict(), rows)
     for mine in (model.net, model.target, model.ema):
         if mine is not None:
             mine.load_state_dict({**mine.state_dict(), **state})
     new = [e for e in EMBEDDERS if not state[f"{e}.mlp.2.weight"].any()]
     if not model.objective.guidance_input:
         new = [e for e in new if e != "guidance_embedder"]
-    new += ["text"] if net.config.text != model.net.config.text else []
+    lacking = {key.rpartition(".")[0] for key in own.keys() - state.keys() if "text_" not in key}
+    new += sorted(lacking)
+    if rows or net.config.classes != model.net.config.classes:
+        new.append(f"{len(own[TABLE]) - 1 - len(rows)} classes")
+    new += ["text"] if model.net.config.text is not None and net.config.text is None else []
     taken = sum(x.numel() for key, x in state.items() if key.split(".")[0] not in new)
+    for text in weights.said:
+        log.warning("init_from: %s", text)
     return (
         f"{weights.uri}/{weights.name} ({source.name}, step {facts['step']}): {taken:,} parameters taken, "
         f"new: {', '.join(new) or 'none'}"

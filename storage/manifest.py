@@ -13,7 +13,6 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -21,7 +20,7 @@ import xxhash
 from pydantic import ConfigDict, Field
 from typing_extensions import NotRequired, TypedDict
 
-from storage import Folder, MissingError, StorageError
+from storage import Folder, MissingError, StorageError, foreign
 from storage.outside import LARGEST, OutsideError, conform, parse_json, short
 
 MANIFEST, INDEX = "manifest.json", "index.json"
@@ -237,11 +236,20 @@ def _read_manifest(folder: Folder) -> Manifest:
     try:
         return Manifest.from_json(folder.read(MANIFEST, LARGEST), f"{uri}/{MANIFEST}")
     except MissingError as error:
-        reason = "not a dataset, or its conversion did not finish"
-        with suppress(StorageError):
-            folder.read(f"train/{MANIFEST}")
-            reason = f"that is in its splits, so name one of them: {uri}/train"
-        raise DatasetError(f"{uri} holds no {MANIFEST}: {reason}") from error
+        raise DatasetError(f"{uri} holds no {MANIFEST}: {_without_manifest(folder)}") from error
+
+
+def _without_manifest(folder: Folder) -> str:
+    """Return what a folder without manifest is, and what to do with it. Raises StorageError."""
+    names, uri = set(folder.names()), folder.uri
+    if f"train/{MANIFEST}" in names or f"train/{INDEX}" in names:
+        return f"that is in its splits, so name one of them: {uri}/train"
+    if INDEX in names and not any(name.startswith(f"{WORK}/") for name in names):
+        try:
+            return f"it is {foreign.advice(uri)}"
+        except OutsideError as error:
+            return str(error)
+    return "not a dataset, or its conversion did not finish"
 
 
 class File(TypedDict):

@@ -1,6 +1,7 @@
 """`python -m streaming_convert SOURCE --out FOLDER_OR_URI`: from images to a dataset that training streams.
 
-Sources: digits, images, zip, emoji, mds. Other commands: merge, verify, show. --help explains each of them.
+Sources: digits, images, zip, emoji, mds, webdataset, parquet. Other commands: merge, verify, show.
+--help explains each of them.
 """
 
 import argparse
@@ -18,14 +19,20 @@ import yaml
 from recipe import commands
 from storage import Folder, normalize_uri
 from storage.manifest import MANIFEST, DatasetError, Manifest
-from streaming_convert import captions, reader, sources, writer
+from streaming_convert import arrow, captions, foreign, reader, sources, tars, writer
 from streaming_convert.encoders import DTYPES, VAE, Encoder, Stored, load_text_encoder
+from streaming_convert.images import FURTHER, Opener
 from streaming_convert.sources import Source
+from streaming_convert.tables import Columns
 
 # These have no influence on what is written.
 PASSING_OPTIONS = ("--workers", "--device", "--shard", "--max-rejected")
 YAML = "train.yaml"
 CAPTIONS_HELP = f"CSV or JSON lines with file and caption; `{captions.BESIDE}`: 1.txt for 1.jpg"
+KEY_HELP = "column of --captions that holds the captions (default: caption or text)"
+SIZE_HELP = "side to bring pixels to (default: as they are)"
+CLASSES_HELP = "class names in order, one a line, such as LOC_synset_mapping.txt"
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 MOST_BYTES = 256  # most tokens that train.yaml gives a network that reads captions as bytes
 SHARD_HEADER = 1024  # bytes at most of a shard's description of its columns
 
@@ -83,33 +90,103 @@ def _add_sources(commands: argparse._SubParsersAction) -> None:
         "images",
         "JPEG, PNG, WebP: one folder per class (as ImageNet), a label or a caption file",
         lambda a: sources.image_folder(
-            a.path, a.size, a.labels, a.classes, a.unlabelled, a.allow_empty, a.captions
+            *(a.path, a.size, a.labels, a.classes, a.unlabelled, a.allow_empty, _told(a), tuple(a.formats))
         ),
     )
     add("path", metavar="FOLDER")
     add("--size", type=_at_least(1), required=True, help="side of the square that every image is brought to")
     add("--labels", metavar="FILE", help="CSV (file,class) or JSON; labels.csv or dataset.json is found")
-    add("--classes", metavar="FILE", help="class names in order, one a line, such as LOC_synset_mapping.txt")
+    add("--classes", metavar="FILE", help=CLASSES_HELP)
     add("--unlabelled", action="store_true", help="all labels 0, no classes")
     add("--allow-empty", action="store_true", help="a folder without images is a class without samples")
     add("--captions", metavar="FILE", help=CAPTIONS_HELP)
+    add("--caption-key", metavar="NAME", help=KEY_HELP)
+    add("--formats", nargs="+", choices=FURTHER, default=[], help="further formats to read")
 
     add = source(
         "zip",
         "ZIP or folder of PNG or NPY (pixels or latents) with dataset.json",
-        lambda a: sources.archive(a.path, a.size, a.unlabelled, a.captions),
+        lambda a: sources.archive(a.path, a.size, a.unlabelled, _told(a)),
     )
     add("path", metavar="FILE")
-    add("--size", type=_at_least(1), help="side to bring pixels to (default: as they are)")
+    add("--size", type=_at_least(1), help=SIZE_HELP)
     add("--unlabelled", action="store_true", help="all labels 0, no classes")
     add("--captions", metavar="FILE", help=CAPTIONS_HELP)
+    add("--caption-key", metavar="NAME", help=KEY_HELP)
 
     add = source("emoji", "Noto Color Emoji, by Unicode's groups and names", lambda a: sources.emoji(a.size))
     add("--size", type=_at_least(1), default=64, help="side in pixels (default: %(default)s)")
 
-    add = source("mds", "a dataset made by this program", lambda a: reader.mds(a.path, a.size))
+    add = source("mds", "a Streaming dataset, of this program or of another", _mds)
     add("path", type=_target, metavar="FOLDER_OR_URI")
-    add("--size", type=_at_least(1), help="side to bring pixels to (default: as they are)")
+    _add_columns(add, "column")
+    add("--latents", metavar="NAME", help="column of latents, without deviations")
+    channels = "of latents that are stored as bytes of float16 (default: %(default)s)"
+    add("--channels", type=_at_least(1), default=4, help=channels)
+    add("--scaling", type=float, default=1.0, help="what the latents were multiplied by (default: 1)")
+    add(
+        "--shift",
+        type=float,
+        default=0.0,
+        help="what was subtracted from the latents before that (default: 0)",
+    )
+
+    add = source(
+        "webdataset",
+        "tars of 000.jpg, 000.txt, 000.cls, 000.json",
+        lambda a: tars.webdataset(a.path, _columns(a), _opener(a), a.classes),
+    )
+    add("path", nargs="+", metavar="FILE_OR_FOLDER", help="tars, or folders of them; s3:// and others, too")
+    _add_columns(add, "ending of a file such as txt, or key in the .json,")
+
+    add = source(
+        "parquet",
+        "Parquet or Arrow files of Hugging Face, img2dataset and others",
+        lambda a: arrow.parquet(a.path, _columns(a), _opener(a), a.classes, a.split),
+    )
+    add("path", nargs="+", metavar="FILE_OR_FOLDER", help="files, or folders of them; s3:// and others, too")
+    add("--split", metavar="NAME", help="of folders that hold several, such as train")
+    _add_columns(add, "column")
+
+
+def _add_columns(add: Callable, what: str) -> None:
+    """Add the options of datasets of other programs; what: which of a row they name."""
+    add("--size", type=_at_least(1), help=SIZE_HELP)
+    for role in ("image", "label", "caption"):
+        add(f"--{role}", metavar="NAME", help=f"{what} that holds the {role} (default: found by its name)")
+    add("--classes", metavar="FILE", help=CLASSES_HELP)
+    add("--grey", action="store_true", help="store grey pictures as one channel (colour ones are rejected)")
+    add("--formats", nargs="+", choices=FURTHER, default=[], help="further formats to read")
+
+
+def _columns(args: argparse.Namespace) -> Columns:
+    return Columns(args.image, args.label, args.caption, getattr(args, "latents", None))
+
+
+def _opener(args: argparse.Namespace) -> Opener:
+    return Opener(args.size, args.grey, tuple(args.formats))
+
+
+def _told(args: argparse.Namespace) -> captions.Told | None:
+    if args.caption_key and not args.captions:
+        raise DatasetError("--caption-key: needs --captions FILE")
+    return captions.Told(args.captions, args.caption_key) if args.captions else None
+
+
+def _mds(args: argparse.Namespace) -> Source:
+    columns = _columns(args)
+    if reader.is_own(args.path):
+        if columns.given():
+            raise DatasetError(f"--{next(iter(columns.given()))}: {args.path} is a dataset of this program")
+        return reader.mds(args.path, args.size)
+    encoder = {
+        "name": "precomputed",
+        "hash": None,
+        "scaling": args.scaling,
+        "shift": args.shift,
+        "model": args.vae,
+    }
+    return foreign.streaming(args.path, columns, _opener(args), args.classes, args.channels, encoder)
 
 
 def _target_options() -> argparse.ArgumentParser:
@@ -123,7 +200,8 @@ def _target_options() -> argparse.ArgumentParser:
     add("--seed", type=_at_least(0), default=0, help="seed of --val and --limit (default: 0)")
     add("--flips", action="store_true", help="store every sample a second time, mirrored")
     add("--encoder", choices=("none", "vae"), default="none", help="default: none, which stores uint8 pixels")
-    add("--vae", default="stabilityai/sd-vae-ft-ema", metavar="NAME", help="diffusers folder or hub name")
+    vae = f"diffusers folder or hub name (default: {DEFAULT_VAE}); of latents that exist, what made them"
+    add("--vae", metavar="NAME", help=vae)
     add("--dtype", choices=DTYPES, default="fp32", help="precision of the encoder (default: fp32)")
     add("--batch-size", type=_at_least(1), default=32, help="of the encoder (default: %(default)s)")
     text = "encoder of captions (T5, CLIP, Qwen): a transformers folder or hub name"
@@ -145,9 +223,10 @@ def _target_options() -> argparse.ArgumentParser:
 
 def run_convert(args: argparse.Namespace, argv: list[str]) -> int:
     """Convert a source split by split; a finished identical dataset stays as it is."""
-    path = getattr(args, "path", None)
-    if path and "://" not in args.out and Path(args.out).resolve().is_relative_to(Path(path).resolve()):
-        raise DatasetError(f"--out {args.out} lies inside the source {path}")
+    paths = getattr(args, "path", [])
+    for path in [paths] if isinstance(paths, str) else paths:
+        if "://" not in args.out and Path(args.out).resolve().is_relative_to(Path(path).resolve()):
+            raise DatasetError(f"--out {args.out} lies inside the source {path}")
     with writer.alone(args.out, args.shard):
         return _convert(args, argv)
 
@@ -157,7 +236,7 @@ def _convert(args: argparse.Namespace, argv: list[str]) -> int:
     _check_mirrors(source, args.flips, args.val)
     encoder = Stored(source)
     if args.encoder == "vae":
-        encoder = VAE(source, args.vae, args.dtype, args.batch_size, args.device)
+        encoder = VAE(source, args.vae or DEFAULT_VAE, args.dtype, args.batch_size, args.device)
     text, about = None, None
     if args.text_encoder:
         text, about = load_text_encoder(source, args.text_encoder, args.text_tokens, args.device)

@@ -9,6 +9,7 @@ import io
 import posixpath
 import re
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 
 from storage.manifest import DatasetError
 from storage.outside import OutsideError, parse_json
@@ -17,6 +18,16 @@ from streaming_convert.labels import read_text
 
 Captions = list[tuple[int, str | Rejected]]
 BESIDE = "beside"  # in place of a caption file's name
+FILE_KEYS = ("file", "file_name", "filename", "image")
+CAPTION_KEYS = ("caption", "text")
+
+
+@dataclass(frozen=True)
+class Told:
+    """Where captions are: a file (in the folder of the pictures, too) or BESIDE, and its column, if named."""
+
+    file: str
+    key: str | None = None
 
 
 def beside(keys: list[str], names: Collection[str], read: Callable[[str], bytes]) -> Captions:
@@ -37,20 +48,24 @@ def beside(keys: list[str], names: Collection[str], read: Callable[[str], bytes]
     return [(position, caption(key)) for position, key in enumerate(keys)]
 
 
-def from_file(path: str, keys: list[str]) -> Captions:
-    """Read the columns `file` and `caption` of a CSV file (commas or tabs), or these keys of JSON lines.
+def from_file(path: str, keys: list[str], caption_key: str | None = None) -> Captions:
+    """Read files and captions of a CSV file (commas or tabs, with a header) or of JSON lines.
 
-    Raises DatasetError for a row without both, and for files that are not among `keys`.
+    Their columns are called as in FILE_KEYS and CAPTION_KEYS, or as `caption_key` says; a caption of JSON may
+    be a list of several. Raises DatasetError for a row without both, and for files that are not among `keys`.
     """
     text = read_text(path)
+    known = (caption_key,) if caption_key else CAPTION_KEYS
+    rows = _json_lines(text, path) if text.lstrip().startswith("{") else _csv(text, path, known)
     found, strange = {key: [] for key in keys}, []
-    for line, row in _json_lines(text, path) if text.lstrip().startswith("{") else _csv(text, path):
-        file, caption = row.get("file"), row.get("caption")
-        if not (_is_text(file) and _is_text(caption)) or None in row:  # None: cells beyond the header's
+    for line, row in rows:
+        file, caption = (next((row[x] for x in names if x in row), None) for names in (FILE_KEYS, known))
+        several = caption if isinstance(caption, list) else [caption]
+        if not all(map(_is_text, (file, *several))) or None in row:  # None: cells beyond the header's
             raise DatasetError(f"{path}, line {line}: not one file and one caption: {ascii(row)[:100]}")
         name = posixpath.normpath(file.strip().replace("\\", "/"))
         if name in found:
-            found[name].append(caption.strip())
+            found[name] += [one.strip() for one in several]
         else:
             strange.append(name)
     if strange:
@@ -78,15 +93,22 @@ def _json_lines(text: str, path: str) -> Iterator[tuple[int, dict]]:
         yield number, row
 
 
-def _csv(text: str, path: str) -> Iterator[tuple[int, dict]]:
+def _csv(text: str, path: str, caption_keys: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
     """Yield the line number of each row and its cells by the names in the header."""
     header = text.partition("\n")[0]
     rows = csv.DictReader(io.StringIO(text), delimiter="\t" if "\t" in header else ",", strict=True)
     try:
         rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
-        if not {"file", "caption"} <= set(rows.fieldnames):
-            raise DatasetError(f"{path} is neither JSON lines nor CSV whose header names file and caption")
+        for names in (FILE_KEYS, caption_keys):
+            if not set(names) & set(rows.fieldnames):
+                raise DatasetError(
+                    f"{path} is neither JSON lines nor CSV whose header names {_either(names)}"
+                )
         for row in rows:
             yield rows.line_num, row
     except csv.Error as error:
         raise DatasetError(f"{path} is not a CSV file: {error}") from error
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -1,17 +1,24 @@
 """Encoders of what is stored: unchanged uint8 pixels, an autoencoder's latents, captions' embeddings."""
 
 import base64
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from storage.manifest import DatasetError
+from streaming_convert.images import Rejected
 from streaming_convert.sources import Source
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
     from recipe.pretrained import TextEncoder
 
 DTYPES = ("fp32", "fp16", "bf16")
+TRIED = 4  # pictures that are encoded and decoded to see what the autoencoder does
 
 
 class Encoder(Protocol):
@@ -45,16 +52,17 @@ class Stored:
 
 
 class VAE:
-    """A diffusers AutoencoderKL: uint8 (N,3,H,W) => float16 (N,2c,h,w), the posterior's mean, then its std.
+    """Any autoencoder of diffusers: uint8 (N,3,H,W) => float16 (N,2c,h,w), the means, then the deviations.
 
-    Latents are not multiplied by the model's scaling factor, so `scaling` is 1.0 in the manifest.
+    Latents are stored as the autoencoder gives and takes them, not multiplied by its scaling factor, so
+    `scaling` is 1.0 in the manifest. Deviations are those of its posterior, 0 where it has none.
     """
 
     column = "latents"
     in_process = True
 
     def __init__(self, source: Source, model: str, dtype: str, batch_size: int, device: str | None) -> None:
-        """Load `model`, a folder or hub name, in the precision `dtype`, one of DTYPES.
+        """Load `model`, a folder or hub name, in the precision `dtype`, one of DTYPES, and try it.
 
         A device of None is the GPU if there is one. Raises DatasetError if the images do not fit the model.
         """
@@ -63,26 +71,72 @@ class VAE:
         if source.column != "image":
             raise DatasetError(f"--encoder vae: the source {source.name} holds latents already")
         self.vae = load_vae(model, dtype, device)
-        config = self.vae.config
-        channels, height, width = source.shape
-        factor = 2 ** (len(config.block_out_channels) - 1)
-        if channels != config.in_channels or height % factor or width % factor:
-            raise DatasetError(
-                f"--vae: {model} needs {config.in_channels} channels and sides divisible by {factor}, "
-                f"the images are {channels}x{height}x{width}"
-            )
-        self.shape = (2 * config.latent_channels, height // factor, width // factor)
+        _check_size(self.vae, model, source.shape)
         self.batch_size = batch_size
+        self.shape = self._round_trip(source, model)
         hashed = {"name": "vae", "hash": hash_weights(self.vae), "scaling": 1.0}
         self.info = {**hashed, "model": model, "dtype": dtype, "batch_size": batch_size}
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         import torch
 
+        from recipe.pretrained import encode_pixels
+
         with torch.inference_mode():
-            images = torch.from_numpy(samples).to(self.vae.device, self.vae.dtype) / 127.5 - 1
-            posterior = self.vae.encode(images).latent_dist
-            return torch.cat([posterior.mean, posterior.std], dim=1).half().cpu().numpy()
+            return encode_pixels(self.vae, torch.from_numpy(samples)).half().cpu().numpy()
+
+    def _round_trip(self, source: Source, model: str) -> tuple[int, ...]:
+        """Encode and decode the first pictures, say how far they come back, and return the latents' shape.
+
+        Raises DatasetError where the autoencoder does not give pictures of the same size back.
+        """
+        import torch
+
+        from recipe.pictures import decode
+
+        pixels = np.stack(first_pictures(source, TRIED) or [np.zeros(source.shape, np.uint8)])
+        kind, sides = type(self.vae).__name__, "x".join(map(str, source.shape))
+        try:
+            latents = self(pixels)
+            means = torch.from_numpy(latents[:, : latents.shape[1] // 2].astype(np.float32))
+            with torch.inference_mode():
+                back = decode(self.vae, means).cpu().numpy()
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # of a network made for others
+            reason = " ".join(str(error).split())[:200]
+            raise DatasetError(
+                f"--vae: {model} ({kind}) does not take pictures of {sides}: {reason}"
+            ) from error
+        if back.shape != pixels.shape or not np.isfinite(back).all():
+            found = "x".join(map(str, back.shape[1:])) if back.shape != pixels.shape else "no numbers"
+            raise DatasetError(f"--vae: {model} ({kind}) turns pictures of {sides} into {found}")
+        error = np.abs(back.clip(0, 255) - pixels).mean()
+        size = "x".join(map(str, (latents.shape[1] // 2, *latents.shape[2:])))
+        tried = f"mean error {error:.1f} of 255 in {len(pixels)} pictures"
+        print(f"{model} ({kind}): {sides} to {size} and back: {tried}")
+        return latents.shape[1:]
+
+
+def _check_size(vae: "Module", model: str, shape: tuple[int, ...]) -> None:
+    """Raise DatasetError for pictures (C,H,W) whose channels or sides the autoencoder cannot take."""
+    config = vae.config
+    blocks = config.get("encoder_block_out_channels") or config.get("block_out_channels") or [1]
+    factor, channels = 2 ** (len(blocks) - 1), config.get("in_channels", 3)
+    if shape[0] != channels or shape[1] % factor or shape[2] % factor:
+        raise DatasetError(
+            f"--vae: {model} needs {channels} channels and sides divisible by {factor}, "
+            f"the images are {'x'.join(map(str, shape))}"
+        )
+
+
+def first_pictures(source: Source, count: int) -> list[np.ndarray]:
+    """Return the first good pictures of a source, at most `count`, of the first ten times as many."""
+
+    def good() -> Iterator[np.ndarray]:
+        for key in source.keys[: 10 * count]:
+            with suppress(Rejected):
+                yield source.load(key)
+
+    return list(islice(good(), count))
 
 
 def load_text_encoder(

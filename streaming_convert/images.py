@@ -6,16 +6,19 @@ folder that samples are compared with.
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import methodcaller
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, features
 
 from recipe.pictures import to_array
+from storage.manifest import DatasetError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+FURTHER = {"gif": (".gif",), "bmp": (".bmp",), "tiff": (".tif", ".tiff"), "avif": (".avif",)}  # if asked for
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million; a larger picture is rejected as a decompression bomb
 ADM_CROP = "ADM centre crop"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -44,32 +47,86 @@ def ignore(text: str) -> None:
     """Drop a note."""
 
 
-def decode(data: bytes, size: int | None = None, keep_grey: bool = False, note: Note = ignore) -> np.ndarray:
+@dataclass(frozen=True)
+class Opener:
+    """How the pictures of a source are opened.
+
+    size: side of the square that they are brought to, None for as they are; keep_grey: a grey picture stays
+    one channel; formats: of FURTHER, read beside JPEG, PNG and WebP.
+    """
+
+    size: int | None = None
+    keep_grey: bool = False
+    formats: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise DatasetError for AVIF where Pillow was built without it."""
+        if "avif" in self.formats and not features.check("avif"):
+            raise DatasetError(
+                "--formats avif: this Pillow reads none; a newer one does (pip install -U pillow)"
+            )
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The names of files that are pictures, by their ends."""
+        return (*SUFFIXES, *(suffix for name in self.formats for suffix in FURTHER[name]))
+
+    def file(self, data: bytes, note: Note = ignore) -> np.ndarray:
+        """Return the picture in a file's content as `decode` does."""
+        formats = (*FORMATS, *map(str.upper, self.formats))
+        return decode(data, self.size, self.keep_grey, note, formats)
+
+    def picture(self, image: Image.Image, note: Note = ignore) -> np.ndarray:
+        """Return a picture in memory as `decode` returns that of a file."""
+        return fit(image, self.size, self.keep_grey, note)
+
+
+def decode(
+    data: bytes,
+    size: int | None = None,
+    keep_grey: bool = False,
+    note: Note = ignore,
+    formats: Sequence[str] = FORMATS,
+) -> np.ndarray:
     """Decode a JPEG, PNG or WebP file to (3, size, size) uint8 in sRGB, or (3, H, W) without `size`.
 
     EXIF orientation is applied; an embedded ICC profile is converted to sRGB; CMYK, palette and grey become
     RGB, 16 bit becomes 8 by rounding, transparency becomes white; `keep_grey` makes a grey image (1, ...).
     `note` is called for an animation, whose first frame is used, and for an unusable profile. Raises Rejected
-    for anything but one whole image of at most MAX_PIXELS pixels.
+    for anything but one whole image of at most MAX_PIXELS pixels in one of `formats`, Pillow's names.
     """
     if not data:
         raise Rejected("empty file")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise Rejected("decompression bomb: " + str(error)) from error
     except Exception as error:
-        raise Rejected("not a JPEG, PNG or WebP image") from error
-    _refuse_bomb(image.width, image.height)
+        known = {"WEBP": "WebP"}
+        *first, last = [known.get(name, name) for name in formats]
+        raise Rejected(f"not a {', '.join(first)} or {last} image") from error
+    refuse_bomb(image.width, image.height)
     try:
-        grey = keep_grey and Image.getmodebase(image.mode) == "L"
         frames = getattr(image, "n_frames", 1)
         image.load()
-        image = to_mode(_upright(image), "L" if grey else "RGB", note)
+        upright = _upright(image)
     except Exception as error:  # a damaged file can raise nearly anything from inside its decoder
         raise Rejected(f"truncated or damaged: {error}") from error
+    pixels = fit(upright, size, keep_grey, note)
     if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview or a depth map behind it
-        note("animated, the first frame was taken")
+        note(f"{'several pages' if image.format == 'TIFF' else 'animated'}, the first frame was taken")
+    return pixels
+
+
+def fit(image: Image.Image, size: int | None, keep_grey: bool, note: Note = ignore) -> np.ndarray:
+    """Return a picture of any mode as `decode` does one from a file. Raises Rejected."""
+    grey = keep_grey and Image.getmodebase(image.mode) == "L"
+    try:
+        image = to_mode(image, "L" if grey else "RGB", note)
+    except Rejected:
+        raise
+    except Exception as error:  # as above
+        raise Rejected(f"truncated or damaged: {error}") from error
     return to_array(centre_crop(image, size) if size else image)
 
 
@@ -82,17 +139,22 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _refuse_bomb(width: int, height: int) -> None:
+def refuse_bomb(width: int, height: int) -> None:
+    """Raise Rejected for a picture of more than MAX_PIXELS pixels."""
     if width * height > MAX_PIXELS:
         raise Rejected(f"decompression bomb: {width}x{height} pixels, at most {MAX_PIXELS} allowed")
 
 
 def to_mode(image: Image.Image, mode: str, note: Note = ignore) -> Image.Image:
     """Convert to 8-bit "RGB" or "L" in sRGB, with transparency composited on white."""
+    if image.mode == "F":
+        raise Rejected("holds numbers with fractions, which have no common scale")
     profile = image.info.get("icc_profile", b"")  # None if the profile of the file is damaged
     grey = Image.getmodebase(image.mode) == "L"
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip instead of scale
-        levels = np.asarray(image).astype(np.uint32)
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise Rejected("holds numbers beyond 16 bits")
         levels[levels == image.info.get("transparency", -1)] = 65535  # white
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
@@ -148,7 +210,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     scaled = round(image.width * scale), round(image.height * scale)
-    _refuse_bomb(*scaled)
+    refuse_bomb(*scaled)
     image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))

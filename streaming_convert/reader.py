@@ -1,12 +1,9 @@
 """Finished datasets: read as a source, verified sample by sample, shown as a picture."""
 
-import atexit
 import functools
-import tempfile
 from collections import Counter
 from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -27,7 +24,8 @@ from storage.manifest import (
 )
 from streaming_convert.images import ADM_CROP, Note, ignore
 from streaming_convert.sources import Source, scaled
-from streaming_convert.writer import REJECTED, Moments
+from streaming_convert.tables import local_copy
+from streaming_convert.writer import PLAN, REJECTED, Moments
 
 
 def dataset_folders(uri: str) -> dict[str, str]:
@@ -40,6 +38,13 @@ def dataset_folders(uri: str) -> dict[str, str]:
     if not splits:
         read_manifest(uri)  # raises an error that says what is missing
     return splits
+
+
+def is_own(uri: str) -> bool:
+    """Return True unless `uri` is a Streaming dataset of another program: an index without manifests."""
+    names = set(Folder(uri).names())
+    ours = (MANIFEST, f"train/{MANIFEST}", f"val/{MANIFEST}", PLAN)
+    return INDEX not in names or any(name in names for name in ours)
 
 
 def read_shard(folder: Folder, entry: Shard) -> list[dict]:
@@ -85,8 +90,8 @@ def mds(uri: str, size: int | None = None) -> Source:
         raise DatasetError(f"--size: {folder} holds latents, which cannot be scaled")
     if manifest.text:
         print(f"{folder}: its embeddings of captions are not copied; --text-encoder makes them again")
-    store = Folder(_local_copy(folder))
-    _, entries = open_dataset(store.uri)
+    _, entries = open_dataset(folder)
+    store = Folder(str(local_copy(folder, [MANIFEST, INDEX, *manifest.shards])))
     shard = functools.lru_cache(maxsize=2)(lambda number: read_shard(store, entries[number]))
     keys, numbers = [], []
     versions, texts = [], []
@@ -116,19 +121,6 @@ def mds(uri: str, size: int | None = None) -> Source:
         flips=manifest.flips,
         captions=texts or None,
     )
-
-
-def _local_copy(uri: str) -> str:
-    """Return `uri` if it is a local folder, else a temporary copy, deleted when the program ends."""
-    if "://" not in uri:
-        return uri
-    copy = tempfile.TemporaryDirectory(prefix="streaming_convert-")
-    atexit.register(copy.cleanup)
-    folder = Folder(uri)
-    manifest, _ = open_dataset(uri)
-    for name in tqdm([MANIFEST, INDEX, *manifest.shards], desc=f"downloading {uri}", unit="file"):
-        folder.get(name, Path(copy.name, name))
-    return copy.name
 
 
 def verify(uri: str) -> list[str]:
@@ -259,6 +251,6 @@ def _latent_pictures(means: np.ndarray, manifest: Manifest, vae: str | None) -> 
     latents = torch.from_numpy(means)
     if vae is not None:
         with torch.inference_mode():
-            return to_uint8(decode(load_vae(vae), latents)).cpu().numpy()
+            return to_uint8(decode(load_vae(vae), latents, manifest.encoder)).cpu().numpy()
     mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (manifest.channel_mean, manifest.channel_std))
     return false_colours((latents - mean) / std).numpy()

@@ -18,7 +18,17 @@ from PIL import Image, ImageDraw, ImageFont, features
 from recipe.pictures import to_array, to_image
 from storage.manifest import DatasetError
 from streaming_convert import captions, labels
-from streaming_convert.images import ADM_CROP, SUFFIXES, Note, Rejected, centre_crop, decode, ignore
+from streaming_convert.images import (
+    ADM_CROP,
+    FURTHER,
+    SUFFIXES,
+    Note,
+    Opener,
+    Rejected,
+    centre_crop,
+    decode,
+    ignore,
+)
 
 TABLES = (
     ".csv",
@@ -122,24 +132,25 @@ def image_folder(
     classes: str | None = None,
     unlabelled: bool = False,
     allow_empty: bool = False,
-    caption_file: str | None = None,
+    told: captions.Told | None = None,
+    formats: tuple[str, ...] = (),
 ) -> Source:
     """List JPEG, PNG and WebP files in one folder per class, or anywhere with a label or caption file.
 
     Without a label file the first folder level names the classes, in alphabetical order, which for ImageNet's
     synsets is ImageNet's own; a file `classes` (ImageNet's LOC_synset_mapping.txt) sets another order.
     labels.csv, labels.json and dataset.json in `folder` are found automatically. A class folder without
-    images is an error, or with `allow_empty` a class without samples. With captions (`caption_file`, or
-    "beside") files need no label if none of them lies in a subfolder.
+    images is an error, or with `allow_empty` a class without samples. With captions (`told`) files need no
+    label if none of them lies in a subfolder. formats: see `Opener`.
     """
     root = Path(folder)
     if not root.is_dir():
         raise DatasetError(f"{folder} is not a folder")
-    files = Archive(folder)
-    keys = list_images(files)
+    files, opener = Archive(folder), Opener(size, formats=formats)
+    keys = list_images(files, opener.suffixes)
     own = (str(root / name) for name in labels.LABEL_FILES if (root / name).is_file())
     label_file = label_file or next(own, None)
-    if unlabelled or (caption_file and not label_file and not any("/" in key for key in keys)):
+    if unlabelled or (told and not label_file and not any("/" in key for key in keys)):
         numbers, class_names = np.zeros(len(keys), np.int64), []
     else:
         if label_file:
@@ -155,11 +166,11 @@ def image_folder(
         labels=numbers,
         class_names=class_names,
         shape=(3, size, size),
-        load=lambda key, note=ignore: decode(files.read(key), size, note=note),
+        load=lambda key, note=ignore: opener.file(files.read(key), note),
         versions=[files.size(key) for key in keys],
         crop=ADM_CROP,
     )
-    return _captioned(source, files, caption_file)
+    return _captioned(source, files, told)
 
 
 def _refuse_parts(folder: str, keys: list[str]) -> None:
@@ -173,14 +184,16 @@ def _refuse_parts(folder: str, keys: list[str]) -> None:
         )
 
 
-def _captioned(source: Source, files: "Archive", caption_file: str | None) -> Source:
-    """Return the source with a sample for each caption, read from `caption_file` or beside the files."""
-    if not caption_file:
+def _captioned(source: Source, files: "Archive", told: captions.Told | None) -> Source:
+    """Return the source with a sample for each caption, read from a file or beside the pictures."""
+    if not told:
         return source
-    if caption_file == captions.BESIDE:
+    if told.file == captions.BESIDE:
         found = captions.beside(source.keys, files.names, files.read)
     else:
-        found = captions.from_file(caption_file, source.keys)
+        inside = files.path / told.file
+        file = told.file if Path(told.file).is_file() or not inside.is_file() else str(inside)
+        found = captions.from_file(file, source.keys, told.key)
     positions, texts = zip(*found, strict=True)
     return replace(source.take(np.array(positions)), captions=list(texts))
 
@@ -191,9 +204,12 @@ def list_images(files: "Archive", suffixes: tuple[str, ...] = SUFFIXES) -> list[
     others = [name for name in files.names.difference(keys) if not name.lower().endswith(TABLES)]
     read = ", ".join(suffixes)
     if pictures := [name for name in others if name.lower().endswith(PICTURES)]:
+        ends = {Path(name).suffix.lower() for name in pictures}
+        asked = " ".join(name for name, known in FURTHER.items() if ends.intersection(known))
+        fix = f"Convert with --formats {asked}" if asked else "Make PNGs of them"
         print(
             f"warning: {files.path}: {_counted(pictures)} are left out, since only {read} files are read. "
-            "Convert them to PNG first if they belong to the data."
+            f"{fix} if they belong to the data."
         )
     if rest := set(others).difference(pictures):
         print(f"{files.path}: {_counted(rest)} are left out, since only {read} files are read.")
@@ -223,7 +239,7 @@ def _walk(root: Path) -> Iterator[str]:
 
 
 def archive(
-    path: str, size: int | None = None, unlabelled: bool = False, caption_file: str | None = None
+    path: str, size: int | None = None, unlabelled: bool = False, told: captions.Told | None = None
 ) -> Source:
     """List a dataset of the released code: a ZIP or folder of PNG or NPY files, with labels in dataset.json.
 
@@ -264,7 +280,7 @@ def archive(
         crop=ADM_CROP if size else "none",
         encoder={"name": "precomputed", "hash": None, "scaling": 1.0} if latents else None,
     )
-    return _captioned(source, files, caption_file)
+    return _captioned(source, files, told)
 
 
 def _first_good(files: "Archive", keys: list[str], size: int | None) -> np.ndarray:
@@ -292,14 +308,15 @@ def read_regular(path: Path) -> bytes:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise Rejected("not a regular file")
-        _refuse_huge(found.st_size)
+        refuse_huge(found.st_size)
         with path.open("rb") as file:
             return file.read(MAX_FILE_BYTES)
     except OSError as error:
         raise Rejected(f"cannot be read: {error.strerror}") from error
 
 
-def _refuse_huge(size: int) -> None:
+def refuse_huge(size: int) -> None:
+    """Raise Rejected for a file of more than MAX_FILE_BYTES bytes."""
     if size > MAX_FILE_BYTES:
         raise Rejected(f"holds {size:,} bytes, at most {MAX_FILE_BYTES:,} are read")
 
@@ -330,7 +347,7 @@ class Archive:
         archive = self._zip()
         try:
             member = archive.getinfo(name)
-            _refuse_huge(member.file_size)
+            refuse_huge(member.file_size)
             if member.compress_type not in PLAIN_ZIP:
                 raise Rejected("is compressed by another method than Deflate")
             with archive.open(member) as file:  # read() unpacks only this many bytes and checks the CRC

@@ -9,9 +9,9 @@ import torch
 from composer.core import Callback
 from PIL import Image
 
-from eval.sample import Generator
 from recipe.callbacks import quarter_sums
 from recipe.config import TrainConfig, load_config
+from recipe.generator import Generator
 from recipe.normalizer import Normalizer
 from recipe.pictures import grid, to_pixels
 from recipe.plan import step_flops

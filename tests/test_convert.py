@@ -577,7 +577,7 @@ def test_files_that_are_left_out_are_named_before_the_conversion(folder, tmp_pat
         (folder / SYNSETS[0] / name).write_bytes(b"")
     assert convert("images", folder, "--size", 16, "--out", tmp_path / "out") == 0
     since = "are left out, since only .jpg, .jpeg, .png, .webp files are read."
-    fix = "Convert them to PNG first if they belong to the data."
+    fix = "Convert with --formats gif tiff if they belong to the data."
     assert capsys.readouterr().out.splitlines()[:2] == [
         f"warning: {folder}: 2 .gif and 1 .tiff files {since} {fix}",
         f"{folder}: 1 .exe and 1 unnamed files {since}",

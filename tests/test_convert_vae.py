@@ -1,11 +1,13 @@
-"""Latents of a diffusers AutoencoderKL: what is stored, its statistics, batch sizes, resume."""
+"""Latents of autoencoders of diffusers: what is stored, its statistics, batch sizes, resume."""
+
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from recipe.pretrained import hash_weights
+from recipe.pretrained import hash_weights, load_decoder
 from storage.manifest import DatasetError, read_manifest
 from streaming_convert import encoders, sources
 from streaming_convert.__main__ import main
@@ -156,3 +158,100 @@ def test_impossible_requests_are_refused_before_any_work(pictures, vae_folder, t
         error = capsys.readouterr().err
         assert f"error: --vae: cannot load {model} on {device}: " in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def tiny(**options):
+    blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    counts = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    return diffusers.AutoencoderTiny(**blocks, **counts, **options)
+
+
+def deep(**options):
+    two = {f"{part}_layers_per_block": (1, 1) for part in ("encoder", "decoder")}
+    two |= {f"{part}_block_out_channels": (8, 16) for part in ("encoder", "decoder")}
+    two |= {f"{part}_qkv_multiscales": ((), ()) for part in ("encoder", "decoder")}
+    return diffusers.AutoencoderDC(latent_channels=8, attention_head_dim=8, **two, **options)
+
+
+def flux():
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    factors = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "latent_channels": 16}
+    plain = {"use_quant_conv": False, "use_post_quant_conv": False}
+    return diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **blocks, **factors, **plain)
+
+
+def representations():
+    sizes = {"encoder_hidden_size": 64, "encoder_num_hidden_layers": 1, "encoder_patch_size": 4}
+    sizes |= {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    sizes |= {"decoder_intermediate_size": 16, "patch_size": 4, "encoder_input_size": 16}
+    return diffusers.AutoencoderRAE(encoder_type="mae", **sizes)
+
+
+@pytest.mark.parametrize(
+    ("make", "channels", "side"), [(tiny, 4, 8), (deep, 8, 8), (flux, 16, 8), (representations, 64, 4)]
+)
+def test_any_autoencoder_of_images_by_its_own_class(pictures, tmp_path, capsys, make, channels, side):
+    torch.manual_seed(0)
+    network = make().eval()
+    network.save_pretrained(tmp_path / "pipeline/vae")
+    (tmp_path / "pipeline/model_index.json").write_text("{}")  # the folder of a whole pipeline
+    folder = tmp_path / "pipeline"
+    assert convert(*command(pictures, str(folder), tmp_path / "out")) == 0
+    name = type(network).__name__
+    said = (
+        rf"pipeline \({name}\): 3x16x16 to {channels}x{side}x{side} and back: mean error [\d.]+ of 255 in 4"
+    )
+    assert re.search(said, capsys.readouterr().out)
+    manifest, stored = read_manifest(f"{tmp_path}/out/train"), latents(tmp_path / "out/train")
+    assert stored.shape[1:] == (2 * channels, side, side) and np.isfinite(stored).all()
+    source = sources.image_folder(pictures, 16)
+    pixels = torch.from_numpy(np.stack([source.load(key) for key in source.keys])).float()
+    unit = name == "AutoencoderRAE"
+    with torch.no_grad():
+        found = network.encode(pixels / 255 if unit else pixels / 127.5 - 1)
+        dist = getattr(found, "latent_dist", None)
+        exact = dist.mean if dist else found[0]
+        np.testing.assert_allclose(stored[:, :channels], exact, rtol=2e-3, atol=2e-3)
+        assert dist is not None or not stored[:, channels:].any()
+        decoded = load_decoder(manifest.encoder, None, "cpu")(exact)
+        again = network.decode(exact).sample
+    expected = again * 255 if unit else (again + 1) * 127.5
+    torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_scaling_and_shift_of_latents_that_others_made(vae_folder):
+    vae = diffusers.AutoencoderKL.from_pretrained(vae_folder).eval()
+    stored = torch.randn(2, 4, 8, 8)
+    encoder = {"name": "precomputed", "hash": None, "model": vae_folder, "scaling": 0.5, "shift": 0.25}
+    with torch.no_grad():
+        expected = (vae.decode(stored / 0.5 + 0.25).sample + 1) * 127.5
+    torch.testing.assert_close(load_decoder(encoder, None, "cpu")(stored), expected, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"_class_name": "UNet2DModel"}', "UNet2DModel is no autoencoder of this diffusers"),
+        ('{"_class_name": "os"}', "os is no autoencoder of this diffusers"),
+        ("{}", "None is no autoencoder of this diffusers"),
+        ('{"_class_name": "AutoencoderKL"}', "cannot load"),
+    ],
+)
+def test_a_folder_that_is_no_autoencoder_is_one_line(pictures, tmp_path, capsys, config, message):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(config)
+    assert convert(*command(pictures, str(tmp_path / "model"), tmp_path / "out")) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("error:") == 1
+
+
+def test_mirror_images_are_encoded_not_mirrored_latents(pictures, vae_folder, tmp_path):
+    assert convert(*command(pictures, vae_folder, tmp_path / "out"), "--flips") == 0
+    vae = diffusers.AutoencoderKL.from_pretrained(vae_folder)
+    source, stored = sources.image_folder(pictures, 16), latents(tmp_path / "out/train")
+    pixels = torch.from_numpy(np.stack([source.load(key) for key in source.keys[:3]])).float() / 127.5 - 1
+    with torch.inference_mode():
+        mirrored = vae.encode(pixels.flip(3)).latent_dist.mean
+    assert len(stored) == 42
+    np.testing.assert_allclose(stored[1:6:2, :4], mirrored, rtol=2e-3, atol=2e-3)
+    assert np.abs(stored[1, :4] - stored[0, :4][..., ::-1]).max() > 0.01

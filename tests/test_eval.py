@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.sample import PROTOCOLS, Generator, choose_labels, describe, interpolate, quantize
+from eval.sample import PROTOCOLS, choose_labels, describe
 from eval.sample import main as sample_main
+from recipe import load
 from recipe.dit import DiT, DiTConfig
+from recipe.generator import Generator, great_circle, quantize
 from recipe.pictures import grid
 from recipe.weights import load_weights, newest_weights, read_facts, save_weights
 
@@ -98,7 +100,7 @@ def test_a_grid_holds_every_image():
 
 def test_interpolated_noise_stays_noise():
     ends = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    path = interpolate(ends[0], ends[1], 5)
+    path = great_circle(ends[0], ends[1], 5)
     torch.testing.assert_close(path[[0, -1]], ends)
     assert path.flatten(1).std(1) == pytest.approx(torch.ones(5), abs=0.05)
 
@@ -156,6 +158,50 @@ def test_a_folder_of_weights_means_its_newest_average(tiny_run, tmp_path):
         newest_weights(tmp_path)
 
 
+def test_five_lines_of_python_draw_what_the_command_line_draws(tiny_run, tmp_path):
+    weights = tiny_run / "weights"
+    images = load(weights).sample(labels=[3, "7", "none"], n=4, nfe=2, w=1.25, seed=5)
+    assert images.dtype == np.uint8 and images.shape == (12, 8, 8, 1)
+    how = ["--labels", "3,7,none", "--nfe", "2", "--w", "1.25", "--seed", "5", "--samples", "4", "--out"]
+    sample_main([str(weights), *how, str(tmp_path / "same")])
+    files = sorted((tmp_path / "same").glob("*.png"))
+    assert np.array_equal(np.stack([np.array(Image.open(file)) for file in files]), images[..., 0])
+    model = load(weights, dtype="fp64")
+    assert np.array_equal(model.sample(3, n=4, batch_size=3), model.sample([3, 5], n=4)[:4])
+    assert len(model.sample(n=1)) == 10  # the first ten classes
+    ends = model.sample(3, n=3, seed=5, interpolate=9)[[0, -1]]
+    assert np.array_equal(ends, [model.sample(3, n=1, seed=seed)[0] for seed in (5, 9)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": ["cat"]}, "labels: 'cat' is not in 0..9, nor `none`, nor a class such as '0'"),
+        ({"labels": [10]}, "labels: '10' is not in 0..9"),
+        ({"labels": []}, "labels: none are given"),
+        ({"prompts": "a cat"}, "prompts: these weights take none"),
+        ({"n": 0}, "n: 0 must be"),
+        ({"nfe": 1.5}, "nfe: 1.5 must be a whole number from 1 to 10000"),
+        ({"w": 0}, "w: 0 must be"),
+        ({"w": "2"}, "w: '2' must be"),
+        ({"seed": -1}, "seed: -1 must be"),
+        ({"batch_size": 0}, "batch_size: 0 must be"),
+        ({"interpolate": 0}, "interpolate: 0 is the seed that the rows start from"),
+    ],
+)
+def test_a_bad_argument_is_one_line_that_names_it(tiny_run, arguments, message):
+    model = load(tiny_run / "weights")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}.*$"):
+        model.sample(**arguments)
+
+
+def test_what_cannot_be_loaded_is_one_line(tiny_run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="is a folder without weights of a run"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="^dtype: 'fp16' must be one of fp32, fp64, amp_bf16$"):
+        load(tiny_run / "weights", dtype="fp16")
+
+
 def test_impossible_labels_and_steps_are_one_line_in_python_too(tiny_run):
     generator, seeds = Generator(tiny_run / "weights"), torch.arange(2)
     for label in (-1, 11):
@@ -171,7 +217,7 @@ def test_every_option_says_what_it_means(capsys):
         sample_main(["--help"])
     said = capsys.readouterr().out.partition("\noptions:")[2]
     options = re.split(r"^  (?=\S)", said, flags=re.MULTILINE)[1:]
-    assert len(options) == 16
+    assert len(options) == 17
     for option in options:  # more than its name and what it takes
         assert len(re.sub(r"^(-\S+,? ?)+(\{.*?\}|[A-Z_]+)?( \[.*?\])?", "", option).split()) >= 3, option
 

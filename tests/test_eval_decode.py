@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eval.sample import Generator
 from recipe.dit import DiT, DiTConfig
+from recipe.generator import Generator
 from recipe.pretrained import hash_weights, load_decoder
 from recipe.weights import save_weights
 from storage.manifest import DatasetError

@@ -1,18 +1,22 @@
 """From training checkpoints to weights, programs and post-hoc averages."""
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from scipy.integrate import quad
 
-from eval.export import export_program, find_weights
+from eval.export import Sampler, export_program, find_weights
 from eval.export import main as export_main
-from eval.sample import Generator
 from recipe import ema
 from recipe.dit import DiT, DiTConfig
+from recipe.generator import Generator
+from recipe.text import TextConfig, byte_tokens
 from recipe.weights import load_weights, read_facts, save_weights
 from tests.conftest import TINY, run
 from tests.test_convert_resume import bucket  # noqa: F401
@@ -118,10 +122,127 @@ def test_the_program_is_the_sampler_and_takes_any_batch(tiny_run, tmp_path):
 
 
 def test_a_program_of_another_kind_is_refused_before_any_work(tmp_path, capsys):
-    for name in ("x.onnx", "x"):
+    for name in ("x.pt", "x"):
         with pytest.raises(SystemExit):
             export_main(["nowhere", "--program", str(tmp_path / name)])
         assert f"--program: {tmp_path / name} must end in .pt2" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        export_main(["nowhere", "--hub", "name"])
+    assert "--hub: name must be USER/MODEL" in capsys.readouterr().err
+
+
+def disturbed(folder, column="image", **options):
+    """Weights of a small network whose output is not zero, of two channels."""
+    torch.manual_seed(0)
+    net = DiT(DiTConfig(size=4, channels=2, width=32, depth=1, heads=2, **options))
+    state = {name: x + 0.2 * torch.randn_like(x) for name, x in net.state_dict().items()}
+    facts = {"method": {"objective": "tvm", "guidance": [1.0, 4.0]}, "average": "ema", "step": 1}
+    data = {"column": column, "mean": [127.5, 100.0], "std": [63.75, 50.0], "class_names": ["a|b", "c"]}
+    data["encoder"] = {"name": "vae", "model": "some/vae"}
+    save_weights(folder / "w", state, net.config, {**facts, "data": data, "train_seconds": 1.0})
+    return folder / "w"
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_program_takes_prompts(tmp_path, classes):
+    weights = disturbed(tmp_path, classes=classes, text=TextConfig(tokens=8, width=32))
+    program, generator = export_program(weights, 2, 4.0).module(), Generator(weights)
+    text, label = (
+        generator.encode(["red heart"[:6], "", "due"]),
+        torch.arange(3) if classes else torch.zeros(3).long(),
+    )
+    noise = generator.noise(torch.arange(3))
+    found = program(noise, *([label] if classes else []), *text)
+    expected = generator.from_noise(noise, label, 2, 4.0, text)
+    assert (found.int() - expected.int()).abs().max() <= 1
+    assert not torch.equal(
+        found[0], program(noise, *([label] if classes else []), *generator.encode([""] * 3))[0]
+    )
+
+
+@pytest.mark.parametrize("text", [None, TextConfig(tokens=8, width=32)])
+def test_an_onnx_program_gives_the_same_latents(tmp_path, text):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    weights = disturbed(tmp_path, "latents", classes=3, text=text)
+    file = str(tmp_path / "x.onnx")
+    assert export_main([str(weights), "--program", file, "--nfe", "1", "--w", "4"]) == 0
+    session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    sampler = Sampler(weights, 1, 4.0)
+    for batch in (1, 5):
+        noise, label = torch.randn(batch, 2, 4, 4), torch.arange(batch) % 4
+        asked = [noise, label, *(byte_tokens(["a cat"] * batch, 8)[0] if text else [])]
+        names = [one.name for one in session.get_inputs()]
+        (found,) = session.run(None, {name: x.numpy() for name, x in zip(names, asked, strict=True)})
+        # in units of the data's deviation, at most 63.75
+        np.testing.assert_allclose(found / 63.75, sampler(*asked) / 63.75, rtol=0, atol=1e-4)
+
+
+ROW = {"protocol": "matched", "samples": 10, "nfe": 1, "w": 1.0, "frechet_distance": 0.5, "floor": 0.25}
+ROW |= {"weights": "runs/x/weights/w", "objective": "tvm", "average": "ema", "step": 1, "seed": 0}
+ROW |= {"extractor": "pixels", "reference": "real", "dtype": "fp32", "class_agreement": None, "commit": "c"}
+ROW |= {"classifier_accuracy": None, "time": "t", "train_seconds": 1.0, "trained_on": True}
+
+
+def test_a_card_says_what_the_weights_are_and_how_they_score(tmp_path, capsys, monkeypatch):
+    weights = disturbed(tmp_path, classes=2)
+    rows = [
+        {**ROW, "sha256": read_facts(weights)["sha256"]},
+        {**ROW, "sha256": "0", "frechet_distance": 77.0},
+    ]
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sweep/samples.png").write_bytes(b"picture")
+    folder = tmp_path / "mine"
+    command = [str(weights), "--card", str(folder), "--results", str(tmp_path / "sweep")]
+    assert export_main(command) == 0
+    card = (folder / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["pipeline_tag"] == "unconditional-image-generation" and "tvm" in head["tags"]
+    for part in (
+        "4x4 of 2 channels",
+        "a\\|b, c",
+        "1 to 4",
+        "0.500 (trained on)",
+        "Protocol `matched`",
+        "samples.png",
+    ):
+        assert part in card, part
+    assert "77" not in card
+    code = card.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    exec(code, space)
+    assert space["images"].shape == (16, 4, 4, 2)
+    assert export_main(command) == 0  # again, with newer scores perhaps
+    (folder / "mine.txt").write_text("")
+    assert export_main(command) == 1
+    assert "--card: " in (said := capsys.readouterr().err) and "holds other files, such as mine.txt" in said
+
+
+def test_a_card_is_uploaded_or_stays_here(tmp_path, monkeypatch, capsys):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    weights, done = disturbed(tmp_path), []
+
+    class Hub:
+        def create_repo(self, name, exist_ok):
+            done.append((name, exist_ok))
+            return f"https://huggingface.co/{name}"
+
+        def upload_folder(self, repo_id, folder_path):
+            done.append((repo_id, sorted(file.name for file in Path(folder_path).iterdir())))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert export_main([str(weights), "--hub", "me/mine"]) == 0
+    files = ["README.md", "model.json", "model.safetensors"]
+    assert done == [("me/mine", True), ("me/mine", files)]
+    assert "https://huggingface.co/me/mine" in capsys.readouterr().out
+    monkeypatch.setattr(Hub, "create_repo", lambda *_, **__: 1 / 0)
+    assert export_main([str(weights), "--hub", "me/other"]) == 1
+    error = capsys.readouterr().err
+    assert "other is written, not uploaded: division by zero. Later: hf upload me/other other" in error
+    assert sorted(file.name for file in (tmp_path / "other").iterdir()) == files
 
 
 def test_a_program_guides_each_sample_by_its_own_label(tmp_path):

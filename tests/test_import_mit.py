@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from eval.import_weights import Told, import_weights, main
-from eval.sample import Generator, check_interval
 from eval.sample import main as sample_main
 from eval.sweep import SweepConfig, sweep
 from recipe.config import TrainConfig, load_config
+from recipe.generator import Generator, check_interval
 from recipe.model import GenerativeModel
 from recipe.networks import build
 from recipe.normalizer import Normalizer

@@ -23,8 +23,8 @@ from torch import nn
 
 from eval.import_official import read_snapshot
 from eval.import_weights import main
-from eval.sample import Generator
 from recipe.dit import DiT, DiTConfig
+from recipe.generator import Generator
 from recipe.restricted import RefusedPickle, read_stream
 from recipe.weights import load_weights
 

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from recipe.sampler import initial_noise, sample
 from recipe.warm_start import check_weights
 from recipe.weights import save_weights
 from storage import Folders, StorageError
-from tests.conftest import begin, documented_objective
+from tests.conftest import begin, documented_objective, store
 from tests.test_tvm import SIGMA, exact_network, make_batch, small_network, spread
 
 GUIDED = [
@@ -174,7 +175,8 @@ def test_naming_another_objective_begins_the_section_anew(tmp_path):
 def model_of(objective, network="dit", **options):
     torch.manual_seed(1)
     options |= {"head_depth": 1, "context": [2, 1, 1, 1]} if network == "mit" else {}
-    config = CONFIGS[network](size=4, channels=2, classes=3, width=32, depth=2, heads=2, **options)
+    sizes = {"size": 4, "channels": 2, "classes": 3, "width": 32, "depth": 2, "heads": 2}
+    config = CONFIGS[network](**{**sizes, **options})
     return GenerativeModel(build(config), objective, Normalizer([0.0, 0.0], [1.0, 1.0]), 0)
 
 
@@ -422,3 +424,58 @@ def test_a_network_that_knows_no_classes_is_trained_and_sampled_at_w_1():
     objective = TVM(guidance=[2.0, 3.0])
     batch = draw(torch.zeros(64, 1, 2, 2), 0 * ids, 0 * ids, ids, 0, objective, null=0)
     assert (batch.w == 1).all()
+
+
+def begun(tmp_path, source, overrides=(), **mine):
+    """The run's model with weights of the network of `source` put into it, and what was said."""
+    data = {"column": "image", "mean": [0.0, 0.0], "std": [1.0, 1.0], "class_names": ["cat", "dog", "owl"]}
+    facts = {"method": source.objective.facts(), "data": data, "average": "ema", "step": 5}
+    save_weights(tmp_path / "w", source.net.state_dict(), source.net.config, facts)
+    labels = np.arange(20) % 5
+    if not (tmp_path / "data").exists():
+        store(tmp_path / "data", np.zeros((20, 2, 4, 4), np.uint8), labels, ["owl", "x", "y", "cat", "z"])
+    words = [f"data.local={tmp_path}/data", f"init_from={tmp_path}/w", *overrides]
+    config = load_config(TrainConfig, "yamls/digits.yaml", words)
+    model = model_of(source.objective, **mine)
+    config.model, config.objective = model.net.config, source.objective
+    return model, begin(model, config)
+
+
+def test_a_run_on_other_classes_takes_all_that_fits(tmp_path, caplog):
+    source = model_of(TVM(guidance=1.25))
+    with torch.no_grad():
+        for p in source.net.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    table = "y_embedder.embedding_table.weight"
+    theirs = source.net.state_dict()
+    model, said = begun(tmp_path, source, classes=5, size=8)
+    assert said.endswith("new: 5 classes")
+    assert (
+        "init_from: model.classes: 5 here, 3 there" in caplog.text and "model.size: 8 here, 4" in caplog.text
+    )
+    for net in (model.net, model.ema, model.target):
+        mine = net.state_dict()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine if name != table)
+        assert torch.equal(mine[table][5], theirs[table][3])
+        assert not any((mine[table][:5] == row).all(1).any() for row in theirs[table])
+    classes = ["init_classes={cat: cat, 0: 2, y: dog}"]
+    model, said = begun(tmp_path, source, classes, classes=5)
+    mine = model.net.state_dict()[table]
+    assert said.endswith("new: 2 classes")
+    assert torch.equal(mine[[3, 0, 2, 5]], theirs[table][[0, 2, 1, 3]])
+    model, said = begun(tmp_path, source, classes=0)
+    assert torch.equal(model.net.state_dict()[table][0], theirs[table][3])
+    model, said = begun(tmp_path, source, patch=1)
+    assert "final_layer.linear, x_embedder.proj" in said
+    for wrong, message in (
+        ("{lynx: cat}", "init_classes: 'lynx' is no class here: owl, x, y, cat, z, 0"),
+        ("{cat: 3}", "init_classes: 3 is no class in the weights: cat, dog, owl, 0, 1, 2$"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            begun(tmp_path, source, [f"init_classes={wrong}"], classes=5)
+    with pytest.raises(
+        ConfigError, match=r"does not fit: model.depth: 3 here, 2 there; model.classes: 5 here"
+    ):
+        begun(tmp_path, source, classes=5, depth=3)
+    with pytest.raises(ConfigError, match="^init_classes: names classes of init_from, which is not set$"):
+        load_config(TrainConfig, "yamls/digits.yaml", ["init_classes={0: 1}"])

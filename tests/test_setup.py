@@ -6,6 +6,7 @@ import sys
 from importlib import metadata
 
 import pytest
+import yaml
 
 from recipe import weights
 from tests.conftest import ROOT
@@ -68,3 +69,23 @@ def test_a_commit_is_named_only_of_the_repository_that_holds_the_code(tmp_path, 
     assert weights.commit() == head
     code.write_text("changed")
     assert weights.commit() == f"{head}+"
+
+
+def test_the_launch_file_of_skypilot_starts_the_run_on_every_node(tmp_path):
+    task = yaml.safe_load((ROOT / "yamls/launch/skypilot.yaml").read_text())
+    given = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_NODES": "2"}
+    given |= {"SKYPILOT_NUM_GPUS_PER_NODE": "8", **task["envs"], "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / "composer").write_text('#!/bin/sh\nprintf "%s\\n" "$@"')
+    (tmp_path / "composer").chmod(0o755)
+    said = subprocess.run(
+        ["bash", "-euc", task["run"]], env=given, capture_output=True, text=True, check=True
+    )
+    words = said.stdout.splitlines()
+    script = words.index("recipe/train.py")
+    launcher = dict(zip(words[:script:2], words[1:script:2], strict=True))
+    place = {"--world_size": "16", "--node_rank": "1", "--master_addr": "10.0.0.1", "--master_port": "29500"}
+    assert launcher == {"-n": "8", **place}
+    assert (ROOT / words[script + 1]).is_file() and "save_folder=s3://" in " ".join(words[script:])
+    sky = pytest.importorskip("sky")  # its own parser, where it is installed
+    parsed = sky.Task.from_yaml(str(ROOT / "yamls/launch/skypilot.yaml"))
+    assert all(resources.use_spot for resources in parsed.resources)

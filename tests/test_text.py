@@ -10,15 +10,15 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPImageProcessor
 
-from eval.export import main as export_main
 from eval.report import read_lines
-from eval.sample import Generator
 from eval.sample import main as sample_main
 from eval.sweep import main as sweep_main
+from recipe import load
 from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.data import collate
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
+from recipe.generator import Generator
 from recipe.metrics import retrieval
 from recipe.model import GenerativeModel
 from recipe.normalizer import Normalizer
@@ -311,6 +311,21 @@ def test_samples_of_prompts_at_the_command_line(trained, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_prompts_in_python(trained):
+    model, prompts = load(trained, dtype="fp64"), ["one", "eight, nine"]
+    images = model.sample(prompts=prompts, n=3, seed=1)
+    text = model.encode([prompt for prompt in prompts for _ in range(3)])
+    expected = model(
+        torch.zeros(6, dtype=torch.int64), 1 + torch.arange(6), 1, model.objective.default_w, text
+    )
+    assert np.array_equal(images, expected.permute(0, 2, 3, 1))
+    assert np.array_equal(model.sample(prompts="one", n=3, seed=1), images[:3])
+    assert len(model.sample(n=2)) == 2  # of the empty prompt
+    for bad in ([], [3]):
+        with pytest.raises(ValueError, match=r"^prompts: \[.*\] must be one text or more$"):
+            model.sample(prompts=bad)
+
+
 def test_a_prompt_changes_its_sample_alone(trained):
     generator = Generator(trained, dtype="fp64")
     with torch.no_grad():
@@ -411,8 +426,3 @@ def test_weights_without_prompts_begin_a_run_with_them(tiny_run, digits):
     assert torch.equal(
         model.net(x, t.value.float(), 0 * d.value.float(), label, beta, text=text).value, expected
     )
-
-
-def test_a_program_takes_labels_alone(trained, tmp_path, capsys):
-    assert export_main([str(trained), "--program", str(tmp_path / "p.pt2")]) == 1
-    assert "takes prompts" in capsys.readouterr().err
