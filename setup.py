@@ -34,12 +34,14 @@ EXTRAS = {
     "vae": ["diffusers>=0.30,<0.40", "accelerate>=1,<2"],
     "text": ["transformers>=4.56,<5"],
     "data": ["pyarrow>=15"],
-    "onnx": ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.17"],
+    # Older runtimes know no cosine of float64, and newer ones no Python 3.10
+    "onnx": ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.32; python_version >= '3.11'"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["text"],
     *EXTRAS["vae"],
     *EXTRAS["data"],
+    *EXTRAS["onnx"],
     "pytest>=8",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
