@@ -27,9 +27,8 @@ from recipe.preflight import check_data
 from recipe.settings import make
 from recipe.text import BEGIN, Prompts, Text, TextConfig, byte_tokens, empty_prompt
 from recipe.train import build_model
-from recipe.warm_start import warm_start
 from recipe.weights import load_weights, save_weights
-from tests.conftest import TINY, findings, run
+from tests.conftest import TINY, begin, findings, run
 from tests.test_text_encoder import save_clip, save_t5
 
 PROMPTS = ["red heart", "", "flag: Côte d’Ivoire", "a" * 300]
@@ -411,12 +410,10 @@ def test_prompts_need_captions(digits):
 
 
 def test_weights_without_prompts_begin_a_run_with_them(tiny_run, digits):
-    overrides = [f"data.local={digits}", *TINY, f"init_from={tiny_run}/weights", *CONFIG[1:]]
-    config = load_config(TrainConfig, "yamls/digits.yaml", overrides)
-    found = findings(config)
-    model = build_model(config, found)
-    said = warm_start(model, found.weights, found.folders)
-    assert said.endswith("new: text")
+    plain = [f"data.local={digits}", *TINY, f"init_from={tiny_run}/weights"]
+    config = load_config(TrainConfig, "yamls/digits.yaml", [*plain, *CONFIG[1:]])
+    model = build_model(config, findings(load_config(TrainConfig, "yamls/digits.yaml", plain)))
+    assert begin(model, config).endswith("new: text")
     net, _ = load_weights(tiny_run / "weights/ba0000008-ema")
     x, t, d, label = query()
     x = torch.randn(4, 1, 8, 8)
