@@ -1,6 +1,6 @@
 """Runs the same steps under several settings in one process group; rank 0 writes what came of them.
 
-composer -n RANKS tests/parallel_worker.py DIGITS OUT NAME=DTYPE,override,... ...
+composer -n RANKS tests/parallel_worker.py DIGITS OUT 'NAME=DTYPE;override;...' ...
 
 A case is 20 steps, of which losses and weights are written; one whose name begins with `gradients` is the
 first step alone, from weights that are all far from zero, and its gradients are written. Besides the
@@ -136,7 +136,7 @@ def main():
     results = {}
     for case in cases:
         name, settings = case.split("=", 1)
-        dtype, *overrides = settings.split(",")
+        dtype, *overrides = settings.split(";")
         results[name] = (gradients if name.startswith("gradients") else run)(digits, dtype, overrides)
     if dist.get_global_rank() == 0:
         torch.save(results, out)

@@ -22,48 +22,48 @@ from tests.conftest import EACH, finishing, run
 ONE = {
     "plain": "float64",
     "again": "float64",
-    "microbatches": "float64,microbatch=4",
-    "checkpointed": "float64,parallel.checkpoint_every=1",
+    "microbatches": "float64;microbatch=4",
+    "checkpointed": "float64;parallel.checkpoint_every=1",
     "plain32": "float32",
     "bf16_32": "bf16",
 }
 # the others: plainly, and with everything at once on two ranks
 for name, overrides in list(EACH.items())[1:]:
-    ONE[f"{name}:plain"] = ",".join(["float64", *overrides])
+    ONE[f"{name}:plain"] = ";".join(["float64", *overrides])
 TWO = {
     "ddp": "float64",
-    "fsdp2": "float64,parallel.fsdp2=true,parallel.mixed_precision=FULL",
-    "everything": "float64,parallel.fsdp2=true,parallel.mixed_precision=FULL,parallel.checkpoint_every=1,"
-    "microbatch=4,parallel.reshard_after_forward=false",
-    "hybrid": "float64,parallel.fsdp2=true,parallel.replicas=2,parallel.mixed_precision=FULL",
+    "fsdp2": "float64;parallel.fsdp2=true;parallel.mixed_precision=FULL",
+    "everything": "float64;parallel.fsdp2=true;parallel.mixed_precision=FULL;parallel.checkpoint_every=1;"
+    "microbatch=4;parallel.reshard_after_forward=false",
+    "hybrid": "float64;parallel.fsdp2=true;parallel.replicas=2;parallel.mixed_precision=FULL",
     "ddp32": "float32",
-    "fsdp2_32": "float32,parallel.fsdp2=true",
-    "fsdp2_bf16_32": "bf16,parallel.fsdp2=true",
+    "fsdp2_32": "float32;parallel.fsdp2=true",
+    "fsdp2_bf16_32": "bf16;parallel.fsdp2=true",
 }
 for name, overrides in list(EACH.items())[1:]:
-    TWO[f"{name}:ddp"] = ",".join(["float64", *overrides])
-    TWO[f"{name}:everything"] = ",".join([TWO["everything"], *overrides])
-TWO["frechet:hybrid"] = ",".join([TWO["hybrid"], *EACH["frechet"]])
+    TWO[f"{name}:ddp"] = ";".join(["float64", *overrides])
+    TWO[f"{name}:everything"] = ";".join([TWO["everything"], *overrides])
+TWO["frechet:hybrid"] = ";".join([TWO["hybrid"], *EACH["frechet"]])
 
 DIFFERENTIATED = {
     **{name: overrides for name, overrides in EACH.items() if name != "flow_matching_first"},
     "imf_prompts": [*EACH["imf"], *EACH["prompts"]],
     "alpha_flow": ["objective.name=alpha_flow", "step.tangent_warmup=4"],
 }  # every objective, with each kind of evaluation that has no gradient, and the example of docs/objectives.md
-COMPILED = "parallel.compile=true,parallel.checkpoint_every=1"  # on two ranks for few, as it takes seconds
+COMPILED = "parallel.compile=true;parallel.checkpoint_every=1"  # on two ranks for few, as it takes seconds
 
 
 def gradient_cases(compiled, sharding):
-    """gradients:OBJECTIVE:SHARDING:MODE => DTYPE,override,..."""
+    """gradients:OBJECTIVE:SHARDING:MODE => DTYPE;override;..."""
     cases = {}
     for name, overrides in DIFFERENTIATED.items():
         for how, options in sharding.items():
-            settings = ",".join([*overrides, *options])
+            settings = ";".join([*overrides, *options])
             cases[f"gradients:{name}:{how}:float32"] = f"float32,{settings}"
             cases[f"gradients:{name}:{how}:bf16"] = f"bf16,{settings}"
             if name in compiled:
                 cases[f"gradients:{name}:{how}:compiled"] = f"bf16,{settings},{COMPILED}"
-    return {name: settings.replace(",,", ",").strip(",") for name, settings in cases.items()}
+    return {name: settings.replace(";;", ";").strip(";") for name, settings in cases.items()}
 
 
 GRADIENTS = {
@@ -90,9 +90,9 @@ def gradients(digits, tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(digits, tmp_path_factory):
     out, folder = {}, tmp_path_factory.mktemp("elastic")
-    first = {"two": f"float64,save_folder={folder}/two"}
-    second = {"then_one": f"float64,load_path={folder}/two/ba6.pt,save_folder={folder}/one"}
-    third = {"then_two": f"float64,load_path={folder}/one/ba12.pt"}
+    first = {"two": f"float64;save_folder={folder}/two"}
+    second = {"then_one": f"float64;load_path={folder}/two/ba6.pt;save_folder={folder}/one"}
+    third = {"then_two": f"float64;load_path={folder}/one/ba12.pt"}
     for ranks, cases in ((2, first), (1, ONE | second), (2, TWO | third)):
         out |= launch(digits, tmp_path_factory.mktemp("parallel"), ranks, cases)
     return out
