@@ -353,14 +353,10 @@ def shown_rows(
     return names, labels, lambda index: images.text(index // columns, config), real
 
 
-def compared(rows: list[Row], weights: str, generator: Generator) -> tuple[list[int], float]:
-    """Return each NFE at which these weights were scored, and the w of their lowest distance, at whose
-    guidance interval the generator samples from now on.
-    """
+def compared(rows: list[Row], weights: str) -> tuple[list[int], Row]:
+    """Return each NFE at which these weights were scored, and the row of their lowest distance."""
     theirs = [r for r in rows if r["weights"] == weights]
-    best = min(theirs, key=lambda r: r["frechet_distance"])
-    generator.interval = best.get("interval")
-    return sorted({r["nfe"] for r in theirs}), best["w"]
+    return sorted({r["nfe"] for r in theirs}), min(theirs, key=lambda r: r["frechet_distance"])
 
 
 def newest_of_each_folder(rows: list[Row]) -> list[str]:
@@ -387,7 +383,8 @@ def plot_samples(
     for weights, generator in generators.items():
         if (generator.net.config.classes, generator.net.config.text) != kind:
             continue
-        steps, w = compared(rows, weights, generator)
+        steps, best = compared(rows, weights)
+        w, generator.interval = best["w"], best.get("interval")
         for nfe in steps if weights == first else steps[:1]:
             drawn = generator.batches(requested, torch.arange(len(requested)), nfe, w, columns, text=text)
             title = f"{nfe} step{'s' if nfe > 1 else ''}"
@@ -400,7 +397,7 @@ def plot_samples(
         axis.imshow(picture, interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    run, w = Path(first).parent.parent.name, compared(rows, first, generators[first])[1]
+    run, w = Path(first).parent.parent.name, compared(rows, first)[1]["w"]
     title = f"{run}/{Path(first).name}, w = {w:g}, the same noise in every column of samples"
     write(figure.supxlabel("-"), title)
     step = pictures[0].shape[0] / len(shown)
@@ -431,7 +428,8 @@ def draw_nearest(
         own = seeds % len(reference.images)
         labels = reference.images.labels(own, config.classes)
         text = reference.images.text(own, config.text)
-    steps, w = compared(rows, rows[0]["weights"], generator)
+    steps, best = compared(rows, rows[0]["weights"])
+    w, generator.interval = best["w"], best.get("interval")
     lines = []
     for nfe in steps:
         samples = generator(labels, seeds, nfe, w, text).cpu()

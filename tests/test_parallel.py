@@ -59,10 +59,10 @@ def gradient_cases(compiled, sharding):
     for name, overrides in DIFFERENTIATED.items():
         for how, options in sharding.items():
             settings = ";".join([*overrides, *options])
-            cases[f"gradients:{name}:{how}:float32"] = f"float32,{settings}"
-            cases[f"gradients:{name}:{how}:bf16"] = f"bf16,{settings}"
+            cases[f"gradients:{name}:{how}:float32"] = f"float32;{settings}"
+            cases[f"gradients:{name}:{how}:bf16"] = f"bf16;{settings}"
             if name in compiled:
-                cases[f"gradients:{name}:{how}:compiled"] = f"bf16,{settings},{COMPILED}"
+                cases[f"gradients:{name}:{how}:compiled"] = f"bf16;{settings};{COMPILED}"
     return {name: settings.replace(";;", ";").strip(";") for name, settings in cases.items()}
 
 
