@@ -19,7 +19,8 @@ from recipe.weights import shapes
 
 WRAPPER = re.compile(r"\.(_flax_)?(linear|embedding)(?=\.\w+$)")
 NAMES = {
-    r"^(time|class)_tokens$": r"tokens.\1",
+    r"^time_tokens$": "tokens.time",
+    r"^class_tokens$": "tokens.label",
     r"^omega_tokens$": "tokens.guidance",
     r"^t_min_tokens$": "tokens.start",
     r"^t_max_tokens$": "tokens.end",
@@ -90,7 +91,7 @@ def configuration(state: dict[str, Tensor], shared: int, size: int | None) -> Mi
     """Return what names and shapes say; `size`, where no positions tell it, is 32. Raises ValueError."""
     try:
         features, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        context = [len(state[f"tokens.{name}"]) for name in ("class", "guidance", "start", "time")]
+        context = [len(state[f"tokens.{name}"]) for name in ("label", "guidance", "start", "time")]
         width, depth = len(state["final_layer.norm.weight"]), count(state, "blocks")
         model = {
             "network": "mit",

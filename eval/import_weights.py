@@ -95,7 +95,8 @@ def import_mit(state: dict[str, Tensor], unread: list[str], told: Told) -> Impor
     weights, config, objective = read_mit(state, told.size)
     objective.noise_scale = told.noise_scale or objective.noise_scale
     pixels = [127.5] * config.channels
-    published = LATENTS.get(config.size) if config.channels == 4 else (pixels, pixels)
+    published = LATENTS.get(config.size) if config.channels == 4 else None
+    published = (pixels, pixels) if config.channels in (1, 3) else published
     notes = [f"{'pMF' if config.output == 'x' else 'iMF'}, noise of deviation {objective.noise_scale:g}"]
     if not config.v_head:
         notes.append("no auxiliary head in the file: iMF trains on with the velocity u(x, t, t) instead")

@@ -110,6 +110,8 @@ def read_state(path: str | Path, average: str = "ema") -> tuple[dict[str, Tensor
         if wrong := [name for name in state if type(name) is not str or not NAME.fullmatch(name)]:
             raise RefusedPickle(f"{str(wrong[0])[:50]!r} is not the name of a parameter")
         named = {name.removeprefix("module."): node for name, node in state.items()}
+        if len(named) < len(state):
+            raise RefusedPickle("two of its names mean the same tensor")
         unread = [name for name in named if UNREAD.search(name)]
         tensors = {name: file.tensor(node, name) for name, node in named.items() if name not in unread}
         return tensors, average if held else "ema", unread

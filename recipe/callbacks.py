@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +184,11 @@ class SampleGrid(Callback):
             label = label if net.classes else model.prompts.unlabelled(label, text)
         seeds, dtype = torch.arange(len(label), device=device), model.normalizer.mean.dtype
         noise = initial_noise(seeds, (net.channels, net.size, net.size), dtype)
-        asked = Condition(label, model.objective.default_w, net.null)
-        return sample(ema, noise, asked, nfe, model.objective)
+        asked, objective = Condition(label, model.objective.default_w, net.null), model.objective
+        if objective.finishes:  # samples as the loss does
+            ema = partial(ema, interval=tuple(objective.interval)) if objective.interval else ema
+            objective = objective.base
+        return sample(ema, noise, asked, nfe, objective)
 
 
 class Throughput(SpeedMonitor):

@@ -45,6 +45,7 @@ from storage.outside import LARGEST, OutsideError, file_digest, parse_json
 log = logging.getLogger(__name__)
 
 RUN = "run.json"
+OLDER = {"model.network": "dit", "model.output": "v"}  # of runs that do not say
 START = "start.json"
 LOG = "train.jsonl"
 PROBE = ".preflight"
@@ -159,7 +160,7 @@ def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: 
             f"choose another folder (to start from that run's state, set fork_from to one of its checkpoints)"
         )
     for name, value in identity(config).items():
-        saved = owner["identity"].get(name, value)  # a key that is newer than the run says nothing
+        saved = owner["identity"].get(name, OLDER.get(name, value))  # what is newer than the run says nothing
         if saved != value:
             raise ConfigError(
                 f"{name}: {value} differs from the {saved} of the checkpoints in "

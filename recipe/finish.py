@@ -4,6 +4,7 @@ the moments of samples after every one.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from recipe.warm_start import earlier_finishes
 from storage.manifest import DatasetError
 
 BATCH = 256  # real images at once
+log = logging.getLogger("recipe.finish")
 
 
 def origin(found: Findings) -> dict[str, Any]:
@@ -49,8 +51,10 @@ def begin_finish(config: TrainConfig, found: Findings) -> None:
     objective.origin = on_rank_zero(lambda: origin(found))
     base = from_facts(objective.origin["method"])
     low, high = base.guidance_range
+    if objective.w is not None and low == high != objective.w:
+        raise ConfigError(f"objective.w: {objective.w:g} is not {low:g}, the only one of these weights")
     if objective.w is not None and not low <= objective.w <= high:
-        raise ConfigError(f"objective.w: {objective.w:g} is not in {low:g} to {high:g}, as of {base.name}")
+        log.warning("objective.w: %g is not in %g to %g, as trained", objective.w, low, high)
     if objective.interval is not None and not (base.auxiliary and config.model.interval):
         raise ConfigError(
             f"objective.interval: {objective.interval} needs weights of iMF on model.network mit"

@@ -153,24 +153,25 @@ class Generator:
     def labels(self, given: Sequence[int | str] | int | str | None) -> Tensor:
         """Return int64 labels of numbers, names of classes, and "none" for no label. Raises ValueError.
 
-        None means the first ten, or no label where there are no classes or the network takes prompts.
+        A text is the name of a class first, and a number where no class has that name. None means the first
+        ten, or no label where there are no classes or the network takes prompts.
         """
         config, names = self.net.config, self.class_names
-        known = {str(name): label for label, name in enumerate(names)}
-        known |= {"none": config.null, **{str(label): label for label in range(config.classes)}}
+        numbers = {str(label): label for label in range(config.classes)}
+        known = {**numbers, **{str(name): label for label, name in enumerate(names)}, "none": config.null}
         if given is None:
             first = range(0 if config.text else min(config.classes, 10))
             given = list(first) or ["none"]
         given = given.tolist() if hasattr(given, "tolist") else given  # of NumPy or torch
         given = [given] if isinstance(given, int | str) else list(given)
         for one in given:
-            if str(one) not in known:
+            if str(one) not in (known if isinstance(one, str) else numbers):
                 allowed = f"in 0..{config.classes - 1}, nor `none`" if config.classes else "`none`"
                 named = f", nor a class such as {names[0]!r}" if names else ""
                 raise ValueError(f"labels: {str(one)!r} is not {allowed}{named}")
         if not given:
             raise ValueError("labels: none are given")
-        return torch.tensor([known[str(one)] for one in given])
+        return torch.tensor([known[one] if isinstance(one, str) else one for one in given])
 
     def noise(self, seeds: Tensor) -> Tensor:
         """Return noise (B, C, H, W) of int64 seeds (B,)."""

@@ -88,7 +88,7 @@ class MiTConfig(NetworkConfig):
     def groups(self) -> dict[str, int]:
         """The number of tokens of each group in context, in their order."""
         label, guidance, interval, time = self.context
-        return {"class": label, "guidance": guidance, "start": interval, "end": interval, "time": time}
+        return {"label": label, "guidance": guidance, "start": interval, "end": interval, "time": time}
 
     @property
     def sequence(self) -> int:
@@ -265,7 +265,7 @@ class MiT(Denoiser):
         ones = torch.ones_like(d.value)
         start, end = (Dual(time * ones) for time in interval)
         told = {
-            "class": self.y_embedder(label),
+            "label": self.y_embedder(label),
             "guidance": self.guidance_embedder(Dual(0 * ones if beta is None else 1 - beta)),
             "start": self.start_embedder(start),
             "end": self.end_embedder(end),
@@ -279,7 +279,8 @@ class MiT(Denoiser):
             for name, n in self.config.groups.items()
         ]
         z = dual.cat([*groups, self.x_embedder(x)], 1)
-        return z if self.positions is None else dual.add(z, Dual(self.positions))
+        z = z if self.positions is None else dual.add(z, Dual(self.positions))
+        return dual.map_linear(lambda y: y.to(x.value.dtype), z)  # parameters may have been gathered in bf16
 
     def read(self, blocks: list[MiTBlock], final: FinalLayer, run: tuple, z: Dual, x: Dual, t: Dual) -> Dual:
         """Return what one head makes of the shared tokens, (B, C, H, W)."""
@@ -302,6 +303,12 @@ class MiT(Denoiser):
         last = self.guidance_embedder.mlp[2]
         last.bias.copy_(self.guidance_embedder(Dual(last.bias.new_zeros(1))).value[0])
         last.weight.zero_()
+
+    def begin_auxiliary(self) -> None:
+        """Change the weights, in place, so that v is u(x, t, t)."""
+        shared = self.config.depth - self.config.head_depth
+        self.v_blocks.load_state_dict(nn.ModuleList(list(self.blocks)[shared:]).state_dict())
+        self.v_final_layer.load_state_dict(self.final_layer.state_dict())
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -94,7 +94,7 @@ def differences(
         mine = {"network": mine["network"]}
     told = {key: f"model.{key}: {v} here, {theirs[key]} there" for key, v in mine.items() if theirs[key] != v}
     may_differ = {*MAY_DIFFER, *(["text"] if mine.get("text", 0) is None else [])}
-    may_differ = may_differ if theirs["network"] == "dit" else set()
+    may_differ = may_differ if theirs["network"] == "dit" else {"classes"}
     for key in ("mean", "std"):
         here, there = getattr(normalizer, key).flatten(), torch.tensor(facts["data"][key])
         if here.shape != there.shape or not torch.allclose(here, there, rtol=1e-4):
@@ -127,8 +127,8 @@ def class_rows(config: TrainConfig, facts: dict[str, Any]) -> dict[int, int]:
     )
     known = []
     for side, count, where in sides:
-        labels = {str(name): label for label, name in enumerate(side[:count])}
-        known.append((labels | {str(label): label for label in range(count)}, where))
+        labels = {str(label): label for label in range(count)}  # and what is a name and a number is a name
+        known.append((labels | {str(name): label for label, name in enumerate(side[:count])}, where))
     rows = {}
     for pair in config.init_classes.items():
         for name, (labels, where) in zip(pair, known, strict=True):
@@ -181,7 +181,8 @@ def adapt(net: Denoiser, source: Objective, target: Objective) -> None:
     """Change weights, in place, so that `target` finds in them the velocity that `source` left there.
 
     A guidance input that only the source has is fixed at the w at which that is sampled; one that only the
-    target has begins as zero; the last layer takes the ratio of the parameterisations.
+    target has begins as zero; a head for v that no source has trained begins as u(x, t, t); the last layer
+    takes the ratio of the parameterisations.
     """
     ratio = output_ratio(source, target)
     for p in net.final_layer.linear.parameters():
@@ -190,6 +191,8 @@ def adapt(net: Denoiser, source: Objective, target: Objective) -> None:
         net.fix_guidance(source.beta(torch.tensor([source.default_w])))
     if target.guidance_input and not source.guidance_input:
         net.begin_guidance()
+    if target.auxiliary and not source.auxiliary and getattr(net.config, "v_head", False):
+        net.begin_auxiliary()
 
 
 def warm_start(model: GenerativeModel, weights: Weights, folders: Folders) -> str:

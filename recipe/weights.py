@@ -34,6 +34,7 @@ from recipe.settings import make
 from storage.outside import file_digest, parse_json, read_bytes
 
 FORMAT = 1
+LARGEST = 2**28  # numbers in a sample's positions: 512 px in patches of 4 at a width of 1024 have 2^24
 
 
 class DataFacts(TypedDict):
@@ -154,6 +155,8 @@ def stated_architecture(facts: dict[str, Any], path: Path) -> NetworkConfig:
             raise ValueError(f"weights: {path}: {name} is {here}, the JSON's `model` makes it {there}")
     if not len(facts["data"]["mean"]) == len(facts["data"]["std"]) == config.channels:
         raise ValueError(f"weights: {path}: data.mean and data.std must have {config.channels} numbers")
+    if config.sequence * config.width > LARGEST:  # positions are in no tensor
+        raise ValueError(f"weights: {path}: model.size: {config.size} makes {config.sequence} tokens")
     return config
 
 

@@ -153,7 +153,11 @@ def _add_columns(add: Callable, what: str) -> None:
     """Add the options of datasets of other programs; what: which of a row they name."""
     add("--size", type=_at_least(1), help=SIZE_HELP)
     for role in ("image", "label", "caption"):
-        add(f"--{role}", metavar="NAME", help=f"{what} that holds the {role} (default: found by its name)")
+        add(
+            f"--{role}",
+            metavar="NAME",
+            help=f"{what} that holds the {role} (where no column is named: found by its name)",
+        )
     add("--classes", metavar="FILE", help=CLASSES_HELP)
     add("--grey", action="store_true", help="store grey pictures as one channel (colour ones are rejected)")
     add("--formats", nargs="+", choices=FURTHER, default=[], help="further formats to read")

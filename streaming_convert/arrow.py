@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 SUFFIXES = (".parquet", ".arrow")
+END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow
+READING = threading.Lock()  # of one group at a time, which all loading threads then share
 NAMES = {
     "image": ("image", "img", "jpg", "png", "picture"),
     "label": ("label", "labels", "fine_label", "y", "class", "cls"),
@@ -52,9 +55,7 @@ def parquet(
         [file for file in local_files(paths, SUFFIXES) if not file.name.startswith("cache-")], split
     )
     schema = schema_of(files[0])
-    if not columns.given():
-        columns = guess(schema)
-        print(f"{paths[0]}: {', '.join(f'--{role} {name}' for role, name in columns.given().items())}")
+    columns = columns.or_guessed(guess(schema), paths[0])
     if not columns.image:
         raise DatasetError(f"{paths[0]}: give --image, one of its columns {', '.join(schema.names)}")
     for file in files:
@@ -62,13 +63,19 @@ def parquet(
             raise DatasetError(
                 f"{file} has no column {missing.pop()!r}, only {', '.join(schema_of(file).names)}"
             )
+        if columns.label and class_names(schema_of(file), columns.label) != class_names(
+            schema, columns.label
+        ):
+            raise DatasetError(f"{file}: the classes of {columns.label!r} are not those of {files[0]}")
     starts = [np.cumsum([0, *groups(file)]) for file in files]
     keys = [f"{i}/{row}" for i, start in enumerate(starts) for row in range(start[-1])]
 
     def load(key: str, note: Note = ignore) -> np.ndarray:
         i, row = map(int, key.split("/"))
         number = int(np.searchsorted(starts[i], row, "right")) - 1
-        cell = read_group(files[i], number, columns.image, os.getpid())[row - int(starts[i][number])].as_py()
+        with READING:
+            group = read_group(files[i], number, columns.image, os.getpid())
+        cell = group[row - int(starts[i][number])].as_py()
         return opener.file(content(cell), note)
 
     told = {
@@ -124,7 +131,11 @@ def opened(file: Path, process: int) -> pq.ParquetFile | pa.Table:
         try:
             return pa.ipc.open_file(source).read_all()
         except pa.ArrowInvalid:  # `datasets` writes streams
-            return pa.ipc.open_stream(source).read_all()
+            table = pa.ipc.open_stream(source).read_all()
+            source.seek(max(0, source.size() - len(END)))
+            if source.read() != END:
+                raise DatasetError(f"{file} was cut short: it has no end of a stream") from None
+            return table
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DatasetError(f"cannot read {file} as Parquet or Arrow: {reason}") from error
@@ -161,7 +172,10 @@ def read_group(file: Path, number: int, column: str, process: int) -> pa.Array |
 def read_column(file: Path, column: str) -> list[Any]:
     """Return all values of a column, as Python's objects."""
     parts = range(len(groups(file)))
-    return [one for number in parts for one in read_group(file, number, column, os.getpid()).to_pylist()]
+    try:
+        return [one for number in parts for one in read_group(file, number, column, os.getpid()).to_pylist()]
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{file}: column {column!r} holds text that is not UTF-8") from error
 
 
 def content(cell: Any) -> bytes:  # noqa: ANN401

@@ -61,7 +61,7 @@ def from_file(path: str, keys: list[str], caption_key: str | None = None) -> Cap
     for line, row in rows:
         file, caption = (next((row[x] for x in names if x in row), None) for names in (FILE_KEYS, known))
         several = caption if isinstance(caption, list) else [caption]
-        if not all(map(_is_text, (file, *several))) or None in row:  # None: cells beyond the header's
+        if not all(map(is_text, (file, *several))) or None in row:  # None: cells beyond the header's
             raise DatasetError(f"{path}, line {line}: not one file and one caption: {ascii(row)[:100]}")
         name = posixpath.normpath(file.strip().replace("\\", "/"))
         if name in found:
@@ -74,7 +74,7 @@ def from_file(path: str, keys: list[str], caption_key: str | None = None) -> Cap
     return [(position, caption) for position, captions in rows for caption in captions]
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
     """Return True if `value` is text that UTF-8 can encode; JSON may hold lone surrogates."""
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 

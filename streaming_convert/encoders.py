@@ -134,7 +134,8 @@ def first_pictures(source: Source, count: int) -> list[np.ndarray]:
     def good() -> Iterator[np.ndarray]:
         for key in source.keys[: 10 * count]:
             with suppress(Rejected):
-                yield source.load(key)
+                if (one := source.load(key)).shape == source.shape:
+                    yield one
 
     return list(islice(good(), count))
 

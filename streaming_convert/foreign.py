@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from streaming_convert.tables import Columns, Rows, as_source, local_copy
 MODES = ("1", "L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16")  # of `pil`; P lacks its palette
 ALLOWED = {"image": (*foreign.PICTURES, *foreign.ARRAYS), "latents": foreign.ARRAYS}
 ALLOWED |= {"label": (*foreign.WHOLE, "str"), "caption": ("str",)}
-ARRAY_TYPES = ("uint8", "float16", "float32", "float64")
+READING = threading.Lock()  # of one shard at a time, which all loading threads then share
 
 
 def streaming(
@@ -49,7 +50,8 @@ def streaming(
 
     def load(key: str, note: Note = ignore) -> np.ndarray:
         i, j = map(int, key.split("/"))
-        row = shard(i)[j]
+        with READING:
+            row = shard(i)[j]
         if columns.latents:
             return latents(kinds[columns.latents], row["latents"], channels)
         return picture(kinds[columns.image], row["image"], opener, note)
@@ -57,7 +59,7 @@ def streaming(
     keys, versions, told = [], [], {"label": [], "caption": []}
     for i, entry in enumerate(tqdm(entries, "reading labels", unit="shard", disable=len(entries) < 100)):
         file = foreign.stored_file(entry)
-        keys += [f"{i}/{j}" for j in range(entry["samples"])]
+        keys += [f"{i}/{j}" for j in range(len(shard(i)))]
         versions += [next(iter(file["hashes"].values()), str(file["bytes"]))] * entry["samples"]
         for role in told.keys() & columns.given():
             told[role] += [value(kinds[columns.given()[role]], row[role]) for row in shard(i)]
@@ -70,9 +72,7 @@ def chosen(uri: str, found: dict[str, str], columns: Columns) -> Columns:
 
     Raises DatasetError for a column that is not there, or is stored in a way that is not read.
     """
-    if not columns.given():
-        columns = Columns(**foreign.guess(found))
-        print(f"{uri}: {', '.join(f'--{role} {name}' for role, name in columns.given().items())}")
+    columns = columns.or_guessed(Columns(**foreign.guess(found)), uri)
     shown = ", ".join(f"{name}: {encoding}" for name, encoding in found.items())
     if bool(columns.image) == bool(columns.latents):
         raise DatasetError(f"{uri}: give --image or --latents, one of its columns ({shown})")
@@ -97,13 +97,18 @@ def read_shard(folder: Path, entry: foreign.Shard, columns: Columns) -> Iterator
     path = folder / file["basename"]
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise DatasetError(f"{path}: cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # a name may hold what no file's can
+        raise DatasetError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     hashes = {name: wanted for name, wanted in file["hashes"].items() if is_hash(name)}
     if len(data) != file["bytes"] or any(get_hash(name, data) != wanted for name, wanted in hashes.items()):
         raise DatasetError(f"{path}: the size or the checksum is not that of the index")
     if entry.get("zip_data"):
-        data = decompress(entry["compression"], data)
+        try:
+            data = decompress(entry.get("compression"), data)
+        except Exception as error:  # each library has its own
+            raise DatasetError(f"{path}: cannot be decompressed: {error}") from error
+    if len(data) != entry["raw_data"]["bytes"]:
+        raise DatasetError(f"{path}: {len(data)} bytes are not those of the index")
     try:
         offsets = np.frombuffer(data, np.uint32, entry["samples"] + 1, offset=4).tolist()
         for start, end in zip(offsets, offsets[1:], strict=False):
@@ -133,7 +138,7 @@ def value(encoding: str, data: bytes) -> int | str:
 
     try:
         found = mds_decode(encoding, data)
-    except ValueError as error:
+    except (ValueError, IndexError, AttributeError) as error:
         raise DatasetError(f"a cell is no {encoding}: {error}") from error
     return found if isinstance(found, str) else int(found)
 

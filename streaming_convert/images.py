@@ -140,7 +140,9 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def refuse_bomb(width: int, height: int) -> None:
-    """Raise Rejected for a picture of more than MAX_PIXELS pixels."""
+    """Raise Rejected for a picture of more than MAX_PIXELS pixels, or of none."""
+    if not width * height:
+        raise Rejected(f"a picture of {width}x{height} pixels")
     if width * height > MAX_PIXELS:
         raise Rejected(f"decompression bomb: {width}x{height} pixels, at most {MAX_PIXELS} allowed")
 

@@ -192,6 +192,8 @@ def _captioned(source: Source, files: "Archive", told: captions.Told | None) -> 
         found = captions.beside(source.keys, files.names, files.read)
     else:
         inside = files.path / told.file
+        if Path(told.file).is_file() and inside.is_file() and not Path(told.file).samefile(inside):
+            raise DatasetError(f"--captions {told.file}: is here and in {files.path}: give its whole path")
         file = told.file if Path(told.file).is_file() or not inside.is_file() else str(inside)
         found = captions.from_file(file, source.keys, told.key)
     positions, texts = zip(*found, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from storage import Folder
 from storage.manifest import DatasetError
 from streaming_convert import labels
+from streaming_convert.captions import is_text
 from streaming_convert.images import ADM_CROP, Rejected
 from streaming_convert.sources import Source
 
@@ -33,6 +35,13 @@ class Columns:
     def given(self) -> dict[str, str]:
         """Return those that have a name, by what they become."""
         return {field.name: name for field in fields(self) if (name := getattr(self, field.name))}
+
+    def or_guessed(self, guessed: Columns, where: str) -> Columns:
+        """Return these, or where none has a name what was guessed, which is printed."""
+        if self.given():
+            return self
+        print(f"{where}: {', '.join(f'--{role} {name}' for role, name in guessed.given().items())}")
+        return guessed
 
 
 @dataclass
@@ -92,7 +101,7 @@ def _texts(caption: Any) -> list[str | Rejected]:  # noqa: ANN401
     if isinstance(caption, Rejected):
         return [caption]
     several = caption if isinstance(caption, list) else [caption]
-    if not several or not all(isinstance(one, str) for one in several):
+    if not several or not all(map(is_text, several)):
         return [Rejected(f"no caption, but {ascii(caption)[:50]}")]
     return [one.strip() for one in several]
 
@@ -108,7 +117,7 @@ def _first_shape(rows: Rows) -> tuple[int, ...]:
 
 def label_of(value: Any, key: str) -> int | str:  # noqa: ANN401
     """Return a label: a whole number, or a name. Raises DatasetError, naming the sample."""
-    if isinstance(value, str) and value.lstrip("-").isdecimal():
+    if isinstance(value, str) and re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", value):
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise DatasetError(f"{key}: --label: {value} is neither a whole number nor a name")
@@ -153,5 +162,7 @@ def local_copy(uri: str, names: Sequence[str]) -> Path:
     atexit.register(copy.cleanup)
     folder = Folder(uri)
     for name in tqdm(names, desc=f"downloading {uri}", unit="file"):
+        if ".." in Path(name).parts:
+            raise DatasetError(f"{uri} holds a name that leads outside: {name}")
         folder.get(name, Path(copy.name, name))
     return Path(copy.name)

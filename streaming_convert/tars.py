@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,19 +50,18 @@ Sample = dict[str, Place]  # by the endings of the names: "jpg", "seg.png"
 def webdataset(paths: Sequence[str], columns: Columns, opener: Opener, classes: str | None = None) -> Source:
     """List the samples of tars, or of folders of them; those of a bucket are first copied.
 
-    columns: endings of files or keys of the .json; where none is given, the picture, `cls` and `txt`.
+    columns: endings of files or keys of the .json; where none is given, the commonest picture, `cls` and
+    `txt`.
     """
     samples: dict[str, Sample] = {}
     found = local_files(paths, (".tar",))
     for number, tar in enumerate(tqdm(found, "reading headers", unit="tar", disable=len(found) < 10)):
         for key, sample in read_headers(tar).items():
             samples[f"{number}/{key}"] = sample
-    first = next(iter(samples.values()), {})
-    if not columns.given():
-        columns = guess(first, opener)
-        print(f"{paths[0]}: {', '.join(f'--{role} {name}' for role, name in columns.given().items())}")
+    endings = Counter(ending for sample in samples.values() for ending in sample)
+    columns = columns.or_guessed(guess([ending for ending, _ in endings.most_common()], opener), paths[0])
     if not columns.image:
-        raise DatasetError(f"{paths[0]}: give --image, one of {', '.join(first)}")
+        raise DatasetError(f"{paths[0]}: give --image, one of {', '.join(endings)}")
     pictures = {key: sample for key, sample in samples.items() if columns.image in sample}
     if len(pictures) < len(samples):
         print(f"{paths[0]}: {len(samples) - len(pictures)} samples without .{columns.image} are left out")
@@ -91,9 +91,6 @@ def read_headers(path: Path) -> dict[str, Sample]:
     """
     samples: dict[str, Sample] = {}
     try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - tarfile.BLOCKSIZE))
-            whole = not any(file.read())  # a tar ends with empty blocks
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 folder, name = os.path.split(member.name)
@@ -101,17 +98,19 @@ def read_headers(path: Path) -> dict[str, Sample]:
                 if member.isreg() and not member.issparse() and not labels.hidden(name):
                     place = Place(path, member.offset_data, member.size)
                     samples.setdefault(f"{folder}/{stem}".lstrip("/"), {})[ending.lower()] = place
+            archive.fileobj.seek(archive.offset)  # where reading stopped: at the end, in an empty block
+            end = archive.fileobj.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, OSError) as error:
         raise DatasetError(f"cannot read {path} as a tar (uncompressed): {error}") from error
-    if not whole:
-        raise DatasetError(f"{path} was cut short: it does not end as a tar does")
+    if len(end) < tarfile.BLOCKSIZE or any(end):
+        raise DatasetError(f"{path} is damaged or was cut short: no end of a tar follows its last whole file")
     return samples
 
 
-def guess(sample: Sample, opener: Opener) -> Columns:
-    """Return the endings of the picture, the label and the caption among those of a sample."""
-    pictures = [ending for ending in sample if f".{ending}".endswith(opener.suffixes)]
-    known = {role: ending for role, ending in (("label", "cls"), ("caption", "txt")) if ending in sample}
+def guess(endings: Sequence[str], opener: Opener) -> Columns:
+    """Return the endings of picture, label and caption among these, of which the commonest is first."""
+    pictures = [ending for ending in endings if f".{ending}".endswith(opener.suffixes)]
+    known = {role: ending for role, ending in (("label", "cls"), ("caption", "txt")) if ending in endings}
     return Columns(image=next(iter(pictures), None), **known)
 
 

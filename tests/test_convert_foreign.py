@@ -295,7 +295,10 @@ def test_a_damaged_or_compressed_tar_is_one_line(tmp_path, capsys):
     (tmp_path / "c.tar").write_bytes(whole[: len(whole) // 2])
     words = ("--image", "png", "--size", 16, "--out", tmp_path / "out")
     assert convert("webdataset", tmp_path / "c.tar", *words) == 1
-    assert "c.tar was cut short: it does not end as a tar does" in capsys.readouterr().err
+    assert "c.tar is damaged or was cut short" in capsys.readouterr().err
+    (tmp_path / "d.tar").write_bytes(whole.replace(b"001.png", b"001.pnh", 1))  # a header's checksum
+    assert convert("webdataset", tmp_path / "d.tar", *words) == 1
+    assert "d.tar is damaged or was cut short" in capsys.readouterr().err
     assert convert("webdataset", tmp_path / "none", "--size", 16, "--out", tmp_path / "out") == 1
     assert "none is neither a folder nor a .tar file" in capsys.readouterr().err
 
@@ -392,6 +395,29 @@ def test_parquet_that_does_not_fit_is_one_line(tmp_path, table, capsys):
         assert convert("parquet", tmp_path / name, *words, "--size", 16, "--out", tmp_path / "out") == 1
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path, table, capsys):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as pq
+
+    pq.write_table(table, tmp_path / "0.parquet")
+    about = {"huggingface": table.schema.metadata[b"huggingface"].replace(b'["', b'["other", "', 1)}
+    pq.write_table(table.replace_schema_metadata(about), tmp_path / "1.parquet")
+    assert convert("parquet", tmp_path, "--size", 16, "--out", tmp_path / "out") == 1
+    assert "1.parquet: the classes of 'label' are not those of" in capsys.readouterr().err
+    with (
+        pa.OSFile(str(tmp_path / "cut.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, table.schema) as stream,
+    ):
+        stream.write_table(table)
+        file.flush()
+        whole = file.tell()
+    data = (tmp_path / "cut.arrow").read_bytes()
+    assert len(data) == whole + 8
+    (tmp_path / "cut.arrow").write_bytes(data[:whole])
+    assert convert("parquet", tmp_path / "cut.arrow", "--size", 16, "--out", tmp_path / "out") == 1
+    assert "cut.arrow was cut short" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- captions and formats

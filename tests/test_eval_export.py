@@ -16,6 +16,7 @@ from eval.export import main as export_main
 from recipe import ema
 from recipe.dit import DiT, DiTConfig
 from recipe.generator import Generator
+from recipe.mit import MiT, MiTConfig
 from recipe.text import TextConfig, byte_tokens
 from recipe.weights import load_weights, read_facts, save_weights
 from tests.conftest import TINY, run
@@ -141,6 +142,24 @@ def disturbed(folder, column="image", **options):
     data["encoder"] = {"name": "vae", "model": "some/vae"}
     save_weights(folder / "w", state, net.config, {**facts, "data": data, "train_seconds": 1.0})
     return folder / "w"
+
+
+def test_a_program_of_the_network_of_imf_is_the_sampler(tmp_path):
+    torch.manual_seed(0)
+    net = MiT(MiTConfig(size=4, channels=1, classes=3, width=32, depth=2, heads=2, head_depth=1))
+    state = {name: x + 0.2 * torch.randn_like(x) for name, x in net.state_dict().items()}
+    facts = {"method": {"objective": "imf", "guidance": [1.0, 4.0]}, "average": "ema", "step": 1}
+    facts["data"] = {"column": "image", "mean": [127.5], "std": [63.75], "class_names": ["2", "0", "1"]}
+    save_weights(tmp_path / "w", state, net.config, facts)
+    assert (
+        export_main([str(tmp_path / "w"), "--program", str(tmp_path / "x.pt2"), "--nfe", "2", "--w", "2"])
+        == 0
+    )
+    generator = Generator(tmp_path / "w")
+    noise, label = generator.noise(torch.arange(3)), torch.arange(3)
+    found = torch.export.load(tmp_path / "x.pt2").module()(noise, label)
+    assert (found.int() - generator.from_noise(noise, label, 2, 2.0).int()).abs().max() <= 1
+    assert generator.labels(["1", "2", 1]).tolist() == [2, 0, 1]  # names before numbers
 
 
 @pytest.mark.parametrize("classes", [0, 3])
