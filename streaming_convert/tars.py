@@ -24,7 +24,7 @@ from streaming_convert.tables import Columns, Rows, as_source, label_of, local_f
 
 
 class Place(NamedTuple):
-    """Where a file's content lies in its tar."""
+    """The place of a file's content in its tar."""
 
     tar: Path
     offset: int

@@ -90,7 +90,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True, scope="session")
 def _quick(request):
-    """With --quick a test is skipped where it would start a program."""
+    """Skip a test, if --quick is given, where it would start a program."""
     with pytest.MonkeyPatch.context() as patch:
         if request.config.getoption("quick"):
             start = subprocess.Popen.__init__

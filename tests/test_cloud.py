@@ -312,7 +312,7 @@ def test_a_fork_starts_from_another_runs_checkpoint_in_its_own_folder(s3, straig
 def test_a_start_opens_and_lists_its_save_folder_once(
     s3, s3_digits, digits, tmp_path, monkeypatch, cloud_env
 ):
-    """Of a new run, of one that resumes, of a fork with its source, of weights to begin with."""
+    """Count for a new run, one that resumes, a fork with its source, and weights to begin with."""
     opened, listed = [], []
     names, made = Folder.names, Folder.__init__
     monkeypatch.setattr(Folder, "__init__", lambda self, uri: (opened.append(uri), made(self, uri))[1])
