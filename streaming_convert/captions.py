@@ -24,7 +24,7 @@ CAPTION_KEYS = ("caption", "text")
 
 @dataclass(frozen=True)
 class Told:
-    """The place of captions: a file (in the folder of the pictures, too) or BESIDE, and its column, if named."""
+    """The place of captions: a file (in the pictures' folder, too) or BESIDE, and its column, if named."""
 
     file: str
     key: str | None = None
