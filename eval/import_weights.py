@@ -42,6 +42,12 @@ class Told(NamedTuple):
 
 
 NOTHING = Told()
+TAKES = {
+    "TVM": {"guidance"},
+    "SiT": {"heads", "convention", "average"},
+    "iMF": {"size", "noise_scale", "average"},
+    "pMF": {"size", "noise_scale", "average"},
+}  # what each kind of file is told beside mean and std
 
 
 class Imported(NamedTuple):
@@ -70,6 +76,7 @@ def import_weights(path: str | Path, told: Told = NOTHING) -> Imported:
 
 def import_tvm(path: str | Path, told: Told) -> Imported:
     """Read a released snapshot of TVM, whose data are latents without scaling, or pixels."""
+    check_told("TVM", told)
     state, facts = read_snapshot(path)
     if told.guidance is None:
         raise ValueError(f"{path}: --guidance: needed, the w that this network was trained with")
@@ -81,6 +88,7 @@ def import_tvm(path: str | Path, told: Told) -> Imported:
 
 def import_sit(state: dict[str, Tensor], unread: list[str], told: Told) -> Imported:
     """Convert a SiT; one with REPA's projectors is taken for REPA's."""
+    check_told("SiT", told)
     convention = told.convention or ("repa" if unread else "sit")
     config = configuration(state, told.heads, convention)
     weights, C = convert(state, config), config.channels
@@ -93,14 +101,25 @@ def import_sit(state: dict[str, Tensor], unread: list[str], told: Told) -> Impor
 def import_mit(state: dict[str, Tensor], unread: list[str], told: Told) -> Imported:
     """Convert iMF on latents, or pMF on pixels in -1..1, plain or finished by FD-loss."""
     weights, config, objective = read_mit(state, told.size)
+    kind = "pMF" if config.output == "x" else "iMF"
+    check_told(kind, told)
+    if told.size not in (None, config.size):
+        raise RefusedPickle(f"--size: {told.size}, but its positions are those of {config.size}")
     objective.noise_scale = told.noise_scale or objective.noise_scale
     pixels = [127.5] * config.channels
     published = LATENTS.get(config.size) if config.channels == 4 else None
     published = (pixels, pixels) if config.channels in (1, 3) else published
-    notes = [f"{'pMF' if config.output == 'x' else 'iMF'}, noise of deviation {objective.noise_scale:g}"]
+    notes = [f"{kind}, noise of deviation {objective.noise_scale:g}"]
     if not config.v_head:
         notes.append("no auxiliary head in the file: iMF trains on with the velocity u(x, t, t) instead")
     return Imported(weights, config, about(config, objective.facts(), told, published, "mse"), notes)
+
+
+def check_told(kind: str, told: Told) -> None:
+    """Raise RefusedPickle for an option that says nothing of this kind of file."""
+    for name, value in told._asdict().items():
+        if name not in TAKES[kind] | {"mean", "std"} and value != getattr(NOTHING, name):
+            raise RefusedPickle(f"--{name.replace('_', '-')}: {value} is not for a file of {kind}")
 
 
 def about(

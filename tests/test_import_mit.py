@@ -63,6 +63,20 @@ def test_the_command_tells_imf_from_pmf_and_says_what_it_has_found(tmp_path, cap
     assert (imf["data"]["column"], imf["data"]["std"]) == ("latents", [2] * 4)
 
 
+@pytest.mark.parametrize(
+    ("file", "options", "message"),
+    [
+        ("mit/pmf_a_inference.pth", ["--size", "32"], "--size: 32, but its positions are those of 16"),
+        (IMF_FILE, [*LATENT, "--heads", "2"], "--heads: 2 is not for a file of iMF"),
+        (IMF_FILE, [*LATENT, "--guidance", "2"], "--guidance: 2.0 is not for a file of iMF"),
+        (IMF_FILE, [*LATENT, "--convention", "repa"], "--convention: repa is not for a file of iMF"),
+    ],
+)
+def test_an_option_that_says_nothing_of_a_file_is_refused(tmp_path, capsys, file, options, message):
+    assert command(DATA / file, tmp_path / "x", *options) == 1
+    assert capsys.readouterr().err == f"error: {DATA / file}: {message}\n"
+
+
 def test_a_training_file_of_fd_loss_holds_an_average_and_weights_as_they_are(tmp_path):
     torch.save(finished_by_fd_loss(PMF_FILE), tmp_path / "x.pth")
     plain = import_weights(PMF_FILE).state

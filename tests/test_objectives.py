@@ -290,6 +290,25 @@ def test_complete_imf_draws_intervals_and_trains_its_auxiliary_head_from_the_fir
     torch.testing.assert_close(drawn.velocity_at(t), expected)
 
 
+@pytest.mark.parametrize(
+    "objective", [TVM(), MeanFlow(equal_share=1.0), IMF(equal_share=1.0), FlowMatching()]
+)
+def test_a_network_that_gives_the_image_itself_is_right_at_every_time(objective):
+    """With output x, also below the time that its velocity is divided by at least."""
+    x0, ids = torch.randn(64, 2, 4, 4).double(), torch.arange(64)
+    drawn = draw(x0, 0 * ids, 0 * ids, ids, 0, objective, 1, DiTConfig(output="x", t_floor=0.5))
+    assert (objective.flow_time(drawn.times) < 0.5).any()
+
+    def net(x, t, d, label, beta=None, detach_tangent=False):
+        x, t = (getattr(z, "value", z) for z in (x, t))
+        value = (x - x0) / t.clamp(min=0.5)[:, None, None, None]
+        return Dual(value, torch.zeros_like(value))
+
+    terms = objective.loss(net, net, drawn).terms
+    error = terms["error" if "error" in terms else "flow_matching"].value
+    torch.testing.assert_close(error, torch.zeros_like(error))
+
+
 def test_guidance_is_in_force_inside_the_interval_alone():
     objective = IMF(guidance=[1, 8])
     model = model_of(objective, "mit").double()

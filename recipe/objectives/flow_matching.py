@@ -77,14 +77,16 @@ class FlowMatching(Objective):
 def flow_matching_loss(objective: Objective, student: Network, drawn: Draw) -> Loss:
     """Return mean |u(x_t, t) - v|^2 for each sample, u = k F in the parameterisation of `objective`.
 
-    Where the objective trains an auxiliary head, the same of that is added.
+    v is `Draw.velocity_at` t, which a network whose output is X can give. Where the objective trains an
+    auxiliary head, the same of that is added.
     """
     t, w = objective.flow_time(drawn.times), drawn.w
     heads = {} if drawn.interval is None else {"head": "both"}
     found = student(drawn.at(t), t, torch.zeros_like(t), drawn.label, objective.beta(w), **heads)
     F, v = (found[0].value, found[1]) if heads else (found.value, None)
     u = broadcast(objective.scale(w) * torch.ones_like(w)) * F
-    error = total = mean_square(u - drawn.velocity)
+    velocity = drawn.velocity_at(t)
+    error = total = mean_square(u - velocity)
     if v is not None:
-        total = error + mean_square(v.value - drawn.velocity)
+        total = error + mean_square(v.value - velocity)
     return Loss(total, {"flow_matching": Term(error.detach(), t)}, {"F": F.detach()})

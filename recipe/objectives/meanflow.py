@@ -54,7 +54,8 @@ class MeanFlow(Objective):
 
         Both u without gradient; v_g = v outside of the interval of t, and where the label is dropped.
         """
-        v, t = drawn.velocity, drawn.times[0]
+        t = drawn.times[0]
+        v = drawn.velocity_at(t)
         if not self.guided:
             return v
         zero, none = torch.zeros_like(t), drawn.null_label

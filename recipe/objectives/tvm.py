@@ -124,7 +124,7 @@ class TVM(Objective):
         f, F = displacement(student, x_t, t, s, label, beta, k, tangent_scale, self.detach_jvp)
 
         with torch.no_grad():
-            x_f, v_target = x_t + f.value, drawn.velocity
+            x_f, v_target = x_t + f.value, drawn.velocity_at(s_prime)
             if self.guidance_range == (1, 1):
                 conditional = teacher(x_f, s, zero, label, beta).value
             else:
