@@ -33,13 +33,14 @@ from kernels import operators
 from kernels.inspect import assemble
 from recipe import plan
 from recipe.config import ConfigError, TrainConfig
-from recipe.dit import Block, DiTConfig
+from recipe.dit import Block, NetworkConfig
 from recipe.dual import Dual
 from recipe.manual import answer
+from recipe.mit import MiTBlock, MiTConfig
 from recipe.objectives.base import Pass
 from recipe.parallel import configure_compiler
 
-GROUPS = ("GEMM", "attention", "norm + modulation", "query-key norm", "GELU", "casts", "rest")
+GROUPS = ("GEMM", "attention", "norm + modulation", "query-key norm", "activation", "casts", "rest")
 CASTS = ("convert_element_type", "clone", "view", "permute", "expand")
 NORMS = {"rms_norm", "modulate", "mul", "add", "silu"}  # functions of recipe/dual.py
 SOURCE = r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str"
@@ -79,10 +80,11 @@ class Compiled(NamedTuple):
 
 
 class Direction(NamedTuple):
-    """A direction of a pass, and how many times a step runs it."""
+    """A direction of a pass, how many times a step runs it, and how many of these keep what they make."""
 
     title: str
     runs: int
+    keeping: int
     compiled: Compiled
 
 
@@ -277,11 +279,35 @@ def generated_group(origins: list[fx.Node]) -> str:
         return "casts"
     lines = "".join(origin.meta.get("stack_trace") or "" for origin in origins)
     called = set(re.findall(r", in (\w+)$", lines, re.MULTILINE))
-    if "gelu" in called:
-        return "GELU"
+    if called & {"gelu", "swiglu"}:
+        return "activation"
     if "q_norm" in lines:
         return "query-key norm"
     return "norm + modulation" if called & NORMS else "rest"
+
+
+def block_of(model: NetworkConfig) -> Block | MiTBlock:
+    """Return a block of the network."""
+    return (MiTBlock if isinstance(model, MiTConfig) else Block)(model)
+
+
+def blocks_of(model: NetworkConfig, one: Pass) -> int:
+    """Return the number of blocks that a pass runs through."""
+    return model.head_depth if one.head else model.depth
+
+
+def conditions(model: NetworkConfig, one: Pass, images: int, grad: bool) -> tuple:
+    """Return what a block takes beside its tokens: of mit the rotation, of dit what modulates, and text."""
+    detach = one.dual and one.gradient == "value"
+    if isinstance(model, MiTConfig):
+        pairs = model.width // model.heads // 2
+        return *(torch.empty(model.sequence, pairs) for _ in range(2)), detach
+    c, tangent = (torch.empty(images, model.width, requires_grad=grad) for _ in range(2))
+    context = None
+    if (text := model.text) is not None:
+        tokens = torch.empty(images, text.tokens, model.width, requires_grad=grad)
+        context = tokens, torch.full((images,), text.tokens)
+    return Dual(c, tangent if one.dual else None), detach, context
 
 
 def trace_pass(config: TrainConfig, one: Pass, images: int) -> Graphs:
@@ -293,17 +319,13 @@ def trace_pass(config: TrainConfig, one: Pass, images: int) -> Graphs:
     def make() -> tuple[Callable, tuple]:
         torch.set_default_dtype(torch.bfloat16 if gathered else torch.float32)  # torch 2.11 casts no fakes
         try:
-            block = Block(model).requires_grad_(grad)
+            block = block_of(model).requires_grad_(grad)
         finally:
             torch.set_default_dtype(torch.float32)
-        shapes = (images, model.tokens, model.width), (images, model.width)
-        values = [torch.empty(shape, requires_grad=grad) for shape in shapes]
-        tangents = [torch.empty(shape, requires_grad=grad) if one.dual else None for shape in shapes]
-        context = None
-        if (text := model.text) is not None:
-            tokens = torch.empty(images, text.tokens, model.width, requires_grad=grad)
-            context = tokens, torch.full((images,), text.tokens)
-        return block, (*map(Dual, values, tangents), one.dual and one.gradient == "value", context)
+        shape = images, model.sequence, model.width
+        value, tangent = (torch.empty(shape, requires_grad=grad) for _ in range(2))
+        z = Dual(value, tangent if one.dual else None)
+        return block, (z, *conditions(model, one, images, grad))
 
     with patch.multiple(kernels, _operators=operators, _use_triton=lambda *_: True):
         return trace(make, grad, config.precision == "amp_bf16")
@@ -321,10 +343,10 @@ def compile_pass(config: TrainConfig, one: Pass, images: int, gpu: plan.GPU) -> 
     return found
 
 
-def kept_bytes(saved: list[fx.Node], model: DiTConfig) -> int:
+def kept_bytes(saved: list[fx.Node], model: NetworkConfig) -> int:
     """Return the bytes of the distinct storages among these outputs, without weights and their casts."""
     with torch.device("meta"):
-        block = Block(model)
+        block = block_of(model)
     weights = {tuple(sorted(p.shape)) for p in block.parameters()}
     tensors = [node.meta["val"] for node in saved]
     storages = [x.untyped_storage() for x in tensors if tuple(sorted(x.shape)) not in weights]
@@ -333,13 +355,16 @@ def kept_bytes(saved: list[fx.Node], model: DiTConfig) -> int:
 
 def compile_step(config: TrainConfig, images: int, gpu: plan.GPU) -> list[Direction]:
     """Compile every direction of every pass of the objective over `images` samples."""
-    depth, step = config.model.depth, []
-    again = plan.checkpointed_blocks(config.model, config.parallel.checkpoint_every)
-    for one in config.objective.passes():
+    model, step = config.model, []
+    checked = plan.checkpointed_share(config)
+    for one in config.objective.passes(model.v_head):
         title = ("teacher" if one.teacher else "student") + (", dual" if one.dual else "")
+        title += ", auxiliary head" if one.head else ""
         for direction, compiled in compile_pass(config, one, images * one.batches, gpu).items():
-            runs = depth + (again if direction == "forward" else 0)
-            step.append(Direction(f"{title}, {direction}", runs, compiled))
+            again = round(checked * blocks_of(model, one))
+            keeping = blocks_of(model, one) - again
+            runs = blocks_of(model, one) + (again if direction == "forward" else 0)
+            step.append(Direction(f"{title}, {direction}", runs, keeping, compiled))
     return step
 
 
@@ -352,7 +377,7 @@ def assembled(step: list[Direction], gpu: plan.GPU) -> dict[str, tuple[int, int]
 
     found = {}
     with pretended(gpu):
-        for title, _, compiled in step:
+        for title, _, _, compiled in step:
             for name, source in compiled.sources.items():
                 tuner = getattr(PyCodeCache.load(source), name)
                 built = (tuner._precompile_config(config).kernel.asm["ptx"] for config in tuner.configs)
@@ -376,7 +401,7 @@ def predicted_seconds(kernel: Kernel, roofline: plan.Roofline) -> float:
 def group_times(step: list[Direction], roofline: plan.Roofline) -> dict[str, float]:
     """Predict the seconds of a step in each group, over all passes and blocks."""
     times = dict.fromkeys(GROUPS, 0.0)
-    for _, runs, compiled in step:
+    for _, runs, _, compiled in step:
         for kernel in compiled.kernels:
             times[kernel.group] += runs * predicted_seconds(kernel, roofline)
     return times
@@ -389,16 +414,15 @@ def generated_bytes(compiled: Compiled) -> float:
 
 def peak_memory(config: TrainConfig, step: list[Direction], images: int) -> float:
     """Return peak bytes: the activations that were found here, and the planner's other parts for one GPU."""
-    parts, model = plan.memory(config, 1), config.model
-    unchecked = model.depth - plan.checkpointed_blocks(model, config.parallel.checkpoint_every)
-    kept = unchecked * sum(direction.compiled.kept for direction in step)
+    parts = plan.memory(config, 1)
+    kept = sum(direction.keeping * direction.compiled.kept for direction in step)
     return sum(parts.values()) - parts["activations"] + kept + plan.working_bytes(config) * images
 
 
 def table(step: list[Direction], roofline: plan.Roofline) -> str:
     """Return Markdown with one line for each group of each direction of one block."""
     lines = ["| of one block | group | calls | GB | GFLOP | ms |", "|---|---|---:|---:|---:|---:|"]
-    for title, _, compiled in step:
+    for title, _, _, compiled in step:
         for group in GROUPS:
             members = [kernel for kernel in compiled.kernels if kernel.group == group]
             size, work = (sum(getattr(k, name) for k in members) / 1e9 for name in ("bytes", "flops"))
@@ -429,7 +453,7 @@ class Figure(NamedTuple):
 def figures(step: list[Direction], time: float, peak: float, spills: int, barred: bool) -> list[Figure]:
     """Return the results of a step, with bars if the configuration is the one that they were set for."""
     rows = []
-    for title, _, compiled in step:
+    for title, _, _, compiled in step:
         rows.append((f"{title}: GB a block, generated", generated_bytes(compiled) / 1e9, title))
         if compiled.kept:
             name = f"{title}: GB a block, kept for the backward"
@@ -447,12 +471,13 @@ def report(config: TrainConfig, roofline: plan.Roofline) -> bool:
     model, found = config.model, assembled(step, gpu)
     times = group_times(step, roofline)
     update = roofline.seconds(plan.updated_bytes(config, 1))
-    barred = model.text is None and (model.width, model.heads, model.tokens, images, roofline.gpu) == BARRED
+    sizes = model.width, model.heads, model.tokens, images, roofline.gpu
+    barred = model.network == "dit" and model.text is None and sizes == BARRED
     time, peak = sum(times.values()) + update, peak_memory(config, step, images)
     rows = figures(step, time, peak, max(spills for spills, _ in found.values()), barred)
     most = max(GROUPS[2:], key=times.get)
     lines = [
-        f"{config.run_name}: {images} images of {model.tokens} tokens, {model.depth} blocks of width "
+        f"{config.run_name}: {images} images of {model.sequence} tokens, {model.depth} blocks of width "
         f"{model.width}; torch {torch.__version__}, triton {triton.__version__}, sm_{gpu.arch}.",
         roofline.assumptions(),
         "",

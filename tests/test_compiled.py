@@ -97,6 +97,27 @@ def test_the_command_prices_every_pass_and_assembles_every_kernel(capsys):
     assert float(line.split()[-1]) == pytest.approx(kept, abs=0.001)
 
 
+def test_a_block_of_the_other_network_is_priced_too():
+    """Of a block of mit: 4 products, the widest to both halves of SwiGLU; attention is one fused operation."""
+    config = load(*SMALL, "model.network=mit", "model.head_depth=1", "objective.name=flow_matching")
+    forward, backward = compiled.compile_step(config, 4, H100)
+    tokens, width = 4 * (16 + 20), 96
+    block = 2 * tokens * (4 * width**2 + 3 * width * 256)
+    for direction, times in ((forward, 1), (backward, 2)):
+        products = [kernel for kernel in direction.compiled.kernels if kernel.group == "GEMM"]
+        assert (len(products), sum(k.flops for k in products)) == (4 * times, times * block)
+    assert {"attention", "query-key norm", "activation"} <= {k.group for k in forward.compiled.kernels}
+
+
+def test_an_auxiliary_head_has_its_own_blocks(monkeypatch):
+    monkeypatch.setattr(compiled, "compile_pass", lambda *_: {"forward": None, "backward": None})
+    options = ["model.network=mit", "model.head_depth=1", "parallel.checkpoint_every=2"]
+    config = load(*SMALL, *options, "objective={name: imf}")
+    found = {title: (runs, keeping) for title, runs, keeping, _ in compiled.compile_step(config, 4, H100)}
+    assert found["student, dual, forward"] == (5, 1)  # of 3 blocks and the head's, 2 are checkpointed
+    assert found["student, auxiliary head, forward"] == (1, 1)
+
+
 def load(*overrides):
     return load_config(TrainConfig, "yamls/imagenet256_w2.yaml", list(overrides))
 
