@@ -28,7 +28,7 @@ from recipe.dit import (
     keep_casts_with_a_graph,
 )
 from recipe.dual import Dual
-from recipe.settings import ConfigError, Count
+from recipe.settings import ConfigError, Count, NotNegative
 
 PRESETS = {
     "B": {"width": 768, "depth": 12, "heads": 12},
@@ -68,6 +68,11 @@ class MiTConfig(NetworkConfig):
     learned_positions: bool = Field(False, description="Whether a learned position is added to each token.")
     bottleneck: Count | None = Field(
         None, description="Width between the two linear maps that embed a patch; null for a single one."
+    )
+    gate_init: NotNegative = Field(
+        0.0,
+        description="Initial gate of each branch of a block: 0 as published; a short run, in which gates "
+        "hardly grow, needs more.",
     )
 
     presets: ClassVar[dict[str, dict[str, int]]] = PRESETS
@@ -313,7 +318,8 @@ class MiT(Denoiser):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw weights from N(0, c^2 / fan in), c = 0.32 in blocks and 1 in embedders; tokens and labels from
-        N(0, 1 / D); patches by Xavier; gates, final layers and biases are zero, and so is the output.
+        N(0, 1 / D); patches by Xavier; gates are `gate_init`; final layers and biases are zero, and so is
+        the output.
         """
         for name, p in self.named_parameters():
             module = name.split(".")[0]
@@ -321,6 +327,8 @@ class MiT(Denoiser):
                 nn.init.ones_(p)
             elif module in ("tokens", "positions") or "embedding_table" in name:
                 nn.init.normal_(p, std=self.config.width**-0.5)
+            elif name.endswith(("attn_scale", "mlp_scale")):
+                nn.init.constant_(p, self.config.gate_init)
             elif p.dim() == 1 or module.endswith("final_layer"):
                 nn.init.zeros_(p)
             elif module == "x_embedder":
