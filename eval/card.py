@@ -5,6 +5,7 @@ The README is a model card in the form of the Hugging Face hub; `upload` takes t
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -14,12 +15,13 @@ import yaml
 
 from eval.report import Row, markdown, plain, read_lines, reportable
 from eval.sample import describe
+from recipe.adapter import peft_config
 from recipe.networks import AnyNetwork
 from recipe.objectives import from_facts
 from recipe.settings import make
-from recipe.weights import check_digest, read_facts, shapes
+from recipe.weights import adapter_of, check_digest, read_facts, shapes
 
-NAME = "model"  # of the two files of weights in the folder
+NAME, ADAPTER = "model", "adapter_model"  # of the two files of weights in the folder; peft's for an adapter
 RESULTS, PICTURE = "results.jsonl", "samples.png"  # what a sweep leaves, in the folder of a run
 
 
@@ -31,13 +33,16 @@ def make_folder(weights: Path, folder: Path, results: Path | None = None) -> Pat
     """
     facts = read_facts(weights)
     check_digest(weights, facts)
-    known = {f"{NAME}.json", f"{NAME}.safetensors", "README.md", PICTURE}
+    name = ADAPTER if "adapter" in facts else NAME
+    known = {f"{name}.json", f"{name}.safetensors", "adapter_config.json", "README.md", PICTURE}
     if folder.is_dir() and (other := {file.name for file in folder.iterdir()} - known):
         raise ValueError(f"--card: {folder} holds other files, such as {min(other)}")
     folder.mkdir(parents=True, exist_ok=True)
     stem = str(weights).removesuffix(".json").removesuffix(".safetensors")
     for suffix in (".safetensors", ".json"):
-        shutil.copyfile(f"{stem}{suffix}", folder / f"{NAME}{suffix}")
+        shutil.copyfile(f"{stem}{suffix}", folder / f"{name}{suffix}")
+    if (adapter := adapter_of(facts)) is not None:
+        (folder / "adapter_config.json").write_text(json.dumps(peft_config(adapter), indent=2) + "\n")
     results = results or weights.parent.parent
     rows = [row for row in read_lines(results / RESULTS) if row.get("sha256") == facts["sha256"]]
     rows = list(filter(reportable, rows))
@@ -54,12 +59,13 @@ def text(name: str, facts: dict[str, Any], rows: list[Row], picture: bool) -> st
     task = "text-to-image" if prompts else "unconditional-image-generation"
     about = yaml.safe_dump({"pipeline_tag": task, "tags": ["one-step", facts["method"]["objective"]]})
     lines = ["---", about.rstrip(), "---", "", f"# {plain(name)}", "", *described(facts), ""]
+    stem = ADAPTER if "adapter" in facts else NAME
     ask = 'prompts=["a red cat"]' if prompts else "n=8"
     lines += [
         "```python",
         "from recipe import load  # pip install terminal-velocity",
         "",
-        f'images = load("{name}/{NAME}").sample({ask}, nfe=1)  # uint8 (N, H, W, C)',
+        f'images = load("{name}/{stem}").sample({ask}, nfe=1)  # uint8 (N, H, W, C)',
         "```",
         "",
     ]
@@ -92,6 +98,8 @@ def described(facts: dict[str, Any]) -> list[str]:
         "weights": f"{facts['average']}, {parameters(config):,} parameters",
         "code": facts["commit"],
     }
+    if (adapter := adapter_of(facts)) is not None:
+        found["adapter"] = f"of rank {adapter.rank}; needs {Path(adapter.base).name} beside it"
     finished = dict.fromkeys(one["extractor"] for one in facts.get("finished", []))
     found["finished on"] = ", ".join(finished) or "nothing"
     return ["| | |", "|---|---|", *(f"| {key} | {plain(str(value))} |" for key, value in found.items())]

@@ -9,6 +9,8 @@ open only your own.
 `torch.export.load(FILE).module()` runs with torch alone, without this project's code; FILE.onnx is for
 onnxruntime. With prompts it takes their tokens and lengths, too.
 
+`--merge --out NAME` writes whole weights of an adapter's, which need no base any more.
+
 `--card FOLDER` writes a folder for others: the weights and a model card with the scores of the run's sweep.
 `--hub USER/MODEL` uploads it to the Hugging Face hub.
 """
@@ -37,6 +39,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from eval.card import make_folder, upload
+from recipe.adapter import adapter_state
 from recipe.ema import combination, exponent, length_of
 from recipe.generator import check_guidance, quantize
 from recipe.networks import AnyNetwork
@@ -92,7 +95,10 @@ def read_checkpoint(path: str | Path, average: str) -> tuple[dict[str, Tensor], 
     state, description, step = read(path, f"{average}.")
     if not state:
         raise ValueError(f"{path} holds no weights {average!r}")
-    return state, {**json.loads(description), "average": average, "step": step, "train_seconds": None}
+    facts = json.loads(description)
+    if "adapter" in facts:
+        state = adapter_state(state, facts["adapter"]["modules_to_save"])
+    return state, {**facts, "average": average, "step": step, "train_seconds": None}
 
 
 def _read_full(path: Path, prefix: str) -> tuple[dict[str, Tensor], str, int]:
@@ -245,6 +251,14 @@ def synthesized(
     return exports
 
 
+def merged(path: Path) -> tuple[dict[str, Tensor], Facts]:
+    """Return the weights of an adapter and its base together. Raises FileNotFoundError, ValueError."""
+    net, facts = load_weights(newest_weights(path))
+    if facts.pop("adapter", None) is None:
+        raise ValueError(f"--merge: {path} is no adapter")
+    return net.state_dict(), facts
+
+
 class Sampler(nn.Module):
     """A network and its sampler: noise (B, C, H, W) and labels int64 (B,) => uint8 images, or latents.
 
@@ -316,6 +330,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", help="checkpoint (.pt or folder), folder of weights, or weights")
     parser.add_argument("--average", default="ema", help="ema, net or posthoc:LENGTH (default: ema)")
     parser.add_argument("--out", help="path of the weights to write, without suffix")
+    merging = "of an adapter, write its base with it as whole weights"
+    parser.add_argument("--merge", action="store_true", help=merging)
     parser.add_argument("--program", help="the .pt2 or .onnx file of the sampler to write")
     parser.add_argument("--nfe", type=int, default=1, help="steps of the program's sampler")
     parser.add_argument("--w", type=float, help="its guidance weight; default: the one of training")
@@ -337,7 +353,8 @@ def main(argv: list[str] | None = None) -> int:
             posthoc = args.average not in ("ema", "net")
             average = length_of(args.average) if posthoc else args.average
             with local_copy(args.source) as source:
-                weights = save(args.out, *(synthesize if posthoc else read_checkpoint)(source, average))
+                read = synthesize if posthoc else read_checkpoint
+                weights = save(args.out, *(merged(source) if args.merge else read(source, average)))
             sys.stdout.write(f"{weights}\n")
         if args.program is not None:
             save_program(export_program(newest_weights(weights), args.nfe, args.w), args.program)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 
+from recipe.adapter import adapter_state
 from recipe.checkpoints import Owner
 from recipe.config import ConfigError, GridConfig, TrainConfig
 from recipe.ema import average_of_child
@@ -42,6 +43,8 @@ def inference_facts(model: GenerativeModel, data: dict[str, Any]) -> dict[str, A
     facts = {"method": model.objective.facts(), "data": {**data, **statistics}}
     if model.objective.finished:
         facts["finished"] = model.objective.finished
+    if model.adapter is not None:
+        facts["adapter"] = model.adapter
     return facts
 
 
@@ -69,11 +72,15 @@ class ExportWeights(Callback):
         return {"description": self.description}
 
     def load_state_dict(self, state: dict[str, str]) -> None:
-        """Keep what the weights were finished on before the run, which `frechet` alone knows otherwise.
+        """Keep the adapter's base, and what the run's weights were finished on; `frechet` knows that itself.
 
         Raises ConfigError where a finish would go on with other extractors or real images than its moments.
         """
-        finished = json.loads(state["description"]).get("finished", [])
+        told = json.loads(state["description"])
+        finished = told.get("finished", [])
+        if "adapter" in told:
+            self.adapter.update(told["adapter"])
+            self.description = json.dumps({**json.loads(self.description), "adapter": self.adapter})
         if self.objective.finishes:
             for here, there in zip(self.objective.finished, finished, strict=True):
                 if any(here[key] != there[key] for key in ("weights", "digest")):
@@ -90,6 +97,7 @@ class ExportWeights(Callback):
         """Export when it is due; the averages, which are algorithms, have been updated by then."""
         if event == Event.INIT:
             model = unwrap(state.model)
+            self.adapter = model.adapter
             description = {"model": asdict(model.net.config), **inference_facts(model, self.data)}
             self.description = json.dumps(description)
         if self.preemption.stopped:
@@ -110,6 +118,8 @@ class ExportWeights(Callback):
         kept = [name for name, _ in model.named_children() if name.startswith("posthoc_")]
         for name in (*self.averages, *kept):
             weights = get_model_state_dict(getattr(model, name), options=options)
+            if model.adapter is not None:
+                weights = adapter_state(weights, model.adapter["modules_to_save"])
             if dist.get_global_rank() == 0:
                 facts = {
                     **inference_facts(model, self.data),

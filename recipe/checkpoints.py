@@ -45,7 +45,7 @@ from storage.outside import LARGEST, OutsideError, file_digest, parse_json
 log = logging.getLogger(__name__)
 
 RUN = "run.json"
-OLDER = {"model.network": "dit", "model.output": "v"}  # of runs that do not say
+OLDER = {"model.network": "dit", "model.output": "v", "adapter": None}  # of runs that do not say
 START = "start.json"
 LOG = "train.jsonl"
 PROBE = ".preflight"
@@ -140,6 +140,7 @@ def identity(config: TrainConfig) -> dict:
         "objective.name": config.objective.name,
         "parallel.fsdp2": config.parallel.fsdp2,
         "ema.posthoc": config.ema.posthoc,
+        "adapter": config.adapter and as_dict(config.adapter),
         **({"objective.features": list(config.objective.features)} if config.objective.finishes else {}),
         **{f"model.{k}": v for k, v in model.items()},
     }

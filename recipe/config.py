@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from yaml import YAMLError
 
+from recipe.adapter import AdapterConfig
 from recipe.commands import YAMLS
 from recipe.data import DataConfig
 from recipe.dit import DiTConfig, NetworkConfig
@@ -126,6 +127,7 @@ class TrainConfig(Settings):
         description="Classes that begin with those of init_from: {cat: tabby}, by names or numbers. Without "
         "it all do if there are as many there, else none.",
     )
+    adapter: AdapterConfig | None = Field(None, description=AdapterConfig.__doc__)
     time_limit: Seconds | None = Field(
         None, description="Time after the start at which the run saves and exits with status 75."
     )
@@ -163,6 +165,8 @@ class TrainConfig(Settings):
             )
         if self.objective.finishes and not (self.init_from or self.fork_from):
             raise ConfigError(f"init_from: {self.objective.name} needs the weights that it finishes")
+        if self.adapter and not (self.init_from or self.fork_from):
+            raise ConfigError("adapter: needs init_from, the weights that it changes")
         if self.init_classes and not self.init_from:
             raise ConfigError("init_classes: names classes of init_from, which is not set")
         if self.init_from and self.fork_from:

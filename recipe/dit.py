@@ -245,7 +245,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, z: Dual, context: Tensor, length: Tensor) -> Dual:
         q = dual.map_linear(self._split, dual.linear(self.q, z))
-        k, v = map(self._split, self.kv(context).chunk(2, -1))
+        k, v = map(self._split, dual.linear(self.kv, Dual(context)).value.chunk(2, -1))
         if self.q_norm is not None:
             q = dual.rms_norm(q, self.q_norm.weight)
             k = dual.rms_norm(Dual(k), self.k_norm.weight).value

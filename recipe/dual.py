@@ -82,12 +82,18 @@ def unbind(x: Dual, dim: int) -> list[Dual]:
 
 
 def linear(layer: torch.nn.Module, x: Dual) -> Dual:
-    """Return x W' + b; the tangent sees W alone. `layer` has `weight` (out, in, ...) and `bias` (out)."""
+    """Return x W' + b; the tangent sees W alone. `layer` has `weight` (out, in, ...) and `bias` (out).
+
+    Where it has an adapter (recipe/adapter.py), its product is added to both.
+    """
     weight = layer.weight.flatten(1)
-    return Dual(
+    y = Dual(
         F.linear(x.value, weight, layer.bias),
         None if x.tangent is None else F.linear(x.tangent, weight),
     )
+    if not hasattr(layer, "lora_A"):
+        return y
+    return add(y, map_linear(lambda z: layer.lora_B(layer.lora_scale * layer.lora_A(z)), x))
 
 
 def silu(x: Dual) -> Dual:
@@ -100,8 +106,8 @@ def silu(x: Dual) -> Dual:
 
 
 def linear_gelu(layer: torch.nn.Linear, x: Dual, detach_tangent: bool = False) -> Dual:
-    """Return `gelu` of `linear`, in one kernel where there is no tangent."""
-    if x.tangent is None:
+    """Return `gelu` of `linear`, in one kernel where there is neither tangent nor adapter."""
+    if x.tangent is None and not hasattr(layer, "lora_A"):
         return Dual(kernels.linear_gelu(x.value, layer.weight, layer.bias))
     h = linear(layer, x)
     return gelu(detach(h) if detach_tangent else h)

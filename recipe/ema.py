@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from itertools import compress
 from typing import Annotated
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from recipe.guard import stepped
+from recipe.model import frozen_copy
 from recipe.objectives.base import Objective
 from recipe.parallel import local_shards, unwrap
 from recipe.settings import BelowOne, Many, Says, Settings
@@ -28,15 +29,17 @@ Profile = tuple[float, int]  # (gamma, step t)
 def ema_update(net: nn.Module, averages: list[tuple[nn.Module, float]]) -> None:
     """Update each (average, decay) in place, average <- net + decay (average - net).
 
-    This works on whatever shard a rank holds, without gathering. On a GPU one kernel reads the weights once
-    for all averages.
+    This works on whatever shard a rank holds, without gathering; what is not trained stays as it is. On a GPU
+    one kernel reads the weights once for all averages.
     """
     for root in (net, *(average for average, _ in averages)):
         for module in root.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # without a backward pass weights stay gathered, in a copy to be dropped
-    weights = local_shards(list(net.parameters()))
-    targets = [local_shards(list(average.parameters())) for average, _ in averages]
+    moving = [p.requires_grad for p in net.parameters()]
+    weights, *targets = (
+        local_shards(list(compress(root.parameters(), moving))) for root in (net, *(a for a, _ in averages))
+    )
     if weights[0].is_cuda:  # a decay as a tensor: a new number compiles nothing anew
         compiled_lerps(weights, targets, [torch.tensor(1 - decay) for _, decay in averages])
     else:
@@ -181,8 +184,9 @@ class EMA(Algorithm):
         """Add the post-hoc averages; update all averages in place. A skipped step changes none of them."""
         model = unwrap(state.model)
         if event == Event.INIT:
+            shared = {*model.ema.parameters()} & {*model.net.parameters()}
             for length in self.config.posthoc:
-                model.add_module(child_name(length), copy.deepcopy(model.ema))
+                model.add_module(child_name(length), frozen_copy(model.ema, shared))
             return
         if not stepped(model.net):
             return

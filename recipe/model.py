@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from composer import ComposerModel
@@ -17,9 +19,9 @@ from recipe.objectives.flow_matching import flow_matching_loss
 from recipe.text import Prompts, Text
 
 
-def frozen_copy(net: nn.Module) -> nn.Module:
-    """Return a copy of the network that is never trained."""
-    return copy.deepcopy(net).requires_grad_(False)
+def frozen_copy(net: nn.Module, shared: Iterable[nn.Parameter] = ()) -> nn.Module:
+    """Return a copy of the network that is never trained; of `shared` it has no copies, but themselves."""
+    return copy.deepcopy(net, {id(p): p for p in shared}).requires_grad_(False)
 
 
 class GenerativeModel(ComposerModel):
@@ -29,8 +31,9 @@ class GenerativeModel(ComposerModel):
     A batch holds `image` or `latents`, `label`, `sample` (dataset ids) and `step` (see `StepKey`), all of
     length B, and `text` and `text_length` for a network with prompts. Every random draw is keyed by (seed,
     step, sample), so ranks, microbatches and resumes change nothing. A network without classes takes every
-    label for its only one. tangent_scale, flow_matching: the state of the warm-ups, set before each step
-    (`ScaleParameter`).
+    label for its only one. adapter: what weights say of the student's (recipe/adapter.py); share: whether
+    the averages have no copies of what it freezes, which FSDP2 needs. tangent_scale, flow_matching: the state
+    of the warm-ups, set before each step (`ScaleParameter`).
     """
 
     def __init__(
@@ -40,13 +43,17 @@ class GenerativeModel(ComposerModel):
         normalizer: Normalizer,
         seed: int,
         prompts: Prompts | None = None,
+        adapter: dict[str, Any] | None = None,
+        share: bool = False,
     ) -> None:
         super().__init__()
         for part in net.unused(objective.guidance_input, objective.auxiliary):
             part.requires_grad_(False)  # never evaluated, and DDP wants a gradient of all
         self.net = net
-        self.ema = frozen_copy(net)
-        self.target = frozen_copy(net) if objective.teacher else None
+        frozen = [p for p in net.parameters() if share and not p.requires_grad]
+        self.ema = frozen_copy(net, frozen)
+        self.target = frozen_copy(net, frozen) if objective.teacher else None
+        self.adapter = adapter
         self.objective, self.normalizer = objective, normalizer
         self.seed = seed
         self.prompts = prompts

@@ -23,6 +23,7 @@ from pydantic import Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 from torch import nn
 
+from recipe.adapter import AdapterConfig, add_adapter
 from recipe.config import ConfigError, TrainConfig, divisible, load_config, yaml_of
 from recipe.dit import TEXT_LAYERS, NetworkConfig
 from recipe.ema import average_names
@@ -58,6 +59,7 @@ GPUS = {
     "h100": GPU(989e12, 79.6 * GIB, 3.35e12, 450e9, 400e9, 90, 132),
     "h200": GPU(989e12, 140.4 * GIB, 4.8e12, 450e9, 400e9, 90, 132),
     "b200": GPU(2250e12, 180 * GIB, 7.7e12, 900e9, 400e9, 100, 148, 75e12),
+    "rtx4090": GPU(165e12, 24 * GIB, 1.01e12, 32e9, 12.5e9, 89, 128, 82.6e12),
 }
 
 
@@ -158,6 +160,51 @@ def parameter_counts(model: NetworkConfig) -> tuple[int, int]:
     return blocks, size_of(net) - blocks
 
 
+class Parameters(NamedTuple):
+    """Numbers of parameters: of the student, of those that are trained, and of all averages together."""
+
+    whole: int
+    trained: int
+    averages: int
+
+
+def count_parameters(config: TrainConfig) -> Parameters:
+    """Return the numbers of parameters of a run, those of its adapter among them.
+
+    Averages share what is frozen below an adapter with the student, unless FSDP2 shards each by itself.
+    """
+    with torch.device("meta"):
+        net = build(config.model)
+        if config.adapter is not None:
+            add_adapter(net, config.adapter)
+    whole, trained = size_of(net), sum(p.numel() for p in net.parameters() if p.requires_grad)
+    each = whole if config.parallel.fsdp2 else trained
+    return Parameters(whole, trained, each * len(average_names(config.ema, config.objective)))
+
+
+def adapter_flops(model: NetworkConfig, adapter: AdapterConfig | None) -> tuple[float, float]:
+    """Return the FLOPs that an adapter adds to a plain forward pass through all blocks, and those of products
+    whose input needs no gradient.
+
+    They are the embedders, the modulation and the first block's qkv, where the adapter alone is trained. Text
+    counts as the image's tokens.
+    """
+    if adapter is None:
+        return 0, 0
+    with torch.device("meta"):
+        net = build(model)
+        add_adapter(net, adapter)
+    low = unfed = 0
+    for name, p in net.named_parameters():
+        if ".lora_" in name:
+            low += 2 * model.sequence * p.numel()
+        elif name == "blocks.0.attn.qkv.weight" or (name.startswith("x_embedder") and p.dim() > 1):
+            unfed += 2 * model.sequence * p.numel()
+        elif p.dim() > 1 and "text" not in name and ("adaLN" in name or "_embedder.mlp" in name):
+            unfed += 2 * p.numel()
+    return low, 0 if adapter.modules_to_save else unfed
+
+
 def block_count(model: NetworkConfig) -> int:
     """Return the number of blocks, those of an auxiliary head among them."""
     return model.depth + (model.head_depth if model.v_head else 0)
@@ -216,23 +263,35 @@ class Work(NamedTuple):
     other_bytes: float
 
 
-def work(model: NetworkConfig, objective: Objective, again: float = 0) -> Iterator[Work]:
-    """Yield the work of every pass, forward and backward; again: share of blocks that run forward twice."""
+def work(
+    model: NetworkConfig, objective: Objective, again: float = 0, adapter: AdapterConfig | None = None
+) -> Iterator[Work]:
+    """Yield the work of every pass, forward and backward; again: share of blocks that run forward twice.
+
+    Below an adapter, a frozen product has a gradient of its input alone.
+    """
+    adapted, unfed = adapter_flops(model, adapter)
     for one in objective.passes(model.v_head):
         linear, attention, prompt = forward_flops(model, one.head)
+        low = adapted * (model.head_depth if one.head else model.depth) / block_count(model)
+        each = [(linear + low, prompt), (linear, prompt)]
+        if adapter is not None:
+            each[1] = low + (linear - (0 if one.head else unfed)) / 2, 0
         unit = (model.head_depth if one.head else model.depth) * model.sequence * model.width
         kind = one.dual, one.gradient
         ahead = one.batches * (1 if one.gradient == "none" else 1 + again)
         units = FORWARD[one.dual], BACKWARD[one.gradient]
         sizes = np.add(BLOCK_BYTES[kind], TEXT_BYTES[kind] if model.text else 0).tolist()
-        for runs, (products, scores, texts), (between, inside) in zip((ahead, 1), units, sizes, strict=True):
+        for runs, (linear, prompt), (products, scores, texts), (between, inside) in zip(
+            (ahead, 1), each, units, sizes, strict=True
+        ):
             costs = products * linear + texts * prompt, scores * attention, inside * unit, between * unit
             yield Work(*(runs * cost for cost in costs))
 
 
-def step_flops(model: NetworkConfig, objective: Objective) -> float:
+def step_flops(model: NetworkConfig, objective: Objective, adapter: AdapterConfig | None = None) -> float:
     """Return the FLOPs of one sample's step, nothing recomputed (flow matching: 1 + 2 forward passes)."""
-    return sum(one.products + one.attention for one in work(model, objective))
+    return sum(one.products + one.attention for one in work(model, objective, adapter=adapter))
 
 
 def trained_passes(model: NetworkConfig, objective: Objective) -> list[Pass]:
@@ -341,28 +400,28 @@ def memory(config: TrainConfig, gpus: int) -> dict[str, float]:
 
     Gathered are what is not in blocks, of student and target, and two blocks (one is prefetched).
     """
-    blocks, rest = parameter_counts(config.model)
-    P, parallel = blocks + rest, config.parallel
+    (blocks, rest), size, parallel = parameter_counts(config.model), count_parameters(config), config.parallel
     shards = gpus // parallel.replicas if parallel.fsdp2 else 1
-    copies = len(average_names(config.ema, config.objective))
-    passes = len(trained_passes(config.model, config.objective))
+    trained = trained_passes(config.model, config.objective)
+    eager = sum(1 + one.dual for one in trained) if config.adapter else 1  # autocast keeps no frozen weight
+    passes = len(trained) if parallel.compile else eager
     sharded = parallel.fsdp2 and shards > 1
     gathered = (
         (1 + config.objective.teacher) * rest + 2 * blocks / block_count(config.model) if sharded else 0
     )
     autocast = config.precision == "amp_bf16" and not (sharded and gathered_size(config) == BF16)
     unchecked = 1 - checkpointed_share(config)
-    rounded = blocks * unchecked * (passes if parallel.compile else 1) if autocast else 0
+    rounded = blocks * unchecked * passes if autocast else 0
     finish, samples = Finish(config), layout(config, gpus)[0]
     beside = {
         "decoder and extractors": finish.frozen_bytes(samples),
         "moments and maps": finish.moment_bytes(),
     }
     return {
-        "weights": FP32 * P / shards,
-        "averages": FP32 * copies * P / shards,
-        "optimizer (two moments)": 2 * FP32 * P / shards,
-        "gradients": FP32 * P / shards,
+        "weights": FP32 * size.whole / shards,
+        "averages": FP32 * size.averages / shards,
+        "optimizer (two moments)": 2 * FP32 * size.trained / shards,
+        "gradients": FP32 * size.trained / shards,
         "gathered weights": gathered_size(config) * gathered,
         "bf16 copies of weights": BF16 * rounded,
         "activations": step_activations(config, parallel) * samples,
@@ -413,16 +472,18 @@ def traffic(config: TrainConfig, gpus: int) -> list[Collective]:
 def network_traffic(config: TrainConfig, gpus: int) -> list[Collective]:
     """Return the network's collectives in one step. FSDP2 communicates in every microbatch, DDP once."""
     blocks, rest = parameter_counts(config.model)
-    P, messages = blocks + rest, block_count(config.model) + 1
+    messages = block_count(config.model) + 1
     if not config.parallel.fsdp2:
-        buckets = math.ceil(FP32 * P / DDP_BUCKET)
-        return [Collective("all-reduce gradients", 2 * FP32 * P * (gpus - 1) / gpus, buckets, gpus)]
+        size = FP32 * count_parameters(config).trained
+        buckets = math.ceil(size / DDP_BUCKET)
+        return [Collective("all-reduce gradients", 2 * size * (gpus - 1) / gpus, buckets, gpus)]
     microbatches, replicas = layout(config, gpus)[1], config.parallel.replicas
     shards, width = gpus // replicas, gathered_size(config)
     reduced = width if config.parallel.mixed_precision == "PURE" else FP32
     share = microbatches * (shards - 1) / shards
     student, target = gathers(config)
-    G = P - without_gradient(config.model, config.objective)
+    G = count_parameters(config).trained
+    G -= 0 if config.adapter else without_gradient(config.model, config.objective)
     rows = [
         Collective(name, width * share * (n * blocks + rest), microbatches * (n * (messages - 1) + 1), shards)
         for name, n in (("all-gather student", student), ("all-gather target", target))
@@ -479,7 +540,7 @@ def updated_bytes(config: TrainConfig, gpus: int) -> float:
     """
     shards = gpus // config.parallel.replicas if config.parallel.fsdp2 else 1
     copies = len(average_names(config.ema, config.objective))
-    return FP32 * (7 + 1 + 2 * copies) * sum(parameter_counts(config.model)) / shards
+    return FP32 * (7 + 1 + 2 * copies) * count_parameters(config).trained / shards
 
 
 def compute_time(config: TrainConfig, roofline: Roofline) -> float:
@@ -489,7 +550,7 @@ def compute_time(config: TrainConfig, roofline: Roofline) -> float:
         roofline.seconds(0, one.products, roofline.gemm)
         + roofline.seconds(one.attention_bytes, one.attention, roofline.attention)
         + roofline.seconds(one.other_bytes)
-        for one in work(config.model, config.objective, checkpointed_share(config))
+        for one in work(config.model, config.objective, checkpointed_share(config), config.adapter)
     )
 
 
@@ -507,7 +568,7 @@ def column(config: TrainConfig, gpus: int, cluster: Cluster) -> dict[str, str]:
     microbatch, microbatches = layout(config, gpus)
     parts, t = memory(config, gpus), times(config, gpus, cluster)
     gpu = cluster.sheet
-    flops = step_flops(config.model, config.objective) * config.data.batch_size
+    flops = step_flops(config.model, config.objective, config.adapter) * config.data.batch_size
     others = {
         "eager": replace(config.parallel, compile=False, checkpoint_every=0),
         "compiled": replace(config.parallel, compile=True, checkpoint_every=0),
@@ -563,8 +624,11 @@ def report(config: TrainConfig, cluster: Cluster) -> str:
     blocks, rest = parameter_counts(config.model)
     counts = cluster.gpus or usual_gpus(config)
     columns = [column(config, gpus, cluster) for gpus in counts]
+    adapted = (
+        f", {count_parameters(config).trained / 1e6:.2f}M of an adapter trained" if config.adapter else ""
+    )
     lines = [
-        f"{config.run_name}: {(blocks + rest) / 1e6:.0f}M parameters, {config.model.tokens} tokens, "
+        f"{config.run_name}: {(blocks + rest) / 1e6:.0f}M parameters{adapted}, {config.model.tokens} tokens, "
         f"batch {config.data.batch_size}, {config.duration}, {config.precision}.",
         f"{cluster.assumptions()} {cluster.hop * 1e6:g} us a hop; compiled blocks.",
         "Communication is bandwidth + latency. A step takes from the first time (all of it hidden behind",

@@ -25,10 +25,9 @@ from composer.utils import dist, parse_uri
 from recipe.checkpoints import PROBE, DamageError, Resumable, check_dataset, fork, own_checkpoints
 from recipe.config import ConfigError, TrainConfig, divisible, load_config, yaml_of
 from recipe.data import SHUFFLE_WINDOW
-from recipe.ema import average_names
 from recipe.manual import answer
-from recipe.networks import build
 from recipe.normalizer import Normalizer, make_normalizer
+from recipe.plan import count_parameters
 from recipe.plan_finish import Finish
 from recipe.text import TextConfig
 from recipe.warm_start import Weights, check_weights
@@ -202,10 +201,8 @@ def checkpoint_bytes(config: TrainConfig) -> int:
     """Return the bytes of a checkpoint: the student, its averages and two moments of Adam, in float32, and
     the moments and maps of a finish.
     """
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build(config.model).parameters())
-    weights = 4 * parameters * (3 + len(average_names(config.ema, config.objective)))
-    return weights + Finish(config).saved_bytes()
+    size = count_parameters(config)
+    return 4 * (size.whole + size.averages + 2 * size.trained) + Finish(config).saved_bytes()
 
 
 def held(folder: str | Path) -> int:

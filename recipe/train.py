@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from recipe.adapter import add_adapter
 from recipe.callbacks import ExportWeights, JSONLines, LossByTime, MetricsToWandB, SampleGrid, Throughput
 from recipe.checkpoints import LOG, Checkpoints, Owner, Resume, fetch_log, newest_checkpoint
 from recipe.config import (
@@ -50,7 +51,7 @@ from recipe.normalizer import Normalizer
 from recipe.optimizer import LearningRate, build_optimizer, rate_of_step, take_settings
 from recipe.parallel import on_rank_zero, parallelism, prepare_blocks
 from recipe.patches import exact_float32
-from recipe.plan import step_flops
+from recipe.plan import count_parameters, step_flops
 from recipe.preemption import PREEMPTED, Preemption, ignore_sigterm
 from recipe.preflight import Findings, check
 from recipe.text import Prompts
@@ -68,7 +69,11 @@ def build_model(config: TrainConfig, found: Findings) -> GenerativeModel:
     reproducibility.seed_all(config.seed)
     text = config.model.text
     prompts = None if text is None else Prompts(text, found.manifest.text, config.model.null)
-    model = GenerativeModel(build(config.model), config.objective, found.normalizer, config.seed, prompts)
+    net, about = build(config.model), {}
+    if config.adapter is not None:
+        add_adapter(net, config.adapter)
+        about = {"adapter": as_dict(config.adapter), "share": not config.parallel.fsdp2}
+    model = GenerativeModel(net, config.objective, found.normalizer, config.seed, prompts, **about)
     for net, trained in ((model.net, True), (model.target, False), (model.ema, False)):
         if net is not None:
             prepare_blocks(net, config.parallel, trained)
@@ -93,13 +98,13 @@ def build_callbacks(
     config: TrainConfig, manifest: Manifest, device: str, preemption: Preemption, owner: Owner
 ) -> list[Callback]:
     """Return the callbacks that write and measure for a run."""
-    interval = config.log.interval
+    interval, flops = config.log.interval, step_flops(config.model, config.objective, config.adapter)
     callbacks = [
         StepKey(),
         LearningRate(config),
         preemption,
         ExportWeights(config, about_data(config, manifest), preemption, owner),
-        Throughput(interval, step_flops(config.model, config.objective), config.log.peak_tflops),
+        Throughput(interval, flops, config.log.peak_tflops),
         LossByTime(interval),
     ]
     if config.grid.interval is not None:
@@ -255,9 +260,10 @@ def dry_run(config: TrainConfig) -> str:
     with torch.device("meta"):
         model = GenerativeModel(build(config.model), config.objective, Normalizer([0.0], [1.0]), config.seed)
     parameters = sum(p.numel() for p in model.net.parameters())
+    frozen = "" if config.adapter is None else f", {count_parameters(config).trained / 1e6:.2f}M trained"
     return (
         f"{OmegaConf.to_yaml(as_dict(config))}\n"
-        f"parameters: {parameters} ({parameters / 1e6:.0f}M)\n"
+        f"parameters: {parameters} ({parameters / 1e6:.0f}M{frozen})\n"
         f"tokens: {config.model.tokens}\n"
         f"batch: {batch} = {world} ranks x {batch // world}, "
         f"in microbatches of {min(config.microbatch or batch, batch // world)}\n"

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from recipe.adapter import trained
 from recipe.checkpoints import INIT_ONLY
 from recipe.config import ConfigError, TrainConfig
-from recipe.dit import Denoiser
 from recipe.model import GenerativeModel
 from recipe.networks import AnyNetwork
 from recipe.normalizer import Normalizer
 from recipe.objectives import from_facts
-from recipe.objectives.base import Objective
+from recipe.objectives.change import adapt, output_ratio
 from recipe.settings import make
 from recipe.weights import load_weights, newest_export, parse_facts
 from storage import Folders
@@ -70,6 +70,9 @@ def check_weights(config: TrainConfig, normalizer: Normalizer, folders: Folders)
         facts = parse_facts(folders[uri].read(f"{name}.json"), f"{uri}/{name}.json")
     except ValueError as error:
         raise ConfigError(f"init_from: {error}") from error
+    if config.adapter and "adapter" in facts:
+        merge = f"python -m eval.export {uri}/{name} --merge --out NAME"
+        raise ConfigError(f"init_from: {uri}/{name} is an adapter itself. Fix: {merge}")
     fatal, said = differences(config, normalizer, facts)
     if fatal:
         raise ConfigError(f"init_from: {config.init_from} does not fit: {'; '.join(fatal + said)}")
@@ -158,41 +161,16 @@ def earlier_finishes(facts: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"steps": facts["step"], **one} for one in facts.get("finished", [])]
 
 
-def output_ratio(source: Objective, target: Objective) -> float:
-    """Return factor r of the output, k_target r F = k_source F. Raises ValueError where it varies with w.
-
-    Weights that know one w have it there, or at the nearest w of the target.
-    """
-    low, high = target.guidance_range if target.guidance_input else (source.default_w, source.default_w)
-    first, last = source.guidance_range
-    if source.guidance_input and first == last:
-        low = high = min(max(first, low), high)
-    ratios = {source.scale(w) / target.scale(w) for w in (low, high)}
-    if len(ratios) > 1:
-        raise ValueError(
-            f"objective.scaled: with w from {low:g} to {high:g} both parameterisations must be the same; "
-            f"set objective.scaled={str(source.scale(2.0) == 2.0).lower()}"
+def check_frozen(new: list[str], whole: list[str]) -> None:
+    """Raise ConfigError where weights that `init_from` does not have would be frozen below an adapter."""
+    names = [name.split(".") for name in new if not trained(name, whole)]
+    parts = {name[2 if name[0].endswith("blocks") else 0] for name in names}
+    if parts:
+        wanted = ",".join(sorted({*parts, *whole}))
+        raise ConfigError(
+            f"adapter.modules_to_save: {', '.join(sorted(parts))}: not in the weights of init_from, and not "
+            f"trained here. Fix: set adapter.modules_to_save=[{wanted}]"
         )
-    return ratios.pop()
-
-
-@torch.no_grad()
-def adapt(net: Denoiser, source: Objective, target: Objective) -> None:
-    """Change weights, in place, so that `target` finds in them the velocity that `source` left there.
-
-    A guidance input that only the source has is fixed at the w at which that is sampled; one that only the
-    target has begins as zero; a head for v that no source has trained begins as u(x, t, t); the last layer
-    takes the ratio of the parameterisations.
-    """
-    ratio = output_ratio(source, target)
-    for p in net.final_layer.linear.parameters():
-        p.mul_(ratio)
-    if source.guidance_input and not target.guidance_input:
-        net.fix_guidance(source.beta(torch.tensor([source.default_w])))
-    if target.guidance_input and not source.guidance_input:
-        net.begin_guidance()
-    if target.auxiliary and not source.auxiliary and getattr(net.config, "v_head", False):
-        net.begin_auxiliary()
 
 
 def warm_start(model: GenerativeModel, weights: Weights, folders: Folders) -> str:
@@ -220,10 +198,16 @@ def warm_start(model: GenerativeModel, weights: Weights, folders: Folders) -> st
     new = [e for e in EMBEDDERS if not state[f"{e}.mlp.2.weight"].any()]
     if not model.objective.guidance_input:
         new = [e for e in new if e != "guidance_embedder"]
-    lacking = {key.rpartition(".")[0] for key in own.keys() - state.keys() if "text_" not in key}
-    new += sorted(lacking)
+    lacking = {key for key in own.keys() - state.keys() if "lora_" not in key}
+    unknown = [*lacking, *(f"{e}.mlp" for e in new)]
+    new += sorted({key.rpartition(".")[0] for key in lacking if "text_" not in key})
     if rows or net.config.classes != model.net.config.classes:
         new.append(f"{len(own[TABLE]) - 1 - len(rows)} classes")
+        unknown.append(TABLE)
+    if model.adapter is not None:
+        check_frozen(unknown, model.adapter["modules_to_save"])
+        model.adapter |= {"base": f"{weights.uri}/{weights.name}", "sha256": facts["sha256"]}
+        new.append(f"an adapter of rank {model.adapter['rank']}")
     new += ["text"] if model.net.config.text is not None and net.config.text is None else []
     taken = sum(x.numel() for key, x in state.items() if key.split(".")[0] not in new)
     for text in weights.said:

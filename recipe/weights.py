@@ -2,7 +2,8 @@
 
 The JSON holds `model` (the architecture), `method` (objective, scaled, guidance), `data` (column, mean and
 std of the normalisation, class names, encoder), `step`, `average` (ema or net: which of the run's weights),
-`commit` and `sha256` (of the tensors' file).
+`commit` and `sha256` (of the tensors' file). Weights of an adapter (recipe/adapter.py) hold what was trained
+alone; `adapter` names the base, other weights, which loading finds at that path or beside the adapter.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
+from recipe.adapter import PREFIX, Adapter, adapter_state, add_adapter, merge
 from recipe.dit import Denoiser, NetworkConfig
 from recipe.manual import answer
 from recipe.networks import AnyNetwork, build
 from recipe.objectives import from_facts
+from recipe.objectives.change import adapt
 from recipe.settings import make
 from storage.outside import file_digest, parse_json, read_bytes
 
@@ -58,6 +61,7 @@ class Facts(TypedDict):
     commit: str
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     finished: NotRequired[list[dict[str, Any]]]
+    adapter: NotRequired[Adapter]
 
 
 def commit() -> str:
@@ -130,10 +134,20 @@ def parse_facts(text: bytes, where: str) -> dict[str, Any]:
     return facts
 
 
-def shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the weights of this architecture."""
+def adapter_of(facts: dict[str, Any]) -> Adapter | None:
+    """Return what weights with these facts say of their adapter, None where they are whole."""
+    return make(Adapter, facts["adapter"], "adapter") if "adapter" in facts else None
+
+
+def shapes(config: NetworkConfig, adapter: Adapter | None = None) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the weights of this architecture, or of an adapter's."""
     with torch.device("meta"):
-        state = build(config, initialize=False).state_dict()
+        net = build(config, initialize=False)
+        if adapter is not None:
+            add_adapter(net, adapter)
+    state = net.state_dict()
+    if adapter is not None:
+        state = adapter_state(state, adapter.modules_to_save)
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
@@ -148,7 +162,7 @@ def stated_architecture(facts: dict[str, Any], path: Path) -> NetworkConfig:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"weights: {path}: {error}") from error
-    expected = shapes(config)
+    expected = shapes(config, adapter_of(facts))
     for name in expected | found:
         here, there = found.get(name, "nothing"), expected.get(name, "nothing")
         if here != there:
@@ -178,13 +192,49 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 def load_weights(path: str | Path, device: str | torch.device = "cpu") -> tuple[Denoiser, dict[str, Any]]:
     """Load the network, in evaluation mode and without gradients, and its facts.
 
-    Raises FileNotFoundError or ValueError, the latter also where tensors and JSON do not belong together.
+    Of an adapter, the network is the base with the adapter merged into it. Raises FileNotFoundError or
+    ValueError, the latter also where tensors and JSON do not belong together.
     """
     facts = read_facts(path)
     check_digest(path, facts)
     net = build(stated_architecture(facts, _files(path)[0]), initialize=False).to(device)
-    net.load_state_dict(load_file(_files(path)[0], device=str(device)))
+    state = load_file(_files(path)[0], device=str(device))
+    if (adapter := adapter_of(facts)) is not None:
+        state = whole_state(path, net, state, adapter, facts)
+    net.load_state_dict(state)
     return net.eval().requires_grad_(False), facts
+
+
+def whole_state(
+    path: str | Path, net: Denoiser, state: dict[str, Tensor], adapter: Adapter, facts: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return all weights of `net`: an adapter's, `state`, in those of its base as its objective takes them.
+
+    Raises ValueError where the base is not to be had, or lacks weights.
+    """
+    base, told = load_weights(find_base(path, adapter), next(net.parameters()).device)
+    adapt(base, from_facts(told["method"]), from_facts(facts["method"]))
+    own = {name: tensor.shape for name, tensor in net.state_dict().items()}
+    found = {name: x for name, x in base.state_dict().items() if own.get(name) == x.shape}
+    there = {*found, *(name.removeprefix(PREFIX) for name in state)}
+    if lacking := [name for name in own if name not in there]:
+        raise ValueError(f"weights: {path} is an adapter, and {adapter.base} lacks {lacking[0]} for it")
+    return merge(found, state, adapter)
+
+
+def find_base(path: str | Path, adapter: Adapter) -> Path:
+    """Return the weights that an adapter at `path` changes: those that it names, or a copy beside it.
+
+    Raises ValueError where neither has the base's checksum, or they are an adapter themselves.
+    """
+    named = Path(adapter.base)
+    for place in (named, _files(path)[0].parent / named.name):
+        if all(file.is_file() for file in _files(place)):
+            facts = read_facts(place)
+            if facts["sha256"] == adapter.sha256 and "adapter" not in facts:
+                return place
+    found = f"{adapter.base} (sha256 {adapter.sha256[:12]})"
+    raise ValueError(f"weights: {path} is an adapter of {found}, which is neither there nor beside it")
 
 
 def newest_weights(path: str | Path) -> Path:

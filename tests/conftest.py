@@ -67,6 +67,11 @@ EACH = {
         "objective.decay=0.5",
         "init_from={digits}/../begin",
     ],
+    "adapter": [
+        "adapter.rank=4",
+        "adapter.modules_to_save=[final_layer,adaLN_modulation]",
+        "init_from={digits}/../begin",
+    ],
 }  # overrides of the digits run; {digits} is the folder of the fixture, beside which `begin` are weights
 
 

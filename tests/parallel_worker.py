@@ -68,8 +68,9 @@ def perturb(model):
     with torch.no_grad():
         for name, p in model.net.named_parameters():
             noise = 0.1 * torch.randn(p.shape, generator=generator)
-            for net in filter(None, (model.net, model.target, model.ema)):
-                net.get_parameter(name).add_(noise)
+            nets = filter(None, (model.net, model.target, model.ema))
+            for one in {net.get_parameter(name) for net in nets}:  # below an adapter they share it
+                one.add_(noise)
 
 
 def build(digits, dtype, overrides, steps, callback, **paths):

@@ -21,6 +21,7 @@ import kernels
 from benchmarks.step import flops, random_draw
 from kernels import operators
 from recipe import plan, plan_finish
+from recipe.adapter import AdapterConfig, add_adapter
 from recipe.config import TrainConfig, load_config
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
@@ -124,6 +125,40 @@ def test_flops_are_those_that_torch_counts(shape, objective, tolerance, monkeypa
 
     counted = flops(lambda: objective.loss(student, teacher, batch).total.mean().backward())
     assert 2 * plan.step_flops(model, objective) == pytest.approx(counted, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("shape", "objective", "whole"),
+    [
+        ({**SMALLER, "size": 32}, TVM(guidance=2.0), []),
+        ({**SMALLER, "size": 32}, FlowMatching(), ["s_embedder"]),
+        ({**MIT, "size": 32}, IMF(guidance=[1, 8]), []),
+        ({**SMALLER, "size": 32, "text": STORED}, MeanFlow(), []),
+    ],
+)
+def test_flops_below_an_adapter_leave_out_gradients_of_frozen_weights(shape, objective, whole, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    model, adapter = make(AnyNetwork, shape), AdapterConfig(rank=16, modules_to_save=whole)
+    with torch.device("meta"):
+        net = build(model)
+        add_adapter(net, adapter)
+        for part in net.unused(objective.guidance_input, objective.auxiliary):
+            part.requires_grad_(False)
+        batch = random_draw(model, objective, 2, "meta")
+        student, teacher = prompted(net), prompted(copy.deepcopy(net).requires_grad_(False))
+    counted = flops(lambda: objective.loss(student, teacher, batch).total.mean().backward())
+    assert 2 * plan.step_flops(model, objective, adapter) == pytest.approx(counted, rel=0.005)
+
+
+def test_an_adapter_of_xl_fits_a_card_of_24_gb_and_all_of_it_does_not():
+    one = ["parallel.fsdp2=false", "data.batch_size=256", "microbatch=8", "init_from=weights"]
+    whole = load_config(TrainConfig, "yamls/imagenet256_sit_tvm.yaml", one)
+    parts = plan.memory(replace(whole, adapter=AdapterConfig(rank=16)), 1)
+    trained = 28 * 16 * (4 + 2 + 5 + 5) * 1152  # A and B of qkv, proj, fc1 and fc2
+    assert parts["averages"] == 2 * 4 * trained
+    assert parts["gradients"] == 4 * trained
+    assert parts["weights"] == plan.memory(whole, 1)["weights"] + 4 * trained
+    assert sum(parts.values()) < 0.9 * plan.GPUS["rtx4090"].memory < sum(plan.memory(whole, 1).values())
 
 
 def prompted(net):
@@ -427,7 +462,7 @@ def test_every_yaml_of_a_finish_is_a_run_of_the_weights_it_goes_on_from(path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["gpu=b300"], "gpu: 'b300' must be one of a100, h100, h200, b200"),
+        (["gpu=b300"], "gpu: 'b300' must be one of a100, h100, h200, b200, rtx4090"),
         (["gpus=0"], "gpus"),
         (["gpus=3"], "data.batch_size: 2048 is not a multiple of the 3 ranks"),
         (["gpus=8", "parallel.replicas=3"], "parallel.replicas: 3 does not divide the 8 ranks"),
