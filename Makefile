@@ -30,7 +30,7 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# What to run after an edit: all tests but those that start programs.
+# What to run after an edit: all tests but those that are slow or start programs.
 check: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --quick
 

@@ -90,7 +90,14 @@ def documented_objective():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="skip tests that start programs")
+    parser.addoption("--quick", action="store_true", help="skip tests that are slow or start programs")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("quick"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow"))
 
 
 @pytest.fixture(autouse=True, scope="session")
