@@ -35,6 +35,8 @@ EXTRAS = {
     "text": ["transformers>=4.56,<5"],
     "data": ["pyarrow>=15"],
     "lora": ["peft>=0.17,<0.22"],  # to use a run's adapter elsewhere; training needs none
+    # pip takes 6.17 beside transformers 4, since later ones want a newer huggingface_hub
+    "app": ["gradio>=6,<7"],
     # Older runtimes know no cosine of float64, and newer ones no Python 3.10
     "onnx": ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.32; python_version >= '3.11'"],
 }

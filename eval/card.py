@@ -7,29 +7,41 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from eval.report import Row, markdown, plain, read_lines, reportable
 from eval.sample import describe
+from recipe import load
 from recipe.adapter import peft_config
+from recipe.generator import usual_steps
 from recipe.networks import AnyNetwork
 from recipe.objectives import from_facts
+from recipe.pictures import grid
 from recipe.settings import make
 from recipe.weights import adapter_of, check_digest, read_facts, shapes
 
 NAME, ADAPTER = "model", "adapter_model"  # of the two files of weights in the folder; peft's for an adapter
-RESULTS, PICTURE = "results.jsonl", "samples.png"  # what a sweep leaves, in the folder of a run
+RESULTS = "results.jsonl"  # what a sweep leaves, in the folder of a run
+PICTURE = "samples.png"
+COLUMNS = 8
+DATA = ("source", "reference", "held_out")  # keys of folders of data, and of models
+MODELS = ("model", "name", "encoder", "extractor", "base")
 
 
 def make_folder(weights: Path, folder: Path, results: Path | None = None) -> Path:
-    """Copy weights to `folder`, with a card, and return its path.
+    """Copy weights to `folder`, with a card and a picture of samples, and return the card's path.
 
-    results: folder of a sweep, whose rows about these weights, and whose picture, are taken; None is the run
-    of the weights. Raises OSError, ValueError where the weights are damaged or the folder holds other files.
+    results: folder of a sweep, whose rows about these weights are taken; None is the run of the weights. Of
+    paths in facts and rows the last part is: the base of an adapter is then looked for beside it. Raises
+    OSError, ValueError where the weights are damaged or the folder holds other files.
     """
     facts = read_facts(weights)
     check_digest(weights, facts)
@@ -39,22 +51,70 @@ def make_folder(weights: Path, folder: Path, results: Path | None = None) -> Pat
         raise ValueError(f"--card: {folder} holds other files, such as {min(other)}")
     folder.mkdir(parents=True, exist_ok=True)
     stem = str(weights).removesuffix(".json").removesuffix(".safetensors")
-    for suffix in (".safetensors", ".json"):
-        shutil.copyfile(f"{stem}{suffix}", folder / f"{name}{suffix}")
+    shutil.copyfile(f"{stem}.safetensors", folder / f"{name}.safetensors")
+    facts = public(facts)
+    (folder / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if (adapter := adapter_of(facts)) is not None:
         (folder / "adapter_config.json").write_text(json.dumps(peft_config(adapter), indent=2) + "\n")
     results = results or weights.parent.parent
     rows = [row for row in read_lines(results / RESULTS) if row.get("sha256") == facts["sha256"]]
-    rows = list(filter(reportable, rows))
-    if picture := (results / PICTURE).is_file():
-        shutil.copyfile(results / PICTURE, folder / PICTURE)
+    rows = public(list(filter(reportable, rows)))
     card = folder / "README.md"
-    card.write_text(text(folder.name, facts, rows, picture), encoding="utf-8")
+    card.write_text(text(folder.name, facts, rows, draw(weights, folder / PICTURE)), encoding="utf-8")
     return card
 
 
-def text(name: str, facts: dict[str, Any], rows: list[Row], picture: bool) -> str:
-    """Return the card: what the hub reads, what the weights are, how to use them, and how they score."""
+def public(content: Any, key: str = "") -> Any:  # noqa: ANN401
+    """Return facts of weights, or rows of results, with the last part alone of every path in them.
+
+    Where somebody's data and models lie is nobody else's business.
+    """
+    if isinstance(content, dict):
+        return {column(name): public(value, name) for name, value in content.items()}
+    if isinstance(content, list):
+        return [public(value, key) for value in content]
+    if not isinstance(content, str) or key not in (*DATA, *MODELS):
+        return content
+    return ", ".join(last_part(part, key) for part in content.split(", "))
+
+
+def column(name: str) -> str:
+    """Return the name of a column of results, such as floor[EXTRACTOR], with the extractor's `last_part`."""
+    return re.sub(r"(?<=\[).*(?=]$)", lambda extractor: last_part(extractor[0], "extractor"), name)
+
+
+def last_part(text: str, key: str) -> str:
+    """Return the last part of a path, which KIND: may precede; a model's USER/MODEL on the hub stays."""
+    kind, path = re.fullmatch(r"([\w.-]+:(?!//))?(.*)", text, re.DOTALL).groups("")
+    if key in MODELS and re.match(r"\w[\w.-]*/\w[\w.-]*( |$)", path):
+        return text
+    return kind + path.rstrip("/").split("/")[-1]
+
+
+def draw(weights: Path, file: Path) -> str:
+    """Draw samples of the first classes, and return what they are; or say why there are none, and return "".
+
+    None are drawn of weights with prompts, which somebody would have to think of.
+    """
+    file.unlink(missing_ok=True)
+    try:
+        model = load(weights)
+        if model.prompts is not None:
+            raise ValueError("the weights take prompts")
+        nfe = usual_steps(model.facts)
+        images = model.sample(n=COLUMNS, nfe=nfe).transpose(0, 3, 1, 2)
+    except (ValueError, FloatingPointError) as error:
+        sys.stderr.write(f"no {PICTURE} on the card: {error}\n")
+        return ""
+    Image.fromarray(grid(images, COLUMNS, max(1, 64 // images.shape[-1]))).save(file)
+    return f"Not selected: seeds 0 to {len(images) - 1}, steps: {nfe}, w = {model.w:g}"
+
+
+def text(name: str, facts: dict[str, Any], rows: list[Row], picture: str) -> str:
+    """Return the card: what the hub reads, what the weights are, how to use them, and how they score.
+
+    picture: what it shows, empty for none.
+    """
     prompts = facts["model"].get("text") is not None
     task = "text-to-image" if prompts else "unconditional-image-generation"
     about = yaml.safe_dump({"pipeline_tag": task, "tags": ["one-step", facts["method"]["objective"]]})
@@ -65,12 +125,12 @@ def text(name: str, facts: dict[str, Any], rows: list[Row], picture: bool) -> st
         "```python",
         "from recipe import load  # pip install terminal-velocity",
         "",
-        f'images = load("{name}/{stem}").sample({ask}, nfe=1)  # uint8 (N, H, W, C)',
+        f"images = load({f'{name}/{stem}'!r}).sample({ask}, nfe={usual_steps(facts)})  # uint8 (N, H, W, C)",
         "```",
         "",
     ]
     if picture:
-        lines += [f"![Samples]({PICTURE})", ""]
+        lines += [f"![Samples]({PICTURE})", "", f"{picture}.", ""]
     for protocol in dict.fromkeys((row["protocol"], row["samples"]) for row in rows):
         scored = [row for row in rows if (row["protocol"], row["samples"]) == protocol]
         lines += ["## Scores", "", markdown(scored, describe(*protocol), []), ""]
@@ -110,19 +170,24 @@ def parameters(config: AnyNetwork) -> int:
     return sum(math.prod(shape) for shape in shapes(config).values())
 
 
-def upload(folder: Path, name: str) -> str:
+def upload(folder: Path, name: str, private: bool = False) -> str:
     """Create the repository `name` (USER/MODEL) on the Hugging Face hub if need be, and upload the folder.
 
-    Return its address. Raises ValueError, in one line, with the command that does it later.
+    private: not for everyone to see, which a repository that exists must be already; without it the hub's
+    default holds. Return its address, and who can see it. Raises ValueError, in one line, with the command
+    that does it later.
     """
     try:
         from huggingface_hub import HfApi
 
         api = HfApi()
-        address = str(api.create_repo(name, exist_ok=True))
+        address = str(api.create_repo(name, private=private or None, exist_ok=True))
+        hidden = api.model_info(name).private
+        if private and not hidden:
+            raise ValueError(f"{name} exists and is public")
         api.upload_folder(repo_id=name, folder_path=str(folder))
     except Exception as error:  # requests, the hub and a missing library have their own
         reason = " ".join(str(error).split())[:200]
-        later = f"hf upload {name} {folder}"
+        later = shlex.join(["hf", "upload", *(["--private"] if private else []), name, str(folder)])
         raise ValueError(f"--hub: {folder} is written, not uploaded: {reason}. Later: {later}") from error
-    return address
+    return f"{address} ({'private' if hidden else 'public: anyone can see it'})"

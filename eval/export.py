@@ -12,7 +12,7 @@ onnxruntime. With prompts it takes their tokens and lengths, too.
 `--merge --out NAME` writes whole weights of an adapter's, which need no base any more.
 
 `--card FOLDER` writes a folder for others: the weights and a model card with the scores of the run's sweep.
-`--hub USER/MODEL` uploads it to the Hugging Face hub.
+`--hub USER/MODEL` uploads it to the Hugging Face hub, for everyone to see unless `--private` is given.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial, reduce
 from itertools import product
 from operator import getitem, itemgetter
 from pathlib import Path
@@ -39,9 +39,10 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from eval.card import make_folder, upload
+from eval.sample import parse_interval
 from recipe.adapter import adapter_state
 from recipe.ema import combination, exponent, length_of
-from recipe.generator import check_guidance, quantize
+from recipe.generator import check_guidance, check_interval, default_guidance, quantize
 from recipe.networks import AnyNetwork
 from recipe.normalizer import Normalizer
 from recipe.objectives import from_facts
@@ -266,18 +267,22 @@ class Sampler(nn.Module):
     after the label, or in its place where there are no classes.
     """
 
-    def __init__(self, path: str | Path, nfe: int, w: float | None) -> None:
+    def __init__(
+        self, path: str | Path, nfe: int, w: float | None = None, interval: list[float] | None = None
+    ) -> None:
         super().__init__()
         self.net, self.facts = load_weights(path)
         self.normalizer = Normalizer(self.facts["data"]["mean"], self.facts["data"]["std"])
         self.objective = from_facts(self.facts["method"])
-        self.nfe, self.w = nfe, self.objective.default_w if w is None else w
+        own_w, own_interval = default_guidance(self.facts)
+        self.nfe, self.w, self.interval = nfe, own_w if w is None else w, interval or own_interval
         text = self.net.config.text
         self.prompts = (
             None if text is None else Prompts(text, self.facts["data"].get("text"), self.net.config.null)
         )
         check_steps(nfe)
         check_guidance(self.objective, self.w)
+        check_interval(self.facts, self.interval)
 
     def forward(self, noise: Tensor, *asked: Tensor) -> Tensor:
         net, config = self.net, self.net.config
@@ -286,14 +291,21 @@ class Sampler(nn.Module):
             text = Text(*asked[-2:])
             label = label if config.classes else self.prompts.unlabelled(label, text)
             net = self.prompts(net, text)
+        if self.interval is not None:
+            net = partial(net, interval=tuple(self.interval))
         x0 = sample(net, noise, Condition(label, self.w, config.null), self.nfe, self.objective)
         values = self.normalizer.invert(x0)
         return quantize(values, "nearest") if self.facts["data"]["column"] == "image" else values.float()
 
 
-def export_program(path: str | Path, nfe: int = 1, w: float | None = None) -> torch.export.ExportedProgram:
-    """Trace the sampler with its weights to one graph, for any batch size up to 65,536."""
-    sampler = Sampler(path, nfe, w)
+def export_program(
+    path: str | Path, nfe: int = 1, w: float | None = None, interval: list[float] | None = None
+) -> torch.export.ExportedProgram:
+    """Trace the sampler with its weights to one graph, for any batch size up to 65,536.
+
+    w, interval: constants of the graph; None for those of `default_guidance`.
+    """
+    sampler = Sampler(path, nfe, w, interval)
     config, text = sampler.net.config, sampler.net.config.text
     example = [torch.zeros(2, config.channels, config.size, config.size)]
     if config.classes or text is None:
@@ -334,20 +346,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--merge", action="store_true", help=merging)
     parser.add_argument("--program", help="the .pt2 or .onnx file of the sampler to write")
     parser.add_argument("--nfe", type=int, default=1, help="steps of the program's sampler")
-    parser.add_argument("--w", type=float, help="its guidance weight; default: the one of training")
+    parser.add_argument(
+        "--w", type=float, help="its guidance weight; default: the one of a finish, or of training"
+    )
+    within = "times between which that is in force, 0.4,0.65; default: that of a finish, or 0,1"
+    parser.add_argument("--interval", help=within)
     parser.add_argument("--card", type=Path, help="folder of weights and a model card to write")
     results = "folder of the sweep whose scores the card shows; default: that of the run"
     parser.add_argument("--results", type=Path, help=results)
     parser.add_argument(
         "--hub", metavar="USER/MODEL", help="upload the card's folder to the Hugging Face hub"
     )
+    parser.add_argument("--private", action="store_true", help="make the repository on the hub a private one")
     args = parser.parse_args(argv)
+    if args.private and args.hub is None:
+        parser.error("--private: is about --hub USER/MODEL, which is not given")
     if args.program is not None and Path(args.program).suffix not in (".pt2", ".onnx"):
         parser.error(f"--program: {args.program} must end in .pt2 (torch.export) or .onnx; no other is made")
     if args.hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.hub):
         parser.error(f"--hub: {args.hub} must be USER/MODEL")
     try:
         check_steps(args.nfe, "--nfe")
+        interval = None if args.interval is None else parse_interval(args.interval)
         weights = args.source
         if args.out is not None:
             posthoc = args.average not in ("ema", "net")
@@ -357,12 +377,13 @@ def main(argv: list[str] | None = None) -> int:
                 weights = save(args.out, *(merged(source) if args.merge else read(source, average)))
             sys.stdout.write(f"{weights}\n")
         if args.program is not None:
-            save_program(export_program(newest_weights(weights), args.nfe, args.w), args.program)
+            program = export_program(newest_weights(weights), args.nfe, args.w, interval)
+            save_program(program, args.program)
             sys.stdout.write(f"{args.program}\n")
         if args.card or args.hub:
             folder = args.card or Path(args.hub.rpartition("/")[2])
             sys.stdout.write(f"{make_folder(newest_weights(weights), folder, args.results)}\n")
-            sys.stdout.write(f"{upload(folder, args.hub)}\n" if args.hub else "")
+            sys.stdout.write(f"{upload(folder, args.hub, args.private)}\n" if args.hub else "")
         if not (args.out or args.program or args.card or args.hub):
             raise ValueError("nothing to write: give --out, --program, --card or --hub")
     except (OSError, ValueError, StorageError) as error:

@@ -397,8 +397,9 @@ def plot_samples(
         axis.imshow(picture, interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    run, w = Path(first).parent.parent.name, compared(rows, first)[1]["w"]
-    title = f"{run}/{Path(first).name}, w = {w:g}, the same noise in every column of samples"
+    run, best = Path(first).parent.parent.name, compared(rows, first)[1]
+    within = " for t from {:g} to {:g}".format(*best["interval"]) if "interval" in best else ""
+    title = f"{run}/{Path(first).name}, w = {best['w']:g}{within}, the same noise in every column of samples"
     write(figure.supxlabel("-"), title)
     step = pictures[0].shape[0] / len(shown)
     rows_at = [(i + 0.5) * step for i in range(len(shown))]

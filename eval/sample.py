@@ -169,6 +169,8 @@ def read_prompts(given: list[str] | None) -> list[str] | None:
 
 def _check(options: argparse.Namespace) -> None:
     check_steps(options.nfe, "--nfe")
+    if options.interval is not None:
+        options.interval = parse_interval(options.interval)
     kinds = dict.fromkeys(("columns", "batch_size", "scale", "samples"), Count)
     kinds |= {"w": Positive, "seed": Seed, "interpolate": Seed}
     for name, kind in kinds.items():
@@ -194,7 +196,8 @@ def _check(options: argparse.Namespace) -> None:
 def draw_grid(generator: Generator, options: argparse.Namespace) -> np.ndarray:
     """Return a picture (H, W, 3) with a row of samples for each label, or for each prompt, and that below."""
     labels, prompts, columns = read_labels(options.labels), read_prompts(options.prompts), options.columns
-    how = {key: getattr(options, key) for key in ("nfe", "w", "seed", "interpolate", "batch_size")}
+    keys = ("nfe", "w", "interval", "seed", "interpolate", "batch_size")
+    how = {key: getattr(options, key) for key in keys}
     images = generator.sample(labels, prompts, columns, **how, progress=True)
     images = images.transpose(0, 3, 1, 2)
     if not prompts:
@@ -225,8 +228,11 @@ def protocol_labels(generator: Generator, options: argparse.Namespace) -> tuple[
 def draw_set(generator: Generator, options: argparse.Namespace) -> None:
     """Write samples of labels, prompts or a protocol, as .npz or as a folder of PNGs. Raises ValueError."""
     config, text, prompts = generator.net.config, None, []
-    w = generator.objective.default_w if options.w is None else options.w
+    w = generator.w if options.w is None else options.w
     check_guidance(generator.objective, w)
+    if options.interval is not None:
+        check_interval(generator.facts, options.interval)
+        generator.interval = options.interval
     if options.labels or options.prompts or generator.prompts is not None:
         labels, prompts = generator.rows(read_labels(options.labels), read_prompts(options.prompts))
         each = options.samples or options.columns
@@ -253,7 +259,7 @@ def draw_set(generator: Generator, options: argparse.Namespace) -> None:
 
 def as_option(message: str) -> str:
     """Return an error of `Generator` that begins with an argument's name with that of the option instead."""
-    names = r"^(labels|prompts|text_encoder|vae|interpolate)(?=:)"
+    names = r"^(labels|prompts|text_encoder|vae|interpolate|interval)(?=:)"
     return re.sub(names, lambda name: f"--{name[0]}".replace("_", "-"), message)
 
 
@@ -267,8 +273,8 @@ def main(arguments: list[str]) -> None:
     add = parser.add_argument
     add("weights", help="NAME, NAME.json or NAME.safetensors; of a folder of weights the newest is taken")
     add("--nfe", type=int, default=1, help="network evaluations, i.e. steps (default: %(default)s)")
-    add("--w", type=float, help="guidance weight (default: the one of training)")
-    add("--interval", help="times between which guidance is in force, 0.4,0.65 (default: all)")
+    add("--w", type=float, help="guidance weight (default: the one of a finish, or of training)")
+    add("--interval", help="times between which that is in force, 0.4,0.65 (default: of a finish, or 0,1)")
     add("--labels", help="numbers or names of classes, or `none`, with commas (default: the first ten)")
     add("--prompts", nargs="+", help="prompts, or one name of a file that holds one a line")
     add("--text-encoder", help="folder or hub name, for stored embeddings (default: as the weights say)")
@@ -293,9 +299,6 @@ def main(arguments: list[str]) -> None:
         rounding = PROTOCOLS[options.protocol or DEFAULT].rounding
         models = options.vae, options.text_encoder
         generator = Generator(options.weights, device, options.dtype, rounding, *models)
-        if options.interval is not None:
-            generator.interval = parse_interval(options.interval)
-            check_interval(generator.facts, generator.interval)
         if options.out.suffix == ".png":
             Image.fromarray(draw_grid(generator, options)).save(options.out)
         else:

@@ -37,7 +37,7 @@ from eval.sample import PROTOCOLS, choose_labels, describe
 from recipe.config import ConfigError, load_config
 from recipe.ema import MAX_LENGTH, length_of
 from recipe.features import EXTRACTORS, FeatureExtractor, FeatureSet, Pixels, SmallImageClassifier
-from recipe.generator import DTYPES, Generator, check_guidance, check_interval
+from recipe.generator import DTYPES, Generator, check_guidance, check_interval, default_guidance
 from recipe.manual import answer
 from recipe.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from recipe.objectives import from_facts
@@ -123,12 +123,14 @@ class SweepConfig(Settings):
         [1, 2, 4], description="Numbers of sampling steps."
     )
     w: Many[Positive] = Field(
-        [], description="Guidance weights of sampling; empty means that of training, or the nearest to 1."
+        [],
+        description="Guidance weights of sampling; empty means that at which weights were finished, else of "
+        "training, the nearest to 1.",
     )
     interval: list[Interval] = Field(
         [],
         description="Guidance intervals [t_min, t_max] of sampling, for weights that take one; empty means "
-        "guidance at every time.",
+        "that at which they were finished, else guidance at every time.",
     )
     protocol: Literal[tuple(PROTOCOLS)] = Field(
         "matched", description="How many samples, of which labels, and how pixels are rounded."
@@ -214,9 +216,10 @@ def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, d
         inputs = hashlib.sha256(digest.encode() + labels.numpy().tobytes()).hexdigest()
         encoder = text_encoder(export)
         trained = {f"trained_on{key}": True for key, one in setup.judges.items() if one.trained(export.facts)}
-        guidance = config.w or [from_facts(export.facts["method"]).default_w]
+        own_w, own_interval = default_guidance(export.facts)
+        guidance, intervals = config.w or [own_w], config.interval or [own_interval]
         prompts = config.prompts if encoder else [asked]
-        for w, interval, nfe, asking in product(guidance, config.interval or [None], config.nfe, prompts):
+        for w, interval, nfe, asking in product(guidance, intervals, config.nfe, prompts):
             cell = {
                 "weights": str(export.path.with_suffix("")),
                 "sha256": export.facts["sha256"],
@@ -461,7 +464,7 @@ def prepare(config: SweepConfig, device: torch.device) -> Setup:
             check_shapes(exports, one)
         labels = choose(config, exports, samples, prompts)
         for _, facts in exports:
-            for interval in config.interval:
+            for interval in config.interval or [default_guidance(facts)[1]]:
                 check_interval(facts, interval)
             objective = from_facts(facts["method"])
             for w in config.w:

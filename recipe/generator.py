@@ -26,7 +26,7 @@ from recipe.patches import exact_float32
 from recipe.pictures import to_uint8
 from recipe.pretrained import TextEncoder, load_decoder
 from recipe.sampler import check_steps, initial_noise, sample
-from recipe.settings import Count, Positive, make
+from recipe.settings import Count, Interval, Positive, make
 from recipe.text import Prompts, Text, byte_tokens
 from recipe.weights import load_weights, newest_weights
 
@@ -37,7 +37,8 @@ Seed = Annotated[int, Field(ge=0, le=2**62)]  # sample i has the seed + i, an in
 class Generator:
     """Weights ready to make images: uint8 (B, C, H, W) from labels and seeds. A folder means its newest.
 
-    interval: the times between which guidance is in force, of weights that take one (`check_interval`).
+    w, interval: the guidance weight, and the times between which it is in force, where none are asked for
+    (`default_guidance`).
     dtype: of the network's arithmetic; in fp64 an image does not depend on its batch, in fp32 some pixels
     may change by 1 with the batch size. rounding: of pixels to uint8, `nearest` or `down`. vae, text_encoder:
     folder or hub name of the decoder of latents and of the encoder of prompts; None: as the weights say.
@@ -62,7 +63,8 @@ class Generator:
         self.autocast = dtype == "amp_bf16"
         self.net.to(self.dtype)
         self.objective = from_facts(self.facts["method"])
-        self.interval: list[float] | None = None
+        self.w, self.interval = default_guidance(self.facts)
+        check_interval(self.facts, self.interval)
         data = self.facts["data"]
         self.normalizer = Normalizer(data["mean"], data["std"]).to(self.device, self.dtype)
         text = self.net.config.text
@@ -86,6 +88,7 @@ class Generator:
         n: int = 8,
         nfe: int = 1,
         w: float | None = None,
+        interval: Sequence[float] | None = None,
         seed: int = 0,
         interpolate: int | None = None,
         batch_size: int = 64,
@@ -95,22 +98,26 @@ class Generator:
 
         labels: numbers or names of classes, or "none" for no label; None means the first ten classes, or no
         prompt where the network takes prompts. prompts: with classes, one label for all of them or one for
-        each. nfe: network evaluations, that is steps. w: guidance weight; None means that of training.
+        each. nfe: network evaluations, that is steps. w: guidance weight; interval: the times (lo, hi)
+        between which it is in force; None means what the weights were finished at, or else trained for.
         interpolate: a seed; then each row goes from the noise of `seed` to that one's. progress: show a bar.
         Raises ValueError, which begins with the argument's name, and FloatingPointError.
         """
         limits = {"n": (n, Count), "seed": (seed, Seed), "batch_size": (batch_size, Count)}
-        limits |= {"w": (w, Positive), "interpolate": (interpolate, Seed)}
+        limits |= {} if w is None else {"w": (w, Positive)}
+        limits |= {} if interpolate is None else {"interpolate": (interpolate, Seed)}
         for name, (value, kind) in limits.items():
-            if isinstance(value, str | bool):
+            if value is None or isinstance(value, str | bool):
                 raise ValueError(f"{name}: {value!r} must be a number")
-            if value is not None:
-                make(kind, value, name)
+            make(kind, value, name)
         check_steps(nfe)
+        if interval is not None:
+            interval = make(Interval, list(interval) if isinstance(interval, tuple) else interval, "interval")
+            check_interval(self.facts, interval)
         if interpolate == seed:
             raise ValueError(f"interpolate: {seed} is the seed that the rows start from")
         label, prompts = self.rows(labels, prompts)
-        w = self.objective.default_w if w is None else w
+        w = self.w if w is None else w
         check_guidance(self.objective, w)
         row = torch.arange(len(label)).repeat_interleave(n)
         text = self.encode(prompts) if prompts else None
@@ -122,7 +129,7 @@ class Generator:
         for index in tqdm(parts, "sampling", unit="batch", disable=not progress):
             noise = self.noise(seeds[index]) if interpolate is None else way[index % n]
             told = None if text is None else Text(*(x[row[index]] for x in text))
-            images.append(self.from_noise(noise, label[row[index]], nfe, w, told).cpu())
+            images.append(self.from_noise(noise, label[row[index]], nfe, w, told, interval).cpu())
         return torch.cat(images).permute(0, 2, 3, 1).contiguous().numpy()
 
     def rows(
@@ -184,13 +191,19 @@ class Generator:
         return self.from_noise(self.noise(seeds), label, nfe, w, text)
 
     def from_noise(
-        self, noise: Tensor, label: Tensor, nfe: int, w: float, text: Text | None = None
+        self,
+        noise: Tensor,
+        label: Tensor,
+        nfe: int,
+        w: float,
+        text: Text | None = None,
+        interval: list[float] | None = None,
     ) -> Tensor:
         """Return images from noise (B, C, H, W), for labels int64 (B,).
 
         text: B prompts. A network with prompts takes None for no prompts, and no labels either: it was never
-        trained with a label alone. Raises ValueError for a label or a number of steps that cannot be,
-        FloatingPointError where the output is not finite.
+        trained with a label alone. interval: None for that of the generator. Raises ValueError for a label or
+        a number of steps that cannot be, FloatingPointError where the output is not finite.
         """
         net, null = self.net, self.net.config.null
         check_labels(label, null)
@@ -200,8 +213,9 @@ class Generator:
             text = self.prompts.empty(len(label)) if text is None else text.to(self.device)
             label = label if net.config.classes else self.prompts.unlabelled(label, text)
             net = self.prompts(net, text)
-        if self.interval is not None:
-            net = partial(net, interval=tuple(self.interval))
+        interval = interval or self.interval
+        if interval is not None:
+            net = partial(net, interval=tuple(interval))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             x0 = sample(net, noise, Condition(label, w, null), nfe, self.objective)
         values = self.normalizer.invert(x0)
@@ -279,6 +293,31 @@ def check_guidance(objective: Objective, w: float) -> None:
     if not low <= w <= high:
         trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         warnings.warn(f"w = {w:g} is outside what {objective.name} was trained for, {trained}", stacklevel=2)
+
+
+def default_guidance(facts: dict[str, Any]) -> tuple[float, list[float] | None]:
+    """Return the guidance weight and interval of sampling where none are asked for.
+
+    They are those at which the weights were finished, or else of their training.
+    """
+    found = own_finish(facts)
+    w = found.get("w")
+    return from_facts(facts["method"]).default_w if w is None else w, found.get("interval")
+
+
+def usual_steps(facts: dict[str, Any]) -> int:
+    """Return the number of steps that weights are for: that of a finish, 50 of flow matching, else 1."""
+    many = facts["method"]["objective"] == "flow_matching"
+    return own_finish(facts).get("nfe", 50 if many else 1)
+
+
+def own_finish(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return how the samples of a finish were drawn, if that is the last that was done to the weights.
+
+    What says its steps was done before the run that the weights are of, which has gone on without.
+    """
+    last = (facts.get("finished") or [{}])[-1]
+    return {} if "steps" in last else last
 
 
 def check_interval(facts: dict[str, Any], interval: list[float] | None) -> None:

@@ -164,7 +164,7 @@ def beginning(
             point = fork(config, folders)
     elif not point.saved and config.init_from:
         with naming("init_from", config.init_from):
-            weights = check_weights(config, normalizer, folders)
+            weights = check_weights(config, manifest, normalizer, folders)
     check_dataset(config, manifest, point)
     return point, weights
 

@@ -45,7 +45,7 @@ def load_vae(model: str, dtype: str = "fp32", device: str | None = None):  # noq
         kind = getattr(diffusers, str(config.get("_class_name")), None)
         if not all(hasattr(kind, method) for method in ("from_pretrained", "encode", "decode")):
             raise ValueError(f"{config.get('_class_name')} is no autoencoder of this diffusers")
-        vae = kind.from_pretrained(model, torch_dtype=DTYPES[dtype], **where)
+        vae = kind.from_pretrained(model, torch_dtype=DTYPES[dtype], use_safetensors=True, **where)
         return vae.to(device).eval()
     except Exception as error:  # torch, safetensors and the hub have their own
         reason = " ".join(str(error).split())

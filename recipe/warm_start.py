@@ -27,7 +27,7 @@ from recipe.objectives.change import adapt, output_ratio
 from recipe.settings import make
 from recipe.weights import load_weights, newest_export, parse_facts
 from storage import Folders
-from storage.manifest import read_manifest
+from storage.manifest import Manifest
 
 log = logging.getLogger("recipe.warm_start")
 EMBEDDERS = ("s_embedder", "guidance_embedder")
@@ -60,7 +60,9 @@ def locate_weights(uri: str, folders: Folders) -> tuple[str, str]:
     return folder or ".", name
 
 
-def check_weights(config: TrainConfig, normalizer: Normalizer, folders: Folders) -> Weights:
+def check_weights(
+    config: TrainConfig, manifest: Manifest, normalizer: Normalizer, folders: Folders
+) -> Weights:
     """Find the weights of `init_from`; what cannot be taken is one ConfigError with all differences.
 
     Raises StorageError.
@@ -76,7 +78,8 @@ def check_weights(config: TrainConfig, normalizer: Normalizer, folders: Folders)
     fatal, said = differences(config, normalizer, facts)
     if fatal:
         raise ConfigError(f"init_from: {config.init_from} does not fit: {'; '.join(fatal + said)}")
-    return Weights(uri, name, facts, class_rows(config, facts), said)
+    said += other_data(config, manifest, facts["data"])
+    return Weights(uri, name, facts, class_rows(config, manifest, facts), said)
 
 
 def differences(
@@ -117,14 +120,35 @@ def differences(
     return fatal, [text for key, text in told.items() if key in may_differ]
 
 
-def class_rows(config: TrainConfig, facts: dict[str, Any]) -> dict[int, int]:
+def other_data(config: TrainConfig, manifest: Manifest, data: dict[str, Any]) -> list[str]:
+    """Return how the data of weights differ from the run's where every shape fits all the same: made by
+    another autoencoder, or of other classes.
+    """
+    said = []
+    here, there = manifest.encoder, data.get("encoder") or {}
+    hashes = here.get("hash"), there.get("hash")
+    if manifest.column != data["column"]:
+        said.append(f"data: {manifest.column} here, {data['column']} there")
+    elif manifest.column == "latents" and all(hashes) and hashes[0] != hashes[1]:
+        named = [f"{one.get('model') or one.get('name')} ({one['hash']})" for one in (here, there)]
+        said.append(f"autoencoder: {named[0]} here, {named[1]} there, whose latents mean other pictures")
+    names = manifest.class_names, data.get("class_names") or []
+    if config.model.classes and len(names[0]) == len(names[1]) and not config.init_classes:
+        other = [f"{a!r} here, {b!r} there" for a, b in zip(*names, strict=True) if a != b]
+        if other:
+            told = f"{len(other)} of {len(names[0])} have another name, such as {other[0]}"
+            said.append(f"classes: {told}. Fix where they are the same: init_classes={{mine: theirs}}")
+    return said
+
+
+def class_rows(config: TrainConfig, manifest: Manifest, facts: dict[str, Any]) -> dict[int, int]:
     """Return labels of the run and the labels of the weights whose embeddings they begin with.
 
     Raises ConfigError for a class that is none.
     """
     if not config.init_classes:
         return {}
-    names = read_manifest(config.data.source).class_names, facts["data"].get("class_names", [])
+    names = manifest.class_names, facts["data"].get("class_names", [])
     sides = zip(
         names, (config.model.classes, facts["model"]["classes"]), ("here", "in the weights"), strict=True
     )

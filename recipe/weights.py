@@ -33,7 +33,7 @@ from recipe.manual import answer
 from recipe.networks import AnyNetwork, build
 from recipe.objectives import from_facts
 from recipe.objectives.change import adapt
-from recipe.settings import make
+from recipe.settings import Count, Interval, Positive, make
 from storage.outside import file_digest, parse_json, read_bytes
 
 FORMAT = 1
@@ -49,6 +49,15 @@ class DataFacts(TypedDict):
     std: Annotated[list[float], Field(min_length=1)]
 
 
+class Finish(TypedDict):
+    """What weights say of one extractor that they were finished on: how their samples were drawn."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    nfe: NotRequired[Count]
+    w: NotRequired[Positive | None]
+    interval: NotRequired[Interval | None]
+
+
 class Facts(TypedDict):
     """What must be in the JSON of weights, and of which kind; more may be there (see above)."""
 
@@ -60,7 +69,7 @@ class Facts(TypedDict):
     average: str
     commit: str
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    finished: NotRequired[list[dict[str, Any]]]
+    finished: NotRequired[list[Finish]]
     adapter: NotRequired[Adapter]
 
 

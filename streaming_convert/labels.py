@@ -12,6 +12,7 @@ from storage import outside
 from storage.manifest import DatasetError
 
 LABEL_FILES = ("labels.csv", "labels.json", "dataset.json")
+MANY, TOO_MANY = 100, 10_000  # classes that nobody has named: doubtful, and refused
 MAX_CLASSES = 2**20  # limit for labels that are numbers; a larger one is a mistake
 
 
@@ -107,6 +108,8 @@ def number(labels: list[str | int], names: list[str] | None = None) -> tuple[np.
     Whole numbers stay as they are, names become their positions. Raises DatasetError for an unknown label.
     """
     kinds = {type(label) for label in labels}
+    if kinds == {int, str} and names:
+        labels, kinds = list(map(str, labels)), {str}
     if kinds == {int}:
         names = names or [str(i) for i in range(min(max(labels) + 1, MAX_CLASSES))]
         wrong = [label for label in labels if not 0 <= label < len(names)]
@@ -114,14 +117,33 @@ def number(labels: list[str | int], names: list[str] | None = None) -> tuple[np.
             raise DatasetError(f"label {wrong[0]} is not in 0..{len(names) - 1}")
         return np.array(labels, np.int64), names
     if kinds != {str}:
-        found = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise DatasetError(f"labels must be all whole numbers or all names, found {found}")
+        found = " and ".join(sorted(map(repr, {type(label): label for label in labels}.values())))
+        raise DatasetError(
+            f"labels must be all whole numbers or all names, found {found}. Fix: list all classes by their "
+            "names, numbers among them, one a line, in --classes FILE, or leave the labels out"
+        )
     names = names or sorted(set(labels))
     position = {name: i for i, name in enumerate(names)}
     unknown = sorted(set(labels) - set(position))
     if unknown:
         raise DatasetError(unknown_class(unknown[0], names))
     return np.array([position[label] for label in labels], np.int64), names
+
+
+def refuse_values(labels: list[str | int]) -> None:
+    """Raise DatasetError for labels, of classes that nobody has named, that are values such as years or
+    scores: too many of them, a new one in every second row, or numbers most of which do not occur.
+    """
+    found = set(labels)
+    numbers = all(isinstance(label, int) for label in found)
+    classes = max(found) + 1 if numbers else len(found)
+    doubtful = classes > MANY and (2 * classes > len(labels) or 2 * len(found) < classes)
+    if doubtful or classes > TOO_MANY:
+        some = ", ".join(map(repr, list(dict.fromkeys(labels))[:3]))
+        raise DatasetError(
+            f"labels: {len(found):,} values such as {some} in {len(labels):,} samples would become "
+            f"{classes:,} classes. Fix: leave this label out, or list its classes in order in --classes FILE"
+        )
 
 
 def unknown_class(name: str, names: list[str]) -> str:

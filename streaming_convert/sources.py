@@ -155,6 +155,8 @@ def image_folder(
     else:
         if label_file:
             given, names = labels.from_file(label_file, keys), None
+            if not classes:
+                labels.refuse_values(given)
         else:
             given, names = labels.from_folders(folder, keys, allow_empty)
             if not classes:

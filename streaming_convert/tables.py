@@ -72,9 +72,10 @@ def as_source(
         raise DatasetError(f"{name}: there are no samples")
     numbers, names = np.zeros(len(rows.keys), np.int64), []
     if rows.labels is not None:
-        numbers, names = labels.number(
-            rows.labels, labels.read_classes(classes) if classes else rows.class_names
-        )
+        known = labels.read_classes(classes) if classes else rows.class_names
+        if not known:
+            labels.refuse_values(rows.labels)
+        numbers, names = labels.number(rows.labels, known)
     elif classes:
         raise DatasetError("--classes: there are no labels")
     source = Source(

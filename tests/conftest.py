@@ -15,6 +15,7 @@ import sys
 import types
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from recipe.preflight import Findings, check_data
 from recipe.warm_start import check_weights, warm_start
 from recipe.weights import save_weights
 from storage import Folders
-from storage.manifest import Manifest
+from storage.manifest import Manifest, read_manifest
 from streaming_convert import writer
 from streaming_convert.encoders import Stored
 from streaming_convert.sources import Source
@@ -176,14 +177,21 @@ def findings(config):
     """What the checks before a new run find, without a look at the places that it writes to."""
     folders = Folders()
     manifest, normalizer = check_data(config)
-    weights = check_weights(config, normalizer, folders) if config.init_from else None
+    weights = check_weights(config, manifest, normalizer, folders) if config.init_from else None
     return Findings(manifest, normalizer, [], Resumable(config.save_folder, []), weights, folders)
+
+
+def manifest_of(config):
+    """The run's manifest, or where a test has no dataset what is asked of one: pictures without classes."""
+    there = Path(config.data.source, "manifest.json").is_file()
+    nothing = SimpleNamespace(column="image", class_names=[], encoder={})
+    return read_manifest(config.data.source) if there else nothing
 
 
 def begin(model, config):
     """Put the weights of `init_from` into a model, as a new run does; returns what it says."""
-    folders = Folders()
-    return warm_start(model, check_weights(config, model.normalizer, folders), folders)
+    folders, manifest = Folders(), manifest_of(config)
+    return warm_start(model, check_weights(config, manifest, model.normalizer, folders), folders)
 
 
 @pytest.fixture(scope="session")

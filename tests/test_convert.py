@@ -22,7 +22,7 @@ from streaming import StreamingDataset
 from recipe.config import TrainConfig, load_config
 from storage import Folder
 from storage.manifest import DatasetError, Manifest, open_dataset, read_manifest
-from streaming_convert import images, sources
+from streaming_convert import images, labels, sources
 from streaming_convert.__main__ import main, split_items, training_yaml
 from streaming_convert.images import Rejected, decode
 from streaming_convert.reader import read_shard
@@ -473,6 +473,27 @@ def test_flat_folder_with_a_label_file(tmp_path, name, text):
     assert dict(zip(source.keys, source.labels.tolist(), strict=True)) == {"a.png": 1, "b.png": 0}
 
 
+def test_values_are_told_from_classes():
+    refused = {
+        "scores": [f"{i / 7:.3f}" for i in range(400)],
+        "too many": [i % 10_001 for i in range(30_000)],
+        "years": [1990 + i % 30 for i in range(10_000)],
+        "ids": list(range(101)),
+    }
+    for values in refused.values():
+        with pytest.raises(DatasetError, match="values such as .* would become .* classes. Fix: "):
+            labels.refuse_values(values)
+    for values in (list(range(100)), [i % 1000 for i in range(2000)], [f"n{i % 200}" for i in range(400)]):
+        labels.refuse_values(values)
+
+
+def test_a_file_of_classes_makes_names_of_numbers(folder, tmp_path):
+    _mixed(folder)
+    (tmp_path / "classes.txt").write_text("7\ncat\n")
+    source = sources.image_folder(str(folder), 16, classes=str(tmp_path / "classes.txt"))
+    assert source.class_names == ["7", "cat"] and source.labels.tolist() == [1, 0] * 6
+
+
 def test_linked_class_folders_are_followed_and_links_upwards_are_not(folder):
     (folder / SYNSETS[2]).rename(folder.parent / "elsewhere")
     (folder / SYNSETS[2]).symlink_to(folder.parent / "elsewhere")
@@ -513,6 +534,21 @@ def _huge_label(folder: Path) -> list:
     return []
 
 
+def _labelled(folder: Path, values: list) -> list:
+    names = [f"{synset}/{path.name}" for synset in SYNSETS for path in sorted((folder / synset).iterdir())]
+    rows = [f"{name},{values[i % len(values)]}\n" for i, name in enumerate(names)]
+    (folder / "labels.csv").write_text("".join(rows))
+    return []
+
+
+def _years(folder: Path) -> list:
+    return _labelled(folder, [1990, 2007, 2024])
+
+
+def _mixed(folder: Path) -> list:
+    return _labelled(folder, ["cat", 7])
+
+
 def _empty_class(folder: Path) -> list:
     (folder / "n09999999").mkdir()
     (folder / "__MACOSX").mkdir()
@@ -543,7 +579,9 @@ def _no_images(folder: Path) -> list:
         (_unlabelled_file, "labels.csv has no label for n01440764/n01440764_1.png (11 files in all)"),
         (_unknown_class, "unknown class 'n03445777'; there are 2: n01440764, n02123045"),
         (_unclosed_quote, "labels.csv is not a CSV file: unexpected end of data"),
-        (_huge_label, f"label {10**18} is not in 0..1048575"),
+        (_huge_label, f"labels: 1 values such as {10**18} in 12 samples would become {10**18 + 1:,} classes"),
+        (_years, "labels: 3 values such as 1990, 2007, 2024 in 12 samples would become 2,025 classes. Fix: "),
+        (_mixed, "labels must be all whole numbers or all names, found 'cat' and 7. Fix: list all classes"),
         (_no_images, "holds no .jpg, .jpeg, .png, .webp files"),
         (lambda folder: ["--out", folder / "out"], "lies inside the source"),
         (lambda folder: ["--only", "dog"], "--only: unknown class 'dog'"),

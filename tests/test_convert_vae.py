@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from recipe.pretrained import hash_weights, load_decoder
+from recipe.pretrained import hash_weights, load_decoder, load_vae
 from storage.manifest import DatasetError, read_manifest
 from streaming_convert import encoders, sources
 from streaming_convert.__main__ import main
@@ -243,6 +243,13 @@ def test_a_folder_that_is_no_autoencoder_is_one_line(pictures, tmp_path, capsys,
     assert convert(*command(pictures, str(tmp_path / "model"), tmp_path / "out")) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("error:") == 1
+
+
+def test_weights_that_are_a_pickle_are_not_opened(vae_folder, tmp_path):
+    diffusers.AutoencoderKL.from_pretrained(vae_folder).save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "diffusion_pytorch_model.bin").is_file()
+    with pytest.raises(DatasetError, match="cannot load .*safetensors"):
+        load_vae(str(tmp_path))
 
 
 def test_mirror_images_are_encoded_not_mirrored_latents(pictures, vae_folder, tmp_path):

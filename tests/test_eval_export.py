@@ -3,20 +3,24 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from scipy.integrate import quad
 
+from eval.card import public
 from eval.export import Sampler, export_program, find_weights
 from eval.export import main as export_main
 from recipe import ema
 from recipe.dit import DiT, DiTConfig
 from recipe.generator import Generator
 from recipe.mit import MiT, MiTConfig
+from recipe.pictures import grid
 from recipe.text import TextConfig, byte_tokens
 from recipe.weights import load_weights, read_facts, save_weights
 from tests.conftest import TINY, run
@@ -132,14 +136,15 @@ def test_a_program_of_another_kind_is_refused_before_any_work(tmp_path, capsys):
     assert "--hub: name must be USER/MODEL" in capsys.readouterr().err
 
 
-def disturbed(folder, column="image", **options):
-    """Weights of a small network whose output is not zero, of two channels."""
+def disturbed(folder, column="image", channels=2, **options):
+    """Weights of a small network whose output is not zero."""
     torch.manual_seed(0)
-    net = DiT(DiTConfig(size=4, channels=2, width=32, depth=1, heads=2, **options))
+    net = DiT(DiTConfig(size=4, channels=channels, width=32, depth=1, heads=2, **options))
     state = {name: x + 0.2 * torch.randn_like(x) for name, x in net.state_dict().items()}
     facts = {"method": {"objective": "tvm", "guidance": [1.0, 4.0]}, "average": "ema", "step": 1}
-    data = {"column": column, "mean": [127.5, 100.0], "std": [63.75, 50.0], "class_names": ["a|b", "c"]}
-    data["encoder"] = {"name": "vae", "model": "some/vae"}
+    mean, std = [127.5, 100.0][:channels], [63.75, 50.0][:channels]
+    data = {"column": column, "mean": mean, "std": std, "class_names": ["a|b", "c"]}
+    data |= {"encoder": {"name": "vae", "model": "some/vae"}, "source": "/home/me/secret/photos"}
     save_weights(folder / "w", state, net.config, {**facts, "data": data, "train_seconds": 1.0})
     return folder / "w"
 
@@ -151,14 +156,14 @@ def test_a_program_of_the_network_of_imf_is_the_sampler(tmp_path):
     facts = {"method": {"objective": "imf", "guidance": [1.0, 4.0]}, "average": "ema", "step": 1}
     facts["data"] = {"column": "image", "mean": [127.5], "std": [63.75], "class_names": ["2", "0", "1"]}
     save_weights(tmp_path / "w", state, net.config, facts)
-    assert (
-        export_main([str(tmp_path / "w"), "--program", str(tmp_path / "x.pt2"), "--nfe", "2", "--w", "2"])
-        == 0
-    )
+    how = ["--nfe", "2", "--w", "2", "--interval", "0.2,0.6", "--program", str(tmp_path / "x.pt2")]
+    assert export_main([str(tmp_path / "w"), *how]) == 0
     generator = Generator(tmp_path / "w")
     noise, label = generator.noise(torch.arange(3)), torch.arange(3)
     found = torch.export.load(tmp_path / "x.pt2").module()(noise, label)
-    assert (found.int() - generator.from_noise(noise, label, 2, 2.0).int()).abs().max() <= 1
+    wanted = generator.from_noise(noise, label, 2, 2.0, interval=[0.2, 0.6])
+    assert (found.int() - wanted.int()).abs().max() <= 1
+    assert (wanted.int() - generator.from_noise(noise, label, 2, 2.0).int()).abs().max() > 2
     assert generator.labels(["1", "2", 1]).tolist() == [2, 0, 1]  # names before numbers
 
 
@@ -204,35 +209,42 @@ ROW |= {"classifier_accuracy": None, "time": "t", "train_seconds": 1.0, "trained
 
 
 def test_a_card_says_what_the_weights_are_and_how_they_score(tmp_path, capsys, monkeypatch):
-    weights = disturbed(tmp_path, classes=2)
+    weights = disturbed(tmp_path, channels=1, classes=2)
     rows = [
-        {**ROW, "sha256": read_facts(weights)["sha256"]},
+        {**ROW, "sha256": read_facts(weights)["sha256"], "reference": "/home/me/secret/train"},
         {**ROW, "sha256": "0", "frechet_distance": 77.0},
     ]
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "sweep/samples.png").write_bytes(b"picture")
-    folder = tmp_path / "mine"
+    (tmp_path / "sweep/samples.png").write_bytes(b"of other weights, and of real images")
+    folder = tmp_path / "mi'ne"
     command = [str(weights), "--card", str(folder), "--results", str(tmp_path / "sweep")]
     assert export_main(command) == 0
     card = (folder / "README.md").read_text()
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["pipeline_tag"] == "unconditional-image-generation" and "tvm" in head["tags"]
     for part in (
-        "4x4 of 2 channels",
+        "4x4 of 1 channels",
         "a\\|b, c",
         "1 to 4",
         "0.500 (trained on)",
         "Protocol `matched`",
         "samples.png",
+        "Not selected: seeds 0 to 15, steps: 1, w = 1",
+        "Reference: train.",
     ):
         assert part in card, part
+    drawn = grid(Generator(weights).sample(n=8).transpose(0, 3, 1, 2), 8, 16)
+    assert np.array_equal(np.array(Image.open(folder / "samples.png")), drawn)
+    facts = read_facts(folder / "model")
+    assert facts["data"]["source"] == "photos" and facts["data"]["encoder"]["model"] == "some/vae"
+    assert all("secret" not in text for text in (card, (folder / "model.json").read_text()))
     assert "77" not in card
     code = card.partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path)
     space = {}
     exec(code, space)
-    assert space["images"].shape == (16, 4, 4, 2)
+    assert space["images"].shape == (16, 4, 4, 1)
     assert export_main(command) == 0  # again, with newer scores perhaps
     (folder / "mine.txt").write_text("")
     assert export_main(command) == 1
@@ -241,12 +253,15 @@ def test_a_card_says_what_the_weights_are_and_how_they_score(tmp_path, capsys, m
 
 def test_a_card_is_uploaded_or_stays_here(tmp_path, monkeypatch, capsys):
     huggingface_hub = pytest.importorskip("huggingface_hub")
-    weights, done = disturbed(tmp_path), []
+    weights, done = disturbed(tmp_path, channels=1), []
 
     class Hub:
-        def create_repo(self, name, exist_ok):
-            done.append((name, exist_ok))
+        def create_repo(self, name, private, exist_ok):
+            done.append((name, private, exist_ok))
             return f"https://huggingface.co/{name}"
+
+        def model_info(self, name):
+            return SimpleNamespace(private=name == "me/private")
 
         def upload_folder(self, repo_id, folder_path):
             done.append((repo_id, sorted(file.name for file in Path(folder_path).iterdir())))
@@ -254,14 +269,51 @@ def test_a_card_is_uploaded_or_stays_here(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert export_main([str(weights), "--hub", "me/mine"]) == 0
-    files = ["README.md", "model.json", "model.safetensors"]
-    assert done == [("me/mine", True), ("me/mine", files)]
-    assert "https://huggingface.co/me/mine" in capsys.readouterr().out
+    files = ["README.md", "model.json", "model.safetensors", "samples.png"]
+    assert done == [("me/mine", None, True), ("me/mine", files)]
+    assert "https://huggingface.co/me/mine (public: anyone can see it)\n" in capsys.readouterr().out
+    assert export_main([str(weights), "--hub", "me/private", "--private"]) == 0
+    assert done[2:] == [("me/private", True, True), ("me/private", files)]
+    assert "https://huggingface.co/me/private (private)\n" in capsys.readouterr().out
+    del done[:]
+    assert export_main([str(weights), "--hub", "me/mine", "--private", "--card", "a card"]) == 1
+    error = capsys.readouterr().err
+    assert "me/mine exists and is public. Later: hf upload --private me/mine 'a card'" in error
+    assert done == [("me/mine", True, True)]  # nothing was uploaded
     monkeypatch.setattr(Hub, "create_repo", lambda *_, **__: 1 / 0)
     assert export_main([str(weights), "--hub", "me/other"]) == 1
     error = capsys.readouterr().err
     assert "other is written, not uploaded: division by zero. Later: hf upload me/other other" in error
     assert sorted(file.name for file in (tmp_path / "other").iterdir()) == files
+
+
+def test_what_is_published_says_of_paths_the_last_part():
+    row = {
+        "reference": "/home/me/x/train",
+        "extractor": "pixels:4, image-model:/home/me/dino, inception-2015",
+    }
+    row |= {"floor[image-model:/home/me/dino]": 1.0, "encoder": "google/t5 0123", "nfe": 1}
+    row |= {"held_out": "s3://secret/val/", "class_names": ["a/b"]}
+    assert public([row]) == [
+        {
+            "reference": "train",
+            "extractor": "pixels:4, image-model:dino, inception-2015",
+            "floor[image-model:dino]": 1.0,
+            "encoder": "google/t5 0123",
+            "nfe": 1,
+            "held_out": "val",
+            "class_names": ["a/b"],
+        }
+    ]
+    text = {"encoder": {"model": "s3://secret/vae", "name": "me/vae"}, "text": {"encoder": "/home/me/t5"}}
+    assert public(text) == {"encoder": {"model": "vae", "name": "me/vae"}, "text": {"encoder": "t5"}}
+
+
+def test_weights_with_prompts_have_a_card_without_picture(tmp_path, capsys):
+    weights = disturbed(tmp_path, channels=1, classes=0, text=TextConfig(tokens=8, width=32))
+    assert export_main([str(weights), "--card", str(tmp_path / "mine")]) == 0
+    assert "no samples.png on the card: the weights take prompts" in capsys.readouterr().err
+    assert "samples.png" not in (tmp_path / "mine/README.md").read_text()
 
 
 def test_a_program_guides_each_sample_by_its_own_label(tmp_path):

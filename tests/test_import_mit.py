@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from eval.export import Export
 from eval.import_weights import Told, import_weights, main
 from eval.sample import main as sample_main
-from eval.sweep import SweepConfig, sweep
+from eval.sweep import Setup, SweepConfig, cells, sweep
+from recipe import load
 from recipe.config import TrainConfig, load_config
-from recipe.generator import Generator, check_interval
+from recipe.generator import Generator, check_interval, default_guidance, usual_steps
 from recipe.model import GenerativeModel
 from recipe.networks import build
 from recipe.normalizer import Normalizer
 from recipe.objectives import IMF, TVM, FlowMatching, MeanFlow
 from recipe.weights import load_weights, read_facts
-from tests.conftest import begin, store
+from tests.conftest import begin, edit, store
 from tests.test_parity import DATA
 
 IMF_FILE, PMF_FILE = DATA / "mit/imf_a.pth", DATA / "mit/pmf_a.pth"
@@ -217,6 +219,34 @@ def test_the_guidance_interval_is_an_option_of_samples_and_an_axis_of_sweeps(tmp
     facts = {**read_facts(tmp_path / "w"), "method": FlowMatching().facts()}
     with pytest.raises(ValueError, match="interval: .* is for iMF on the network mit, not for these weights"):
         check_interval(facts, [0.1, 0.7])
+
+
+def test_finished_weights_are_sampled_at_what_they_were_finished_at(tmp_path):
+    assert command(PMF_FILE, tmp_path / "w") == 0
+    plain = load(tmp_path / "w")
+    asked = {"labels": [0, 1], "n": 2, "nfe": 1}
+    wanted = plain.sample(**asked, w=5.0, interval=(0.1, 0.7))
+    assert not np.array_equal(wanted, plain.sample(**asked, w=5.0))
+    assert not np.array_equal(wanted, plain.sample(**asked))
+    how = {"extractor": "pixels", "nfe": 2, "w": 5.0, "interval": [0.1, 0.7]}
+    edit(tmp_path / "w.json", lambda facts: facts.update(finished=[{"extractor": "old", "steps": 3}, how]))
+    finished = load(tmp_path / "w")
+    assert np.array_equal(finished.sample(**asked), wanted)
+    assert np.array_equal(finished.sample(**asked, interval=(0, 1)), plain.sample(**asked, w=5.0))
+    sample_main([str(tmp_path / "w"), "--labels", "0,1", "--samples", "2", "--out", str(tmp_path / "x.npz")])
+    assert np.array_equal(np.load(tmp_path / "x.npz")["arr_0"], wanted)
+    assert (usual_steps(finished.facts), usual_steps(plain.facts)) == (2, 1)
+    assert default_guidance(finished.facts) == (5.0, [0.1, 0.7])
+    export = Export(tmp_path / "w.json", finished.facts)
+    config = SweepConfig(folder="x", weights=["w"], reference="r", nfe=[1])
+    setup = Setup([export], [torch.zeros(2)], {}, None, 2)
+    assert [(cell["w"], cell["interval"]) for _, _, cell in cells(config, setup)] == [(5.0, [0.1, 0.7])]
+    edit(tmp_path / "w.json", lambda facts: facts["finished"].append({"steps": 60, **how, "w": 9.0}))
+    gone_on = load(tmp_path / "w")  # in a run of another objective, after the finish
+    assert np.array_equal(gone_on.sample(**asked), plain.sample(**asked))
+    edit(tmp_path / "w.json", lambda facts: facts["finished"][0].update(interval=[0.7, 0.1]))
+    with pytest.raises(ValueError, match=r"finished\[0\].interval: \[0.7, 0.1\] must be two times"):
+        load(tmp_path / "w")
 
 
 def test_latents_of_another_size_need_their_normalisation(tmp_path, capsys):

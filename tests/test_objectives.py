@@ -1,6 +1,7 @@
 """What holds for every objective: the Gaussian's closed form, guidance, costs, warm starts, add-your-own."""
 
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow, from
 from recipe.objectives.base import Condition, Draw, draw
 from recipe.objectives.flow_matching import flow_matching_loss
 from recipe.sampler import initial_noise, sample
-from recipe.warm_start import check_weights
+from recipe.warm_start import check_weights, other_data
 from recipe.weights import save_weights
 from storage import Folders, StorageError
-from tests.conftest import begin, documented_objective, store
+from tests.conftest import begin, documented_objective, manifest_of, store
 from tests.test_tvm import SIGMA, exact_network, make_batch, small_network, spread
 
 GUIDED = [
@@ -361,7 +362,8 @@ def test_weights_that_do_not_fit_are_one_error_with_all_differences(tmp_path):
     config.model = DiTConfig(**{**asdict(source.net.config), "depth": 3, "norm": "layer"})
     config.objective = IMF(guidance=[1, 2])
     with pytest.raises(ConfigError) as error:
-        check_weights(config, model_of(config.objective, norm="layer").normalizer, Folders())
+        normalizer = model_of(config.objective, norm="layer").normalizer
+        check_weights(config, manifest_of(config), normalizer, Folders())
     for part in (
         "model.depth: 3 here, 2 there",
         "model.norm",
@@ -372,7 +374,7 @@ def test_weights_that_do_not_fit_are_one_error_with_all_differences(tmp_path):
         assert part in str(error.value)
     config.init_from = f"{tmp_path}/none"
     with pytest.raises(StorageError, match="none.json"):
-        check_weights(config, model_of(config.objective).normalizer, Folders())
+        check_weights(config, manifest_of(config), model_of(config.objective).normalizer, Folders())
 
 
 def test_the_objective_of_the_documentation_trains():
@@ -458,6 +460,32 @@ def begun(tmp_path, source, overrides=(), **mine):
     model = model_of(source.objective, **mine)
     config.model, config.objective = model.net.config, source.objective
     return model, begin(model, config)
+
+
+def test_other_data_of_weights_that_fit_is_said_by_name(tmp_path, caplog):
+    source = model_of(TVM(guidance=1.25))
+    names = ["cat", "dog", "owl"]
+    data = {"column": "image", "mean": [0.0, 0.0], "std": [1.0, 1.0], "class_names": names}
+    facts = {"method": source.objective.facts(), "data": data, "average": "ema", "step": 5}
+    save_weights(tmp_path / "w", source.net.state_dict(), source.net.config, facts)
+    store(tmp_path / "data", np.zeros((9, 2, 4, 4), np.uint8), np.arange(9) % 3, ["cat", "owl", "dog"])
+    given = [f"data.local={tmp_path}/data", f"init_from={tmp_path}/w"]
+    for words, told in (([], True), (["init_classes={owl: owl, dog: dog}"], False)):
+        caplog.clear()
+        config = load_config(TrainConfig, "yamls/digits.yaml", [*given, *words])
+        config.model, config.objective = source.net.config, source.objective
+        begin(source, config)
+        said = "init_from: classes: 2 of 3 have another name, such as 'owl' here, 'dog' there. Fix where"
+        assert (said in caplog.text) == told
+    kl = {"name": "vae", "model": "some/kl", "hash": "1" * 16}
+    other = {"name": "vae", "model": "other/kl", "hash": "2" * 16}
+    manifest = SimpleNamespace(column="latents", encoder=kl, class_names=names)
+    latents = {**data, "column": "latents"}
+    assert other_data(config, manifest, {**latents, "encoder": kl}) == []
+    assert other_data(config, manifest, {**latents, "encoder": {**other, "hash": None}}) == []
+    (told,) = other_data(config, manifest, {**latents, "encoder": other})
+    assert told.startswith(f"autoencoder: some/kl ({'1' * 16}) here, other/kl ({'2' * 16}) there")
+    assert other_data(config, manifest, data) == ["data: latents here, image there"]
 
 
 def test_a_run_on_other_classes_takes_all_that_fits(tmp_path, caplog):

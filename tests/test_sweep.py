@@ -612,7 +612,8 @@ def test_a_picture_of_samples_names_its_rows_and_shows_every_folder(tmp_path, mo
         return SimpleNamespace(net=SimpleNamespace(config=config), facts=facts, batches=batches)
 
     rows = [
-        {"weights": f"runs/{run}/weights/ba7-ema", "nfe": nfe, "w": 1.0, "frechet_distance": 2.0}
+        {"weights": f"runs/{run}/weights/ba7-ema", "nfe": nfe, "w": 1.5, "frechet_distance": 2.0}
+        | {"interval": [0.4, 0.65]}
         for run in ("after", "before")
         for nfe in (4, 1)
     ]
@@ -621,5 +622,6 @@ def test_a_picture_of_samples_names_its_rows_and_shows_every_folder(tmp_path, mo
     plot_samples(rows, None, generators, tmp_path / "samples.png", columns=3)
     axes = plt.gcf().axes
     assert [axis.get_title() for axis in axes] == ["1 step", "4 steps", "before, 1 step"]
+    assert plt.gcf().get_supxlabel().startswith("after/ba7-ema, w = 1.5 for t from 0.4 to 0.65, the same")
     assert [int(axis.images[0].get_array()[5, 5, 0]) for axis in axes] == [1, 4, 101]
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["a $5 hat", "dog"]

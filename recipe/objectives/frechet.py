@@ -140,7 +140,7 @@ class Frechet(Objective):
         "pixels: data/digits/train}.",
     )
     w: Positive | None = Field(
-        None, description="Guidance weight of the samples; null is the one at which the weights are sampled."
+        None, description="Guidance weight of the samples; null is that of the weights' training."
     )
     interval: Interval | None = Field(
         None,
