@@ -16,11 +16,15 @@ import torch
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from recipe.draws import Stream, keys, normal
 from recipe.dual import Dual
 from recipe.settings import ConfigError, Settings
 
 BEGIN = 256  # the token before the bytes; alone it is the empty prompt
+SUMMARY = 256  # numbers
+BUCKETS = 1024
 
 
 @dataclass
@@ -65,6 +69,23 @@ def byte_tokens(prompts: list[str], tokens: int) -> tuple[Text, int]:
         row[1 : 1 + len(kept)] = kept
     length = torch.tensor([min(1 + len(code), tokens) for code in coded])
     return Text(torch.from_numpy(table), length), sum(len(code) >= tokens for code in coded)
+
+
+def summary(text: Text) -> Tensor:
+    """Return what prompts say, in float64 (B, 256), without any network: the sum over each three bytes in a
+    row, or the mean over embeddings, by a random projection that is always the same.
+    """
+    tokens, length = text.tokens, text.length[:, None]
+    embedded = tokens.is_floating_point()
+    row = torch.arange(tokens.shape[2] if embedded else BUCKETS, device=tokens.device)
+    table = normal(keys(0, torch.zeros_like(row), row, Stream.NOISE), SUMMARY)
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    if embedded:
+        return (tokens.double() * (place < length)[..., None]).sum(1) / length @ table
+    three = (tokens[:, :-2] * 257 + tokens[:, 1:-1]) * 257 + tokens[:, 2:]
+    bucket = keys(0, torch.zeros_like(three), three, Stream.NOISE) % BUCKETS
+    inside = (place[2:] <= length).double()  # the last three end with the mark behind the prompt
+    return F.embedding_bag(bucket, table, mode="sum", per_sample_weights=inside)
 
 
 def empty_prompt(config: TextConfig, stored: dict[str, Any] | None) -> Text:

@@ -73,6 +73,7 @@ EACH = {
         "init_from={digits}/../begin",
     ],
 }  # overrides of the digits run; {digits} is the folder of the fixture, beside which `begin` are weights
+JOINT = [*EACH["frechet"], "objective.joint=0.5", "objective.label_dropout=0.25"]
 
 
 MOUNT = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs none /dev/shm"]
