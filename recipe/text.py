@@ -23,8 +23,7 @@ from recipe.dual import Dual
 from recipe.settings import ConfigError, Settings
 
 BEGIN = 256  # the token before the bytes; alone it is the empty prompt
-SUMMARY = 256  # numbers
-BUCKETS = 1024
+SUMMARY, BUCKETS = 256, 1024  # numbers of a summary, and hashes of the bytes in it
 
 
 @dataclass
@@ -79,12 +78,12 @@ def summary(text: Text) -> Tensor:
     embedded = tokens.is_floating_point()
     row = torch.arange(tokens.shape[2] if embedded else BUCKETS, device=tokens.device)
     table = normal(keys(0, torch.zeros_like(row), row, Stream.NOISE), SUMMARY)
-    place = torch.arange(tokens.shape[1], device=tokens.device)
+    inside = (torch.arange(tokens.shape[1], device=tokens.device) < length - int(not embedded)).double()
     if embedded:
-        return (tokens.double() * (place < length)[..., None]).sum(1) / length @ table
-    three = (tokens[:, :-2] * 257 + tokens[:, 1:-1]) * 257 + tokens[:, 2:]
+        return (tokens.double() * inside[..., None]).sum(1) / length @ table
+    padded = F.pad(tokens, (0, 2), value=BEGIN)  # the last three end with a mark
+    three = (padded[:, :-2] * 257 + padded[:, 1:-1]) * 257 + padded[:, 2:]
     bucket = keys(0, torch.zeros_like(three), three, Stream.NOISE) % BUCKETS
-    inside = (place[2:] <= length).double()  # the last three end with the mark behind the prompt
     return F.embedding_bag(bucket, table, mode="sum", per_sample_weights=inside)
 
 
