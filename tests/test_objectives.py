@@ -155,7 +155,7 @@ def test_facts_of_weights_bring_the_objective_back(name):
         ([*FINISH, "objective.joint=0"], "objective.joint: 0 must"),
         (
             [*FINISH, "objective.features.pixels:2=b.npz", "objective.joint=1"],
-            "objective.joint: needs a dataset",
+            "objective.joint: needs dataset folders",
         ),
         ([*FINISH, "objective.flow_matching_first=2ba"], "objective.flow_matching_first: frechet"),
     ],

@@ -199,9 +199,7 @@ class Frechet(Objective):
         if not self.features:
             raise ConfigError("features: must be given")
         if self.joint and any(path.endswith((".npz", ".pkl")) for path in self.features.values()):
-            raise ConfigError(
-                "joint: needs a dataset folder of each of the features: statistics tell no labels"
-            )
+            raise ConfigError("joint: needs dataset folders in features, statistics tell no labels")
         if self.flow_matching_first is not None:
             raise ConfigError("flow_matching_first: frechet goes on from weights that are trained")
         if self.noise_scale != 1:
