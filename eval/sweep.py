@@ -41,7 +41,7 @@ from recipe.generator import DTYPES, Generator, check_guidance, check_interval, 
 from recipe.manual import answer
 from recipe.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from recipe.objectives import from_facts
-from recipe.objectives.frechet import is_known
+from recipe.objectives.frechet import KNOWN
 from recipe.pretrained import hash_weights
 from recipe.reference import STATISTICS, make_extractor
 from recipe.settings import (
@@ -81,7 +81,7 @@ def with_distance(names: list[str]) -> list[str]:
 
 def extractor(name: str) -> str:
     """Return the name of an extractor, or name:argument as in objective.features. Raises ValueError."""
-    if name not in EXTRACTORS and not is_known(name):
+    if name not in EXTRACTORS and not KNOWN.fullmatch(name):
         raise ValueError
     return name
 

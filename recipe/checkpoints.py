@@ -45,7 +45,8 @@ from storage.outside import LARGEST, OutsideError, file_digest, parse_json
 log = logging.getLogger(__name__)
 
 RUN = "run.json"
-OLDER = {"model.network": "dit", "model.output": "v", "adapter": None}  # of runs that do not say
+# Of runs that do not say.
+OLDER = {"model.network": "dit", "model.output": "v", "adapter": None, "objective.joint": None}
 START = "start.json"
 LOG = "train.jsonl"
 PROBE = ".preflight"
@@ -142,6 +143,7 @@ def identity(config: TrainConfig) -> dict:
         "ema.posthoc": config.ema.posthoc,
         "adapter": config.adapter and as_dict(config.adapter),
         **({"objective.features": list(config.objective.features)} if config.objective.finishes else {}),
+        **({"objective.joint": config.objective.joint} if config.objective.finishes else {}),
         **{f"model.{k}": v for k, v in model.items()},
     }
 

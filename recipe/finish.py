@@ -17,13 +17,17 @@ from tqdm import tqdm
 
 from recipe.checkpoints import RUN, read_json
 from recipe.config import ConfigError, TrainConfig
+from recipe.data import collate
+from recipe.features import FeatureExtractor
 from recipe.guard import stepped
+from recipe.metrics import FeatureMoments
 from recipe.objectives import from_facts
-from recipe.objectives.frechet import Frechet, Match
+from recipe.objectives.frechet import Frechet, Match, condition, weigh
 from recipe.parallel import on_rank_zero, unwrap
-from recipe.preflight import Findings
+from recipe.preflight import Findings, check_text
 from recipe.pretrained import hash_weights, load_decoder
 from recipe.reference import STATISTICS, MDSImages, content_digest, make_extractor, measure, statistics_for
+from recipe.text import SUMMARY, Text
 from recipe.warm_start import earlier_finishes
 from storage.manifest import DatasetError
 
@@ -74,13 +78,13 @@ def begin_finish(config: TrainConfig, found: Findings) -> None:
     matches, objective.finished = {}, list(objective.origin["finished"])
     for name, reference in objective.features.items():
         try:
-            matches[name] = make_match(name, reference, config.folder, device)
+            matches[name] = make_match(name, reference, config, device)
         except (ValueError, OSError, ImportError) as error:
             raise ConfigError(f"objective.features.{name}: {error}") from error
         extractor = matches[name].extractor
         about = {"extractor": name, "weights": hash_weights(extractor.network), "reference": reference}
         about["digest"] = content_digest(reference, extractor)
-        asked = {"nfe": objective.nfe, "w": objective.w, "interval": objective.interval}
+        asked = {key: getattr(objective, key) for key in ("nfe", "w", "interval", "joint")}
         objective.finished.append({**about, **asked})
     if any(one != objective.finished for one in dist.all_gather_object(objective.finished)):
         raise ConfigError(
@@ -90,12 +94,33 @@ def begin_finish(config: TrainConfig, found: Findings) -> None:
     objective.begin(base, matches, pixels)
 
 
-def make_match(name: str, reference: str, folder: str, device: torch.device) -> Match:
+def make_match(name: str, reference: str, config: TrainConfig, device: torch.device) -> Match:
     """Make the extractor with the moments of its reference. Raises ValueError, OSError, ImportError."""
     images = None if Path(reference).suffix in STATISTICS else MDSImages(Path(reference))
-    extractor = make_extractor(name, None, images, folder, device)
+    extractor = make_extractor(name, None, images, config.folder, device)
+    if config.objective.joint is not None:
+        return joint_match(images, extractor, config)
     moments = measure(images, extractor, BATCH).moments() if images else statistics_for(reference, extractor)
     return Match(extractor, *(moment.to(device) for moment in moments))
+
+
+def joint_match(images: MDSImages, extractor: FeatureExtractor, config: TrainConfig) -> Match:
+    """Measure features together with labels or captions. Raises ValueError where there are none that fit."""
+    objective, model, names = config.objective, config.model, images.manifest.class_names
+    if model.text is not None:
+        check_text(model.text, images.manifest, images.folder)
+    elif len(names) != model.classes:
+        raise ValueError(f"{images.folder} has {len(names)} classes, the network {model.classes}")
+    size = extractor.num_features
+    moments = FeatureMoments(size + (SUMMARY if model.text else model.classes)).to(extractor.device)
+    index = torch.arange(dist.get_global_rank(), len(images), dist.get_world_size())
+    for part in tqdm(index.split(BATCH), "features", unit="batch", disable=dist.get_global_rank() > 0):
+        batch = collate(images.rows(part), model.text)
+        text = Text(batch["text"], batch["text_length"]) if model.text else None
+        told = condition(batch["label"], text, model.null)
+        moments.update(torch.cat([extractor(batch["image"]), told.to(extractor.device)], 1))
+    joint = weigh(*moments.compute(), size, objective.joint, objective.label_dropout)
+    return Match(extractor, *joint)
 
 
 class Population(Algorithm):

@@ -72,16 +72,16 @@ class GenerativeModel(ComposerModel):
         with torch.no_grad():
             x0 = self.normalizer(batch, step, self.seed)
             drawn = draw(x0, label, step, sample, self.seed, self.objective, config.null, config)
-        student, teacher = self.prompted(self.net, batch), self.prompted(self.target, batch)
+        if self.prompts is not None:
+            drawn = drawn._replace(text=Text(batch["text"], batch["text_length"]))
+        student, teacher = self.prompted(self.net, drawn.text), self.prompted(self.target, drawn.text)
         if self.flow_matching:
             return flow_matching_loss(self.objective, student, drawn)
         return self.objective.loss(student, teacher, drawn, self.tangent_scale)
 
-    def prompted(self, net: Denoiser | None, batch: dict[str, Tensor]) -> Network | None:
+    def prompted(self, net: Denoiser | None, text: Text | None) -> Network | None:
         """Return the network, told the batch's prompts where it takes any."""
-        if net is None or self.prompts is None:
-            return net
-        return self.prompts(net, Text(batch["text"], batch["text_length"]))
+        return net if net is None or text is None else self.prompts(net, text)
 
     def loss(self, outputs: Loss, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the means over the microbatch; Composer differentiates `total` and logs all."""

@@ -10,6 +10,7 @@ from recipe.config import TrainConfig
 from recipe.dit import NetworkConfig
 from recipe.objectives.frechet import Frechet
 from recipe.reference import STATISTICS, read_statistics
+from recipe.text import SUMMARY
 
 FP32, FP64 = 4, 8
 
@@ -68,7 +69,9 @@ class Finish:
         objective, model = config.objective, config.model
         features = objective.features if isinstance(objective, Frechet) else {}
         self.objective = objective
-        self.counts = {name: feature_count(name, ref, model) for name, ref in features.items()}
+        counts = {name: feature_count(name, ref, model) for name, ref in features.items()}
+        told = (SUMMARY if model.text else model.classes) if features and objective.joint else 0
+        self.counts = {name: size and size + told for name, size in counts.items()}
         kinds = [name.partition(":")[0] for name in features]
         self.frozen = [PUBLISHED[kind] for kind in kinds if kind in PUBLISHED]
         self.missing = [n for n, k in zip(features, kinds, strict=True) if k not in (*PUBLISHED, "pixels")]

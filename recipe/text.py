@@ -16,11 +16,14 @@ import torch
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from recipe.draws import Stream, keys, normal
 from recipe.dual import Dual
 from recipe.settings import ConfigError, Settings
 
 BEGIN = 256  # the token before the bytes; alone it is the empty prompt
+SUMMARY, BUCKETS = 256, 1024  # numbers of a summary, and hashes of the bytes in it
 
 
 @dataclass
@@ -65,6 +68,23 @@ def byte_tokens(prompts: list[str], tokens: int) -> tuple[Text, int]:
         row[1 : 1 + len(kept)] = kept
     length = torch.tensor([min(1 + len(code), tokens) for code in coded])
     return Text(torch.from_numpy(table), length), sum(len(code) >= tokens for code in coded)
+
+
+def summary(text: Text) -> Tensor:
+    """Return what prompts say, in float64 (B, 256), without any network: the sum over each three bytes in a
+    row, or the mean over embeddings, by a random projection that is always the same.
+    """
+    tokens, length = text.tokens, text.length[:, None]
+    embedded = tokens.is_floating_point()
+    row = torch.arange(tokens.shape[2] if embedded else BUCKETS, device=tokens.device)
+    table = normal(keys(0, torch.zeros_like(row), row, Stream.NOISE), SUMMARY)
+    inside = (torch.arange(tokens.shape[1], device=tokens.device) < length - int(not embedded)).double()
+    if embedded:
+        return (tokens.double() * inside[..., None]).sum(1) / length @ table
+    padded = F.pad(tokens, (0, 2), value=BEGIN)  # the last three end with a mark
+    three = (padded[:, :-2] * 257 + padded[:, 1:-1]) * 257 + padded[:, 2:]
+    bucket = keys(0, torch.zeros_like(three), three, Stream.NOISE) % BUCKETS
+    return F.embedding_bag(bucket, table, mode="sum", per_sample_weights=inside)
 
 
 def empty_prompt(config: TextConfig, stored: dict[str, Any] | None) -> Text:

@@ -74,6 +74,8 @@ EACH = {
         "init_from={digits}/../begin",
     ],
 }  # overrides of the digits run; {digits} is the folder of the fixture, beside which `begin` are weights
+JOINT = [*EACH["frechet"], "objective.joint=0.5", "objective.label_dropout=0.25"]
+JOINT += ["objective.population=200", "objective.decay=0.9"]  # more samples than features and classes
 
 
 MOUNT = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs none /dev/shm"]

@@ -1,15 +1,22 @@
 """The objective `frechet`: its gradient, its value, its convergence, and what a run of it keeps and says."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.step import blended_distance
 from eval.export import read_checkpoint
+from recipe.checkpoints import RUN, check_identity
+from recipe.config import ConfigError, TrainConfig, load_config
+from recipe.finish import make_match
 from recipe.metrics import frechet_distance
-from recipe.objectives.frechet import Match, round_through
+from recipe.objectives.frechet import Match, condition, round_through, weigh
+from recipe.reference import MDSImages
+from recipe.text import TextConfig, byte_tokens, summary
 from recipe.weights import read_facts
+from storage import Folder
 from tests.conftest import EACH, TINY, run
 
 
@@ -72,6 +79,99 @@ def test_the_gradient_is_that_of_the_distance_of_blended_moments(size, rank):
     one.refresh()
     (found,) = torch.autograd.grad(one.cost(batch).mean(), batch)
     assert ((1 - decay) * found - expected).norm() < 1e-9 * expected.norm()
+
+
+def labelled(count, seed, classes=3):
+    """Features (count, 8) that lean towards their labels, and the labels as conditions."""
+    told = condition(torch.arange(count) % classes, None, classes)
+    return gaussian(count, 8, seed) + told @ torch.arange(8.0 * classes).double().reshape(classes, 8), told
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_the_joint_gradient_is_that_of_the_distance_of_blended_pairs(share):
+    """share: of samples without label, which stand with the mean condition, as often among real images."""
+    features, told = labelled(1200, 1)
+    mean, covariance, k = weigh(*moments(torch.cat([features, told], 1)), 8, 0.7, share)
+    one = Match(None, mean, covariance, k)
+    every = [x.repeat_interleave(4, 0) for x in (features, told)]
+    pairs = one.join(*every, torch.arange(4800) % 4 < 4 * share)
+    for found, expected in zip((mean, covariance), moments(pairs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    if not share:
+        spread = covariance.diagonal()
+        assert (spread[8:].sum() / spread[:8].sum()).sqrt().item() == pytest.approx(0.7)
+
+    (batch, told), decay = labelled(32, 3), 0.9
+    before = one.join(*labelled(900, 2), torch.arange(900) % 4 < 4 * share)
+    batch.requires_grad_()
+    joined = one.join(batch, told, torch.arange(32) % 4 < 4 * share)
+    raw = before.mean(0), before.T @ before / len(before)
+    (expected,) = torch.autograd.grad(blended_distance(joined, *raw, mean, one.root, decay), batch)
+    one.add(before)
+    one.fold(0)
+    one.add(joined.detach())
+    one.fold(decay)
+    one.refresh()
+    joined = one.join(batch, told, torch.arange(32) % 4 < 4 * share)
+    (found,) = torch.autograd.grad(one.cost(joined).mean(), batch)
+    assert ((1 - decay) * found - expected).norm() < 1e-9 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("joint", "begin", "end"), [(None, -1, -1), (0.5, 0.3, 1), (0.5, -1, -1), (2.0, -1, 1)]
+)
+def test_the_joint_form_pulls_classes_to_their_places_and_above_1_mends_whole_swaps(joint, begin, end):
+    """A generator puts two classes at `begin` times where they belong, and comes to `end` times that."""
+    label, belongs = torch.arange(1000) % 2, torch.tensor([[-1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    noise, told = 0.1 * gaussian(1000, 2, 0), condition(label, None, 2)
+    real = torch.cat([belongs[label] + noise, told], 1)
+    one = Match(None, *(moments(real[:, :2]) if joint is None else weigh(*moments(real), 2, joint, 0.0)))
+    places = (begin * belongs + torch.tensor([[0.0, 0.05], [0.0, 0.0]])).requires_grad_()
+    optimizer, distances = torch.optim.Adam([places], 0.1), []
+    for _ in range(80):
+        features = places[label] + noise
+        seen = features if joint is None else one.join(features, told, label < 0)
+        one.add(seen)
+        one.fold(0)
+        one.refresh()
+        distances.append(one.distance.item())
+        optimizer.zero_grad()
+        one.cost(seen).mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(places.detach(), end * belongs, rtol=0.05, atol=0)
+    assert (distances[0] > 0.5) == (joint is not None)
+    assert (distances[-1] < 0.01) == (joint is None or end == 1)
+
+
+def measured(config, digits, **model):
+    """The match of the digits with names that a joint run would make."""
+    config.model = replace(config.model, **model)
+    return make_match("pixels", str(digits.parent / "named/train"), config, torch.device("cpu"))
+
+
+def test_real_images_are_measured_with_their_labels_or_captions(digits):
+    overrides = ["objective.name=frechet", "objective.features.pixels=x", "init_from=x", "objective.joint=2"]
+    config = load_config(TrainConfig, "yamls/digits.yaml", overrides)
+    names = MDSImages(digits.parent / "named/train")
+    rows = names.rows(torch.arange(len(names)))
+    pixels = torch.stack([torch.tensor(row["image"]) for row in rows]).flatten(1).double() / 32
+    label = torch.tensor([int(row["label"]) for row in rows])
+    text = TextConfig(tokens=24)
+    prompts = byte_tokens([row["caption"] for row in rows], text.tokens)[0]
+    for told, model in (
+        (torch.eye(10).double()[label], {}),
+        (summary(prompts), {"classes": 0, "text": text}),
+    ):
+        one = measured(config, digits, **model)
+        offset = torch.cat([pixels, one.k * told], 1) - one.mean
+        torch.testing.assert_close(offset.mean(0), torch.zeros_like(one.mean), atol=1e-9, rtol=0)
+        torch.testing.assert_close(one.root @ one.root.T, offset.T.cov(), atol=1e-7, rtol=1e-7)
+        spread = offset.var(0)
+        assert (spread[192:].sum() / spread[:192].sum()).sqrt().item() == pytest.approx(2)
+    with pytest.raises(ValueError, match="train has 10 classes, the network 0"):
+        measured(config, digits, classes=0, text=None)
+    with pytest.raises(ValueError, match="objective.joint needs more than one label or caption"):
+        weigh(*moments(torch.cat([pixels, 0 * label[:, None]], 1)), 192, 1.0, 0.0)
 
 
 def test_rounding_is_exact_forward_and_the_identity_backward():
@@ -149,3 +249,6 @@ def test_a_run_says_what_it_was_finished_on_and_resumes_without_the_weights_it_b
     other = run(*command, "duration=6ba", f"objective.features.pixels:4={digits}", check=False)
     assert "objective.features: ['pixels', 'pixels:2', 'pixels:4'] differs from" in other.stderr
     assert "Traceback" not in other.stderr
+    config = load_config(TrainConfig, "yamls/digits.yaml", [*command[2:], "objective.joint=1"])
+    with pytest.raises(ConfigError, match="^objective.joint: 1.0 differs from the None of the checkpoints"):
+        check_identity(config, Folder(f"{tmp_path}/run/checkpoints"), [RUN])

@@ -153,6 +153,11 @@ def test_facts_of_weights_bring_the_objective_back(name):
         ([*FINISH, "objective.features.classifier:0=b"], "objective.features: .* must name what to match"),
         ([*FINISH, "objective.features.pixels=s3://b/c"], "objective.features.*must"),
         ([*FINISH, "objective.nfe=0"], "objective.nfe: 0 must"),
+        ([*FINISH, "objective.joint=0"], "objective.joint: 0 must"),
+        (
+            [*FINISH, "objective.features.pixels:2=b.npz", "objective.joint=1"],
+            "objective.joint: needs dataset folders",
+        ),
         ([*FINISH, "objective.flow_matching_first=2ba"], "objective.flow_matching_first: frechet"),
     ],
 )

@@ -17,7 +17,7 @@ from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
 from recipe.sampler import sample
 from recipe.settings import make
 from recipe.text import Prompts, TextConfig, byte_tokens
-from tests.conftest import EACH, finishing, run
+from tests.conftest import EACH, JOINT, finishing, run
 
 ONE = {
     "plain": "float64",
@@ -44,6 +44,8 @@ for name, overrides in list(EACH.items())[1:]:
     TWO[f"{name}:ddp"] = ";".join(["float64", *overrides])
     TWO[f"{name}:everything"] = ";".join([TWO["everything"], *overrides])
 TWO["frechet:hybrid"] = ";".join([TWO["hybrid"], *EACH["frechet"]])
+ONE["joint:plain"] = ";".join(["float64", *JOINT])
+TWO["joint:everything"] = ";".join([TWO["everything"], *JOINT])
 
 DIFFERENTIATED = {
     **{name: overrides for name, overrides in EACH.items() if name != "flow_matching_first"},

@@ -30,7 +30,7 @@ from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow
 from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
 from recipe.preflight import checkpoint_bytes
 from recipe.settings import make
-from recipe.text import Prompts, Text, TextConfig
+from recipe.text import Prompts, Text, TextConfig, byte_tokens, summary
 from recipe.train import dry_run, main
 from tests.conftest import ROOT, finishing
 
@@ -399,6 +399,16 @@ def test_moments_of_a_finish_take_the_bytes_that_the_plan_says():
     plain = load_config(TrainConfig, "yamls/digits.yaml", ["objective.name=flow_matching"])
     assert checkpoint_bytes(config) - checkpoint_bytes(plain) == finish.saved_bytes()
     assert finish.messages() == [match.sums.nbytes, pooled.sums.nbytes]
+
+
+def test_the_joint_form_adds_classes_or_what_sums_up_a_prompt_to_each_map():
+    overrides = [*FINISH, "objective.features.pixels:4=x", "objective.joint=1"]
+    config = load_config(TrainConfig, "yamls/digits.yaml", overrides)
+    assert plan_finish.Finish(config).sizes == [64 + 10, 4 + 10]
+    config.model = replace(config.model, text=TextConfig(), classes=0)
+    text = byte_tokens(["a prompt"], 16)[0]
+    width = summary(text).shape[1]
+    assert plan_finish.Finish(config).sizes == [64 + width, 4 + width]
 
 
 def test_the_plan_of_a_finish_counts_what_is_known_and_names_the_rest(tmp_path):

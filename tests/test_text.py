@@ -25,7 +25,7 @@ from recipe.normalizer import Normalizer
 from recipe.objectives import IMF, TVM, FlowMatching, MeanFlow
 from recipe.preflight import check_data
 from recipe.settings import make
-from recipe.text import BEGIN, Prompts, Text, TextConfig, byte_tokens, empty_prompt
+from recipe.text import BEGIN, Prompts, Text, TextConfig, byte_tokens, empty_prompt, summary
 from recipe.train import build_model
 from recipe.weights import load_weights, save_weights
 from tests.conftest import TINY, begin, findings, run
@@ -139,6 +139,29 @@ def test_bytes_of_prompts():
     assert tokens.tolist() == [[B] * 5, [B, 97, 98, B, B], [B, 0xC3, 0xA9, B, B], [B, 97, 98, 99, 100]]
     assert length.tolist() == [1, 3, 3, 5]
     assert cut == 1
+
+
+def test_a_summary_tells_prompts_apart_and_sees_no_padding():
+    prompts = ["red heart", "red heart", "green heart", "flag: Japan", "ab", ""]
+    found = summary(byte_tokens(prompts, 16)[0])
+    assert torch.equal(found, summary(byte_tokens(prompts, 12)[0]))
+    assert torch.equal(found[0], found[1])
+    assert not found[5].any()
+    assert torch.pdist(found[1:]).min() > 1
+    heart, other, flag = found[1:4]
+    assert heart @ other > 2 * (heart @ flag).abs()
+    short = summary(byte_tokens(["abcd", "abce"], 3)[0])
+    assert torch.equal(short[0], short[1])
+    assert short[0].any()
+    assert summary(byte_tokens(prompts, 2)[0]).shape == found.shape
+
+
+def test_a_summary_of_embeddings_is_of_their_mean():
+    tokens, length = torch.randn(3, 5, 7, dtype=torch.float64), torch.tensor([1, 3, 5])
+    means = torch.stack([x[:n].mean(0) for x, n in zip(tokens, length, strict=True)])
+    found = summary(Text(tokens, length))
+    torch.testing.assert_close(found, summary(Text(means[:, None], torch.ones_like(length))))
+    assert torch.linalg.matrix_rank(found) == 3
 
 
 def test_the_empty_prompt_of_stored_embeddings():

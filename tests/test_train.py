@@ -28,7 +28,7 @@ from recipe.parallel import unwrap
 from recipe.train import build_algorithms, build_model, short_for_average
 from recipe.weights import load_weights
 from storage import StorageError, writing
-from tests.conftest import EACH, NAMESPACES, PATIENCE, ROOT, TINY, findings, run
+from tests.conftest import EACH, JOINT, NAMESPACES, PATIENCE, ROOT, TINY, findings, run
 
 
 class Recorder(Callback):
@@ -277,11 +277,11 @@ def test_a_run_resumed_between_two_epochs_goes_on_with_the_order_of_the_second(d
     assert resumed.rows == straight.rows[7:]
 
 
-@pytest.mark.parametrize("objective", EACH)
-def test_every_objective_resumes_in_mid_epoch_to_the_last_bit(digits, tmp_path, objective):
-    straight, rows = fit(digits, 6, *EACH[objective], save_folder=str(tmp_path), save_interval="3ba")
+@pytest.mark.parametrize("overrides", [*EACH.values(), JOINT], ids=[*EACH, "joint"])
+def test_every_objective_resumes_in_mid_epoch_to_the_last_bit(digits, tmp_path, overrides):
+    straight, rows = fit(digits, 6, *overrides, save_folder=str(tmp_path), save_interval="3ba")
     (half,) = tmp_path.glob("ep*-ba3-rank0.pt")
-    resumed, after = fit(digits, 6, *EACH[objective], load_path=str(half))
+    resumed, after = fit(digits, 6, *overrides, load_path=str(half))
     assert after.rows == rows.rows[3:]
     for a, b in zip(resumed.state_dict().values(), straight.state_dict().values(), strict=True):
         assert torch.equal(a, b)

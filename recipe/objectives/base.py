@@ -26,6 +26,7 @@ from recipe.dit import NetworkConfig
 from recipe.draws import Stream, keys, normal, uniform
 from recipe.dual import Dual
 from recipe.settings import Duration, Number, Positive, Says, Settings, Share
+from recipe.text import Text
 
 Network = Callable[..., Dual]
 
@@ -35,7 +36,8 @@ class Draw(NamedTuple):
 
     times: what they are is up to the objective; label: of training, `null` where it is dropped; full_label:
     that of the data; null: the label that means none; interval: the times (B,) between which guidance is in
-    force, None where that is always; floor: the time below which the network divides by it, 0 for none.
+    force, None where that is always; floor: the time below which the network divides by it, 0 for none;
+    text: the prompts of a network that takes any, which are the data's, as `full_label` is.
     """
 
     x0: Tensor
@@ -47,6 +49,7 @@ class Draw(NamedTuple):
     null: int
     interval: tuple[Tensor, Tensor] | None = None
     floor: float = 0.0
+    text: Text | None = None
 
     def at(self, t: Tensor) -> Tensor:
         """Return x_t = (1 - t) x0 + t noise."""

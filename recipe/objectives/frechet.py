@@ -10,10 +10,13 @@ and FD = |mu - mu_r|^2 + tr(S + S_r) - 2 tr (R' S R)^1/2 has the gradient dFD/dS
 FD is that of a regression of each sample onto where the map takes it, and the mean of that is FD itself:
 
     loss_i = sum over extractors of |phi(x_i) - sg M(phi(x_i))|^2 / (FD + epsilon)
+
+This says nothing of what a sample was asked for. In the joint form phi also holds the label or the prompt.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -30,27 +33,18 @@ from recipe.metrics import root
 from recipe.objectives.base import Condition, Draw, Loss, Network, Objective, Pass, Term
 from recipe.objectives.flow_matching import FlowMatching
 from recipe.sampler import generate
-from recipe.settings import BelowOne, ConfigError, Count, Interval, LocalPath, Positive, Says, Share
+from recipe.settings import SOME, BelowOne, ConfigError, Count, Interval, LocalPath, Positive, Says, Share
+from recipe.text import Text, summary
 
 FLAT = 1e-12  # eigenvalues of R' S R below this share of the largest are taken for 0
-ARGUMENTS = {
-    "pixels": lambda pool: not pool or int(pool) > 0,
-    "classifier": lambda seed: int(seed) > 0,
-    "inception-2015": lambda weights: True,
-    "dinov2-vitl14": lambda weights: True,
-    "image-model": bool,
-}  # of extractors, behind a colon
-
-
-def is_known(name: str) -> bool:
-    """Return True for an extractor or extractor:argument. Raises ValueError where that must be a number."""
-    kind, _, argument = name.partition(":")
-    return kind in ARGUMENTS and ARGUMENTS[kind](argument)
+KNOWN = re.compile(
+    f"pixels(:{SOME})?|classifier:{SOME}|(inception-2015|dinov2-vitl14)(:.*)?|image-model:.+"
+)  # extractors, and their arguments behind a colon
 
 
 def known(features: dict[str, str]) -> dict[str, str]:
     """Return extractors that can be matched. Raises ValueError for any other."""
-    if not all(map(is_known, features)):
+    if not all(map(KNOWN.fullmatch, features)):
         raise ValueError
     return features
 
@@ -66,17 +60,40 @@ Features = Annotated[
 ]
 
 
+def condition(label: Tensor, text: Text | None, null: int) -> Tensor:
+    """Return what is asked for, by a prompt or else by a label (B,) of 0..null-1, in float64 (B, E)."""
+    return nn.functional.one_hot(label, null + 1)[:, :null].double() if text is None else summary(text)
+
+
+def weigh(
+    mean: Tensor, covariance: Tensor, size: int, joint: float, dropped: float
+) -> tuple[Tensor, Tensor, float]:
+    """Weigh the conditions of real images, which stand behind `size` features, by k; return moments and k.
+
+    joint: root of the trace of their covariance, as a share of the features'; dropped: how many have the mean
+    one instead of their own. Raises ValueError where all are the same.
+    """
+    variance, behind = covariance.diagonal(), torch.arange(len(mean), device=mean.device) >= size
+    if not variance[behind].any():
+        raise ValueError("objective.joint needs more than one label or caption")
+    k = joint * float((variance[~behind].sum() / variance[behind].sum()).sqrt())
+    scale = torch.where(behind, k, torch.ones_like(mean))
+    told = 1 - dropped * (behind[:, None] | behind)
+    return mean * scale, covariance * told * scale.outer(scale), k
+
+
 class Match(nn.Module):
     """What one extractor sees of real images and of samples, and the map from the latter to the former.
 
     moments: float64 (F + 1, F + 1), running mean over samples of z z' with z = (phi - mu_r, 1); sums: the
     same summed since the last fold; transport: T; centre: mu - mu_r and distance: FD when T was computed;
     unreached: the variance of real images along which samples have none, so that no map reaches it. The
-    extractor and the real images' statistics are not saved.
+    extractor and the real images' statistics are not saved. k: of the conditions behind the features, if any.
     """
 
-    def __init__(self, extractor: FeatureExtractor, mean: Tensor, covariance: Tensor) -> None:
+    def __init__(self, extractor: FeatureExtractor, mean: Tensor, covariance: Tensor, k: float = 0) -> None:
         super().__init__()
+        self.k = k
         self.extractor = extractor  # not a module, so neither sharded nor saved
         size, mean = len(mean), mean.double()
         self.register_buffer("mean", mean, persistent=False)
@@ -91,6 +108,11 @@ class Match(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Match:
         """Move to other devices and stay float64, whatever type the model gets."""
         return super()._apply(lambda x: x.to(fn(x).device), recurse)
+
+    def join(self, features: Tensor, told: Tensor, dropped: Tensor) -> Tensor:
+        """Return features (B, F) and conditions (B, E) behind them; where dropped (B,) the mean one."""
+        mean = self.mean[features.shape[1] :]
+        return torch.cat([features, torch.where(dropped[:, None], mean, self.k * told)], 1)
 
     def cost(self, features: Tensor) -> Tensor:
         """Return |phi - sg M(phi)|^2 of features (B, F), plus a constant that makes its mean FD: (B,)."""
@@ -154,6 +176,11 @@ class Frechet(Objective):
     )
     refresh: Count = Field(10, description="Number of steps between two maps from the running moments.")
     epsilon: Positive = Field(0.01, description="Distance below which an extractor counts less.")
+    joint: Positive | None = Field(
+        None,
+        description="Weight of the prompt, or else the label, which is matched together with the features, "
+        "as a share of their own size; null is features alone, which give neither a gradient.",
+    )
     vae: LocalPath | None = Field(
         None, description="Folder or hub name of the autoencoder of latents; null is the dataset's."
     )
@@ -171,6 +198,8 @@ class Frechet(Objective):
         """Raise ConfigError where nothing is matched, or flow matching comes first."""
         if not self.features:
             raise ConfigError("features: must be given")
+        if self.joint and any(path.endswith((".npz", ".pkl")) for path in self.features.values()):
+            raise ConfigError("joint: needs dataset folders in features, statistics tell no labels")
         if self.flow_matching_first is not None:
             raise ConfigError("flow_matching_first: frechet goes on from weights that are trained")
         if self.noise_scale != 1:
@@ -236,6 +265,9 @@ class Frechet(Objective):
         x0 = generate(student, drawn.noise, asked, self.nfe, self.base)
         seen = checkpoint(self.see, x0, use_reentrant=False) if self.recompute else self.see(x0)
         features = dict(zip(self.matches, seen, strict=True))
+        if self.joint is not None:
+            told = condition(drawn.full_label, drawn.text, drawn.null)
+            features = {name: self.matches[name].join(x, told, drawn.dropped) for name, x in features.items()}
         costs = {name: match.cost(features[name]) for name, match in self.matches.items()}
         total = sum(cost / (self.matches[name].distance + self.epsilon) for name, cost in costs.items())
         ones = torch.ones_like(drawn.w)
