@@ -144,7 +144,8 @@ def other_data(config: TrainConfig, manifest: Manifest, data: dict[str, Any]) ->
 def class_rows(config: TrainConfig, manifest: Manifest, facts: dict[str, Any]) -> dict[int, int]:
     """Return labels of the run and the labels of the weights whose embeddings they begin with.
 
-    Raises ConfigError for a class that is none.
+    A text is the name of a class first, and a number where no class has that name; a number is a number (as
+    in `recipe.generator`). Raises ConfigError for a class that is none.
     """
     if not config.init_classes:
         return {}
@@ -154,15 +155,18 @@ def class_rows(config: TrainConfig, manifest: Manifest, facts: dict[str, Any]) -
     )
     known = []
     for side, count, where in sides:
-        labels = {str(label): label for label in range(count)}  # and what is a name and a number is a name
-        known.append((labels | {str(name): label for label, name in enumerate(side[:count])}, where))
-    rows = {}
-    for pair in config.init_classes.items():
-        for name, (labels, where) in zip(pair, known, strict=True):
-            if str(name) not in labels:
-                raise ConfigError(f"init_classes: {name!r} is no class {where}: {', '.join(labels)}"[:300])
-        rows[known[0][0][str(pair[0])]] = known[1][0][str(pair[1])]
-    return rows
+        numbers = {str(label): label for label in range(count)}
+        named = numbers | {str(name): label for label, name in enumerate(side[:count])}
+        known.append((numbers, named, where))
+
+    def label_of(name: str | int, numbers: dict[str, int], named: dict[str, int], where: str) -> int:
+        labels = named if isinstance(name, str) else numbers
+        if str(name) not in labels:
+            raise ConfigError(f"init_classes: {name!r} is no class {where}: {', '.join(named)}"[:300])
+        return labels[str(name)]
+
+    here, there = known
+    return {label_of(mine, *here): label_of(theirs, *there) for mine, theirs in config.init_classes.items()}
 
 
 def fitting(own: dict[str, Tensor], state: dict[str, Tensor], rows: dict[int, int]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow, from
 from recipe.objectives.base import Condition, Draw, draw
 from recipe.objectives.flow_matching import flow_matching_loss
 from recipe.sampler import initial_noise, sample
-from recipe.warm_start import check_weights, other_data
+from recipe.warm_start import check_weights, class_rows, other_data
 from recipe.weights import save_weights
 from storage import Folders, StorageError
 from tests.conftest import begin, documented_objective, manifest_of, store
@@ -531,3 +531,14 @@ def test_a_run_on_other_classes_takes_all_that_fits(tmp_path, caplog):
         begun(tmp_path, source, classes=5, depth=3)
     with pytest.raises(ConfigError, match="^init_classes: names classes of init_from, which is not set$"):
         load_config(TrainConfig, "yamls/digits.yaml", ["init_classes={0: 1}"])
+
+
+def test_a_class_is_named_by_a_text_and_numbered_by_a_number():
+    """Classes named by numbers, the other way round: a text is a name first, a number never is."""
+    config = load_config(TrainConfig, "yamls/digits.yaml", ["model.classes=2", "init_from=x"])
+    names = ["1", "0"]
+    manifest = SimpleNamespace(class_names=names)
+    facts = {"data": {"class_names": ["a", "b"]}, "model": {"classes": 2}}
+    for given, rows in (({0: "a"}, {0: 0}), ({"0": "a"}, {1: 0}), ({"0": 1, 0: "b"}, {1: 1, 0: 1})):
+        config.init_classes = given
+        assert class_rows(config, manifest, facts) == rows
