@@ -189,7 +189,8 @@ class SampleGrid(Callback):
             rows = {
                 k: x.repeat_interleave(columns, 0).to(device) for k, x in loader.collate_fn(first).items()
             }
-            text, ema = Text(rows["text"], rows["text_length"]), model.prompted(model.ema, rows)
+            text = Text(rows["text"], rows["text_length"])
+            ema = model.prompted(model.ema, text)
             label = rows["label"].clamp(max=net.classes)
             label = label if net.classes else model.prompts.unlabelled(label, text)
         seeds, dtype = torch.arange(len(label), device=device), model.normalizer.mean.dtype
