@@ -29,7 +29,7 @@ from recipe.pretrained import hash_weights, load_decoder
 from recipe.reference import STATISTICS, MDSImages, content_digest, make_extractor, measure, statistics_for
 from recipe.text import SUMMARY, Text
 from recipe.warm_start import earlier_finishes
-from storage.manifest import DatasetError
+from storage.manifest import DatasetError, Manifest
 
 BATCH = 256  # real images at once
 log = logging.getLogger("recipe.finish")
@@ -78,7 +78,7 @@ def begin_finish(config: TrainConfig, found: Findings) -> None:
     matches, objective.finished = {}, list(objective.origin["finished"])
     for name, reference in objective.features.items():
         try:
-            matches[name] = make_match(name, reference, config, device)
+            matches[name] = make_match(name, reference, config, manifest, device)
         except (ValueError, OSError, ImportError) as error:
             raise ConfigError(f"objective.features.{name}: {error}") from error
         extractor = matches[name].extractor
@@ -94,23 +94,29 @@ def begin_finish(config: TrainConfig, found: Findings) -> None:
     objective.begin(base, matches, pixels)
 
 
-def make_match(name: str, reference: str, config: TrainConfig, device: torch.device) -> Match:
-    """Make the extractor with the moments of its reference. Raises ValueError, OSError, ImportError."""
+def make_match(
+    name: str, reference: str, config: TrainConfig, manifest: Manifest, device: torch.device
+) -> Match:
+    """Make the extractor with the moments of its reference. Raises ValueError, OSError, ImportError.
+
+    manifest: of the data of the run; the joint form takes labels and prompts of the reference for theirs.
+    """
     images = None if Path(reference).suffix in STATISTICS else MDSImages(Path(reference))
     extractor = make_extractor(name, None, images, config.folder, device)
     if config.objective.joint is not None:
-        return joint_match(images, extractor, config)
+        return joint_match(images, extractor, config, manifest)
     moments = measure(images, extractor, BATCH).moments() if images else statistics_for(reference, extractor)
     return Match(extractor, *(moment.to(device) for moment in moments))
 
 
-def joint_match(images: MDSImages, extractor: FeatureExtractor, config: TrainConfig) -> Match:
+def joint_match(
+    images: MDSImages, extractor: FeatureExtractor, config: TrainConfig, manifest: Manifest
+) -> Match:
     """Measure features together with labels or captions. Raises ValueError where there are none that fit."""
-    objective, model, names = config.objective, config.model, images.manifest.class_names
+    objective, model = config.objective, config.model
     if model.text is not None:
         check_text(model.text, images.manifest, images.folder)
-    elif len(names) != model.classes:
-        raise ValueError(f"{images.folder} has {len(names)} classes, the network {model.classes}")
+    check_condition(images, config, manifest)
     size = extractor.num_features
     moments = FeatureMoments(size + (SUMMARY if model.text else model.classes)).to(extractor.device)
     index = torch.arange(dist.get_global_rank(), len(images), dist.get_world_size())
@@ -121,6 +127,27 @@ def joint_match(images: MDSImages, extractor: FeatureExtractor, config: TrainCon
         moments.update(torch.cat([extractor(batch["image"]), told.to(extractor.device)], 1))
     joint = weigh(*moments.compute(), size, objective.joint, objective.label_dropout)
     return Match(extractor, *joint)
+
+
+def check_condition(images: MDSImages, config: TrainConfig, manifest: Manifest) -> None:
+    """Raise ValueError where labels or embeddings of a reference mean something else in the run's data."""
+    text, names, own = config.model.text, images.manifest.class_names, manifest.class_names
+    if text is None and len(names) != config.model.classes:
+        raise ValueError(f"{images.folder} has {len(names)} classes, the network {config.model.classes}")
+    if text is None and names != own[: len(names)]:
+        first = next(i for i, name in enumerate(names) if own[i : i + 1] != [name])
+        there = repr(own[first]) if first < len(own) else "no class"
+        raise ValueError(
+            f"{images.folder}: class {first} is {names[first]!r}, {there} in the data; joint needs the same "
+            f"names in the same order"
+        )
+    if text is not None and text.encoder == "dataset":
+        found, wanted = (one.text and one.text["sha256"] for one in (images.manifest, manifest))
+        if found != wanted:
+            raise ValueError(
+                f"{images.folder}: its text encoder has sha256 {found}, that of the data {wanted}; joint "
+                f"needs the same"
+            )
 
 
 class Population(Algorithm):

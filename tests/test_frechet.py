@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from benchmarks.step import blended_distance
 from eval.export import read_checkpoint
 from recipe.checkpoints import RUN, check_identity
 from recipe.config import ConfigError, TrainConfig, load_config
-from recipe.finish import make_match
+from recipe.finish import check_condition, joint_match, make_match
 from recipe.metrics import frechet_distance
 from recipe.objectives.frechet import Match, condition, round_through, weigh
 from recipe.reference import MDSImages
@@ -146,12 +147,32 @@ def test_the_joint_form_pulls_classes_to_their_places_and_above_1_mends_whole_sw
 def measured(config, digits, **model):
     """The match of the digits with names that a joint run would make."""
     config.model = replace(config.model, **model)
-    return make_match("pixels", str(digits.parent / "named/train"), config, torch.device("cpu"))
+    folder = digits.parent / "named/train"
+    return make_match("pixels", str(folder), config, MDSImages(folder).manifest, torch.device("cpu"))
+
+
+JOINT = ["objective.name=frechet", "objective.features.pixels=x", "init_from=x", "objective.joint=2"]
+
+
+def test_a_reference_whose_labels_or_embeddings_mean_something_else_is_refused():
+    config = load_config(TrainConfig, "yamls/digits.yaml", JOINT)
+    names = [str(i) for i in range(10)]
+    data = SimpleNamespace(class_names=names, text={"sha256": "a"})
+    images = SimpleNamespace(folder="real", manifest=data)
+    check_condition(images, config, data)
+    images.manifest = SimpleNamespace(class_names=["1", "0", *names[2:]], text={"sha256": "b"})
+    with pytest.raises(
+        ValueError, match="^real: class 0 is '1', '0' in the data; joint needs the same names"
+    ):
+        joint_match(images, SimpleNamespace(num_features=1), config, data)
+    text = TextConfig(encoder="dataset", tokens=8, width=32)
+    config.model = replace(config.model, classes=0, text=text)
+    with pytest.raises(ValueError, match="^real: its text encoder has sha256 b, that of the data a; joint"):
+        check_condition(images, config, data)
 
 
 def test_real_images_are_measured_with_their_labels_or_captions(digits):
-    overrides = ["objective.name=frechet", "objective.features.pixels=x", "init_from=x", "objective.joint=2"]
-    config = load_config(TrainConfig, "yamls/digits.yaml", overrides)
+    config = load_config(TrainConfig, "yamls/digits.yaml", JOINT)
     names = MDSImages(digits.parent / "named/train")
     rows = names.rows(torch.arange(len(names)))
     pixels = torch.stack([torch.tensor(row["image"]) for row in rows]).flatten(1).double() / 32
