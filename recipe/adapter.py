@@ -15,7 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from recipe.settings import Many, Positive, Settings, Word
+from recipe.settings import ConfigError, Many, Positive, Settings, Word
 
 PREFIX = "base_model.model."  # of peft's names
 PRODUCTS = r"(v_)?blocks\.\d+\.(attn|text_attn|mlp)\.(qkv|q|kv|proj|fc1|fc2)"
@@ -62,7 +62,14 @@ def trained(name: str, whole: list[str]) -> bool:
 
 
 def add_adapter(net: nn.Module, config: AdapterConfig) -> None:
-    """Freeze a network, but for an adapter that begins as nothing, and for the modules trained whole."""
+    """Freeze a network, but for an adapter that begins as nothing, and for the modules trained whole.
+
+    Raises ConfigError for one that the network does not have.
+    """
+    names = [name.split(".") for name, _ in net.named_parameters()]
+    if unknown := [part for part in config.modules_to_save if not any(part in name for name in names)]:
+        parts = ", ".join(dict.fromkeys(name[0] for name in names))
+        raise ConfigError(f"adapter.modules_to_save: {unknown[0]!r} is no part of the network: {parts}")
     for name, layer in list(net.named_modules()):
         if re.fullmatch(PRODUCTS, name) and not trained(name, config.modules_to_save):
             layer.lora_A = nn.Linear(layer.in_features, config.rank, bias=False)

@@ -64,7 +64,8 @@ KINDS = {  # of the values in these files; those of `files` are names of a check
     "dataset": lambda x: x is None or isinstance(x, dict) and {k: type(v) for k, v in x.items()} == DATASET,
     "origin": lambda x: isinstance(x, dict) and isinstance(x.get("method"), dict),
 }
-INIT_ONLY = ("preset", "label_std", "time_init", "patch_init")  # do not change the shape of the network
+# Say how weights begin, not which shape the network has.
+INIT_ONLY = ("preset", "label_std", "time_init", "patch_init", "gate_init")
 
 
 @dataclass

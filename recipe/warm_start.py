@@ -25,7 +25,7 @@ from recipe.normalizer import Normalizer
 from recipe.objectives import from_facts
 from recipe.objectives.change import adapt, output_ratio
 from recipe.settings import make
-from recipe.weights import load_weights, newest_export, parse_facts
+from recipe.weights import base_files, load_weights, newest_export, parse_facts
 from storage import Folders
 from storage.manifest import Manifest
 
@@ -207,13 +207,15 @@ def warm_start(model: GenerativeModel, weights: Weights, folders: Folders) -> st
     Raises ConfigError, StorageError.
     """
     with TemporaryDirectory() as scratch:
-        for suffix in (".safetensors", ".json"):
-            name = weights.name + suffix
-            folders[weights.uri].get(name, Path(scratch, name))
+        folder = folders[weights.uri]
+        names = [weights.name + suffix for suffix in (".safetensors", ".json")]
+        for name in dict.fromkeys([*names, *base_files(weights.facts, folder.names())]):
+            folder.get(name, Path(scratch, name))
         try:
             net, facts = load_weights(Path(scratch, weights.name))
         except ValueError as error:
-            raise ConfigError(f"init_from: {error}") from error
+            told = str(error).replace(f"{scratch}/", f"{weights.uri}/")
+            raise ConfigError(f"init_from: {told}") from error
     source = from_facts(facts["method"])
     if not model.objective.finishes:
         model.objective.finished = earlier_finishes(facts)
@@ -233,6 +235,8 @@ def warm_start(model: GenerativeModel, weights: Weights, folders: Folders) -> st
         new.append(f"{len(own[TABLE]) - 1 - len(rows)} classes")
         unknown.append(TABLE)
     if model.adapter is not None:
+        if (source if model.objective.finishes else model.objective).name == "flow_matching":
+            unknown = [name for name in unknown if name != "s_embedder.mlp"]  # d is 0 always
         check_frozen(unknown, model.adapter["modules_to_save"])
         model.adapter |= {"base": f"{weights.uri}/{weights.name}", "sha256": facts["sha256"]}
         new.append(f"an adapter of rank {model.adapter['rank']}")

@@ -236,14 +236,24 @@ def find_base(path: str | Path, adapter: Adapter) -> Path:
 
     Raises ValueError where neither has the base's checksum, or they are an adapter themselves.
     """
-    named = Path(adapter.base)
+    named = Path(adapter.base)  # no URI is one: what is in a bucket is found beside the adapter alone
     for place in (named, _files(path)[0].parent / named.name):
         if all(file.is_file() for file in _files(place)):
             facts = read_facts(place)
             if facts["sha256"] == adapter.sha256 and "adapter" not in facts:
                 return place
     found = f"{adapter.base} (sha256 {adapter.sha256[:12]})"
-    raise ValueError(f"weights: {path} is an adapter of {found}, which is neither there nor beside it")
+    wanted = "which is neither there nor beside it"
+    if "://" in adapter.base:
+        wanted = "which is not beside it: download it and put it beside the adapter under its own name"
+    raise ValueError(f"weights: {path} is an adapter of {found}, {wanted}")
+
+
+def base_files(facts: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Return those of `names`, beside weights with these facts, that are files of an adapter's base."""
+    adapter = adapter_of(facts)
+    base = [] if adapter is None else [file.name for file in _files(Path(adapter.base).name)]
+    return sorted({*base} & {*names})
 
 
 def newest_weights(path: str | Path) -> Path:

@@ -8,6 +8,7 @@ import pytest
 
 from eval.sweep import SweepConfig
 from recipe import plan, preflight
+from recipe.checkpoints import identity
 from recipe.config import ConfigError, TrainConfig, load_config
 from recipe.manual import rows
 from recipe.networks import CONFIGS
@@ -292,3 +293,12 @@ def test_features_that_are_given_replace_those_of_the_yaml():
     given = ["objective.features={pixels: a}", "objective.features.pixels:2=b"]
     config = load_config(TrainConfig, "yamls/digits_frechet.yaml", given)
     assert config.objective.features == {"pixels": "a", "pixels:2": "b"}
+
+
+def test_how_weights_begin_is_nothing_that_a_checkpoint_must_agree_on():
+    network = ["model.network=mit", "model.head_depth=1", "objective.name=imf", "objective.guidance=[1,8]"]
+    mine, theirs = (
+        load_config(TrainConfig, "yamls/digits.yaml", [*network, f"model.gate_init={gate}"])
+        for gate in (0.0, 0.5)
+    )
+    assert identity(mine) == identity(theirs)
