@@ -50,7 +50,15 @@ from recipe.objectives.base import Condition
 from recipe.sampler import check_steps, sample
 from recipe.settings import make
 from recipe.text import Prompts, Text
-from recipe.weights import load_tensors, load_weights, newest_weights, parse_facts, read_facts, save_weights
+from recipe.weights import (
+    base_files,
+    load_tensors,
+    load_weights,
+    newest_weights,
+    parse_facts,
+    read_facts,
+    save_weights,
+)
 from storage import Folder, StorageError
 
 Facts = dict[str, Any]
@@ -70,16 +78,23 @@ STEP = ("state", "timestamp", "Timestamp", "batch")
 
 @contextmanager
 def local_copy(source: str) -> Iterator[Path]:
-    """Return the path of a local source; of one in a bucket, that of a copy, kept as long as it is read."""
+    """Return the path of a local source; of one in a bucket, that of a copy, kept as long as it is read.
+
+    An adapter's base that lies beside it is copied, too.
+    """
     if "://" not in source:
         yield Path(source)
         return
     parent, _, name = source.rstrip("/").rpartition("/")
     with TemporaryDirectory() as scratch:
         folder = Folder(parent)
-        for file in folder.names():
-            if file == name or file.startswith(f"{name}/"):
-                folder.get(file, Path(scratch, file))
+        names, stem = folder.names(), name.removesuffix(".json").removesuffix(".safetensors")
+        wanted = [file for file in names if file == name or file.startswith((f"{name}/", f"{stem}."))]
+        if f"{stem}.json" in names:
+            facts = parse_facts(folder.read(f"{stem}.json"), f"{parent}/{stem}.json")
+            wanted += base_files(facts, names)
+        for file in dict.fromkeys(wanted):
+            folder.get(file, Path(scratch, file))
         yield Path(scratch, name)
 
 
@@ -205,7 +220,9 @@ def find_weights(names: list[str], averages: list[str], latest: bool, folder: Pa
             if not wanted:
                 raise ValueError(f"weights: {name} holds no weights with average in {averages}")
             wanted.sort(key=lambda export: (export.facts["step"] or 0, export.path.name), reverse=True)
-            newest = wanted[0].facts["step"]
+            bases = {export.facts["adapter"]["sha256"] for export in wanted if "adapter" in export.facts}
+            first = next((e for e in wanted if e.facts["sha256"] not in bases), wanted[0])
+            newest = first.facts["step"]
             found += [export for export in wanted if not latest or export.facts["step"] == newest]
     return found
 
@@ -213,7 +230,8 @@ def find_weights(names: list[str], averages: list[str], latest: bool, folder: Pa
 def mirror(uri: str, folder: Path, latest: bool) -> Path:
     """Copy the weights of a bucket's folder that are not here yet, and return the local folder.
 
-    `latest` leaves out all but the newest step, and the snapshots that post-hoc averages are made from.
+    `latest` leaves out all but the newest step, the snapshots that post-hoc averages are made from, and bases
+    of adapters, whatever their step.
     """
     target = folder / uri.split("://", 1)[1].strip("/").replace("/", "-")
     target.mkdir(parents=True, exist_ok=True)
@@ -221,10 +239,12 @@ def mirror(uri: str, folder: Path, latest: bool) -> Path:
     names = [name for name in sorted(source.names()) if "/" not in name and name.endswith(".json")]
     descriptions = {name: source.read(name) for name in names}
     facts = {name: parse_facts(text, f"{uri}/{name}") for name, text in descriptions.items()}
-    newest = max((fact["step"] or 0 for fact in facts.values()), default=0)
+    bases = {fact["adapter"]["sha256"] for fact in facts.values() if "adapter" in fact}
+    kept = {name: fact for name, fact in facts.items() if fact["sha256"] not in bases}
+    newest = max((fact["step"] or 0 for fact in kept.values()), default=0)
     for name, fact in facts.items():
         copy, snapshot = target / name, fact["average"].startswith("posthoc")
-        if latest and not snapshot and (fact["step"] or 0) < newest:
+        if latest and name in kept and not snapshot and (fact["step"] or 0) < newest:
             continue
         if not copy.is_file() or copy.read_bytes() != descriptions[name]:
             weights = copy.with_suffix(".safetensors")
@@ -361,6 +381,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.private and args.hub is None:
         parser.error("--private: is about --hub USER/MODEL, which is not given")
+    if args.merge and args.out is None:
+        parser.error("--merge: needs --out NAME")
+    if args.merge and args.average != "ema":
+        parser.error(
+            f"--average: {args.average} is not with --merge, which takes the weights that SOURCE names"
+        )
     if args.program is not None and Path(args.program).suffix not in (".pt2", ".onnx"):
         parser.error(f"--program: {args.program} must end in .pt2 (torch.export) or .onnx; no other is made")
     if args.hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.hub):

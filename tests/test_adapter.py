@@ -3,13 +3,15 @@
 import json
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 from composer.core import Event
 from safetensors.torch import load_file
 
-from eval.card import make_folder
+from eval.card import make_folder, upload
+from eval.export import find_weights
 from eval.export import main as export_main
 from recipe.adapter import AdapterConfig, adapter_state, add_adapter, merge
 from recipe.callbacks import inference_facts
@@ -21,6 +23,7 @@ from recipe.networks import CONFIGS, build
 from recipe.normalizer import Normalizer
 from recipe.objectives import IMF, TVM, FlowMatching, MeanFlow
 from recipe.objectives.base import Condition
+from recipe.objectives.frechet import Frechet
 from recipe.text import Prompts, TextConfig, byte_tokens
 from recipe.weights import load_weights, read_facts, save_weights
 from tests.conftest import TINY, begin, edit, run
@@ -152,6 +155,159 @@ def test_what_would_begin_new_and_frozen_is_one_line_that_says_what_to_train(tmp
         started(tmp_path, FlowMatching(), TVM(guidance=[1.0, 2.0], scaled=False))
     with pytest.raises(ConfigError, match="^adapter: needs init_from"):
         load_config(TrainConfig, "yamls/digits.yaml", [f"data.local={tmp_path}", "adapter.rank=2"])
+
+
+def test_a_part_that_no_network_has_is_one_line():
+    message = "^adapter.modules_to_save: 'y_embeder' is no part of the network: .*t_embedder, .*y_embedder"
+    with pytest.raises(ConfigError, match=message):
+        add_adapter(network("dit"), AdapterConfig(modules_to_save=["y_embedder", "y_embeder"]))
+    add_adapter(network("dit"), AdapterConfig(modules_to_save=["y_embedder", "fc1"]))
+
+
+def test_a_run_begins_with_an_adapter_whose_base_lies_beside_it(tmp_path):
+    """Where init_from of the adapter's run was found, nothing is any more."""
+    model, _ = started(tmp_path, TVM(), TVM())
+    perturb(model.net, trained_alone=True)
+    facts = {**inference_facts(model, DATA), "average": "net", "step": 8}
+    state = adapter_state(model.net.state_dict(), [])
+    save_weights(tmp_path / "other/ba0000008-net", state, model.net.config, facts)
+    shutil.move(tmp_path / "weights", tmp_path / "elsewhere")
+    config = load_config(
+        TrainConfig, "yamls/digits.yaml", [f"data.local={tmp_path}", f"init_from={tmp_path}/other"]
+    )
+    config.model, config.objective = model.net.config, TVM()
+    fresh = GenerativeModel(network("dit"), TVM(), model.normalizer, 0)
+    with pytest.raises(ConfigError) as error:
+        begin(fresh, config)
+    assert str(error.value).startswith(f"init_from: weights: {tmp_path}/other/ba0000008-net is an adapter of")
+    for file in (tmp_path / "elsewhere").iterdir():
+        shutil.copy(file, tmp_path / "other")
+    config.init_from = f"{tmp_path}/other/ba0000008-net"
+    begin(fresh, config)
+    x, t = torch.randn(4, 2, 4, 4), torch.rand(4)
+    with torch.no_grad():
+        want, found = (one(x, t, t / 2, torch.arange(4), t).value for one in (model.net, fresh.net))
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_in_a_bucket_is_to_be_put_beside_its_adapter(tmp_path):
+    model, _ = started(tmp_path, TVM(), TVM())
+    model.adapter["base"] = "s3://data/weights/ba0000005-ema"
+    facts = {**inference_facts(model, DATA), "average": "net", "step": 8}
+    save_weights(tmp_path / "a", adapter_state(model.net.state_dict(), []), model.net.config, facts)
+    message = "of s3://data/weights/ba0000005-ema .*which is not beside it: download it and put it beside"
+    with pytest.raises(ValueError, match=message):
+        load_weights(tmp_path / "a")
+    for file in (tmp_path / "weights").iterdir():
+        shutil.copy(file, tmp_path)
+    load_weights(tmp_path / "a")
+
+
+@pytest.mark.parametrize("target", [FlowMatching(), Frechet(features={"pixels": "x"})])
+def test_an_adapter_of_flow_matching_needs_no_step_to_be_trained(tmp_path, monkeypatch, target):
+    """Its d is 0 always, so an `s_embedder` that says nothing may be frozen."""
+    monkeypatch.setattr("tests.test_adapter.network", without_steps)
+    assert "new: s_embedder, an adapter" in started(tmp_path, FlowMatching(), target)[1]
+    with pytest.raises(ConfigError, match="^adapter.modules_to_save: guidance_embedder, s_embedder: not in"):
+        started(tmp_path, FlowMatching(), TVM(guidance=[1.0, 2.0], scaled=False))
+
+
+def without_steps(kind, make=network, **options):
+    """A network whose velocity says nothing of the second time, as an imported one."""
+    net = make(kind, **options)
+    torch.nn.init.zeros_(net.s_embedder.mlp[2].weight)
+    return net
+
+
+def in_bucket(folder):
+    """A stand-in for a bucket, of which a folder is the content."""
+
+    class Bucket:
+        def __init__(self, uri):
+            self.folder = folder
+
+        def names(self):
+            return [file.name for file in folder.iterdir()]
+
+        def read(self, name):
+            return (folder / name).read_bytes()
+
+        def get(self, name, target):
+            shutil.copy(folder / name, target)
+
+    return Bucket
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Weights of an adapter, whose base, of a later step, lies beside them and no more where it was."""
+    model, _ = started(tmp_path, TVM(), TVM())
+    perturb(model.net, trained_alone=True)
+    facts = {**inference_facts(model, DATA), "average": "ema", "step": 3}
+    state = adapter_state(model.net.state_dict(), [])
+    save_weights(tmp_path / "small/ba0000003-ema", state, model.net.config, facts)
+    for file in (tmp_path / "weights").iterdir():
+        shutil.move(file, tmp_path / "small")
+    return tmp_path / "small/ba0000003-ema"
+
+
+@pytest.mark.parametrize("suffix", ["", ".json"])
+def test_an_adapter_in_a_bucket_is_merged(small, monkeypatch, suffix):
+    monkeypatch.setattr("eval.export.Folder", in_bucket(small.parent))
+    out = small.parent.parent / "whole"
+    assert export_main([f"s3://b/weights/{small.name}{suffix}", "--merge", "--out", str(out)]) == 0
+    theirs, ours = (load_weights(path)[0].state_dict() for path in (small, out))
+    assert all(torch.equal(theirs[name], weight) for name, weight in ours.items())
+
+
+def test_the_newest_weights_of_a_bucket_are_the_adapter_with_its_base(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.export.Folder", in_bucket(small.parent))
+    (found,) = find_weights(["s3://b/weights"], ["ema"], True, tmp_path)
+    assert found.path.name == "ba0000003-ema.json"
+    load_weights(found.path)
+
+
+def test_options_that_merging_does_not_take_are_refused(tmp_path, capsys):
+    for options, message in (
+        ([], "--merge: needs --out NAME"),
+        (["--out", "x", "--average", "net"], "--average: net is not with --merge"),
+    ):
+        with pytest.raises(SystemExit):
+            export_main([str(tmp_path), "--merge", *options])
+        assert message in capsys.readouterr().err
+
+
+def test_a_card_of_an_adapter_is_of_the_adapter_and_leaves_its_base_alone(small, tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    make_folder(small, tmp_path / "card")
+    state = load_file(f"{small}.safetensors")
+    count = sum(tensor.numel() for tensor in state.values())
+    assert f"{count:,} parameters of the adapter" in (tmp_path / "card/README.md").read_text()
+    told = json.loads((tmp_path / "card/adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == "ba0000005-ema"
+    base = {file.name for file in small.parent.glob("ba0000005-ema.*")}
+    for name in base:
+        shutil.copy(small.parent / name, tmp_path / "card")
+    make_folder(small, tmp_path / "card")
+    allowed = []
+
+    class Hub:
+        def create_repo(self, name, private, exist_ok):
+            return name
+
+        def model_info(self, name):
+            return SimpleNamespace(private=False)
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            allowed.extend(allow_patterns)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    upload(tmp_path / "card", "me/mine")
+    there = {file.name for file in (tmp_path / "card").iterdir()}
+    assert base == there - set(allowed) and {"adapter_model.json", "adapter_config.json"} <= set(allowed)
+    monkeypatch.setattr(Hub, "create_repo", lambda *_, **__: 1 / 0)
+    with pytest.raises(ValueError, match="upload --exclude=ba0000005-ema.json --exclude=.* me/mine"):
+        upload(tmp_path / "card", "me/mine")
 
 
 def test_peft_reads_the_folder_that_a_card_makes(tmp_path):
