@@ -20,20 +20,22 @@ from PIL import Image
 from eval.report import Row, markdown, plain, read_lines, reportable
 from eval.sample import describe
 from recipe import load
-from recipe.adapter import peft_config
+from recipe.adapter import Adapter, peft_config
+from recipe.features import EXTRACTORS
 from recipe.generator import usual_steps
 from recipe.networks import AnyNetwork
 from recipe.objectives import from_facts
 from recipe.pictures import grid
 from recipe.settings import make
-from recipe.weights import adapter_of, check_digest, read_facts, shapes
+from recipe.weights import adapter_of, base_files, check_digest, read_facts, shapes
 
 NAME, ADAPTER = "model", "adapter_model"  # of the two files of weights in the folder; peft's for an adapter
 RESULTS = "results.jsonl"  # what a sweep leaves, in the folder of a run
 PICTURE = "samples.png"
 COLUMNS = 8
-DATA = ("source", "reference", "held_out")  # keys of folders of data, and of models
-MODELS = ("model", "name", "encoder", "extractor", "base")
+DATA = ("source", "reference", "held_out", "base")  # keys of paths, and of models
+MODELS = ("model", "name", "encoder", "extractor")
+EXTRACTOR = "|".join(("pixels", *EXTRACTORS))
 
 
 def make_folder(weights: Path, folder: Path, results: Path | None = None) -> Path:
@@ -46,8 +48,8 @@ def make_folder(weights: Path, folder: Path, results: Path | None = None) -> Pat
     facts = read_facts(weights)
     check_digest(weights, facts)
     name = ADAPTER if "adapter" in facts else NAME
-    known = {f"{name}.json", f"{name}.safetensors", "adapter_config.json", "README.md", PICTURE}
-    if folder.is_dir() and (other := {file.name for file in folder.iterdir()} - known):
+    there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    if other := there - own_files(name) - set(base_files(facts, there)):
         raise ValueError(f"--card: {folder} holds other files, such as {min(other)}")
     folder.mkdir(parents=True, exist_ok=True)
     stem = str(weights).removesuffix(".json").removesuffix(".safetensors")
@@ -64,6 +66,12 @@ def make_folder(weights: Path, folder: Path, results: Path | None = None) -> Pat
     return card
 
 
+def own_files(name: str) -> set[str]:
+    """Return the files that make up a folder; another's, the base of an adapter, may lie beside them."""
+    more = {"adapter_config.json"} if name == ADAPTER else set()
+    return {f"{name}.json", f"{name}.safetensors", "README.md", PICTURE, *more}
+
+
 def public(content: Any, key: str = "") -> Any:  # noqa: ANN401
     """Return facts of weights, or rows of results, with the last part alone of every path in them.
 
@@ -75,7 +83,8 @@ def public(content: Any, key: str = "") -> Any:  # noqa: ANN401
         return [public(value, key) for value in content]
     if not isinstance(content, str) or key not in (*DATA, *MODELS):
         return content
-    return ", ".join(last_part(part, key) for part in content.split(", "))
+    parts = re.split(rf", (?=(?:{EXTRACTOR})\b)", content) if key == "extractor" else [content]
+    return ", ".join(last_part(part, key) for part in parts)
 
 
 def column(name: str) -> str:
@@ -85,10 +94,10 @@ def column(name: str) -> str:
 
 def last_part(text: str, key: str) -> str:
     """Return the last part of a path, which KIND: may precede; a model's USER/MODEL on the hub stays."""
-    kind, path = re.fullmatch(r"([\w.-]+:(?!//))?(.*)", text, re.DOTALL).groups("")
+    kind, path = re.fullmatch(r"([\w.-]{2,}:(?!//))?(.*)", text, re.DOTALL).groups("")
     if key in MODELS and re.match(r"\w[\w.-]*/\w[\w.-]*( |$)", path):
         return text
-    return kind + path.rstrip("/").split("/")[-1]
+    return kind + re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def draw(weights: Path, file: Path) -> str:
@@ -107,7 +116,8 @@ def draw(weights: Path, file: Path) -> str:
         sys.stderr.write(f"no {PICTURE} on the card: {error}\n")
         return ""
     Image.fromarray(grid(images, COLUMNS, max(1, 64 // images.shape[-1]))).save(file)
-    return f"Not selected: seeds 0 to {len(images) - 1}, steps: {nfe}, w = {model.w:g}"
+    within = " for t from {:g} to {:g}".format(*model.interval) if model.interval else ""
+    return f"Not selected: seeds 0 to {len(images) - 1}, steps: {nfe}, w = {model.w:g}{within}"
 
 
 def text(name: str, facts: dict[str, Any], rows: list[Row], picture: str) -> str:
@@ -123,7 +133,7 @@ def text(name: str, facts: dict[str, Any], rows: list[Row], picture: str) -> str
     ask = 'prompts=["a red cat"]' if prompts else "n=8"
     lines += [
         "```python",
-        "from recipe import load  # pip install terminal-velocity",
+        "from recipe import load  # from the project's repository: pip install .",
         "",
         f"images = load({f'{name}/{stem}'!r}).sample({ask}, nfe={usual_steps(facts)})  # uint8 (N, H, W, C)",
         "```",
@@ -145,6 +155,8 @@ def described(facts: dict[str, Any]) -> list[str]:
     if data["column"] == "latents":
         images = f"latents, {images}, of {encoder.get('model') or encoder.get('name')}"
     low, high = objective.guidance_range
+    adapter = adapter_of(facts)
+    of = "parameters" if adapter is None else "parameters of the adapter"
     names = data.get("class_names", [])
     classes = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     found = {
@@ -155,28 +167,32 @@ def described(facts: dict[str, Any]) -> list[str]:
         "prompts": f"{config.text.encoder}, at most {config.text.tokens} tokens" if config.text else "none",
         "training images": sum(data.get("class_counts", [])) or "not known",
         "steps": facts["step"],
-        "weights": f"{facts['average']}, {parameters(config):,} parameters",
+        "weights": f"{facts['average']}, {parameters(config, adapter):,} {of}",
         "code": facts["commit"],
     }
-    if (adapter := adapter_of(facts)) is not None:
+    if adapter is not None:
         found["adapter"] = f"of rank {adapter.rank}; needs {Path(adapter.base).name} beside it"
     finished = dict.fromkeys(one["extractor"] for one in facts.get("finished", []))
     found["finished on"] = ", ".join(finished) or "nothing"
     return ["| | |", "|---|---|", *(f"| {key} | {plain(str(value))} |" for key, value in found.items())]
 
 
-def parameters(config: AnyNetwork) -> int:
-    """Return the number of weights of an architecture."""
-    return sum(math.prod(shape) for shape in shapes(config).values())
+def parameters(config: AnyNetwork, adapter: Adapter | None) -> int:
+    """Return the number of weights of an architecture, or of an adapter's."""
+    return sum(math.prod(shape) for shape in shapes(config, adapter).values())
 
 
 def upload(folder: Path, name: str, private: bool = False) -> str:
     """Create the repository `name` (USER/MODEL) on the Hugging Face hub if need be, and upload the folder.
 
+    An adapter's base that lies in it is not uploaded.
+
     private: not for everyone to see, which a repository that exists must be already; without it the hub's
     default holds. Return its address, and who can see it. Raises ValueError, in one line, with the command
     that does it later.
     """
+    there = {file.name for file in folder.iterdir()}
+    own = own_files(ADAPTER if f"{ADAPTER}.json" in there else NAME)
     try:
         from huggingface_hub import HfApi
 
@@ -185,9 +201,10 @@ def upload(folder: Path, name: str, private: bool = False) -> str:
         hidden = api.model_info(name).private
         if private and not hidden:
             raise ValueError(f"{name} exists and is public")
-        api.upload_folder(repo_id=name, folder_path=str(folder))
+        api.upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=sorted(own))
     except Exception as error:  # requests, the hub and a missing library have their own
         reason = " ".join(str(error).split())[:200]
-        later = shlex.join(["hf", "upload", *(["--private"] if private else []), name, str(folder)])
+        left = [f"--exclude={file}" for file in sorted(there - own)]
+        later = shlex.join(["hf", "upload", *(["--private"] if private else []), *left, name, str(folder)])
         raise ValueError(f"--hub: {folder} is written, not uploaded: {reason}. Later: {later}") from error
     return f"{address} ({'private' if hidden else 'public: anyone can see it'})"

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from scipy.integrate import quad
 
-from eval.card import public
+from eval.card import draw, public
 from eval.export import Sampler, export_program, find_weights
 from eval.export import main as export_main
 from recipe import ema
@@ -263,8 +263,9 @@ def test_a_card_is_uploaded_or_stays_here(tmp_path, monkeypatch, capsys):
         def model_info(self, name):
             return SimpleNamespace(private=name == "me/private")
 
-        def upload_folder(self, repo_id, folder_path):
-            done.append((repo_id, sorted(file.name for file in Path(folder_path).iterdir())))
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            files = {file.name for file in Path(folder_path).iterdir()}
+            done.append((repo_id, sorted(files & set(allow_patterns))))
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
@@ -305,8 +306,21 @@ def test_what_is_published_says_of_paths_the_last_part():
             "class_names": ["a/b"],
         }
     ]
+    for folder in ("/home/me, and you/x", "C:\\me\\secret\\x", "s3://me/a, b/x", "me/x"):
+        adapter = {"base": folder, "reference": folder, "extractor": f"image-model:{folder}, pixels"}
+        hub = "me/" if folder == "me/x" else ""
+        named = {"base": "x", "reference": "x", "extractor": f"image-model:{hub}x, pixels"}
+        assert public(adapter) == named
     text = {"encoder": {"model": "s3://secret/vae", "name": "me/vae"}, "text": {"encoder": "/home/me/t5"}}
     assert public(text) == {"encoder": {"model": "vae", "name": "me/vae"}, "text": {"encoder": "t5"}}
+
+
+def test_a_card_says_when_its_samples_were_guided(tmp_path, monkeypatch):
+    weights = disturbed(tmp_path, channels=1, classes=2)
+    model = SimpleNamespace(prompts=None, facts=read_facts(weights), w=8.0, interval=[0.42, 0.62])
+    model.sample = lambda n, nfe: np.zeros((n, 4, 4, 1), np.uint8)
+    monkeypatch.setattr("eval.card.load", lambda _: model)
+    assert draw(weights, tmp_path / "x.png").endswith("steps: 1, w = 8 for t from 0.42 to 0.62")
 
 
 def test_weights_with_prompts_have_a_card_without_picture(tmp_path, capsys):
