@@ -124,13 +124,13 @@ class SweepConfig(Settings):
     )
     w: Many[Positive] = Field(
         [],
-        description="Guidance weights of sampling; empty means that at which weights were finished, else of "
-        "training, the nearest to 1.",
+        description="Guidance weights of sampling; empty means the one at which the weights were finished, "
+        "or else the one nearest to 1 of their training.",
     )
     interval: list[Interval] = Field(
         [],
         description="Guidance intervals [t_min, t_max] of sampling, for weights that take one; empty means "
-        "that at which they were finished, else guidance at every time.",
+        "the one at which they were finished, or else guidance at every time.",
     )
     protocol: Literal[tuple(PROTOCOLS)] = Field(
         "matched", description="How many samples, of which labels, and how pixels are rounded."

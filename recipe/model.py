@@ -20,7 +20,9 @@ from recipe.text import Prompts, Text
 
 
 def frozen_copy(net: nn.Module, shared: Iterable[nn.Parameter] = ()) -> nn.Module:
-    """Return a copy of the network that is never trained; of `shared` it has no copies, but themselves."""
+    """Return a copy of the network that is never trained; parameters in `shared` are not copied but used by
+    both.
+    """
     return copy.deepcopy(net, {id(p): p for p in shared}).requires_grad_(False)
 
 
@@ -32,8 +34,8 @@ class GenerativeModel(ComposerModel):
     length B, and `text` and `text_length` for a network with prompts. Every random draw is keyed by (seed,
     step, sample), so ranks, microbatches and resumes change nothing. A network without classes takes every
     label for its only one. adapter: what weights say of the student's (recipe/adapter.py); share: whether
-    the averages have no copies of what it freezes, which FSDP2 needs. tangent_scale, flow_matching: the state
-    of the warm-ups, set before each step (`ScaleParameter`).
+    the averages use the student's own frozen weights instead of copies; not under FSDP2, which needs copies.
+    tangent_scale, flow_matching: the state of the warm-ups, set before each step (`ScaleParameter`).
     """
 
     def __init__(

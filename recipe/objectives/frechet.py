@@ -178,8 +178,9 @@ class Frechet(Objective):
     epsilon: Positive = Field(0.01, description="Distance below which an extractor counts less.")
     joint: Positive | None = Field(
         None,
-        description="Weight of the prompt, or else the label, which is matched together with the features, "
-        "as a share of their own size; null is features alone, which give neither a gradient.",
+        description="Size of the condition (the prompt, or the label of a network without prompts) that is "
+        "matched together with the features, as a multiple of theirs; null matches features alone, so that "
+        "the condition gets no gradient.",
     )
     vae: LocalPath | None = Field(
         None, description="Folder or hub name of the autoencoder of latents; null is the dataset's."
