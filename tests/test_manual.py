@@ -20,7 +20,7 @@ KEYS = {
     "benchmarks.compiled": "gemm",
 }
 OTHERS = ["recipe.weights", "streaming_convert.__main__", "kernels.inspect", "tests.faults", "tests.parity"]
-OTHERS += [f"eval.{name}" for name in ("sample", "export", "import_weights", "reference")]
+OTHERS += [f"eval.{name}" for name in ("app", "sample", "export", "import_weights", "reference")]
 OTHERS += [f"benchmarks.{name}" for name in ("attention", "gpu", "loader", "step")]
 
 
