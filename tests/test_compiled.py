@@ -77,6 +77,7 @@ def run(capsys, *overrides):
     return status, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_prices_every_pass_and_assembles_every_kernel(capsys):
     status, text = run(capsys, *SMALL, "objective.name=flow_matching", "gemm=0.5", "launch=0")
     assert status == 0
@@ -97,6 +98,7 @@ def test_the_command_prices_every_pass_and_assembles_every_kernel(capsys):
     assert float(line.split()[-1]) == pytest.approx(kept, abs=0.001)
 
 
+@pytest.mark.slow
 def test_a_block_of_the_other_network_is_priced_too():
     """Of a block of mit: 4 products, the widest to both halves of SwiGLU; attention is one operation."""
     config = load(*SMALL, "model.network=mit", "model.head_depth=1", "objective.name=flow_matching")
@@ -161,6 +163,7 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize("overrides", [[], MEANFLOW, PROMPTS], ids=["tvm", "meanflow", "prompts"])
+@pytest.mark.slow
 def test_the_planner_s_table_is_what_inductor_makes_of_xl(overrides):
     config = load(*overrides)
     for one in config.objective.passes():

@@ -230,6 +230,7 @@ def objects(client, prefix: str = "") -> dict[str, tuple]:
     return {o["Key"]: o["LastModified"] for page in pages for o in page.get("Contents", [])}
 
 
+@pytest.mark.slow
 def test_killed_upload_is_continued_shard_by_shard(bucket, pictures, uninterrupted, tmp_path):
     run = Run(command(pictures, "s3://data/set"), tmp_path / "log")
     wait_for(lambda: len(objects(bucket, "set/train/.parts/0")) >= 7)

@@ -149,6 +149,7 @@ def disturbed(folder, column="image", channels=2, **options):
     return folder / "w"
 
 
+@pytest.mark.slow
 def test_a_program_of_the_network_of_imf_is_the_sampler(tmp_path):
     torch.manual_seed(0)
     net = MiT(MiTConfig(size=4, channels=1, classes=3, width=32, depth=2, heads=2, head_depth=1))
@@ -168,6 +169,7 @@ def test_a_program_of_the_network_of_imf_is_the_sampler(tmp_path):
 
 
 @pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.slow
 def test_a_program_takes_prompts(tmp_path, classes):
     weights = disturbed(tmp_path, classes=classes, text=TextConfig(tokens=8, width=32))
     program, generator = export_program(weights, 2, 4.0).module(), Generator(weights)
@@ -185,6 +187,7 @@ def test_a_program_takes_prompts(tmp_path, classes):
 
 
 @pytest.mark.parametrize("text", [None, TextConfig(tokens=8, width=32)])
+@pytest.mark.slow
 def test_an_onnx_program_gives_the_same_latents(tmp_path, text):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -330,6 +333,7 @@ def test_weights_with_prompts_have_a_card_without_picture(tmp_path, capsys):
     assert "samples.png" not in (tmp_path / "mine/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_program_guides_each_sample_by_its_own_label(tmp_path):
     """TVM's rule, w = 1 without label, is in the graph: of a mixed batch, to the bit."""
     torch.manual_seed(0)

@@ -659,6 +659,7 @@ def test_unknown_backend():
         kernels.set_backend("cuda")
 
 
+@pytest.mark.slow
 def test_compiled_kernels_meet_the_bars():
     """Registers, spills, matrix instructions for sm_80 and sm_90, in a process that interprets nothing."""
     pytest.importorskip("triton")

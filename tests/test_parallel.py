@@ -208,10 +208,12 @@ def compiled_and_plain(monkeypatch, checkpoint_every, text):
     ],
     ids=OBJECTIVES,
 )
+@pytest.mark.slow
 def test_blocks_compile_whole_once_and_change_nothing(monkeypatch, config, expected, checkpoint_every):
     compiles_whole_once(monkeypatch, config, expected, checkpoint_every)
 
 
+@pytest.mark.slow
 def test_blocks_with_prompts_compile_whole_once_and_change_nothing(monkeypatch):
     text = TextConfig(tokens=9, width=32)
     compiles_whole_once(monkeypatch, TVM(guidance=1.5), expected=4, checkpoint_every=1, text=text)

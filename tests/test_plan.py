@@ -235,6 +235,7 @@ def saved_bytes(net, dual, bf16, batch):
         (False, 1, 0, False, 0.1),
     ],
 )
+@pytest.mark.slow
 def test_activations_are_what_autograd_keeps(
     silent_kernels, monkeypatch, dual, compiled, budget, every, bf16, tolerance, options
 ):
@@ -310,6 +311,7 @@ def test_traffic_is_what_fsdp2_sends(eight_ranks, objective, reshard):
         assert sum(row.received for row in mine) == pytest.approx(seen.bytes[name] * 7 / 8, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_run_shards_what_is_sharded_and_says_what_does_not_fit(capsys):
     def table(*overrides):
         plan.main(["yamls/imagenet256_w2.yaml", *overrides])

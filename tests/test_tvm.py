@@ -249,6 +249,7 @@ def sliced_wasserstein(a, b, directions=64):
     return (a - b).square().mean().sqrt().item()
 
 
+@pytest.mark.slow
 def test_one_step_samples_of_a_mixture_are_closer_than_those_of_flow_matching():
     real, noise = mixture(2000, 10_000), initial_noise(torch.arange(2000), (2, 1, 1))
     distance = {}
