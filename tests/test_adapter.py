@@ -165,7 +165,7 @@ def test_a_part_that_no_network_has_is_one_line():
 
 
 def test_a_run_begins_with_an_adapter_whose_base_lies_beside_it(tmp_path):
-    """Where init_from of the adapter's run was found, nothing is any more."""
+    """The base has gone from the place where init_from found it."""
     model, _ = started(tmp_path, TVM(), TVM())
     perturb(model.net, trained_alone=True)
     facts = {**inference_facts(model, DATA), "average": "net", "step": 8}
@@ -205,7 +205,7 @@ def test_a_base_in_a_bucket_is_to_be_put_beside_its_adapter(tmp_path):
 
 @pytest.mark.parametrize("target", [FlowMatching(), Frechet(features={"pixels": "x"})])
 def test_an_adapter_of_flow_matching_needs_no_step_to_be_trained(tmp_path, monkeypatch, target):
-    """Its d is 0 always, so an `s_embedder` that says nothing may be frozen."""
+    """Flow matching has d = 0 always, so an `s_embedder` that says nothing may be frozen."""
     monkeypatch.setattr("tests.test_adapter.network", without_steps)
     assert "new: s_embedder, an adapter" in started(tmp_path, FlowMatching(), target)[1]
     with pytest.raises(ConfigError, match="^adapter.modules_to_save: guidance_embedder, s_embedder: not in"):

@@ -100,7 +100,7 @@ def test_the_command_prices_every_pass_and_assembles_every_kernel(capsys):
 
 @pytest.mark.slow
 def test_a_block_of_the_other_network_is_priced_too():
-    """Of a block of mit: 4 products, the widest to both halves of SwiGLU; attention is one operation."""
+    """A block of mit makes 4 products, the widest to both halves of SwiGLU; attention is one operation."""
     config = load(*SMALL, "model.network=mit", "model.head_depth=1", "objective.name=flow_matching")
     forward, backward = compiled.compile_step(config, 4, H100)
     tokens, width = 4 * (16 + 20), 96

@@ -300,7 +300,7 @@ def test_complete_imf_draws_intervals_and_trains_its_auxiliary_head_from_the_fir
     "objective", [TVM(), MeanFlow(equal_share=1.0), IMF(equal_share=1.0), FlowMatching()]
 )
 def test_a_network_that_gives_the_image_itself_is_right_at_every_time(objective):
-    """With output x, also below the time that its velocity is divided by at least."""
+    """This holds below `t_floor`, too, by which output x divides at least."""
     x0, ids = torch.randn(64, 2, 4, 4).double(), torch.arange(64)
     drawn = draw(x0, 0 * ids, 0 * ids, ids, 0, objective, 1, DiTConfig(output="x", t_floor=0.5))
     assert (objective.flow_time(drawn.times) < 0.5).any()
