@@ -138,13 +138,15 @@ def find_damage(path: Path, expected: dict[str, str]) -> str | None:
 def identity(config: TrainConfig) -> dict:
     """Return what a checkpoint must agree on with the run that loads it."""
     model = {k: v for k, v in as_dict(config.model).items() if k not in INIT_ONLY}
+    objective, finish = config.objective, {}
+    if objective.finishes:
+        finish = {"objective.features": list(objective.features), "objective.joint": objective.joint}
     return {
-        "objective.name": config.objective.name,
+        "objective.name": objective.name,
         "parallel.fsdp2": config.parallel.fsdp2,
         "ema.posthoc": config.ema.posthoc,
         "adapter": config.adapter and as_dict(config.adapter),
-        **({"objective.features": list(config.objective.features)} if config.objective.finishes else {}),
-        **({"objective.joint": config.objective.joint} if config.objective.finishes else {}),
+        **finish,
         **{f"model.{k}": v for k, v in model.items()},
     }
 
