@@ -209,7 +209,9 @@ def warm_start(model: GenerativeModel, weights: Weights, folders: Folders) -> st
     with TemporaryDirectory() as scratch:
         folder = folders[weights.uri]
         names = [weights.name + suffix for suffix in (".safetensors", ".json")]
-        for name in dict.fromkeys([*names, *base_files(weights.facts, folder.names())]):
+        if "adapter" in weights.facts:
+            names += base_files(weights.facts, folder.names())
+        for name in names:
             folder.get(name, Path(scratch, name))
         try:
             net, facts = load_weights(Path(scratch, weights.name))
