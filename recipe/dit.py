@@ -150,15 +150,16 @@ def position_embedding(width: int, side: int) -> Tensor:
 
 
 class ScalarEmbedder(nn.Module):
-    """(B,) -> (B, D): sinusoid, then a two-layer MLP."""
+    """(B,) -> (B, D): sinusoid of `scale` times the number, then a two-layer MLP."""
 
-    def __init__(self, width: int, frequencies: int = 256) -> None:
+    def __init__(self, width: int, frequencies: int = 256, scale: float = 1.0) -> None:
         super().__init__()
-        self.frequencies = frequencies
+        self.frequencies, self.scale = frequencies, scale
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, u: Dual) -> Dual:
-        hidden = dual.linear(self.mlp[0], dual.sinusoid(u, self.frequencies))
+        scaled = dual.map_linear(lambda x: self.scale * x, u)
+        hidden = dual.linear(self.mlp[0], dual.sinusoid(scaled, self.frequencies))
         return dual.linear(self.mlp[2], dual.silu(hidden))
 
 

@@ -28,7 +28,7 @@ from recipe.dit import (
     keep_casts_with_a_graph,
 )
 from recipe.dual import Dual
-from recipe.settings import ConfigError, Count, NotNegative
+from recipe.settings import ConfigError, Count, NotNegative, Positive
 
 PRESETS = {
     "B": {"width": 768, "depth": 12, "heads": 12},
@@ -68,6 +68,11 @@ class MiTConfig(NetworkConfig):
     learned_positions: bool = Field(False, description="Whether a learned position is added to each token.")
     bottleneck: Count | None = Field(
         None, description="Width between the two linear maps that embed a patch; null for a single one."
+    )
+    embedding_scale: Positive = Field(
+        1.0,
+        description="Factor of a number (1 - 1/w, an end of the guidance interval, t - s) before its "
+        "sinusoids: 1 as published; a high learning rate needs more.",
     )
     gate_init: NotNegative = Field(
         0.0,
@@ -212,10 +217,11 @@ class MiT(Denoiser):
         else:
             self.x_embedder = BottleneckEmbed(channels, config.bottleneck, width, patch)
         self.y_embedder = LabelEmbedder(config.classes, width)
-        self.guidance_embedder = ScalarEmbedder(width)
-        self.start_embedder = ScalarEmbedder(width)
-        self.end_embedder = ScalarEmbedder(width)
-        self.s_embedder = ScalarEmbedder(width)
+        scale = config.embedding_scale
+        self.guidance_embedder = ScalarEmbedder(width, scale=scale)
+        self.start_embedder = ScalarEmbedder(width, scale=scale)
+        self.end_embedder = ScalarEmbedder(width, scale=scale)
+        self.s_embedder = ScalarEmbedder(width, scale=scale)
         groups = config.groups.items()
         self.tokens = nn.ParameterDict({name: torch.zeros(count, width) for name, count in groups})
         learned = torch.zeros(1, config.sequence, width) if config.learned_positions else None

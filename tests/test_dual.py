@@ -20,7 +20,7 @@ KINDS = {
     "dit, x": {"network": "dit", "output": "x"},
     "mit": {"network": "mit", "head_depth": 1},
     "mit, x": {"network": "mit", "head_depth": 1, "output": "x", "rotary": "grid", "learned_positions": True}
-    | {"bottleneck": 5},
+    | {"bottleneck": 5, "embedding_scale": 3.0},
 }
 
 
@@ -152,6 +152,16 @@ def test_heads_of_mit_share_their_tokens_and_v_has_no_tangent():
     assert found[1] is None
     torch.testing.assert_close(found[0].value, u.value)
     torch.testing.assert_close(alone(*told, "v").value, u.value)
+
+
+def test_embedding_scale_multiplies_what_the_tokens_of_mit_are_told():
+    net = network(kind="mit")
+    x, _, t, _, d, _, label, beta = query(net)
+    scaled = MiT(replace(net.config, embedding_scale=2.0)).double()
+    scaled.load_state_dict(net.state_dict())
+    half = scaled(x, t, d / 2, label, 1 - (1 - beta) / 2, interval=(0.1, 0.35)).value
+    torch.testing.assert_close(half, net(x, t, d, label, beta, interval=(0.2, 0.7)).value)
+    assert not torch.allclose(half, scaled(x, t, d, label, beta, interval=(0.2, 0.7)).value)
 
 
 def test_mit_begins_as_published():
