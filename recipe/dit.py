@@ -424,37 +424,24 @@ class DiT(Denoiser):
         no other. Returns a pair of (B, C, H, W).
         """
         x, t, d = dual.dual(x), dual.dual(t), dual.dual(d)
+        told = t
+        if self.config.reverse_time:
+            told = Dual(1 - t.value, None if t.tangent is None else -t.tangent)
         with keep_casts_with_a_graph(x.value.device.type):
-            return self._evaluate(x, t, d, label, beta, detach_tangent, text)
-
-    def _evaluate(
-        self,
-        x: Dual,
-        t: Dual,
-        d: Dual,
-        label: Tensor,
-        beta: Tensor | None,
-        detach_tangent: bool,
-        text: Text | None,
-    ) -> Dual:
-        config, time = self.config, t
-        if config.reverse_time:
-            t = Dual(1 - t.value, None if t.tangent is None else -t.tangent)
-        cond = [self.t_embedder(t), self.s_embedder(d), self.y_embedder(label)]
-        if beta is not None:
-            cond.append(self.guidance_embedder(Dual(beta)))
-        context = None
-        if text is not None:
-            tokens, pooled = self.text_embedder(text)
-            context = tokens, text.length
-            cond.append(Dual(pooled))
-        c = dual.silu(dual.add(*cond))
-        z = dual.add(self.x_embedder(x), Dual(self.pos_embed))
-        if detach_tangent:
-            z, c = dual.detach(z), dual.detach(c)
-        for block in self.blocks:
-            z = block(z, c, detach_tangent, context)
-        F = self.image(self.final_layer(z, c), x, time)
+            cond, context = [self.t_embedder(told), self.s_embedder(d), self.y_embedder(label)], None
+            if beta is not None:
+                cond.append(self.guidance_embedder(Dual(beta)))
+            if text is not None:
+                tokens, pooled = self.text_embedder(text)
+                context = tokens, text.length
+                cond.append(Dual(pooled))
+            c = dual.silu(dual.add(*cond))
+            z = dual.add(self.x_embedder(x), Dual(self.pos_embed))
+            if detach_tangent:
+                z, c = dual.detach(z), dual.detach(c)
+            for block in self.blocks:
+                z = block(z, c, detach_tangent, context)
+            F = self.image(self.final_layer(z, c), x, t)
         return dual.detach(F) if detach_tangent else F
 
     def unused(self, guidance: bool, auxiliary: bool) -> list[nn.Module]:
@@ -480,20 +467,15 @@ class DiT(Denoiser):
                 nn.init.ones_(module.weight)
             elif isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.zeros_(module.bias)
-                self._init_matrix(name, module.weight)
-
-    def _init_matrix(self, name: str, weight: Tensor) -> None:
-        if "adaLN_modulation" in name or name in ("final_layer.linear", "text_embedder.pool"):
-            nn.init.zeros_(weight)
-        elif name.startswith(("t_embedder", "s_embedder", "guidance_embedder")):
-            if self.config.time_init == "normal":
-                nn.init.normal_(weight, std=0.02)
-            else:
-                spectral_(weight)
-        elif name == "x_embedder.proj" and self.config.patch_init == "xavier":
-            nn.init.xavier_normal_(weight.flatten(1))
-        else:
-            spectral_(weight)
+                time = name.startswith(("t_embedder", "s_embedder", "guidance_embedder"))
+                if "adaLN_modulation" in name or name in ("final_layer.linear", "text_embedder.pool"):
+                    nn.init.zeros_(module.weight)
+                elif time and self.config.time_init == "normal":
+                    nn.init.normal_(module.weight, std=0.02)
+                elif name == "x_embedder.proj" and self.config.patch_init == "xavier":
+                    nn.init.xavier_normal_(module.weight.flatten(1))
+                else:
+                    spectral_(module.weight)
 
 
 def spectral_(weight: Tensor) -> None:

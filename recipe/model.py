@@ -73,7 +73,7 @@ class GenerativeModel(ComposerModel):
         label = batch["label"].clamp(max=config.classes)
         with torch.no_grad():
             x0 = self.normalizer(batch, step, self.seed)
-            drawn = draw(x0, label, step, sample, self.seed, self.objective, config.null, config)
+            drawn = draw(x0, label, step, sample, self.seed, self.objective, config)
         if self.prompts is not None:
             drawn = drawn._replace(text=Text(batch["text"], batch["text_length"]))
         student, teacher = self.prompted(self.net, drawn.text), self.prompted(self.target, drawn.text)

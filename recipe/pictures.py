@@ -153,11 +153,8 @@ def lettering(text: str) -> tuple[str, str | None]:
         if needed <= _letters(file):
             return text, file
     known = _letters(own)
-    return "".join(x if ord(x) in known or x.isspace() else _escaped(x) for x in text), own
-
-
-def _escaped(letter: str) -> str:
-    return letter.encode("unicode_escape").decode()
+    escaped = (x if ord(x) in known or x.isspace() else x.encode("unicode_escape").decode() for x in text)
+    return "".join(escaped), own
 
 
 @cache

@@ -13,8 +13,8 @@ import json
 import os
 import re
 import subprocess
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -29,10 +29,9 @@ from typing_extensions import NotRequired, TypedDict
 
 from recipe.adapter import PREFIX, Adapter, adapter_state, add_adapter, merge
 from recipe.dit import Denoiser, NetworkConfig
-from recipe.manual import answer
 from recipe.networks import AnyNetwork, build
 from recipe.objectives import from_facts
-from recipe.objectives.change import adapt
+from recipe.objectives.base import adapt
 from recipe.settings import Count, Interval, Positive, make
 from storage.outside import file_digest, parse_json, read_bytes
 
@@ -80,21 +79,14 @@ def commit() -> str:
     commit is `version 0.1.0`. Where there is no version either, it is `unknown`.
     """
     git, here = ["git", "-C", str(Path(__file__).parent)], Path(__file__).name
-    try:
+    with suppress(OSError, subprocess.CalledProcessError):
         subprocess.run([*git, "ls-files", "--error-unmatch", here], capture_output=True, check=True)
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, check=True)
         changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return installed_version()
-    return head.stdout.decode().strip() + ("+" if changes.stdout.strip() else "")
-
-
-def installed_version() -> str:
-    """Return `version X.Y.Z` of the installed project, or `unknown` where it is not installed."""
-    try:
+        return head.stdout.decode().strip() + ("+" if changes.stdout.strip() else "")
+    with suppress(metadata.PackageNotFoundError):
         return f"version {metadata.version('terminal-velocity')}"
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    return "unknown"
 
 
 def save_weights(
@@ -146,6 +138,16 @@ def parse_facts(text: bytes, where: str) -> dict[str, Any]:
 def adapter_of(facts: dict[str, Any]) -> Adapter | None:
     """Return what weights with these facts say of their adapter, None where they are whole."""
     return make(Adapter, facts["adapter"], "adapter") if "adapter" in facts else None
+
+
+def find_label(asked: str | int, classes: int, names: Sequence[str]) -> int | None:
+    """Return the label, of 0..classes-1, of a number or the name of a class; None where there is none.
+
+    A text is a name first, and a number where no class has that name; a number is a number.
+    """
+    if isinstance(asked, str) and asked in names[:classes]:
+        return names.index(asked)
+    return int(asked) if str(asked) in map(str, range(classes)) else None
 
 
 def shapes(config: NetworkConfig, adapter: Adapter | None = None) -> dict[str, tuple[int, ...]]:
@@ -279,22 +281,3 @@ def newest_export(names: Iterable[str]) -> str | None:
 def _files(path: str | Path) -> tuple[Path, Path]:
     stem = str(path).removesuffix(".json").removesuffix(".safetensors")
     return Path(f"{stem}.safetensors"), Path(f"{stem}.json")
-
-
-def main(arguments: list[str]) -> None:
-    """Run the command line: print the facts, or one of them."""
-    usage = "python -m recipe.weights NAME [KEY]"
-    answer(arguments, usage, __doc__)
-    if len(arguments) > 2:
-        raise SystemExit(f"usage: {usage}")
-    try:
-        facts = read_facts(arguments[0])
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
-    if arguments[1:] and arguments[1] not in facts:
-        raise SystemExit(f"{arguments[1]}: not one of {', '.join(facts)}")
-    sys.stdout.write(json.dumps(facts[arguments[1]] if arguments[1:] else facts, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -244,9 +244,9 @@ def test_activations_are_what_autograd_keeps(
     net = build(model)
     # Inductor's partition of forward and backward without its minutes of code generation
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
-    how = {"compile": compiled, "activation_budget": budget, "checkpoint_every": every}
-    prepare_blocks(net, ParallelConfig(**how), trained=True)
-    planned = plan.activation_bytes(model, dual, compiled, every, plan.BF16 if bf16 else plan.FP32, budget)
+    how = ParallelConfig(compile=compiled, activation_budget=budget, checkpoint_every=every)
+    prepare_blocks(net, how, trained=True)
+    planned = plan.activation_bytes(model, how, dual, plan.BF16 if bf16 else plan.FP32)
     assert 2 * planned == pytest.approx(saved_bytes(net, dual, bf16, 2), rel=tolerance)
 
 
