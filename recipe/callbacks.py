@@ -1,7 +1,5 @@
 """What a run writes beside its checkpoints: inference weights, pictures of samples and a log of numbers."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable
@@ -93,7 +91,7 @@ class ExportWeights(Callback):
                 )
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        """Export when it is due; the averages, which are algorithms, have been updated by then."""
+        """Export when it is due, after the averages' update, since those are algorithms."""
         if event == Event.INIT:
             self.model = unwrap(state.model)
         if self.preemption.stopped:
@@ -156,10 +154,7 @@ class SampleGrid(Callback):
             raise ConfigError(f"grid.vae: {error}") from error
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        """Draw when it is due; the averages, which are algorithms, have been updated by then.
-
-        Raises StorageError, on all ranks.
-        """
+        """Draw when it is due, after the averages' update. Raises StorageError, on all ranks."""
         if event != Event.BATCH_CHECKPOINT or not self.due(state, event):
             return
         on_rank_zero(self.owner.check_files)

@@ -107,10 +107,7 @@ def read_json(folder: Folder, name: str, keys: set[str]) -> dict:
 
 
 def receipts(folder: Folder, checkpoint: Checkpoint) -> list[dict] | None:
-    """Read the receipts of all ranks, of one attempt at saving; None if the checkpoint is not complete.
-
-    Raises StorageError, DamageError.
-    """
+    """Read the receipts of all ranks, of one attempt at saving; None if incomplete. Raises StorageError."""
     found: list[dict] = []
     while not found or len(found) < found[0]["ranks"]:
         name = f"rank{len(found)}.json"
@@ -239,10 +236,7 @@ def dataset_facts(manifest: Manifest) -> dict:
 
 
 def check_dataset(data: DataConfig, manifest: Manifest, point: Resumable) -> None:
-    """Raise ConfigError where checkpoints were trained on another dataset than this one.
-
-    A position in one dataset means nothing in another: Streaming fails there, or goes on with other samples.
-    """
+    """Raise ConfigError where checkpoints are of another dataset, in which a position means nothing."""
     here = dataset_facts(manifest)
     for saved in point.saved:
         if (there := saved.dataset) and there != here:
@@ -263,10 +257,7 @@ class Resumable(NamedTuple):
 
 
 def own_checkpoints(config: TrainConfig, folders: Folders, names: list[str]) -> Resumable:
-    """Return the run's own checkpoints; names: of the files in its save_folder.
-
-    Raises ConfigError where the folder is another run's, StorageError.
-    """
+    """Return the run's own checkpoints among `names` in its save_folder. Raises ConfigError, StorageError."""
     folder = folders[config.save_folder]
     if names:
         check_identity(config, folder, names)

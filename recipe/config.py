@@ -206,10 +206,7 @@ def find_yaml(name: str, folder: Path = Path()) -> Path:
 
 
 def yaml_of(path: str) -> str:
-    """Return the path; for a dataset's folder, or its train/ or val/, that of the dataset's train.yaml.
-
-    Raises ConfigError for a folder without one.
-    """
+    """Return the path; of a dataset's folder, or its train/ or val/, its train.yaml. Raises ConfigError."""
     folder = Path(path)
     if not folder.is_dir() or find_yaml(path).is_file():
         return path
@@ -258,7 +255,7 @@ def read_overrides(overrides: list[str]) -> dict[str, Any]:
     return given
 
 
-def check_references(value: Any, key: str = "") -> None:  # noqa: ANN401
+def check_references(value: Any, key: str = "") -> None:
     """Raise ConfigError for a value that OmegaConf would compute.
 
     A value may refer to another key, ${folder}; but what a resolver computes or reads from the environment

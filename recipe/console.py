@@ -1,7 +1,5 @@
 """What a run says on the console: a bar in a terminal, lines elsewhere, and at last where results are."""
 
-from __future__ import annotations
-
 import logging
 import time
 from datetime import timedelta

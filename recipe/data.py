@@ -226,7 +226,7 @@ def claim_cache(local: str) -> IO[str]:
 class CheckedStream(streaming.Stream):
     """Gives a downloaded file its final name only after its checksum; what has that name can be trusted."""
 
-    def get_shards(self, *arguments: Any) -> list:  # noqa: ANN401
+    def get_shards(self, *arguments: Any) -> list:
         shards = super().get_shards(*arguments)  # of the index that `check_local` has left here
         files = (info for shard in shards for pair in shard.file_pairs for info in pair if info)
         self._hashes = {info.basename: info.hashes["xxh64"] for info in files}
@@ -280,7 +280,7 @@ class TrainingDataset(StreamingDataset):
         manifest: Manifest | None = None,
         verify: bool = True,
         folders: Folders | None = None,
-        **options: Any,  # noqa: ANN401
+        **options: Any,
     ) -> None:
         """Open a dataset; manifest: read where it is not given; verify: see `DataConfig`; folders: those that
         are open; options: of Streaming.
@@ -295,7 +295,7 @@ class TrainingDataset(StreamingDataset):
         self.steps = self.num_samples // (self.batch_size * self._parallel_rank_world.num_ranks)
         self.length = self.steps * self.batch_size
 
-    def __getitem__(self, at: Any) -> dict[str, Any]:  # noqa: ANN401
+    def __getitem__(self, at: Any) -> dict[str, Any]:
         where = f"{self.source}: sample {at}"
         try:
             sample = super().__getitem__(at)
@@ -341,16 +341,16 @@ class TrainingDataset(StreamingDataset):
         if self._event.is_set():
             raise DatasetError(self._failure)
 
-    def _prepare_thread(self, it: Any) -> None:  # noqa: ANN401
+    def _prepare_thread(self, it: Any) -> None:
         with self._leaving(it):
             super()._prepare_thread(it)
 
-    def _ready_thread(self, it: Any) -> None:  # noqa: ANN401
+    def _ready_thread(self, it: Any) -> None:
         with self._leaving(it):
             super()._ready_thread(it)
 
     @contextmanager
-    def _leaving(self, it: Any) -> Iterator[None]:  # noqa: ANN401
+    def _leaving(self, it: Any) -> Iterator[None]:
         """Let a thread that fails say that it left, since Streaming waits for that."""
         try:
             yield

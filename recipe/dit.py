@@ -36,6 +36,7 @@ PRESETS = {
 
 
 NORMS = {"rms": dual.rms_norm, "layer": dual.layer_norm}
+FREQUENCIES = 256  # of the sinusoid of a scalar
 HEAD, TEXT_LAYERS = 32, 2  # head dimension and depth of the encoder of bytes
 
 
@@ -152,13 +153,12 @@ def position_embedding(width: int, side: int) -> Tensor:
 class ScalarEmbedder(nn.Module):
     """(B,) -> (B, D): sinusoid, then a two-layer MLP."""
 
-    def __init__(self, width: int, frequencies: int = 256) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, u: Dual) -> Dual:
-        hidden = dual.linear(self.mlp[0], dual.sinusoid(u, self.frequencies))
+        hidden = dual.linear(self.mlp[0], dual.sinusoid(u, FREQUENCIES))
         return dual.linear(self.mlp[2], dual.silu(hidden))
 
 

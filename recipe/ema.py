@@ -1,7 +1,5 @@
 """Averages of the weights: the algorithm that keeps them in training, and post-hoc averages of any length."""
 
-from __future__ import annotations
-
 from itertools import compress
 from typing import Annotated
 

@@ -2,8 +2,6 @@
 the moments of samples after every one.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any
@@ -48,10 +46,7 @@ def origin(found: Findings) -> dict[str, Any]:
 
 
 def begin_finish(config: TrainConfig, found: Findings) -> None:
-    """Load extractors and decoder and measure the real images, on all ranks together.
-
-    Raises ConfigError naming the setting, StorageError.
-    """
+    """Load extractors and decoder, measure real images, on all ranks. Raises ConfigError, StorageError."""
     objective, manifest = config.objective, found.manifest
     objective.origin = on_rank_zero(lambda: origin(found))
     base = from_facts(objective.origin["method"])

@@ -4,8 +4,6 @@ Sample i has the seed `seed` + i and depends on nothing else, so the same call g
 `python -m eval.sample` and as a sweep of the same arithmetic.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
@@ -186,7 +184,7 @@ class Generator:
         shape = config.channels, config.size, config.size
         return initial_noise(seeds.to(self.device), shape, self.dtype)
 
-    def __call__(self, label: Tensor, seeds: Tensor, nfe: int, w: float, *more: Any) -> Tensor:  # noqa: ANN401
+    def __call__(self, label: Tensor, seeds: Tensor, nfe: int, w: float, *more: Any) -> Tensor:
         """Return images; label, seeds: int64 (B,), the label K stands for none; more: see `from_noise`."""
         return self.from_noise(self.noise(seeds), label, nfe, w, *more)
 
@@ -290,10 +288,7 @@ def check_guidance(objective: Objective, w: float) -> None:
 
 
 def default_guidance(facts: dict[str, Any]) -> tuple[float, list[float] | None]:
-    """Return the guidance weight and interval of sampling where none are asked for.
-
-    They are those at which the weights were finished, or else of their training.
-    """
+    """Return weight and interval of guidance where none are asked for: a finish's, else of training."""
     found = own_finish(facts)
     w = found.get("w")
     return from_facts(facts["method"]).default_w if w is None else w, found.get("interval")

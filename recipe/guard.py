@@ -1,7 +1,5 @@
 """The algorithm that keeps a step of training stable: warm-ups, clipping, and steps that are skipped."""
 
-from __future__ import annotations
-
 import logging
 
 import torch

@@ -1,7 +1,5 @@
 """Settings in words, made from the classes that check them: the help of every program."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

@@ -42,10 +42,7 @@ class Normalizer(nn.Module):
 
 
 def make_normalizer(normalize: str | Statistics, manifest: Manifest) -> Normalizer:
-    """Make the normaliser that `data.normalize` asks for.
-
-    Raises ConfigError unless there are a mean and a deviation for each channel.
-    """
+    """Make the normaliser of `data.normalize`. Raises ConfigError unless it has numbers for each channel."""
     channels = manifest.channels
     if normalize == "pixels":
         mean, std = [127.5] * channels, [127.5] * channels

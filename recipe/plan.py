@@ -8,8 +8,6 @@ from efficiencies and a latency, which are assumptions and are printed as such.
 Letters: P parameters, N tokens, D width, r = mlp_ratio, G ranks that hold one sharded copy.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -431,10 +429,7 @@ class Collective(NamedTuple):
 
 
 def traffic(config: TrainConfig, gpus: int) -> list[Collective]:
-    """Return the collectives of one step: the network's, and those of a finish's sums over samples.
-
-    FSDP2 communicates in every microbatch, DDP once.
-    """
+    """Return the collectives of one step: the network's (FSDP2: in every microbatch), and a finish's."""
     size, messages = count_parameters(config), block_count(config.model) + 1
     sums, G = Finish(config).messages(), size.trained
     received = 2 * sum(sums) * (gpus - 1) / gpus

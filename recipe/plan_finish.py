@@ -1,7 +1,5 @@
 """What `recipe.plan` counts of the objective `frechet` beside the network: decoder, extractors and maps."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Every run does the same first. Each failure names the setting, and the command that mends it.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import netrc
@@ -40,10 +38,7 @@ log = logging.getLogger("recipe.preflight")
 
 
 def check_data(data: DataConfig, model: NetworkConfig, folders: Folders) -> tuple[Manifest, Normalizer]:
-    """Return the dataset's manifest, compared with its index and with the model, and the normaliser.
-
-    Raises ConfigError.
-    """
+    """Return the manifest, compared with its index and the model, and the normaliser. Raises ConfigError."""
     if not data.remote and not os.path.isdir(data.local):
         raise ConfigError(f"data.local: {data.local} is not a folder, and data.remote is not set")
     try:
@@ -127,10 +122,7 @@ def naming(key: str, uri: str) -> Iterator[None]:
 
 
 def writable(key: str, uri: str, folders: Folders) -> list[str]:
-    """Return the names of the files in a folder, which is listed, written to and deleted from.
-
-    Raises ConfigError.
-    """
+    """Return the names of the files in a folder: list it, write to it and delete. Raises ConfigError."""
     probe = f"{PROBE}-{uuid.uuid4().hex}"  # nodes may share the folder
     with naming(key, uri):
         folder = folders[uri]
@@ -161,10 +153,7 @@ def beginning(
 
 
 def oci_agreement(uris: dict[str, str]) -> Iterator[str]:
-    """Yield how OCI_CONFIG_FILE, which Composer prefers, and ~/.oci/config, which Streaming reads, differ.
-
-    uris: by their settings.
-    """
+    """Yield how OCI_CONFIG_FILE (Composer's) and ~/.oci/config (Streaming's) differ; uris: by setting."""
     import oci
 
     if not any(uri.startswith("oci://") for uri in uris.values()):

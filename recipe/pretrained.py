@@ -5,8 +5,6 @@ norm, of any other text model of transformers (such as Qwen) its own. Weights ar
 no code beside them is run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable

@@ -6,8 +6,6 @@ what it would do, and stops. Exit status: 0 finished, 75 preempted (start again)
 it could save, anything else an error.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import signal

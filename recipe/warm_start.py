@@ -5,8 +5,6 @@ are sampled; what the weights do not know (guidance, and the second time of an i
 nothing and is learned.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import asdict
 from pathlib import Path

@@ -6,8 +6,6 @@ std of the normalisation, class names, encoder), `step`, `average` (ema or net: 
 alone; `adapter` names the base, other weights, which loading finds at that path or beside the adapter.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -108,10 +106,7 @@ def save_weights(
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
-    """Read the JSON of the weights at `path`, with or without suffix.
-
-    Raises FileNotFoundError, ValueError.
-    """
+    """Read the JSON of weights at `path`, with or without suffix. Raises FileNotFoundError, ValueError."""
     weights, description = _files(path)
     for file in (weights, description):
         if not file.is_file():
@@ -259,10 +254,7 @@ def base_files(facts: dict[str, Any], names: Iterable[str]) -> list[str]:
 
 
 def newest_weights(path: str | Path) -> Path:
-    """Return `path`; of a folder of exports its newest weights, of one step the evaluation average first.
-
-    Raises FileNotFoundError where a folder has none.
-    """
+    """Return `path`; of a folder of exports its newest, the average first. Raises FileNotFoundError."""
     folder = Path(path)
     if not folder.is_dir():
         return folder

@@ -312,7 +312,10 @@ def test_a_fork_starts_from_another_runs_checkpoint_in_its_own_folder(s3, straig
 def test_a_start_opens_and_lists_its_save_folder_once(
     s3, s3_digits, digits, tmp_path, monkeypatch, cloud_env
 ):
-    """Count for a new run, one that resumes, a fork with its source, and weights to begin with."""
+    """Count for a new run, one that resumes, a fork with its source, and weights to begin with.
+
+    The bucket of the data is opened once, too, also by the first start, whose cache has no index yet.
+    """
     opened, listed = [], []
     names, made = Folder.names, Folder.__init__
     monkeypatch.setattr(Folder, "__init__", lambda self, uri: (opened.append(uri), made(self, uri))[1])
@@ -324,6 +327,7 @@ def test_a_start_opens_and_lists_its_save_folder_once(
         listed.clear()
         folder = f"folder={tmp_path}/{name}"
         trainer, _ = start(config_of(digits, s3.uri(name), folder, *others, *more), Preemption(None))
+        assert opened.count(s3_digits) == 1
         asked = [uri for uri in opened if not re.search("digits|cache", uri)]
         counted = {uri: (asked.count(uri), listed.count(uri)) for uri in asked}
         return trainer, counted

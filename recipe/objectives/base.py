@@ -9,8 +9,6 @@ have shape (B,), images (B, C, H, W).
     one step of sampling           x_s = x_t - (t - s) u(x_t, t, s)
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -186,10 +184,7 @@ class Objective(Settings, ABC):
 
     @abstractmethod
     def passes(self, auxiliary: bool = False) -> list[Pass]:
-        """Return the evaluations of the network in a step, for the planner.
-
-        auxiliary: whether the network has an auxiliary head.
-        """
+        """Return the evaluations of the network in a step; auxiliary: whether it has an auxiliary head."""
 
     @property
     def guidance_range(self) -> tuple[float, float]:

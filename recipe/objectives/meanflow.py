@@ -3,8 +3,6 @@
 identity  u(x_t, t, r) = v - (t - r) du/dt,   du/dt along (x, t, r) -> (v, 1, 0)
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch
@@ -103,7 +101,7 @@ def average_velocity_along(
     r: Tensor,
     label: Tensor,
     beta: Tensor | None,
-    **told: Any,  # noqa: ANN401
+    **told: Any,
 ) -> Dual:
     """Return u(x_t, t, r) and its derivative du/dt along (v, 1, 0), without gradient through that.
 

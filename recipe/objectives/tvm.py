@@ -7,8 +7,6 @@ In the notation of `base.py`, with k = w in the scaled parameterisation and 1 ot
     terminal condition  d/ds f(x_t, t, s) = u(x_t + f(x_t, t, s), s)
 """
 
-from __future__ import annotations
-
 from typing import ClassVar, Literal
 
 import torch
