@@ -95,9 +95,7 @@ class LogConfig(Settings):
 class TrainConfig(Settings):
     """One training run. Times are Composer's: 2400ba (batches), 3ep (epochs), 32000sp (samples), 600sec."""
 
-    run_name: FileName = Field(
-        description="Name of the run, which tells its checkpoints from those of others."
-    )
+    run_name: FileName = Field(description="Name of the run, which tells its checkpoints from others'.")
     folder: LocalPath = Field(
         description="Local folder of the run, which holds weights/, samples/, train.jsonl and what is on its "
         "way to a bucket."

@@ -73,11 +73,9 @@ class DataConfig(Settings):
     """Where the samples are, and how they become the network's input."""
 
     local: LocalPath = Field(
-        "data/digits/train", description="Folder of the dataset, or of its cache if remote is set."
+        "data/digits/train", description="Folder of the dataset, or with remote of its cache."
     )
-    remote: Place | None = Field(
-        None, description="Folder or bucket of the dataset; null if local holds all of it."
-    )
+    remote: Place | None = Field(None, description="Folder or bucket of the dataset; null if it is in local.")
     batch_size: Count = Field(256, description="Samples in a step, over all ranks together.")
     workers: int = Field(1, ge=0, le=1024, description="Processes of each rank that read samples.")
     normalize: Annotated[

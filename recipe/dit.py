@@ -108,9 +108,7 @@ class DiTConfig(NetworkConfig):
         None, description="Name of a published size, which sets width, depth, heads, and patch to 2."
     )
     mlp_ratio: float = Field(4.0, gt=0, le=100, description="Hidden width of the MLP in units of width.")
-    label_std: float = Field(
-        0.02, ge=0, le=100, description="Standard deviation of the initial class embeddings."
-    )
+    label_std: float = Field(0.02, ge=0, le=100, description="Deviation of the initial class embeddings.")
     time_init: Literal["normal", "spectral"] = Field(
         "normal",
         description="How the embedders of times begin: N(0, 0.02^2) (normal), or scaled to their spectral "
@@ -125,9 +123,7 @@ class DiTConfig(NetworkConfig):
     modulation_norm: bool = Field(True, description="Whether the conditioning's modulation is RMS-normed.")
     qk_norm: bool = Field(True, description="Whether queries and keys are RMS-normed.")
     reverse_time: bool = Field(False, description="Whether the network is told 1 - t for t, as SiT is.")
-    text: TextConfig | None = Field(
-        None, description="What prompts are made of; null is a network without prompts."
-    )
+    text: TextConfig | None = Field(None, description="What prompts are made of; null for a network without.")
 
     presets: ClassVar[dict[str, dict[str, int]]] = PRESETS
 

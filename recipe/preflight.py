@@ -257,30 +257,25 @@ def surroundings(config: TrainConfig) -> Iterator[str]:
             f"data.workers: {config.data.workers} need a temporary folder of at most {longest} characters, "
             f"{folder} has {len(folder)}. Fix: set TMPDIR=/tmp, or data.workers=0"
         )
-    if config.log.wandb == "online" and not has_wandb_key():
+    key = os.environ.get("WANDB_API_KEY")
+    with suppress(OSError, netrc.NetrcParseError):
+        key = key or netrc.netrc().authenticators("api.wandb.ai")
+    if config.log.wandb == "online" and not key:
         yield "log.wandb: online, but there is no key. Fix: run wandb login, or set log.wandb=offline"
     for name, path in config.objective.features.items() if config.objective.finishes else ():
         if not Path(path).exists():
             yield f"objective.features.{name}: {path} does not exist. Fix: convert it, or name another"
 
 
-def has_wandb_key() -> bool:
-    """Return True if Weights & Biases' key is in the environment or in ~/.netrc."""
-    with suppress(OSError, netrc.NetrcParseError):
-        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators("api.wandb.ai"))
-    return False
-
-
 class Findings(NamedTuple):
     """What the checks before a run have found, for the run to go on with.
 
-    names: of the files in its save_folder; point: the checkpoints that it can go on from, none for a new run;
-    weights: those of `init_from`, for a new run; folders: opened by this process so far.
+    point: the checkpoints that it can go on from, none for a new run; weights: those of `init_from`, for a
+    new run; folders: opened by this process so far.
     """
 
     manifest: Manifest
     normalizer: Normalizer
-    names: list[str]
     point: Resumable
     weights: Weights | None
     folders: Folders
@@ -311,7 +306,7 @@ def examine(config: TrainConfig, ranks: int) -> tuple[list[str], Findings | None
     found += [*cache_limit(config.data, ranks, manifest), *disk_space(config, manifest)]
     with collecting(found):
         point, weights = beginning(config, manifest, normalizer, folders, names)
-    return found, None if found else Findings(manifest, normalizer, names, point, weights, folders)
+    return found, None if found else Findings(manifest, normalizer, point, weights, folders)
 
 
 def shared(folder: str) -> bool:

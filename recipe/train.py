@@ -158,7 +158,7 @@ def start(config: TrainConfig, preemption: Preemption) -> tuple[Trainer, Manifes
     device = "gpu" if torch.cuda.is_available() else "cpu"
     dist.initialize_dist(device, timeout=3600)  # while a checkpoint is downloaded, the other ranks wait
     found = check(config)
-    on_rank_zero(lambda: fetch_log(config.folder, found.folders[config.save_folder], found.names))
+    on_rank_zero(lambda: fetch_log(config.folder, found.folders[config.save_folder]))
     batch = config.data.batch_size // dist.get_world_size()
     if (size := config.microbatch or 0) > batch:
         log.warning("microbatch: %d is more than a rank's %d samples here: one pass", size, batch)

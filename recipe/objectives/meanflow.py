@@ -20,9 +20,7 @@ class MeanFlow(Objective):
     """MeanFlow: the average velocity by its own identity, guidance fixed at training."""
 
     name: Literal["meanflow"] = Field("meanflow", description="MeanFlow.")
-    omega: float = Field(
-        1.0, description="Weight of v in the guided target; omega 1 and kappa 0 are no guidance."
-    )
+    omega: float = Field(1.0, description="Weight of v in the guided target; omega 1, kappa 0: no guidance.")
     kappa: BelowOne = Field(
         0.0,
         description="Weight of the velocity with label in the guided target; the effective guidance weight "
