@@ -67,19 +67,14 @@ class ConsoleLines(LoggerDestination):
         late = seconds >= EVERY or not self.said
         if step % self.config.log.interval or not done or not late:
             return
-        last = in_steps(self.config.duration, len(state.train_dataloader), self.config.data.batch_size)
-        log.info("%s: %s", self.config.run_name, self.line(step, last, seconds / done))
-        self.since, self.said = (now, step), True
-
-    def line(self, step: int, last: int, seconds: float) -> str:
-        """Return the line of a step, of which the run has `last`, one taking so many seconds."""
-        speed = self.config.data.batch_size / seconds
-        left = timedelta(seconds=round((last - step) * seconds))
+        batch, each = self.config.data.batch_size, seconds / done
+        last = in_steps(self.config.duration, len(state.train_dataloader), batch)
         loss, rate = (float(self.metrics[name]) for name in ("loss/train/total", "train/learning_rate"))
-        return (
-            f"step {step} of {last}, loss {loss:.4f}, learning rate {rate:.3g}, "
-            f"{speed:,.0f} samples/s, {left} left"
+        log.info(
+            f"{self.config.run_name}: step {step} of {last}, loss {loss:.4f}, learning rate {rate:.3g}, "
+            f"{batch / each:,.0f} samples/s, {timedelta(seconds=round((last - step) * each))} left"
         )
+        self.since, self.said = (now, step), True
 
 
 def summary(config: TrainConfig, manifest: Manifest, step: int) -> str:

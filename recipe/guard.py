@@ -62,7 +62,7 @@ class StepConfig(Settings):
         None, description="Largest global norm of the gradient; null for no clipping."
     )
     max_skipped: Count = Field(
-        5, description="Number of steps in a row without finite gradient that end the run."
+        5, description="Number of steps in a row without a finite gradient after which the run ends."
     )
 
 
