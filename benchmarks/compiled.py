@@ -356,7 +356,7 @@ def kept_bytes(saved: list[fx.Node], model: NetworkConfig) -> int:
 def compile_step(config: TrainConfig, images: int, gpu: plan.GPU) -> list[Direction]:
     """Compile every direction of every pass of the objective over `images` samples."""
     model, step = config.model, []
-    checked = plan.checkpointed_share(config)
+    checked = plan.checkpointed_share(config.model, config.parallel)
     for one in config.objective.passes(model.v_head):
         title = ("teacher" if one.teacher else "student") + (", dual" if one.dual else "")
         title += ", auxiliary head" if one.head else ""

@@ -156,7 +156,7 @@ def train_and_score(name: str, override: str, size: Size, out: Path) -> Result:
     config = load_config(TrainConfig, yaml, settings)
     folders = Folders()
     point = own_checkpoints(config, folders, folders[config.save_folder].names())
-    with newest_checkpoint(config, point, folders) as found:
+    with newest_checkpoint(config.folder, point, folders) as found:
         python("-m", "eval.export", found.load_path, "--out", run / "weights/last-ema")
     data = out / "files/data"
     sweep = [*size.sweep, f"folder={run}", f"weights=[{run}/weights/last-ema]", f"reference={data}/train"]

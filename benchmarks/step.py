@@ -60,7 +60,7 @@ def random_draw(config: DiTConfig, objective: Objective, size: int, device: str)
     """Make `size` random images and a step's draws for them."""
     ids = torch.arange(size, device=device)
     x0 = torch.randn(size, config.channels, config.size, config.size, device=device)
-    return draw(x0, ids % max(config.classes, 1), 0 * ids, ids, 0, objective, config.null, config)
+    return draw(x0, ids % max(config.classes, 1), 0 * ids, ids, 0, objective, config)
 
 
 def flops(work: Work) -> int:

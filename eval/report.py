@@ -384,9 +384,9 @@ def plot_samples(
         if (generator.net.config.classes, generator.net.config.text) != kind:
             continue
         steps, best = compared(rows, weights)
-        w, generator.interval = best["w"], best.get("interval")
+        seeds, how = torch.arange(len(requested)), {"text": text, "interval": best.get("interval")}
         for nfe in steps if weights == first else steps[:1]:
-            drawn = generator.batches(requested, torch.arange(len(requested)), nfe, w, columns, text=text)
+            drawn = generator.batches(requested, seeds, nfe, best["w"], columns, **how)
             title = f"{nfe} step{'s' if nfe > 1 else ''}"
             title = title if weights == first else f"{Path(weights).parent.parent.name}, {title}"
             parts[title] = torch.cat([images.cpu() for images, _ in drawn])
@@ -430,10 +430,9 @@ def draw_nearest(
         labels = reference.images.labels(own, config.classes)
         text = reference.images.text(own, config.text)
     steps, best = compared(rows, rows[0]["weights"])
-    w, generator.interval = best["w"], best.get("interval")
     lines = []
     for nfe in steps:
-        samples = generator(labels, seeds, nfe, w, text).cpu()
+        samples = generator(labels, seeds, nfe, best["w"], text, best.get("interval")).cpu()
         found = nearest(reference.extractor(samples).cpu(), reference.features)[1].tolist()
         lines += [samples, torch.stack([reference.images[i] for i in found]), torch.full_like(samples, 255)]
     picture = grid(torch.cat(lines[:-1]), columns, max(1, 32 // lines[0].shape[-1]))

@@ -230,9 +230,8 @@ def draw_set(generator: Generator, options: argparse.Namespace) -> None:
     config, text, prompts = generator.net.config, None, []
     w = generator.w if options.w is None else options.w
     check_guidance(generator.objective, w)
-    if options.interval is not None:
-        check_interval(generator.facts, options.interval)
-        generator.interval = options.interval
+    interval = generator.interval if options.interval is None else options.interval
+    check_interval(generator.facts, interval)
     if options.labels or options.prompts or generator.prompts is not None:
         labels, prompts = generator.rows(read_labels(options.labels), read_prompts(options.prompts))
         each = options.samples or options.columns
@@ -245,7 +244,7 @@ def draw_set(generator: Generator, options: argparse.Namespace) -> None:
         encoded = generator.encode(prompts)
         text = lambda index: Text(*(x[row[index]] for x in encoded))  # noqa: E731
     seeds = options.seed + torch.arange(len(labels))
-    batches = generator.batches(labels, seeds, options.nfe, w, options.batch_size, text=text)
+    batches = generator.batches(labels, seeds, options.nfe, w, options.batch_size, 0, 1, text, interval)
     bar = tqdm(batches, "sampling", math.ceil(len(labels) / options.batch_size), unit="batch")
     if options.out.suffix == ".npz":
         write_npz(options.out, bar, labels)

@@ -285,14 +285,14 @@ def score(
     """Score one cell; the samples are shared among the ranks. Returns its row of results."""
     began = time.time()
     facts, extractor = generator.facts, setup.reference.extractor
-    generator.interval = cell.get("interval")
     network, prompts = generator.net.config, cell["prompts"]
     found = {key: FeatureSet(one.reference.extractor, one.keep) for key, one in setup.judges.items()}
     is_classifier = isinstance(extractor, SmallImageClassifier) and network.classes > 0
     asked = torch.full_like(labels, network.null) if prompts == "empty" else labels
     text = partial(setup.prompts.text, prompts, network.text) if cell["encoder"] else None
     what = asked, config.seed + torch.arange(setup.samples), cell["nfe"], cell["w"], config.batch_size
-    for images, index in generator.batches(*what, dist.get_global_rank(), dist.get_world_size(), text):
+    mine = dist.get_global_rank(), dist.get_world_size()
+    for images, index in generator.batches(*what, *mine, text, cell.get("interval")):
         for features in found.values():
             features.add(images, index, labels[index] if is_classifier else None)
         if setup.prompts is not None:

@@ -6,8 +6,6 @@ Weights of such a run hold what is trained alone, under the names that peft give
 weights that their JSON names.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """What a run writes beside its checkpoints: inference weights, pictures of samples and a log of numbers."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable
@@ -35,6 +33,7 @@ from recipe.sampler import initial_noise, sample
 from recipe.text import Text
 from recipe.weights import save_weights
 from storage import writing
+from storage.manifest import DatasetError, Manifest
 
 
 def inference_facts(model: GenerativeModel, data: dict[str, Any]) -> dict[str, Any]:
@@ -56,50 +55,45 @@ class ExportWeights(Callback):
     `python -m eval.export` needs nothing else. A preempted run exports nothing on its way out.
     """
 
-    def __init__(
-        self, config: TrainConfig, data: dict[str, Any], preemption: Preemption, owner: Owner
-    ) -> None:
-        self.folder = Path(config.folder, "weights")
-        self.averages, self.objective = config.export, config.objective
-        self.data = data
+    def __init__(self, config: TrainConfig, manifest: Manifest, preemption: Preemption, owner: Owner) -> None:
+        self.folder, self.averages = Path(config.folder, "weights"), config.export
+        facts = ("column", "class_names", "class_counts", "encoder")
+        self.data = {name: getattr(manifest, name) for name in facts} | {"source": config.data.source}
+        self.data |= {} if config.model.text is None else {"text": manifest.text}
         self.preemption, self.owner = preemption, owner
         self.due: Callable[[State, Event], bool] = create_interval_scheduler(config.export_interval)
         self.last = -1
-        self.description = ""
+        self.model: GenerativeModel
 
     def state_dict(self) -> dict[str, str]:
         """Return the description as one string, the same leaf in full and in sharded checkpoints."""
-        return {"description": self.description}
+        facts = {"model": asdict(self.model.net.config), **inference_facts(self.model, self.data)}
+        return {"description": json.dumps(facts)}
 
     def load_state_dict(self, state: dict[str, str]) -> None:
         """Keep the adapter's base, and what the run's weights were finished on; `frechet` knows that itself.
 
         Raises ConfigError where a finish would go on with other extractors or real images than its moments.
         """
-        told = json.loads(state["description"])
+        told, objective = json.loads(state["description"]), self.model.objective
         finished = told.get("finished", [])
         if "adapter" in told:
-            self.adapter.update(told["adapter"])
-            self.description = json.dumps({**json.loads(self.description), "adapter": self.adapter})
-        if self.objective.finishes:
-            for here, there in zip(self.objective.finished, finished, strict=True):
-                if any(here[key] != there[key] for key in ("weights", "digest")):
-                    name, place = here["extractor"], here["reference"]
-                    raise ConfigError(
-                        f"objective.features.{name}: its weights or real images are not the checkpoint's. "
-                        f"Fix: restore {self.folder.parent}/classifier* and {place}, or begin a new run"
-                    )
-        elif finished:
-            self.objective.finished = finished
-            self.description = json.dumps({**json.loads(self.description), "finished": finished})
+            self.model.adapter.update(told["adapter"])
+        if not objective.finishes:
+            objective.finished = finished
+            return
+        for here, there in zip(objective.finished, finished, strict=True):
+            if any(here[key] != there[key] for key in ("weights", "digest")):
+                name, place = here["extractor"], here["reference"]
+                raise ConfigError(
+                    f"objective.features.{name}: its weights or real images are not the checkpoint's. "
+                    f"Fix: restore {self.folder.parent}/classifier* and {place}, or begin a new run"
+                )
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        """Export when it is due; the averages, which are algorithms, have been updated by then."""
+        """Export when it is due, after the averages' update, since those are algorithms."""
         if event == Event.INIT:
-            model = unwrap(state.model)
-            self.adapter = model.adapter
-            description = {"model": asdict(model.net.config), **inference_facts(model, self.data)}
-            self.description = json.dumps(description)
+            self.model = unwrap(state.model)
         if self.preemption.stopped:
             return
         if event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) and self.due(state, event):
@@ -112,7 +106,7 @@ class ExportWeights(Callback):
             return
         self.last = step
         on_rank_zero(self.owner.check_files)
-        model = unwrap(state.model)
+        model = self.model
         check_finite(model.net, step)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         kept = [name for name, _ in model.named_children() if name.startswith("posthoc_")]
@@ -149,18 +143,18 @@ class SampleGrid(Callback):
         owner: Owner,
         encoder: dict[str, Any] | None = None,
     ) -> None:
-        """encoder: what the dataset's manifest says of its latents."""
+        """encoder: what the dataset's manifest says of its latents. Raises ConfigError for `config.vae`."""
         self.folder, self.owner, self.encoder = Path(folder), owner, encoder
         self.config, self.column = config, column
         self.due: Callable[[State, Event], bool] = create_interval_scheduler(config.interval)
         wanted = column == "latents" and config.vae and dist.get_global_rank() == 0
-        self.vae = load_vae(config.vae) if wanted else None
+        try:
+            self.vae = load_vae(config.vae) if wanted else None
+        except DatasetError as error:
+            raise ConfigError(f"grid.vae: {error}") from error
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        """Draw when it is due; the averages, which are algorithms, have been updated by then.
-
-        Raises StorageError, on all ranks.
-        """
+        """Draw when it is due, after the averages' update. Raises StorageError, on all ranks."""
         if event != Event.BATCH_CHECKPOINT or not self.due(state, event):
             return
         on_rank_zero(self.owner.check_files)

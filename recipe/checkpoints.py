@@ -25,7 +25,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +35,8 @@ from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from recipe.config import ConfigError, TrainConfig, as_dict
+from recipe.config import ConfigError, TrainConfig
+from recipe.data import DataConfig
 from recipe.guard import check_finite, stepped
 from recipe.parallel import on_rank_zero, unwrap
 from storage import Folder, Folders, MissingError, StorageError, writing
@@ -68,8 +69,7 @@ KINDS = {  # of the values in these files; those of `files` are names of a check
 INIT_ONLY = ("preset", "label_std", "time_init", "patch_init", "gate_init")
 
 
-@dataclass
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A folder of this layout; files: the names in it that a listing shows."""
 
     name: str
@@ -107,10 +107,7 @@ def read_json(folder: Folder, name: str, keys: set[str]) -> dict:
 
 
 def receipts(folder: Folder, checkpoint: Checkpoint) -> list[dict] | None:
-    """Read the receipts of all ranks, of one attempt at saving; None if the checkpoint is not complete.
-
-    Raises StorageError, DamageError.
-    """
+    """Read the receipts of all ranks, of one attempt at saving; None if incomplete. Raises StorageError."""
     found: list[dict] = []
     while not found or len(found) < found[0]["ranks"]:
         name = f"rank{len(found)}.json"
@@ -120,24 +117,19 @@ def receipts(folder: Folder, checkpoint: Checkpoint) -> list[dict] | None:
     return found if all(r["attempt"] == found[0]["attempt"] for r in found) else None
 
 
-def checksum(path: Path) -> str:
-    """Return the xxh64 of a file, hexadecimal."""
-    return file_digest(path, xxhash.xxh64())
-
-
 def find_damage(path: Path, expected: dict[str, str]) -> str | None:
     """Return what is wrong with the checkpoint in the local folder `path`, or None."""
     for name, digest in expected.items():
         if not (path / name).is_file():
             return f"{name} is gone"
-        if checksum(path / name) != digest:
+        if file_digest(path / name, xxhash.xxh64()) != digest:
             return f"{name} has another checksum than when it was saved"
     return None
 
 
 def identity(config: TrainConfig) -> dict:
     """Return what a checkpoint must agree on with the run that loads it."""
-    model = {k: v for k, v in as_dict(config.model).items() if k not in INIT_ONLY}
+    model = {k: v for k, v in asdict(config.model).items() if k not in INIT_ONLY}
     objective, finish = config.objective, {}
     if objective.finishes:
         finish = {"objective.features": list(objective.features), "objective.joint": objective.joint}
@@ -145,7 +137,7 @@ def identity(config: TrainConfig) -> dict:
         "objective.name": objective.name,
         "parallel.fsdp2": config.parallel.fsdp2,
         "ema.posthoc": config.ema.posthoc,
-        "adapter": config.adapter and as_dict(config.adapter),
+        "adapter": config.adapter and asdict(config.adapter),
         **finish,
         **{f"model.{k}": v for k, v in model.items()},
     }
@@ -174,13 +166,6 @@ def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: 
             )
 
 
-def sign_in(config: TrainConfig, folder: Folder, start: str) -> None:
-    """Write whose folder this is, and which start of that run has it now."""
-    owner = {"run_name": config.run_name, "identity": identity(config), "attempt": start}
-    owner["origin"] = getattr(config.objective, "origin", None)  # of the weights that `frechet` finishes
-    folder.write(RUN, json.dumps(owner, indent=2).encode())
-
-
 class Owner:
     """This start's claim on the files of its run: of several starts of one run the latest alone may write.
 
@@ -191,11 +176,13 @@ class Owner:
     def __init__(self, config: TrainConfig, folders: Folders) -> None:
         self.start = dist.all_gather_object(uuid.uuid4().hex)[0]
         self.saves, self.files = folders[config.save_folder], folders[config.folder]
-        on_rank_zero(lambda: self.claim(config))
+        whose = {"run_name": config.run_name, "identity": identity(config), "attempt": self.start}
+        whose["origin"] = getattr(config.objective, "origin", None)  # of the weights that `frechet` finishes
+        on_rank_zero(lambda: self.claim(whose))
 
-    def claim(self, config: TrainConfig) -> None:
+    def claim(self, whose: dict) -> None:
         """Take the run over from earlier starts."""
-        sign_in(config, self.saves, self.start)
+        self.saves.write(RUN, json.dumps(whose, indent=2).encode())
         self.files.write(START, json.dumps({"attempt": self.start}).encode())
 
     def _refuse_if_taken(self, folder: Folder, name: str, key: str) -> None:
@@ -248,23 +235,16 @@ def dataset_facts(manifest: Manifest) -> dict:
     return {"samples": manifest.num_samples, "xxh64": xxhash.xxh64("".join(shards)).hexdigest()}
 
 
-def brief(dataset: dict) -> str:
-    """Return a dataset's size and checksum for a message."""
-    return f"{dataset['samples']} samples, {dataset['xxh64']}"
-
-
-def check_dataset(config: TrainConfig, manifest: Manifest, point: Resumable) -> None:
-    """Raise ConfigError where checkpoints were trained on another dataset than this one.
-
-    A position in one dataset means nothing in another: Streaming fails there, or goes on with other samples.
-    """
+def check_dataset(data: DataConfig, manifest: Manifest, point: Resumable) -> None:
+    """Raise ConfigError where checkpoints are of another dataset, in which a position means nothing."""
     here = dataset_facts(manifest)
     for saved in point.saved:
         if (there := saved.dataset) and there != here:
-            key = "data.remote" if config.data.remote else "data.local"
+            key = "data.remote" if data.remote else "data.local"
+            sizes = [f"({facts['samples']} samples, {facts['xxh64']})" for facts in (here, there)]
             raise ConfigError(
-                f"{key}: {config.data.source} ({brief(here)}) is not the dataset of {point.uri}/{saved.name} "
-                f"({brief(there)}). Fix: give that one, or begin a new run with the weights of this one "
+                f"{key}: {data.source} {sizes[0]} is not the dataset of {point.uri}/{saved.name} {sizes[1]}. "
+                f"Fix: give that one, or begin a new run with the weights of this one "
                 f"(init_from, with another run_name, folder and save_folder)"
             )
 
@@ -277,10 +257,7 @@ class Resumable(NamedTuple):
 
 
 def own_checkpoints(config: TrainConfig, folders: Folders, names: list[str]) -> Resumable:
-    """Return the run's own checkpoints; names: of the files in its save_folder.
-
-    Raises ConfigError where the folder is another run's, StorageError.
-    """
+    """Return the run's own checkpoints among `names` in its save_folder. Raises ConfigError, StorageError."""
     folder = folders[config.save_folder]
     if names:
         check_identity(config, folder, names)
@@ -320,18 +297,11 @@ def fetch(folder: Folder, name: str, files: dict[str, str], scratch: Path) -> tu
     return local / name, find_damage(local / name, files)
 
 
-def fetch_log(config: TrainConfig, folder: Folder, names: list[str]) -> None:
-    """Copy the log of numbers from a bucket, of whose files these are the names, unless it is here."""
-    if folder.remote and LOG in names and not Path(config.folder, LOG).exists():
-        folder.get(LOG, Path(config.folder, LOG))
-
-
-def remove_downloads(folder: str) -> None:
-    """Delete downloads of starts that were killed. Ranks wait for each other: nodes may share the folder."""
-    if dist.get_local_rank() == 0:
-        for left in Path(folder).glob("resume-*"):
-            shutil.rmtree(left, ignore_errors=True)
-    dist.barrier()
+def fetch_log(local: str, folder: Folder) -> None:
+    """Copy the log of numbers from a bucket that has one, unless it is here."""
+    if folder.remote and not Path(local, LOG).exists():
+        with suppress(MissingError):
+            folder.get(LOG, Path(local, LOG))
 
 
 class Resume(NamedTuple):
@@ -343,28 +313,31 @@ class Resume(NamedTuple):
 
 
 @contextmanager
-def newest_checkpoint(config: TrainConfig, point: Resumable, folders: Folders) -> Iterator[Resume | None]:
+def newest_checkpoint(scratch: str, point: Resumable, folders: Folders) -> Iterator[Resume | None]:
     """Yield the newest usable checkpoint, None if the run is new.
 
-    All ranks call it; each node has its own copy of a remote checkpoint until the end of the block. Raises
-    ConfigError if there are checkpoints and none of them is sound: a run never starts over by itself.
+    All ranks call it; each node has its own copy of a remote checkpoint, in the local folder `scratch`, until
+    the end of the block. Raises ConfigError if there are checkpoints and none of them is sound: a run never
+    starts over by itself.
     """
-    remove_downloads(config.folder)
-    uri, scratch, problems = point.uri, None, []
+    uri, copy, problems = point.uri, None, []
+    for left in Path(scratch).glob("resume-*") if dist.get_local_rank() == 0 else ():
+        shutil.rmtree(left, ignore_errors=True)  # of a start that was killed
+    dist.barrier()  # nodes may share the folder
     if dist.get_local_rank() == 0:
-        Path(config.folder).mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.mkdtemp(prefix="resume-", dir=config.folder)
+        Path(scratch).mkdir(parents=True, exist_ok=True)
+        copy = tempfile.mkdtemp(prefix="resume-", dir=scratch)
     try:
         for name, files, problem, settings, _ in point.saved:
             path = ""
             if problem is None and dist.get_local_rank() == 0:
-                path, problem = fetch(folders[uri], name, files, Path(scratch))
+                path, problem = fetch(folders[uri], name, files, Path(copy))
             answers = dist.all_gather_object((str(path), problem))
             problem = next((p for _, p in answers if p), None)
             if problem is None:
                 local = Path(answers[dist.get_global_rank() - dist.get_local_rank()][0]).absolute()
-                load_path = str(local if config.parallel.fsdp2 else local / "rank0.pt")
-                yield Resume(load_path, f"{uri}/{name}", settings)
+                whole = "rank0.pt" in files  # one that was saved without sharding
+                yield Resume(str(local / "rank0.pt" if whole else local), f"{uri}/{name}", settings)
                 dist.barrier()
                 return
             problems.append(f"{name}: {problem}")
@@ -376,8 +349,8 @@ def newest_checkpoint(config: TrainConfig, point: Resumable, folders: Folders) -
             )
         yield None
     finally:
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
+        if copy:
+            shutil.rmtree(copy, ignore_errors=True)
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -423,7 +396,7 @@ class Checkpoints(CheckpointSaver):
     def __init__(self, config: TrainConfig, manifest: Manifest, owner: Owner) -> None:
         self.config = config
         self.owner, self.target = owner, owner.saves
-        self.told = {"settings": as_dict(config), "dataset": dataset_facts(manifest)}
+        self.told = {"settings": asdict(config), "dataset": dataset_facts(manifest)}
         local = Path(config.folder, "staging") if self.target.remote else Path(config.save_folder)
         super().__init__(
             folder=local,
@@ -466,7 +439,7 @@ class Checkpoints(CheckpointSaver):
             "run_name": self.config.run_name,
             "attempt": self.owner.start,
             "ranks": dist.get_world_size(),
-            "files": {path.name: checksum(path) for path in mine},
+            "files": {path.name: file_digest(path, xxhash.xxh64()) for path in mine},
         } | (self.told if rank == 0 else {})
         if self.target.remote:
             for path in mine:

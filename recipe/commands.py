@@ -1,7 +1,5 @@
 """Commands as they can be pasted into the shell that shows them, and where the project's own files lie."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

@@ -7,8 +7,6 @@ wrong type or an impossible combination is a ConfigError of one line that names 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -97,9 +95,7 @@ class LogConfig(Settings):
 class TrainConfig(Settings):
     """One training run. Times are Composer's: 2400ba (batches), 3ep (epochs), 32000sp (samples), 600sec."""
 
-    run_name: FileName = Field(
-        description="Name of the run, which tells its checkpoints from those of others."
-    )
+    run_name: FileName = Field(description="Name of the run, which tells its checkpoints from others'.")
     folder: LocalPath = Field(
         description="Local folder of the run, which holds weights/, samples/, train.jsonl and what is on its "
         "way to a bucket."
@@ -177,32 +173,25 @@ class TrainConfig(Settings):
             raise ConfigError(f"grid.labels: {self.grid.labels} must be in 0..{self.model.classes}")
         return self
 
+    def uneven(self, ranks: int) -> list[str]:
+        """Return what does not divide evenly: the global batch, a rank's share of it, the ranks themselves.
 
-def uneven_microbatch(config: TrainConfig, share: int) -> list[str]:
-    """Refuse a smaller last microbatch with `compile`: blocks are compiled for each size, which doubles the
-    graphs and exceeds dynamo's limit of eight. share: a rank's samples of a batch.
-    """
-    size = config.microbatch
-    if not config.parallel.compile or size is None or size >= share or share % size == 0:
-        return []
-    below = max(n for n in range(1, size) if share % n == 0)
-    return [
-        f"microbatch: {size} does not divide the {share} samples of a rank, and parallel.compile wants "
-        f"microbatches of one size. Fix: set microbatch={below}"
-    ]
-
-
-def divisible(config: TrainConfig, ranks: int) -> list[str]:
-    """Say what does not divide evenly: the global batch, a rank's share of it, and the ranks themselves."""
-    problems = []
-    try:
-        share = config.data.per_rank(ranks)
-        problems += uneven_microbatch(config, share)
-    except ValueError as error:
-        problems.append(str(error))
-    if ranks % config.parallel.replicas:
-        problems.append(f"parallel.replicas: {config.parallel.replicas} does not divide the {ranks} ranks")
-    return problems
+        A smaller last microbatch is refused with `compile`: blocks are compiled for each size, which doubles
+        the graphs and exceeds dynamo's limit of eight.
+        """
+        problems, size = [], self.microbatch
+        share, left = divmod(self.data.batch_size, ranks)
+        if left:
+            problems.append(f"data.batch_size: {self.data.batch_size} is not a multiple of the {ranks} ranks")
+        elif self.parallel.compile and size and size < share and share % size:
+            below = max(n for n in range(1, size) if share % n == 0)
+            problems.append(
+                f"microbatch: {size} does not divide the {share} samples of a rank, and parallel.compile "
+                f"wants microbatches of one size. Fix: set microbatch={below}"
+            )
+        if ranks % self.parallel.replicas:
+            problems.append(f"parallel.replicas: {self.parallel.replicas} does not divide the {ranks} ranks")
+        return problems
 
 
 def find_yaml(name: str, folder: Path = Path()) -> Path:
@@ -215,10 +204,7 @@ def find_yaml(name: str, folder: Path = Path()) -> Path:
 
 
 def yaml_of(path: str) -> str:
-    """Return the path; for a dataset's folder, or its train/ or val/, that of the dataset's train.yaml.
-
-    Raises ConfigError for a folder without one.
-    """
+    """Return the path; of a dataset's folder, or its train/ or val/, its train.yaml. Raises ConfigError."""
     folder = Path(path)
     if not folder.is_dir() or find_yaml(path).is_file():
         return path
@@ -267,7 +253,7 @@ def read_overrides(overrides: list[str]) -> dict[str, Any]:
     return given
 
 
-def check_references(value: Any, key: str = "") -> None:  # noqa: ANN401
+def check_references(value: Any, key: str = "") -> None:
     """Raise ConfigError for a value that OmegaConf would compute.
 
     A value may refer to another key, ${folder}; but what a resolver computes or reads from the environment
@@ -314,32 +300,20 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def missing(config: dict[str, Any], above: str = "") -> Iterator[str]:
-    """Yield the keys that still have to be given."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from missing(value, f"{above}{key}.")
-        elif value == MISSING:
-            yield f"{above}{key}"
-
-
 def load_config(schema: type[T], path: str | None, overrides: list[str]) -> T:
     """Read a configuration as an instance of `schema`; path None means its defaults. Raises ConfigError.
 
     OmegaConf reads the user's own YAML and overrides, and resolves their references; it sees nothing else.
     """
     given = overlay(read_yaml(find_yaml(path)) if path else {}, read_overrides(overrides))
-    config = overlay(defaults(schema), given)
-    for key in missing(config):
-        raise ConfigError(f"{key}: must be given")
+    config = OmegaConf.create(overlay(defaults(schema), given))
+    missing = OmegaConf.missing_keys(config)
+    for key in (*config, *missing):
+        if key in missing:
+            raise ConfigError(f"{key}: must be given")
     try:
-        values = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+        values = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         key, text = error.full_key or error.key, str(error.msg or error).splitlines()[0]
         raise ConfigError(f"{key}: {text}" if key else text) from error
     return make(schema, values)
-
-
-def as_dict(config: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Return the configuration as plain containers, to log and to print."""
-    return asdict(config)

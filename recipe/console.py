@@ -1,7 +1,5 @@
 """What a run says on the console: a bar in a terminal, lines elsewhere, and at last where results are."""
 
-from __future__ import annotations
-
 import logging
 import time
 from datetime import timedelta
@@ -11,7 +9,6 @@ from typing import Any
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.loggers.progress_bar_logger import ProgressBarLogger
-from composer.utils import dist
 
 from recipe import commands
 from recipe.config import TrainConfig
@@ -70,30 +67,20 @@ class ConsoleLines(LoggerDestination):
         late = seconds >= EVERY or not self.said
         if step % self.config.log.interval or not done or not late:
             return
-        last = in_steps(self.config.duration, len(state.train_dataloader), self.config.data.batch_size)
-        log.info("%s: %s", self.config.run_name, self.line(step, last, seconds / done))
-        self.since, self.said = (now, step), True
-
-    def line(self, step: int, last: int, seconds: float) -> str:
-        """Return the line of a step, of which the run has `last`, one taking so many seconds."""
-        speed = self.config.data.batch_size / seconds
-        left = timedelta(seconds=round((last - step) * seconds))
+        batch, each = self.config.data.batch_size, seconds / done
+        last = in_steps(self.config.duration, len(state.train_dataloader), batch)
         loss, rate = (float(self.metrics[name]) for name in ("loss/train/total", "train/learning_rate"))
-        return (
-            f"step {step} of {last}, loss {loss:.4f}, learning rate {rate:.3g}, "
-            f"{speed:,.0f} samples/s, {left} left"
+        log.info(
+            f"{self.config.run_name}: step {step} of {last}, loss {loss:.4f}, learning rate {rate:.3g}, "
+            f"{batch / each:,.0f} samples/s, {timedelta(seconds=round((last - step) * each))} left"
         )
-
-
-def console(config: TrainConfig, terminal: bool) -> list[LoggerDestination]:
-    """Return the logger of progress: a bar where it is wanted and can be drawn, lines on rank 0 elsewhere."""
-    if config.log.progress_bar and terminal:
-        return [Bar()]
-    return [ConsoleLines(config)] if dist.get_global_rank() == 0 else []
+        self.since, self.said = (now, step), True
 
 
 def summary(config: TrainConfig, manifest: Manifest, step: int) -> str:
-    """Return where a finished run left its results, and the commands that go on with them."""
+    """Return where a finished run left its results, and the commands that go on with them: to draw samples of
+    the weights, and, of pixels, to score all exports in a report.
+    """
     folder = Path(config.folder)
     exports = [folder / f"weights/ba{step:07d}-{average}" for average in config.export]
     weights = next((str(path) for path in exports if path.with_suffix(".json").exists()), None)
@@ -101,23 +88,13 @@ def summary(config: TrainConfig, manifest: Manifest, step: int) -> str:
     places = {"weights": weights} if weights else {}
     places |= {name: str(path) for name, path in here.items() if path.exists()}
     places["checkpoints"] = config.save_folder
-    places |= next_commands(config, manifest, weights) if weights else {}
-    return "\n".join(f"  {name}: {place}" for name, place in places.items())
-
-
-def next_commands(config: TrainConfig, manifest: Manifest, weights: str) -> dict[str, str]:
-    """Return the commands that draw samples of the weights, and score all exports (of pixels) in a report."""
-    ask = ["--prompts", "a few words"] if config.model.text is not None else []
-    ask += ["--vae", config.grid.vae] if manifest.column == "latents" and config.grid.vae else []
-    out = ["--nfe", "1", "--out", f"{config.folder}/grid.png"]
-    found = {"next, to draw samples": commands.module("eval.sample", weights, *ask, *out)}
-    if manifest.column == "image":
+    if weights:
+        ask = ["--prompts", "a few words"] if config.model.text is not None else []
+        ask += ["--vae", config.grid.vae] if manifest.column == "latents" and config.grid.vae else []
+        ask += ["--nfe", "1", "--out", f"{folder}/grid.png"]
+        places["next, to draw samples"] = commands.module("eval.sample", weights, *ask)
+    if weights and manifest.column == "image":
         yaml = commands.short(commands.YAMLS / "eval/digits.yaml")
-        keys = {
-            "folder": config.folder,
-            "weights": f"[{config.folder}/weights]",
-            "reference": config.data.source,
-        }
-        words = [f"{key}={value}" for key, value in keys.items()]
-        found["next, for scores and a report"] = commands.composer("eval/sweep.py", yaml, *words)
-    return found
+        keys = f"folder={folder}", f"weights=[{folder}/weights]", f"reference={config.data.source}"
+        places["next, for scores and a report"] = commands.composer("eval/sweep.py", yaml, *keys)
+    return "\n".join(f"  {name}: {place}" for name, place in places.items())

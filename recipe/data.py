@@ -36,7 +36,7 @@ from typing_extensions import TypedDict
 from recipe import patches
 from recipe.settings import ConfigError, Count, LocalPath, Number, Place, Says, Settings
 from recipe.text import TextConfig, byte_tokens
-from storage import Folder, StorageError, attempt, writing
+from storage import Folders, StorageError, attempt, writing
 from storage.manifest import (
     INDEX,
     DatasetError,
@@ -73,11 +73,9 @@ class DataConfig(Settings):
     """Where the samples are, and how they become the network's input."""
 
     local: LocalPath = Field(
-        "data/digits/train", description="Folder of the dataset, or of its cache if remote is set."
+        "data/digits/train", description="Folder of the dataset, or with remote of its cache."
     )
-    remote: Place | None = Field(
-        None, description="Folder or bucket of the dataset; null if local holds all of it."
-    )
+    remote: Place | None = Field(None, description="Folder or bucket of the dataset; null if it is in local.")
     batch_size: Count = Field(256, description="Samples in a step, over all ranks together.")
     workers: int = Field(1, ge=0, le=1024, description="Processes of each rank that read samples.")
     normalize: Annotated[
@@ -117,12 +115,6 @@ class DataConfig(Settings):
         """cache_limit in bytes."""
         return bytes_to_int(self.cache_limit) if self.cache_limit else None
 
-    def per_rank(self, ranks: int) -> int:
-        """Return how many samples of a global batch each rank has. Raises ValueError."""
-        if self.batch_size % ranks:
-            raise ValueError(f"data.batch_size: {self.batch_size} is not a multiple of the {ranks} ranks")
-        return self.batch_size // ranks
-
     @property
     def source(self) -> str:
         """Where the manifest is."""
@@ -137,7 +129,7 @@ def in_place(remote: str | None, local: str) -> bool:
     return remote is None or ("://" not in remote and Path(remote).resolve() == Path(local).resolve())
 
 
-def local_index(remote: str | None, local: str, manifest: Manifest) -> list[Shard]:
+def local_index(remote: str | None, local: str, manifest: Manifest, folders: Folders) -> list[Shard]:
     """Return the shards of this node's index.json, which is fetched where it is missing, damaged or
     another's.
 
@@ -151,9 +143,9 @@ def local_index(remote: str | None, local: str, manifest: Manifest) -> list[Shar
             raise DatasetError(str(error)) from error
         if file.exists():
             log.warning("%s: fetched again", error)
-    text = Folder(remote).read(INDEX, LARGEST)
+    text = folders[remote].read(INDEX, LARGEST)
     entries = read_index(text, manifest, f"{remote}/{INDEX}")
-    Folder(local).write(INDEX, text)
+    folders[local].write(INDEX, text)
     return entries
 
 
@@ -169,13 +161,15 @@ def file_damage(path: Path, expected: File, checksums: bool) -> str | None:
     return None
 
 
-def check_local(remote: str | None, local: str, manifest: Manifest, checksums: bool) -> None:
+def check_local(
+    remote: str | None, local: str, manifest: Manifest, checksums: bool, folders: Folders
+) -> None:
     """Compare this node's files with the index, and that with the manifest.
 
     A damaged file of a cache is deleted, so that it is fetched again. Raises DatasetError for one of a
     dataset that lies here itself, StorageError where the index cannot be fetched.
     """
-    entries, ours = local_index(remote, local, manifest), in_place(remote, local)
+    entries, ours = local_index(remote, local, manifest, folders), in_place(remote, local)
     files = [file for entry in entries for file in files_of(entry)]
     needed = {stored_file(entry)["basename"] for entry in entries} if ours else set()
     there = [file for file in files if file["basename"] in needed or Path(local, file["basename"]).exists()]
@@ -191,15 +185,18 @@ def check_local(remote: str | None, local: str, manifest: Manifest, checksums: b
                     path.unlink()
 
 
-def prepare_local(remote: str | None, local: str, manifest: Manifest, checksums: bool) -> IO[str] | None:
+def prepare_local(
+    remote: str | None, local: str, manifest: Manifest, checksums: bool, folders: Folders
+) -> IO[str] | None:
     """Claim this node's cache and check its files, on local rank 0; all ranks call it. Returns the lock.
 
     Raises DatasetError on all ranks where one node cannot go on.
     """
-    lock, problem = claim_cache(local) if remote else None, None
+    lock = problem = None
     if dist.get_local_rank() == 0:
         try:
-            check_local(remote, local, manifest, checksums)
+            lock = claim_cache(local) if remote else None
+            check_local(remote, local, manifest, checksums, folders)
         except (DatasetError, StorageError) as error:
             problem = str(error)
     if problems := list(filter(None, dist.all_gather_object(problem))):
@@ -207,29 +204,27 @@ def prepare_local(remote: str | None, local: str, manifest: Manifest, checksums:
     return lock
 
 
-def claim_cache(local: str) -> IO[str] | None:
-    """Reserve this node's cache folder for this job; all ranks call it, local rank 0 holds the lock.
+def claim_cache(local: str) -> IO[str]:
+    """Reserve this node's cache folder for this job, and return the lock.
 
-    The lock goes with the process, however it ends, and is not inherited by its workers. Raises DatasetError
-    on all ranks where a live job has the folder.
+    It goes with the process, however that ends, and is not inherited by its workers. Raises DatasetError
+    where a live job has the folder.
     """
-    lock = problem = None
-    if dist.get_local_rank() == 0:
-        Path(local).mkdir(parents=True, exist_ok=True)
-        lock = open(Path(local) / ".lock", "w")  # noqa: SIM115
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem = f"data.local: {local} is in use by another run; give each its own cache"
-    if problems := list(filter(None, dist.all_gather_object(problem))):
-        raise DatasetError(problems[0])
+    Path(local).mkdir(parents=True, exist_ok=True)
+    lock = open(Path(local) / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DatasetError(
+            f"data.local: {local} is in use by another run; give each its own cache"
+        ) from error
     return lock
 
 
 class CheckedStream(streaming.Stream):
     """Gives a downloaded file its final name only after its checksum; what has that name can be trusted."""
 
-    def get_shards(self, *arguments: Any) -> list:  # noqa: ANN401
+    def get_shards(self, *arguments: Any) -> list:
         shards = super().get_shards(*arguments)  # of the index that `check_local` has left here
         files = (info for shard in shards for pair in shard.file_pairs for info in pair if info)
         self._hashes = {info.basename: info.hashes["xxh64"] for info in files}
@@ -282,22 +277,23 @@ class TrainingDataset(StreamingDataset):
         local: str,
         manifest: Manifest | None = None,
         verify: bool = True,
-        **options: Any,  # noqa: ANN401
+        folders: Folders | None = None,
+        **options: Any,
     ) -> None:
-        """Open a dataset; manifest: read where it is not given; verify: see `DataConfig`; options: of
-        Streaming.
+        """Open a dataset; manifest: read where it is not given; verify: see `DataConfig`; folders: those that
+        are open; options: of Streaming.
         """
         self._event = SharedFlag()  # set by the thread that fails; Streaming's own is for one worker
         self._present: set[int] = set()  # shards that this worker has seen to be there
         self._failure = "another worker of this rank could not read a shard, see its message"
         self.source, self.manifest = remote or local, manifest or read_manifest(remote or local)
-        self._lock = prepare_local(remote, local, self.manifest, verify)
+        self._lock = prepare_local(remote, local, self.manifest, verify, folders or Folders())
         patches.choose_names_once()
         super().__init__(streams=[CheckedStream(remote=remote, local=local, download_retry=1)], **options)
         self.steps = self.num_samples // (self.batch_size * self._parallel_rank_world.num_ranks)
         self.length = self.steps * self.batch_size
 
-    def __getitem__(self, at: Any) -> dict[str, Any]:  # noqa: ANN401
+    def __getitem__(self, at: Any) -> dict[str, Any]:
         where = f"{self.source}: sample {at}"
         try:
             sample = super().__getitem__(at)
@@ -343,16 +339,16 @@ class TrainingDataset(StreamingDataset):
         if self._event.is_set():
             raise DatasetError(self._failure)
 
-    def _prepare_thread(self, it: Any) -> None:  # noqa: ANN401
+    def _prepare_thread(self, it: Any) -> None:
         with self._leaving(it):
             super()._prepare_thread(it)
 
-    def _ready_thread(self, it: Any) -> None:  # noqa: ANN401
+    def _ready_thread(self, it: Any) -> None:
         with self._leaving(it):
             super()._ready_thread(it)
 
     @contextmanager
-    def _leaving(self, it: Any) -> Iterator[None]:  # noqa: ANN401
+    def _leaving(self, it: Any) -> Iterator[None]:
         """Let a thread that fails say that it left, since Streaming waits for that."""
         try:
             yield
@@ -379,18 +375,23 @@ def collate(samples: list[dict[str, Any]], text: TextConfig | None = None) -> di
 
 
 def train_loader(
-    config: DataConfig, seed: int, text: TextConfig | None = None, manifest: Manifest | None = None
+    config: DataConfig,
+    seed: int,
+    text: TextConfig | None = None,
+    manifest: Manifest | None = None,
+    folders: Folders | None = None,
 ) -> StreamingDataLoader:
     """Return the loader of this rank's share of each batch, in an order that depends on seed and epoch alone.
 
-    manifest: the dataset's, read where it is not given.
+    manifest, folders: see `TrainingDataset`.
     """
-    per_rank = config.per_rank(dist.get_world_size())
+    per_rank = config.batch_size // dist.get_world_size()
     dataset = TrainingDataset(
         remote=config.remote,
         local=config.local,
         manifest=manifest,
         verify=config.verify,
+        folders=folders,
         batch_size=per_rank,
         shuffle=config.shuffle,
         shuffle_seed=seed,

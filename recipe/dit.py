@@ -36,6 +36,7 @@ PRESETS = {
 
 
 NORMS = {"rms": dual.rms_norm, "layer": dual.layer_norm}
+FREQUENCIES = 256  # of the sinusoid of a scalar
 HEAD, TEXT_LAYERS = 32, 2  # head dimension and depth of the encoder of bytes
 
 
@@ -107,9 +108,7 @@ class DiTConfig(NetworkConfig):
         None, description="Name of a published size, which sets width, depth, heads, and patch to 2."
     )
     mlp_ratio: float = Field(4.0, gt=0, le=100, description="Hidden width of the MLP in units of width.")
-    label_std: float = Field(
-        0.02, ge=0, le=100, description="Standard deviation of the initial class embeddings."
-    )
+    label_std: float = Field(0.02, ge=0, le=100, description="Deviation of the initial class embeddings.")
     time_init: Literal["normal", "spectral"] = Field(
         "normal",
         description="How the embedders of times begin: N(0, 0.02^2) (normal), or scaled to their spectral "
@@ -124,9 +123,7 @@ class DiTConfig(NetworkConfig):
     modulation_norm: bool = Field(True, description="Whether the conditioning's modulation is RMS-normed.")
     qk_norm: bool = Field(True, description="Whether queries and keys are RMS-normed.")
     reverse_time: bool = Field(False, description="Whether the network is told 1 - t for t, as SiT is.")
-    text: TextConfig | None = Field(
-        None, description="What prompts are made of; null is a network without prompts."
-    )
+    text: TextConfig | None = Field(None, description="What prompts are made of; null for a network without.")
 
     presets: ClassVar[dict[str, dict[str, int]]] = PRESETS
 
@@ -152,14 +149,14 @@ def position_embedding(width: int, side: int) -> Tensor:
 class ScalarEmbedder(nn.Module):
     """(B,) -> (B, D): sinusoid of `scale` times the number, then a two-layer MLP."""
 
-    def __init__(self, width: int, frequencies: int = 256, scale: float = 1.0) -> None:
+    def __init__(self, width: int, scale: float = 1.0) -> None:
         super().__init__()
-        self.frequencies, self.scale = frequencies, scale
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.scale = scale
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, u: Dual) -> Dual:
         scaled = dual.map_linear(lambda x: self.scale * x, u)
-        hidden = dual.linear(self.mlp[0], dual.sinusoid(scaled, self.frequencies))
+        hidden = dual.linear(self.mlp[0], dual.sinusoid(scaled, FREQUENCIES))
         return dual.linear(self.mlp[2], dual.silu(hidden))
 
 
@@ -425,37 +422,24 @@ class DiT(Denoiser):
         no other. Returns a pair of (B, C, H, W).
         """
         x, t, d = dual.dual(x), dual.dual(t), dual.dual(d)
+        told = t
+        if self.config.reverse_time:
+            told = Dual(1 - t.value, None if t.tangent is None else -t.tangent)
         with keep_casts_with_a_graph(x.value.device.type):
-            return self._evaluate(x, t, d, label, beta, detach_tangent, text)
-
-    def _evaluate(
-        self,
-        x: Dual,
-        t: Dual,
-        d: Dual,
-        label: Tensor,
-        beta: Tensor | None,
-        detach_tangent: bool,
-        text: Text | None,
-    ) -> Dual:
-        config, time = self.config, t
-        if config.reverse_time:
-            t = Dual(1 - t.value, None if t.tangent is None else -t.tangent)
-        cond = [self.t_embedder(t), self.s_embedder(d), self.y_embedder(label)]
-        if beta is not None:
-            cond.append(self.guidance_embedder(Dual(beta)))
-        context = None
-        if text is not None:
-            tokens, pooled = self.text_embedder(text)
-            context = tokens, text.length
-            cond.append(Dual(pooled))
-        c = dual.silu(dual.add(*cond))
-        z = dual.add(self.x_embedder(x), Dual(self.pos_embed))
-        if detach_tangent:
-            z, c = dual.detach(z), dual.detach(c)
-        for block in self.blocks:
-            z = block(z, c, detach_tangent, context)
-        F = self.image(self.final_layer(z, c), x, time)
+            cond, context = [self.t_embedder(told), self.s_embedder(d), self.y_embedder(label)], None
+            if beta is not None:
+                cond.append(self.guidance_embedder(Dual(beta)))
+            if text is not None:
+                tokens, pooled = self.text_embedder(text)
+                context = tokens, text.length
+                cond.append(Dual(pooled))
+            c = dual.silu(dual.add(*cond))
+            z = dual.add(self.x_embedder(x), Dual(self.pos_embed))
+            if detach_tangent:
+                z, c = dual.detach(z), dual.detach(c)
+            for block in self.blocks:
+                z = block(z, c, detach_tangent, context)
+            F = self.image(self.final_layer(z, c), x, t)
         return dual.detach(F) if detach_tangent else F
 
     def unused(self, guidance: bool, auxiliary: bool) -> list[nn.Module]:
@@ -481,20 +465,15 @@ class DiT(Denoiser):
                 nn.init.ones_(module.weight)
             elif isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.zeros_(module.bias)
-                self._init_matrix(name, module.weight)
-
-    def _init_matrix(self, name: str, weight: Tensor) -> None:
-        if "adaLN_modulation" in name or name in ("final_layer.linear", "text_embedder.pool"):
-            nn.init.zeros_(weight)
-        elif name.startswith(("t_embedder", "s_embedder", "guidance_embedder")):
-            if self.config.time_init == "normal":
-                nn.init.normal_(weight, std=0.02)
-            else:
-                spectral_(weight)
-        elif name == "x_embedder.proj" and self.config.patch_init == "xavier":
-            nn.init.xavier_normal_(weight.flatten(1))
-        else:
-            spectral_(weight)
+                time = name.startswith(("t_embedder", "s_embedder", "guidance_embedder"))
+                if "adaLN_modulation" in name or name in ("final_layer.linear", "text_embedder.pool"):
+                    nn.init.zeros_(module.weight)
+                elif time and self.config.time_init == "normal":
+                    nn.init.normal_(module.weight, std=0.02)
+                elif name == "x_embedder.proj" and self.config.patch_init == "xavier":
+                    nn.init.xavier_normal_(module.weight.flatten(1))
+                else:
+                    spectral_(module.weight)
 
 
 def spectral_(weight: Tensor) -> None:

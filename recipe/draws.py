@@ -5,8 +5,6 @@ rank, the microbatch, the device or a resume; no generator state exists that cou
 function is the 64-bit finaliser of SplitMix64 (Steele et al. 2014), in wrapping int64 arithmetic.
 """
 
-from __future__ import annotations
-
 from enum import IntEnum
 
 import torch

@@ -6,8 +6,6 @@ autograd differentiates through both. Nothing here needs torch.func, so FSDP2, D
 activation checkpointing see ordinary tensors.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

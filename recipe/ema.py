@@ -1,7 +1,5 @@
 """Averages of the weights: the algorithm that keeps them in training, and post-hoc averages of any length."""
 
-from __future__ import annotations
-
 from itertools import compress
 from typing import Annotated
 
@@ -150,12 +148,10 @@ Length = Annotated[
 class EMAConfig(Settings):
     """Averages of the weights over training; each costs one more copy of the weights."""
 
-    target_decay: BelowOne = Field(
-        0.99, description="Decay per step of the teacher's average, the target of TVM's loss."
-    )
+    target_decay: BelowOne = Field(0.99, description="Decay per step of the teacher's average, TVM's target.")
     decay: BelowOne = Field(0.9999, description="Decay per step of the average that is evaluated.")
     ramp: bool = Field(
-        False, description="Whether the evaluated average starts short and grows, which short runs need."
+        False, description="Whether the evaluated average starts short and grows, for short runs."
     )
     posthoc: Many[Length] = Field(
         [],

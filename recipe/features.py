@@ -24,7 +24,8 @@ from typing_extensions import TypedDict
 
 from recipe.metrics import FeatureMoments
 from recipe.patches import exact_float32
-from storage.outside import conform, read_bytes, read_json
+from recipe.settings import make
+from storage.outside import read_json
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -49,7 +50,7 @@ class FeatureExtractor(ABC):
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Evaluate `forward` on uint8 images, without gradients. Raises ValueError for anything else."""
-        _require_uint8(images, images.shape[1] if images.ndim == 4 else 0)
+        _require_uint8(images)
         with torch.inference_mode():
             return self.forward(images)
 
@@ -75,10 +76,9 @@ def load_extractor(name: str, weights: str | None = None, device: Device = "cpu"
     return EXTRACTORS[name](weights, device)
 
 
-def _require_uint8(images: Tensor, channels: int) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != channels:
-        shape = tuple(images.shape)
-        raise ValueError(f"expected uint8 images (N, {channels}, H, W), got {images.dtype} {shape}")
+def _require_uint8(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"expected uint8 images (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
 
 
 # ---------------------------------------------------------------- a classifier trained on the spot
@@ -141,7 +141,7 @@ class SmallImageClassifier(FeatureExtractor):
         otherwise. Raises ValueError for images or labels of the wrong kind.
         """
         exact_float32()
-        _require_uint8(images, images.shape[1] if images.ndim == 4 else 0)
+        _require_uint8(images)
         size = tuple(images.shape[2:])
         if size[0] != size[1] or size[0] < 8:
             raise ValueError(f"images must be square and at least 8 pixels wide, got {size}")
@@ -184,8 +184,7 @@ class SmallImageClassifier(FeatureExtractor):
             if not file.is_file():
                 raise FileNotFoundError(f"classifier weights {file} do not exist")
         try:
-            conform(Trained, read_bytes(facts_file), str(facts_file))
-            facts = read_json(facts_file)
+            facts = make(Trained, read_json(facts_file), str(facts_file))
             with torch.device("meta"):  # so that no number in the JSON fills the memory
                 network = _build_network(facts["settings"])
             network.load_state_dict(load_file(weights_file), assign=True)

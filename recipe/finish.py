@@ -2,8 +2,6 @@
 the moments of samples after every one.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from tqdm import tqdm
 from recipe.checkpoints import RUN, read_json
 from recipe.config import ConfigError, TrainConfig
 from recipe.data import collate
+from recipe.dit import NetworkConfig
 from recipe.features import FeatureExtractor
 from recipe.guard import stepped
 from recipe.metrics import FeatureMoments
@@ -47,10 +46,7 @@ def origin(found: Findings) -> dict[str, Any]:
 
 
 def begin_finish(config: TrainConfig, found: Findings) -> None:
-    """Load extractors and decoder and measure the real images, on all ranks together.
-
-    Raises ConfigError naming the setting, StorageError.
-    """
+    """Load extractors and decoder, measure real images, on all ranks. Raises ConfigError, StorageError."""
     objective, manifest = config.objective, found.manifest
     objective.origin = on_rank_zero(lambda: origin(found))
     base = from_facts(objective.origin["method"])
@@ -104,19 +100,22 @@ def make_match(
     images = None if Path(reference).suffix in STATISTICS else MDSImages(Path(reference))
     extractor = make_extractor(name, None, images, config.folder, device)
     if config.objective.joint is not None:
-        return joint_match(images, extractor, config, manifest)
+        return joint_match(images, extractor, config.objective, config.model, manifest)
     moments = measure(images, extractor, BATCH).moments() if images else statistics_for(reference, extractor)
     return Match(extractor, *(moment.to(device) for moment in moments))
 
 
 def joint_match(
-    images: MDSImages, extractor: FeatureExtractor, config: TrainConfig, manifest: Manifest
+    images: MDSImages,
+    extractor: FeatureExtractor,
+    objective: Frechet,
+    model: NetworkConfig,
+    manifest: Manifest,
 ) -> Match:
     """Measure features together with labels or captions. Raises ValueError where there are none that fit."""
-    objective, model = config.objective, config.model
     if model.text is not None:
         check_text(model.text, images.manifest, images.folder)
-    check_condition(images, config, manifest)
+    check_condition(images, model, manifest)
     size = extractor.num_features
     moments = FeatureMoments(size + (SUMMARY if model.text else model.classes)).to(extractor.device)
     index = torch.arange(dist.get_global_rank(), len(images), dist.get_world_size())
@@ -129,11 +128,11 @@ def joint_match(
     return Match(extractor, *joint)
 
 
-def check_condition(images: MDSImages, config: TrainConfig, manifest: Manifest) -> None:
+def check_condition(images: MDSImages, model: NetworkConfig, manifest: Manifest) -> None:
     """Raise ValueError where labels or embeddings of a reference mean something else in the run's data."""
-    text, names, own = config.model.text, images.manifest.class_names, manifest.class_names
-    if text is None and len(names) != config.model.classes:
-        raise ValueError(f"{images.folder} has {len(names)} classes, the network {config.model.classes}")
+    text, names, own = model.text, images.manifest.class_names, manifest.class_names
+    if text is None and len(names) != model.classes:
+        raise ValueError(f"{images.folder} has {len(names)} classes, the network {model.classes}")
     if text is None and names != own[: len(names)]:
         first = next(i for i, name in enumerate(names) if own[i : i + 1] != [name])
         there = repr(own[first]) if first < len(own) else "no class"

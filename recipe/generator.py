@@ -4,8 +4,6 @@ Sample i has the seed `seed` + i and depends on nothing else, so the same call g
 `python -m eval.sample` and as a sweep of the same arithmetic.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
@@ -28,7 +26,7 @@ from recipe.pretrained import TextEncoder, load_decoder
 from recipe.sampler import check_steps, initial_noise, sample
 from recipe.settings import Count, Interval, Positive, make
 from recipe.text import Prompts, Text, byte_tokens
-from recipe.weights import load_weights, newest_weights
+from recipe.weights import find_label, load_weights, newest_weights
 
 DTYPES = ("fp32", "fp64", "amp_bf16")
 Seed = Annotated[int, Field(ge=0, le=2**62)]  # sample i has the seed + i, an int64
@@ -118,6 +116,7 @@ class Generator:
             raise ValueError(f"interpolate: {seed} is the seed that the rows start from")
         label, prompts = self.rows(labels, prompts)
         w = self.w if w is None else w
+        interval = self.interval if interval is None else interval
         check_guidance(self.objective, w)
         row = torch.arange(len(label)).repeat_interleave(n)
         text = self.encode(prompts) if prompts else None
@@ -163,22 +162,21 @@ class Generator:
         A text is the name of a class first, and a number where no class has that name. None means the first
         ten, or no label where there are no classes or the network takes prompts.
         """
-        config, names = self.net.config, self.class_names
-        numbers = {str(label): label for label in range(config.classes)}
-        known = {**numbers, **{str(name): label for label, name in enumerate(names)}, "none": config.null}
+        config, names, found = self.net.config, self.class_names, []
         if given is None:
             first = range(0 if config.text else min(config.classes, 10))
             given = list(first) or ["none"]
         given = given.tolist() if hasattr(given, "tolist") else given  # of NumPy or torch
-        given = [given] if isinstance(given, int | str) else list(given)
-        for one in given:
-            if str(one) not in (known if isinstance(one, str) else numbers):
+        for one in [given] if isinstance(given, int | str) else given:
+            label = config.null if one == "none" else find_label(one, config.classes, names)
+            if label is None:
                 allowed = f"in 0..{config.classes - 1}, nor `none`" if config.classes else "`none`"
                 named = f", nor a class such as {names[0]!r}" if names else ""
                 raise ValueError(f"labels: {str(one)!r} is not {allowed}{named}")
-        if not given:
+            found.append(label)
+        if not found:
             raise ValueError("labels: none are given")
-        return torch.tensor([known[one] if isinstance(one, str) else one for one in given])
+        return torch.tensor(found)
 
     def noise(self, seeds: Tensor) -> Tensor:
         """Return noise (B, C, H, W) of int64 seeds (B,)."""
@@ -186,9 +184,9 @@ class Generator:
         shape = config.channels, config.size, config.size
         return initial_noise(seeds.to(self.device), shape, self.dtype)
 
-    def __call__(self, label: Tensor, seeds: Tensor, nfe: int, w: float, text: Text | None = None) -> Tensor:
-        """Return images; label, seeds: int64 (B,), the label K stands for none; text: see `from_noise`."""
-        return self.from_noise(self.noise(seeds), label, nfe, w, text)
+    def __call__(self, label: Tensor, seeds: Tensor, nfe: int, w: float, *more: Any) -> Tensor:
+        """Return images; label, seeds: int64 (B,), the label K stands for none; more: see `from_noise`."""
+        return self.from_noise(self.noise(seeds), label, nfe, w, *more)
 
     def from_noise(
         self,
@@ -202,18 +200,18 @@ class Generator:
         """Return images from noise (B, C, H, W), for labels int64 (B,).
 
         text: B prompts. A network with prompts takes None for no prompts, and no labels either: it was never
-        trained with a label alone. interval: None for that of the generator. Raises ValueError for a label or
-        a number of steps that cannot be, FloatingPointError where the output is not finite.
+        trained with a label alone. interval: None for guidance at every time. Raises ValueError for a label
+        or a number of steps that cannot be, FloatingPointError where the output is not finite.
         """
         net, null = self.net, self.net.config.null
-        check_labels(label, null)
+        if len(wrong := label[(label < 0) | (label > null)]):
+            raise ValueError(f"label: {wrong[0]} must be from 0 to {null}, where {null} means none")
         label = label.to(self.device)
         if self.prompts is not None:
             label = torch.full_like(label, null) if text is None else label
             text = self.prompts.empty(len(label)) if text is None else text.to(self.device)
             label = label if net.config.classes else self.prompts.unlabelled(label, text)
             net = self.prompts(net, text)
-        interval = interval or self.interval
         if interval is not None:
             net = partial(net, interval=tuple(interval))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -233,13 +231,14 @@ class Generator:
         rank: int = 0,
         world: int = 1,
         text: Callable[[Tensor], Text] | None = None,
+        interval: list[float] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images, index) of every world-th batch, beginning with the rank's; index: which samples.
 
-        text: from an index to these samples' prompts; None for empty ones.
+        text: from an index to these samples' prompts; None for empty ones; interval: see `from_noise`.
         """
         for index in torch.arange(len(seeds)).split(batch_size)[rank::world]:
-            yield self(label[index], seeds[index], nfe, w, text and text(index)), index
+            yield self(label[index], seeds[index], nfe, w, text and text(index), interval), index
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
@@ -280,13 +279,6 @@ def quantize(values: Tensor, rounding: str) -> Tensor:
     return to_uint8(values if rounding == "nearest" else values.floor())
 
 
-def check_labels(label: Tensor, null: int) -> None:
-    """Raise ValueError unless all labels are from 0 to `null`, which means none."""
-    wrong = label[(label < 0) | (label > null)]
-    if len(wrong):
-        raise ValueError(f"label: {wrong[0]} must be from 0 to {null}, where {null} means none")
-
-
 def check_guidance(objective: Objective, w: float) -> None:
     """Warn of a w that the network has not been trained for."""
     low, high = objective.guidance_range
@@ -296,10 +288,7 @@ def check_guidance(objective: Objective, w: float) -> None:
 
 
 def default_guidance(facts: dict[str, Any]) -> tuple[float, list[float] | None]:
-    """Return the guidance weight and interval of sampling where none are asked for.
-
-    They are those at which the weights were finished, or else of their training.
-    """
+    """Return weight and interval of guidance where none are asked for: a finish's, else of training."""
     found = own_finish(facts)
     w = found.get("w")
     return from_facts(facts["method"]).default_w if w is None else w, found.get("interval")

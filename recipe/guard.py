@@ -1,11 +1,9 @@
 """The algorithm that keeps a step of training stable: warm-ups, clipping, and steps that are skipped."""
 
-from __future__ import annotations
-
 import logging
 
 import torch
-from composer.core import Algorithm, Event, State, Time, TimeUnit
+from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 from pydantic import Field
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from recipe.objectives.base import Loss
+from recipe.optimizer import in_steps
 from recipe.parallel import local_shards, unwrap
 from recipe.settings import Count, CountOrZero, Positive, Settings
 
@@ -60,24 +59,11 @@ class StepConfig(Settings):
         "has one, after objective.flow_matching_first; 0 turns this off.",
     )
     clip: Positive | None = Field(
-        None, description="Largest global norm of the gradient; null turns clipping off."
+        None, description="Largest global norm of the gradient; null for no clipping."
     )
     max_skipped: Count = Field(
         5, description="Number of steps in a row without a finite gradient after which the run ends."
     )
-
-
-def steps_since(start: Time, state: State) -> int:
-    """Return the steps from `start`, a time in ba, ep or sp, to the one that begins; negative before it.
-
-    This follows from where the run stands, so a resumed run goes on as if it had never stopped.
-    """
-    now = state.timestamp
-    if start.unit == TimeUnit.EPOCH:
-        return (int(now.epoch) - start.value) * int(state.dataloader_len) + int(now.batch_in_epoch)
-    if start.unit == TimeUnit.SAMPLE:
-        return (int(now.sample) - start.value) // (len(state.batch["sample"]) * dist.get_world_size())
-    return int(now.batch) - start.value
 
 
 class ScaleParameter(Algorithm):
@@ -94,7 +80,7 @@ class ScaleParameter(Algorithm):
 
     def __init__(self, config: StepConfig, flow_matching_first: str | None = None) -> None:
         self.config = config
-        self.flow_matching_first = Time.from_input(flow_matching_first or "0ba")
+        self.flow_matching_first = flow_matching_first
         self.skipped = 0
         self.skipped_in_row = 0
         self.bad_samples: list[int] = []
@@ -116,7 +102,10 @@ class ScaleParameter(Algorithm):
         model = unwrap(state.model)
         if event == Event.BATCH_START:
             self.losses: list[tuple[Tensor, Tensor]] = []
-            step, warmup = steps_since(self.flow_matching_first, state), self.config.tangent_warmup
+            step, warmup = int(state.timestamp.batch), self.config.tangent_warmup
+            if self.flow_matching_first:
+                batch = len(state.batch["sample"]) * dist.get_world_size()
+                step -= in_steps(self.flow_matching_first, int(state.dataloader_len), batch)
             model.flow_matching = step < 0
             model.tangent_scale = min(1.0, max(0, step) / warmup) if warmup else 1.0
         elif event == Event.AFTER_LOSS:

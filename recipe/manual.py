@@ -1,6 +1,4 @@
-"""Settings for people and editors: help, tables and JSON Schemas, made from the classes that check them."""
-
-from __future__ import annotations
+"""Settings in words, made from the classes that check them: the help of every program."""
 
 import json
 import sys
@@ -14,8 +12,6 @@ from recipe.settings import Settings, limits, suggestion
 
 WORDS = {"integer": "whole number", "boolean": "true, false", "string": "text", "object": "mapping"}
 FLAGS = ("-h", "--help")
-LATER = {"type": "string", "pattern": r"^\?\?\?$|\$\{"}  # a value that another YAML gives, or another key
-BASE = {"type": "string", "description": "Path of the YAML that this one changes, relative to this one."}
 
 
 class Row(NamedTuple):
@@ -62,18 +58,14 @@ def _rows(schema: dict[str, Any], known: dict[str, Any], prefix: str) -> Iterato
         branches = [] if "errorMessage" in field else branches
         nested = [known[part["$ref"].rpartition("/")[2]] for part in branches if "$ref" in part]
         if not nested or len(nested) < len(branches):
-            default = "" if name in required else as_yaml(field["default"])
+            default = "" if name in required else field["default"]
+            default = default if isinstance(default, str) else json.dumps(default)  # as a YAML writes it
             yield Row(key, allowed(field), default, field["description"])
         for one in nested:
             constants = [part["const"] for part in one["properties"].values() if "const" in part]
             whose = constants[0] if len(nested) > 1 else ""
             for row in _rows(one, known, f"{key}."):
                 yield row._replace(whose=whose or row.whose)
-
-
-def as_yaml(value: Any) -> str:  # noqa: ANN401
-    """Return a default as a YAML writes it."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def allowed(schema: dict[str, Any]) -> str:
@@ -95,63 +87,13 @@ def allowed(schema: dict[str, Any]) -> str:
     return f"{WORDS.get(schema['type'], schema['type'])} {limits(schema)}".strip()
 
 
-def tables(section: type[Settings]) -> str:
-    """Return all keys as Markdown tables: the section's own, then a table for each section below it."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows(section):
-        above = row.key.partition(".")[0] if "." in row.key else ""
-        groups.setdefault(f"{above} ({row.whose})" if row.whose else above, []).append(row)
-    lines = []
-    for title, group in groups.items():
-        if title:
-            meaning = section.__pydantic_fields__[group[0].key.partition(".")[0]].description
-            lines += [f"### {title}", "", meaning, ""]
-        lines += ["| key | value | default | meaning |", "|---|---|---|---|"]
-        for row in group:
-            default = f"`{row.default}`" if row.default else "must be given"
-            value, meaning = (text.replace("*", r"\*") for text in (row.allowed, row.meaning))
-            lines.append(f"| `{row.key}` | {value} | {default} | {meaning} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
 def manual(section: type[Settings], below: str = "") -> str:
     """Return all keys as text for a terminal, or one and those below it; an empty text if there are none."""
-    lines = []
+    lines, indent = [], " " * 4
     for row in rows(section):
         if f"{row.key}.".startswith(f"{below}." if below else ""):
             default = f"default {row.default}" if row.default else "must be given"
             key = f"{row.key} ({row.whose})" if row.whose else row.key
-            lines += [f"{key}: {row.allowed} ({default})", fill(row.meaning, 100, **_indent)]
+            meaning = fill(row.meaning, 100, initial_indent=indent, subsequent_indent=indent)
+            lines += [f"{key}: {row.allowed} ({default})", meaning]
     return "\n".join(lines)
-
-
-_indent = {"initial_indent": "    ", "subsequent_indent": "    "}
-
-
-def editor_schema(section: type[Settings], title: str) -> dict[str, Any]:
-    """Return the JSON Schema by which editors complete and check a YAML of the section.
-
-    Any key may be left to `base` or stay ???, and any value may refer to other keys, ${folder}. Which
-    objective a YAML means may be up to its base: keys of any one are taken where none is named.
-    """
-    schema = TypeAdapter(section).json_schema()
-    for one in (schema, *schema.get("$defs", {}).values()):
-        one.pop("required", None)
-        one["properties"] = {name: _left_open(field) for name, field in one["properties"].items()}
-    schema["properties"] = {"base": BASE, **schema["properties"]}
-    schema |= {"$schema": "http://json-schema.org/draft-07/schema#", "title": title}
-    schema["$defs"] = {**schema.get("$defs", {}), "later": LATER}
-    return schema
-
-
-def _left_open(field: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a key that may be left to others; of a section, whose keys may be, as it is."""
-    about = {name: field[name] for name in ("description", "default") if name in field}
-    rule = {name: part for name, part in field.items() if name not in (*about, "title", "discriminator")}
-    if "$ref" in rule:
-        return {**about, **rule}
-    if "oneOf" in rule:
-        return {**about, "anyOf": rule["oneOf"]}
-    parts = rule["anyOf"] if rule.keys() == {"anyOf"} else [rule]
-    return {**about, "anyOf": [*parts, {"$ref": "#/$defs/later"}]}

@@ -191,10 +191,7 @@ def retrieval(features: Tensor, real: Tensor, own: Tensor, seed: int) -> float:
 
 
 def nearest(points: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distances (N,) from `points` (N, F) to the nearest of `support` (M, F), and its rows (N,).
-
-    They are compared in blocks, which bounds the memory.
-    """
+    """Return distances (N,) from points (N, F) to the nearest rows (N,) of `support` (M, F), by blocks."""
     found = []
     for part in points.split(ROWS):
         blocks = [torch.cdist(part, block).min(1) for block in support.split(ROWS)]

@@ -1,7 +1,5 @@
 """The ComposerModel: a student, its averages, and one training step as a pure function of the batch."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 from typing import Any
@@ -19,10 +17,8 @@ from recipe.objectives.flow_matching import flow_matching_loss
 from recipe.text import Prompts, Text
 
 
-def frozen_copy(net: nn.Module, shared: Iterable[nn.Parameter] = ()) -> nn.Module:
-    """Return a copy of the network that is never trained; parameters in `shared` are not copied but used by
-    both.
-    """
+def frozen_copy(net: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
+    """Return a copy of the network that is never trained; it uses the parameters in `shared` itself."""
     return copy.deepcopy(net, {id(p): p for p in shared}).requires_grad_(False)
 
 
@@ -73,7 +69,7 @@ class GenerativeModel(ComposerModel):
         label = batch["label"].clamp(max=config.classes)
         with torch.no_grad():
             x0 = self.normalizer(batch, step, self.seed)
-            drawn = draw(x0, label, step, sample, self.seed, self.objective, config.null, config)
+            drawn = draw(x0, label, step, sample, self.seed, self.objective, config)
         if self.prompts is not None:
             drawn = drawn._replace(text=Text(batch["text"], batch["text_length"]))
         student, teacher = self.prompted(self.net, drawn.text), self.prompted(self.target, drawn.text)

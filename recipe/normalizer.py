@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recipe.draws import Stream, keys, normal
+from recipe.settings import ConfigError
 from storage.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -41,10 +42,7 @@ class Normalizer(nn.Module):
 
 
 def make_normalizer(normalize: str | Statistics, manifest: Manifest) -> Normalizer:
-    """Make the normaliser that `data.normalize` asks for.
-
-    Raises ValueError unless there are a mean and a deviation for each channel.
-    """
+    """Make the normaliser of `data.normalize`. Raises ConfigError unless it has numbers for each channel."""
     channels = manifest.channels
     if normalize == "pixels":
         mean, std = [127.5] * channels, [127.5] * channels
@@ -53,5 +51,5 @@ def make_normalizer(normalize: str | Statistics, manifest: Manifest) -> Normaliz
     else:
         mean, std = normalize["mean"], normalize["std"]
     if len(mean) != channels or len(std) != channels:
-        raise ValueError(f"data.normalize: needs {channels} values of mean and std, one per channel")
+        raise ConfigError(f"data.normalize: needs {channels} values of mean and std, one per channel")
     return Normalizer(list(mean), list(std))

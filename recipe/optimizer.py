@@ -43,9 +43,7 @@ class OptimizerConfig(Settings):
         max_length=2,
         description="Decay per step of AdamW's running means of the gradient and of its square.",
     )
-    eps: Positive = Field(
-        1e-8, description="Number that AdamW adds to the root of the second moment before it divides by it."
-    )
+    eps: Positive = Field(1e-8, description="Number that AdamW adds to the root of the second moment.")
     weight_decay: NotNegative = Field(
         0.0, description="AdamW's decoupled weight decay, which is multiplied by the learning rate."
     )

@@ -127,17 +127,15 @@ def prepare_blocks(net: Denoiser, config: ParallelConfig, trained: bool) -> None
 
 
 def parallelism(config: ParallelConfig, device: str) -> ParallelismConfig | None:
-    """Return Composer's configuration of FSDP2, or None for DistributedDataParallel. Raises ValueError."""
+    """Return Composer's configuration of FSDP2, or None for DistributedDataParallel."""
     if not config.fsdp2:
         return None
     if device == "cpu":
         patches.divide_gradients_explicitly()
     patches.gather_weights_alone()
-    mesh, world = None, dist.get_world_size()
+    mesh = None
     if config.replicas > 1:
-        if world % config.replicas:
-            raise ValueError(f"parallel.replicas: {config.replicas} does not divide the {world} ranks")
-        shape = (config.replicas, world // config.replicas)
+        shape = (config.replicas, dist.get_world_size() // config.replicas)
         mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
     options = {
         "device_mesh": mesh,

@@ -21,8 +21,6 @@ Overridden in subclasses, where the reasons stand:
     CheckpointSaver._save_checkpoint (mosaicml 0.32.1), in recipe/checkpoints.py
 """
 
-from __future__ import annotations
-
 import fcntl
 import itertools
 import os
@@ -135,11 +133,7 @@ def seize(path: Path, wait: bool = False) -> IO[bytes] | None:
 
 
 def remove_dead_names() -> None:
-    """Delete what this user's killed jobs left.
-
-    That is names that `claim_names` claimed and that are not locked any more, and lock files of numbers
-    without names.
-    """
+    """Delete names that `claim_names` claimed and no job locks, and lock files of numbers without names."""
     for path in SHARED.glob(f"{ANY}_{LOCALS}"):
         with seize(path) or nullcontext() as file:
             if file and file.read().endswith(CLAIMED):

@@ -40,12 +40,7 @@ def false_colours(latents: Tensor) -> Tensor:
     return to_uint8(127.5 + 63.75 * latents[:, : 3 if latents.shape[1] >= 3 else 1])
 
 
-def decode(
-    vae: Any,  # noqa: ANN401
-    latents: Tensor,
-    encoder: dict[str, Any] | None = None,
-    batch_size: int = 1,
-) -> Tensor:
+def decode(vae: Any, latents: Tensor, encoder: dict[str, Any] | None = None, batch_size: int = 1) -> Tensor:
     """Decode latents (B, c, h, w), as they are stored, to pixel values (B, 3, H, W) in 0..255, not rounded.
 
     vae: an autoencoder of diffusers, which works in its own type, `batch_size` at a time; gradients flow
@@ -61,17 +56,13 @@ def decode(
     return torch.cat([scale * (vae.decode(part).sample.float() + offset) for part in parts])
 
 
-def pixel_range(vae: Any) -> tuple[float, float]:  # noqa: ANN401
+def pixel_range(vae: Any) -> tuple[float, float]:
     """Return s and o of pixels x / s - o as an autoencoder takes them: -1 to 1, or 0 to 1 for an RAE."""
     return (255.0, 0.0) if type(vae).__name__ == "AutoencoderRAE" else (127.5, 1.0)
 
 
 def to_pixels(
-    x0: Tensor,
-    normalizer: Normalizer,
-    column: str,
-    vae: Any | None,  # noqa: ANN401
-    encoder: dict[str, Any] | None = None,
+    x0: Tensor, normalizer: Normalizer, column: str, vae: Any | None, encoder: dict[str, Any] | None = None
 ) -> Tensor:
     """Turn a network's output (B, C, H, W) into uint8 pixels (B, 1 or 3, ...), latents without `vae` into
     false colours.
@@ -153,11 +144,8 @@ def lettering(text: str) -> tuple[str, str | None]:
         if needed <= _letters(file):
             return text, file
     known = _letters(own)
-    return "".join(x if ord(x) in known or x.isspace() else _escaped(x) for x in text), own
-
-
-def _escaped(letter: str) -> str:
-    return letter.encode("unicode_escape").decode()
+    escaped = (x if ord(x) in known or x.isspace() else x.encode("unicode_escape").decode() for x in text)
+    return "".join(escaped), own
 
 
 @cache

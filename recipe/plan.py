@@ -8,8 +8,6 @@ from efficiencies and a latency, which are assumptions and are printed as such.
 Letters: P parameters, N tokens, D width, r = mlp_ratio, G ranks that hold one sharded copy.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -21,10 +19,9 @@ import torch
 from composer.core import Time, TimeUnit
 from pydantic import Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
-from torch import nn
 
 from recipe.adapter import AdapterConfig, add_adapter
-from recipe.config import ConfigError, TrainConfig, divisible, load_config, yaml_of
+from recipe.config import ConfigError, TrainConfig, load_config, yaml_of
 from recipe.dit import TEXT_LAYERS, NetworkConfig
 from recipe.ema import average_names
 from recipe.manual import answer
@@ -147,39 +144,36 @@ class Cluster(Roofline):
     hop: NotNegative = Field(2e-6, description="Seconds that each rank adds to a collective's latency.")
 
 
-def size_of(*modules: nn.Module) -> int:
-    """Return the number of parameters of modules."""
-    return sum(p.numel() for module in modules for p in module.parameters())
-
-
-def parameter_counts(model: NetworkConfig) -> tuple[int, int]:
-    """Return the number of parameters of all blocks together, and of the rest."""
-    with torch.device("meta"):
-        net = build(model)
-    blocks = size_of(net.blocks, *([net.v_blocks] if model.v_head else []))
-    return blocks, size_of(net) - blocks
-
-
 class Parameters(NamedTuple):
-    """Numbers of parameters: of the student, of those that are trained, and of all averages together."""
+    """Numbers of parameters: in blocks and outside of them, without an adapter; of the whole student; of
+    what is trained; and of all averages together.
+    """
 
+    blocks: int
+    rest: int
     whole: int
     trained: int
     averages: int
 
 
 def count_parameters(config: TrainConfig) -> Parameters:
-    """Return the numbers of parameters of a run, those of its adapter among them.
+    """Return the numbers of parameters of a run; what its objective never evaluates is not trained.
 
     Averages share what is frozen below an adapter with the student, unless FSDP2 shards each by itself.
     """
     with torch.device("meta"):
         net = build(config.model)
+        plain = {name: p.numel() for name, p in net.named_parameters()}
         if config.adapter is not None:
             add_adapter(net, config.adapter)
-    whole, trained = size_of(net), sum(p.numel() for p in net.parameters() if p.requires_grad)
-    each = whole if config.parallel.fsdp2 else trained
-    return Parameters(whole, trained, each * len(average_names(config.ema, config.objective)))
+    for part in net.unused(config.objective.guidance_input, config.objective.auxiliary):
+        part.requires_grad_(False)
+    blocks = sum(size for name, size in plain.items() if name.partition(".")[0].endswith("blocks"))
+    whole = sum(p.numel() for p in net.parameters())
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    copied = trained if config.adapter and not config.parallel.fsdp2 else whole
+    averages = copied * len(average_names(config.ema, config.objective))
+    return Parameters(blocks, sum(plain.values()) - blocks, whole, trained, averages)
 
 
 def adapter_flops(model: NetworkConfig, adapter: AdapterConfig | None) -> tuple[float, float]:
@@ -210,32 +204,20 @@ def block_count(model: NetworkConfig) -> int:
     return model.depth + (model.head_depth if model.v_head else 0)
 
 
-def without_gradient(model: NetworkConfig, objective: Objective) -> int:
-    """Return the number of parameters that the objective does not evaluate."""
-    with torch.device("meta"):
-        return size_of(*build(model).unused(objective.guidance_input, objective.auxiliary))
-
-
-def mit_flops(model: MiTConfig, head: bool) -> tuple[int, int, int]:
-    """Return `forward_flops` of the network mit; head: of the auxiliary head alone, on shared tokens."""
-    N, S, D, patch = model.tokens, model.sequence, model.width, model.patch**2 * model.channels
-    depth, narrow = model.head_depth if head else model.depth, model.bottleneck
-    products = S * depth * (4 * D * D + 3 * D * model.hidden) + N * D * patch
-    if not head:
-        products += N * (patch * D if narrow is None else narrow * (patch + D)) + 4 * (256 * D + D * D)
-    return 2 * products, 4 * depth * S * S * D, 0
-
-
 def forward_flops(model: NetworkConfig, head: bool = False) -> tuple[int, int, int]:
     """Return the FLOPs of one plain forward pass of one sample, or of its auxiliary head alone.
 
     They are those of linear layers, of attention's two products, and of what sees the prompt alone. Attention
     to the prompt counts as linear layers, since its text has no tangent.
     """
-    if isinstance(model, MiTConfig):
-        return mit_flops(model, head)
-    N, D = model.tokens, model.width
+    N, S, D = model.tokens, model.sequence, model.width
     patch, text = model.patch**2 * model.channels, model.text
+    if isinstance(model, MiTConfig):
+        depth, narrow = model.head_depth if head else model.depth, model.bottleneck
+        products = S * depth * (4 * D * D + 3 * D * model.hidden) + N * D * patch
+        if not head:
+            products += N * (patch * D if narrow is None else narrow * (patch + D)) + 4 * (256 * D + D * D)
+        return 2 * products, 4 * depth * S * S * D, 0
     tokens = N * (model.depth * (4 + 2 * model.mlp_ratio) * D * D + 2 * patch * D)
     conditioning = model.depth * 6 * D * D + 2 * D * D + 3 * (256 * D + D * D)
     prompt = 0
@@ -299,14 +281,10 @@ def trained_passes(model: NetworkConfig, objective: Objective) -> list[Pass]:
     return [one for one in objective.passes(model.v_head) if one.gradient != "none"]
 
 
-def checkpointed_blocks(model: NetworkConfig, every: int) -> int:
-    """Return the number of blocks 0, every, 2 every, ..., which are checkpointed; 0 for none."""
-    return math.ceil(block_count(model) / every) if every else 0
-
-
-def checkpointed_share(config: TrainConfig) -> float:
+def checkpointed_share(model: NetworkConfig, parallel: ParallelConfig) -> float:
     """Return the share of the blocks that run forward twice."""
-    return checkpointed_blocks(config.model, config.parallel.checkpoint_every) / block_count(config.model)
+    every = parallel.checkpoint_every
+    return math.ceil(block_count(model) / every) / block_count(model) if every else 0
 
 
 def block_bytes(model: NetworkConfig, dual: bool, compiled: bool, low: int, budget: float = 1) -> float:
@@ -337,38 +315,30 @@ def block_bytes(model: NetworkConfig, dual: bool, compiled: bool, low: int, budg
 
 
 def activation_bytes(
-    model: NetworkConfig,
-    dual: bool,
-    compiled: bool = False,
-    checkpoint_every: int = 0,
-    low: int = BF16,
-    budget: float = 1,
-    head: bool = False,
+    model: NetworkConfig, parallel: ParallelConfig, dual: bool, low: int, head: bool = False
 ) -> float:
     """Return the bytes that autograd keeps of a sample in a student pass; a checkpointed block its input.
 
-    head: of the auxiliary head alone.
+    low: bytes of the autocast type; head: of the auxiliary head alone.
     """
-    pair = 2 if dual else 1
-    unit = model.sequence * model.width * pair
+    unit = model.sequence * model.width * (2 if dual else 1)
     blocks = model.head_depth if head else model.depth
-    checkpointed = blocks * checkpointed_blocks(model, checkpoint_every) / block_count(model)
-    kept = (blocks - checkpointed) * block_bytes(model, dual, compiled, low, budget)
+    again = checkpointed_share(model, parallel)
+    kept = block_bytes(model, dual, parallel.compile, low, parallel.activation_budget)
     ends = unit * (2 * FP32 + low)
     if model.text is not None:
         ends += low * model.text.tokens * (model.width + model.text.width)
         if model.text.encoder == "bytes":
             ends += TEXT_LAYERS * model.text.tokens * model.text.width * (4 * FP32 + low * 16)
-    return kept + checkpointed * FP32 * unit + ends
+    return blocks * ((1 - again) * kept + again * FP32 * unit) + ends
 
 
 def step_activations(config: TrainConfig, parallel: ParallelConfig) -> float:
     """Return the bytes of one sample at the peak: all student passes, and the block in its backward pass."""
     low = BF16 if config.precision == "amp_bf16" else FP32
-    trained = trained_passes(config.model, config.objective)
-    how = parallel.compile, parallel.checkpoint_every, low, parallel.activation_budget
     kept = sum(
-        activation_bytes(config.model, one.dual and one.gradient == "both", *how, one.head) for one in trained
+        activation_bytes(config.model, parallel, one.dual and one.gradient == "both", low, one.head)
+        for one in trained_passes(config.model, config.objective)
     )
     return kept + working_bytes(config)
 
@@ -382,7 +352,7 @@ def working_bytes(config: TrainConfig) -> float:
 
 def layout(config: TrainConfig, gpus: int) -> tuple[int, int]:
     """Return the samples of a GPU's microbatch, and the number of microbatches. Raises ConfigError."""
-    if problems := divisible(config, gpus):
+    if problems := config.uneven(gpus):
         raise ConfigError("\n".join(problems))
     batch = config.data.batch_size // gpus
     microbatch = min(config.microbatch or batch, batch)
@@ -400,18 +370,17 @@ def memory(config: TrainConfig, gpus: int) -> dict[str, float]:
 
     Gathered are what is not in blocks, of student and target, and two blocks (one is prefetched).
     """
-    (blocks, rest), size, parallel = parameter_counts(config.model), count_parameters(config), config.parallel
+    size, parallel = count_parameters(config), config.parallel
     shards = gpus // parallel.replicas if parallel.fsdp2 else 1
     trained = trained_passes(config.model, config.objective)
     eager = sum(1 + one.dual for one in trained) if config.adapter else 1  # autocast keeps no frozen weight
     passes = len(trained) if parallel.compile else eager
     sharded = parallel.fsdp2 and shards > 1
-    gathered = (
-        (1 + config.objective.teacher) * rest + 2 * blocks / block_count(config.model) if sharded else 0
-    )
+    ends, pair = (1 + config.objective.teacher) * size.rest, 2 * size.blocks / block_count(config.model)
+    gathered = ends + pair if sharded else 0
     autocast = config.precision == "amp_bf16" and not (sharded and gathered_size(config) == BF16)
-    unchecked = 1 - checkpointed_share(config)
-    rounded = blocks * unchecked * passes if autocast else 0
+    unchecked = 1 - checkpointed_share(config.model, parallel)
+    rounded = size.blocks * unchecked * passes if autocast else 0
     finish, samples = Finish(config), layout(config, gpus)[0]
     beside = {
         "decoder and extractors": finish.frozen_bytes(samples),
@@ -431,10 +400,8 @@ def memory(config: TrainConfig, gpus: int) -> dict[str, float]:
 def gathers(config: TrainConfig) -> tuple[float, float]:
     """Return the number of all-gathers of every block in a microbatch, of the student and of the target.
 
-    A pass that has not all blocks counts by its share of them.
-
-    A pass gathers forward and, if it is differentiated, backward. Unless weights are freed after a forward
-    pass, all share the first one; a backward pass frees them, so each further one gathers again.
+    A pass gathers its share of the blocks forward and, if it is differentiated, backward. Unless weights are
+    freed after a forward pass, all share the first one; a backward pass frees them: the next gathers again.
     """
     model = config.model
 
@@ -462,39 +429,28 @@ class Collective(NamedTuple):
 
 
 def traffic(config: TrainConfig, gpus: int) -> list[Collective]:
-    """Return the collectives of one step: those of the network, and of a finish's sums over samples."""
-    rows, sums = network_traffic(config, gpus), Finish(config).messages()
-    if sums:
-        rows.append(Collective("all-reduce moments", 2 * sum(sums) * (gpus - 1) / gpus, len(sums), gpus))
-    return rows
-
-
-def network_traffic(config: TrainConfig, gpus: int) -> list[Collective]:
-    """Return the network's collectives in one step. FSDP2 communicates in every microbatch, DDP once."""
-    blocks, rest = parameter_counts(config.model)
-    messages = block_count(config.model) + 1
+    """Return the collectives of one step: the network's (FSDP2: in every microbatch), and a finish's."""
+    size, messages = count_parameters(config), block_count(config.model) + 1
+    sums, G = Finish(config).messages(), size.trained
+    received = 2 * sum(sums) * (gpus - 1) / gpus
+    moments = [Collective("all-reduce moments", received, len(sums), gpus)] if sums else []
     if not config.parallel.fsdp2:
-        size = FP32 * count_parameters(config).trained
-        buckets = math.ceil(size / DDP_BUCKET)
-        return [Collective("all-reduce gradients", 2 * size * (gpus - 1) / gpus, buckets, gpus)]
+        received, buckets = 2 * FP32 * G * (gpus - 1) / gpus, math.ceil(FP32 * G / DDP_BUCKET)
+        return [Collective("all-reduce gradients", received, buckets, gpus), *moments]
     microbatches, replicas = layout(config, gpus)[1], config.parallel.replicas
     shards, width = gpus // replicas, gathered_size(config)
     reduced = width if config.parallel.mixed_precision == "PURE" else FP32
-    share = microbatches * (shards - 1) / shards
-    student, target = gathers(config)
-    G = count_parameters(config).trained
-    G -= 0 if config.adapter else without_gradient(config.model, config.objective)
-    rows = [
-        Collective(name, width * share * (n * blocks + rest), microbatches * (n * (messages - 1) + 1), shards)
-        for name, n in (("all-gather student", student), ("all-gather target", target))
-        if n
-    ]
-    rows.append(Collective("reduce-scatter gradients", reduced * share * G, microbatches * messages, shards))
+    share, count = microbatches * (shards - 1) / shards, microbatches * messages
+    rows = []
+    for name, n in zip(("all-gather student", "all-gather target"), gathers(config), strict=True):
+        received = width * share * (n * size.blocks + size.rest)
+        if n:
+            rows.append(Collective(name, received, microbatches * (n * (messages - 1) + 1), shards))
+    rows.append(Collective("reduce-scatter gradients", reduced * share * G, count, shards))
     if replicas > 1:
         received = microbatches * 2 * reduced * G / shards * (replicas - 1) / replicas
-        count = microbatches * messages
         rows.append(Collective("all-reduce gradients", received, count, replicas, shards))
-    return rows
+    return rows + moments
 
 
 def communication_time(collectives: list[Collective], cluster: Cluster) -> tuple[float, float]:
@@ -546,11 +502,12 @@ def updated_bytes(config: TrainConfig, gpus: int) -> float:
 def compute_time(config: TrainConfig, roofline: Roofline) -> float:
     """Return the seconds of one sample's passes, also of repeated blocks and a finish's networks."""
     frozen = Finish(config).flops() / roofline.sheet.exact / roofline.gemm
+    again = checkpointed_share(config.model, config.parallel)
     return frozen + sum(
         roofline.seconds(0, one.products, roofline.gemm)
         + roofline.seconds(one.attention_bytes, one.attention, roofline.attention)
         + roofline.seconds(one.other_bytes)
-        for one in work(config.model, config.objective, checkpointed_share(config), config.adapter)
+        for one in work(config.model, config.objective, again, config.adapter)
     )
 
 
@@ -587,13 +544,13 @@ def column(config: TrainConfig, gpus: int, cluster: Cluster) -> dict[str, str]:
         rows |= {"embeddings of prompts per GPU, MB/s": f"{size / t.step / 1e6:.1f}"}
     rows |= {"PFLOP per step": f"{flops / 1e15:.2f}", "compute, ms, predicted": f"{1e3 * t.compute:.1f}"}
     if (finish := Finish(config)).counts:
-        size = config.data.batch_size
-        rows |= {
-            "decoder and extractors, PFLOP per step, float32": f"{finish.flops() * size / 1e15:.2f}",
-            "maps, TFLOP per step and GPU, float64": f"{finish.map_flops() / 1e12:.3f}",
-        }
+        frozen = finish.flops() * config.data.batch_size
+        rows |= {"decoder and extractors, PFLOP per step, float32": f"{frozen / 1e15:.2f}"}
     rows |= {f"{c.name}, GB": f"{c.received / 1e9:.2f}" for c in traffic(config, gpus)}
-    seconds = t.step * planned_steps(config)
+    duration = Time.from_timestring(config.duration)
+    if duration.unit != TimeUnit.BATCH:
+        raise ConfigError(f"duration: {config.duration} must be in batches, e.g. 300000ba, to be planned")
+    seconds = t.step * duration.value
     return rows | {
         "communication, ms, predicted": f"{1e3 * t.bandwidth:.1f} + {1e3 * t.latency:.1f}",
         "optimizer and averages, ms, predicted": f"{1e3 * t.update:.1f}",
@@ -605,51 +562,34 @@ def column(config: TrainConfig, gpus: int, cluster: Cluster) -> dict[str, str]:
     }
 
 
-def planned_steps(config: TrainConfig) -> int:
-    """Return the run's number of steps. Raises ConfigError unless `duration` is in batches."""
-    duration = Time.from_timestring(config.duration)
-    if duration.unit != TimeUnit.BATCH:
-        raise ConfigError(f"duration: {config.duration} must be in batches, e.g. 300000ba, to be planned")
-    return duration.value
-
-
 def usual_gpus(config: TrainConfig) -> list[int]:
     """Return those of 8, 64 and 512 GPUs that divide the run's batch, or else the most of a node that do."""
-    fitting = [gpus for gpus in (8, 64, 512) if not divisible(config, gpus)]
-    return fitting or [next(gpus for gpus in range(7, 0, -1) if gpus == 1 or not divisible(config, gpus))]
+    fitting = [gpus for gpus in (8, 64, 512) if not config.uneven(gpus)]
+    return fitting or [next(gpus for gpus in range(7, 0, -1) if gpus == 1 or not config.uneven(gpus))]
 
 
 def report(config: TrainConfig, cluster: Cluster) -> str:
     """Return a Markdown table, one column for each number of GPUs, under the assumptions that it rests on."""
-    blocks, rest = parameter_counts(config.model)
-    counts = cluster.gpus or usual_gpus(config)
+    size, counts = count_parameters(config), cluster.gpus or usual_gpus(config)
     columns = [column(config, gpus, cluster) for gpus in counts]
-    adapted = (
-        f", {count_parameters(config).trained / 1e6:.2f}M of an adapter trained" if config.adapter else ""
-    )
+    finish, left_out = Finish(config), ["the time of maps and of the first samples"]
+    left_out += [f"passes of {', '.join(finish.missing)}"] if finish.missing else []
+    left_out += [f"moments of {name}" for name, known in finish.counts.items() if known is None]
+    adapted = f", {size.trained / 1e6:.2f}M of an adapter trained" if config.adapter else ""
     lines = [
-        f"{config.run_name}: {(blocks + rest) / 1e6:.0f}M parameters{adapted}, {config.model.tokens} tokens, "
-        f"batch {config.data.batch_size}, {config.duration}, {config.precision}.",
+        f"{config.run_name}: {(size.blocks + size.rest) / 1e6:.0f}M parameters{adapted}, "
+        f"{config.model.tokens} tokens, batch {config.data.batch_size}, {config.duration}, "
+        f"{config.precision}.",
         f"{cluster.assumptions()} {cluster.hop * 1e6:g} us a hop; compiled blocks.",
         "Communication is bandwidth + latency. A step takes from the first time (all of it hidden behind",
         "compute) to the second (none of it); the rows below go by the first.",
-        *finish_notes(config),
+        *([f"Not counted: {', '.join(left_out)}."] if finish.counts else []),
         "",
         "| GPUs | " + " | ".join(map(str, counts)) + " |",
         "|---|" + "---:|" * len(columns),
     ]
     lines += [f"| {name} | " + " | ".join(c[name] for c in columns) + " |" for name in columns[0]]
     return "\n".join(lines) + "\n"
-
-
-def finish_notes(config: TrainConfig) -> list[str]:
-    """Return one line that names what the plan of a finish leaves out."""
-    finish = Finish(config)
-    if not finish.counts:
-        return []
-    unknown = [f"passes of {', '.join(finish.missing)}"] if finish.missing else []
-    unknown += [f"moments of {name}" for name, size in finish.counts.items() if size is None]
-    return [f"Not counted: {', '.join(['the time of maps and of the first samples', *unknown])}."]
 
 
 def read(arguments: list[str], own: type[Roofline]) -> tuple[TrainConfig, Roofline]:

@@ -1,7 +1,5 @@
 """Ending early and going on later: SIGTERM, a time limit, a launcher that has gone."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -3,8 +3,6 @@
 Every run does the same first. Each failure names the setting, and the command that mends it.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import netrc
@@ -23,8 +21,9 @@ import torch
 from composer.utils import dist, parse_uri
 
 from recipe.checkpoints import PROBE, DamageError, Resumable, check_dataset, fork, own_checkpoints
-from recipe.config import ConfigError, TrainConfig, divisible, load_config, yaml_of
-from recipe.data import SHUFFLE_WINDOW
+from recipe.config import ConfigError, TrainConfig, load_config, yaml_of
+from recipe.data import SHUFFLE_WINDOW, DataConfig
+from recipe.dit import NetworkConfig
 from recipe.manual import answer
 from recipe.normalizer import Normalizer, make_normalizer
 from recipe.plan import count_parameters
@@ -38,39 +37,28 @@ OCI_LOGIN = "oci setup config"
 log = logging.getLogger("recipe.preflight")
 
 
-def check_data(config: TrainConfig) -> tuple[Manifest, Normalizer]:
-    """Return the dataset's manifest, compared with its index and with the model, and the normaliser.
-
-    Raises ConfigError.
-    """
-    if not config.data.remote and not os.path.isdir(config.data.local):
-        raise ConfigError(f"data.local: {config.data.local} is not a folder, and data.remote is not set")
+def check_data(data: DataConfig, model: NetworkConfig, folders: Folders) -> tuple[Manifest, Normalizer]:
+    """Return the manifest, compared with its index and the model, and the normaliser. Raises ConfigError."""
+    if not data.remote and not os.path.isdir(data.local):
+        raise ConfigError(f"data.local: {data.local} is not a folder, and data.remote is not set")
     try:
-        manifest, _ = open_dataset(config.data.source)
+        manifest, _ = open_dataset(data.source, folders)
     except DatasetError as error:
-        if not config.data.remote:
+        if not data.remote:
             raise ConfigError(f"data.local: {error}") from error
         cause = error.__cause__  # the service's answer, where that is the reason
-        hint = f". Fix: {remedy(config.data.remote, cause)}" if isinstance(cause, StorageError) else ""
+        hint = f". Fix: {remedy(data.remote, cause)}" if isinstance(cause, StorageError) else ""
         raise ConfigError(f"data.remote: {error}{hint}") from error
     found = {"channels": manifest.channels, "size": manifest.shape[1], "classes": len(manifest.class_names)}
-    for key, value in found.items():
-        if getattr(config.model, key) != value and not (key == "classes" and config.model.classes == 0):
-            raise ConfigError(
-                f"model.{key}: {getattr(config.model, key)} differs from the {value} of {config.data.source}"
-            )
+    for key, there in found.items():
+        if (here := getattr(model, key)) != there and (key != "classes" or model.classes):
+            raise ConfigError(f"model.{key}: {here} differs from the {there} of {data.source}")
     for key in ("batch_size", "canonical_nodes"):
-        if getattr(config.data, key) > manifest.num_samples:
-            raise ConfigError(
-                f"data.{key}: {getattr(config.data, key)} is more than the {manifest.num_samples} samples "
-                f"of {config.data.source}"
-            )
-    if config.model.text is not None:
-        check_text(config.model.text, manifest, config.data.source)
-    try:
-        return manifest, make_normalizer(config.data.normalize, manifest)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+        if (asked := getattr(data, key)) > (most := manifest.num_samples):
+            raise ConfigError(f"data.{key}: {asked} is more than the {most} samples of {data.source}")
+    if model.text is not None:
+        check_text(model.text, manifest, data.source)
+    return manifest, make_normalizer(data.normalize, manifest)
 
 
 def check_text(text: TextConfig, manifest: Manifest, source: str) -> None:
@@ -93,10 +81,8 @@ def check_text(text: TextConfig, manifest: Manifest, source: str) -> None:
             f"(streaming_convert --text-encoder); bytes does without"
         )
     for key in ("tokens", "width"):
-        if getattr(text, key) != manifest.text[key]:
-            raise ConfigError(
-                f"model.text.{key}: {getattr(text, key)} differs from the {manifest.text[key]} of {source}"
-            )
+        if (here := getattr(text, key)) != (there := manifest.text[key]):
+            raise ConfigError(f"model.text.{key}: {here} differs from the {there} of {source}")
 
 
 def remedy(uri: str, error: StorageError) -> str:
@@ -136,10 +122,7 @@ def naming(key: str, uri: str) -> Iterator[None]:
 
 
 def writable(key: str, uri: str, folders: Folders) -> list[str]:
-    """Return the names of the files in a folder, which is listed, written to and deleted from.
-
-    Raises ConfigError.
-    """
+    """Return the names of the files in a folder: list it, write to it and delete. Raises ConfigError."""
     probe = f"{PROBE}-{uuid.uuid4().hex}"  # nodes may share the folder
     with naming(key, uri):
         folder = folders[uri]
@@ -165,15 +148,14 @@ def beginning(
     elif not point.saved and config.init_from:
         with naming("init_from", config.init_from):
             weights = check_weights(config, manifest, normalizer, folders)
-    check_dataset(config, manifest, point)
+    check_dataset(config.data, manifest, point)
     return point, weights
 
 
-def oci_agreement(config: TrainConfig) -> Iterator[str]:
-    """Yield how OCI_CONFIG_FILE, which Composer prefers, and ~/.oci/config, which Streaming reads, differ."""
+def oci_agreement(uris: dict[str, str]) -> Iterator[str]:
+    """Yield how OCI_CONFIG_FILE (Composer's) and ~/.oci/config (Streaming's) differ; uris: by setting."""
     import oci
 
-    uris = {"data.remote": config.data.remote or "", "save_folder": config.save_folder}
     if not any(uri.startswith("oci://") for uri in uris.values()):
         return
     try:
@@ -245,55 +227,41 @@ def disk_space(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
             yield f"{', '.join(names)}: {figures}. Fix: df -h {places[0]}"
 
 
-def cache_limit(config: TrainConfig, ranks: int, manifest: Manifest) -> Iterator[str]:
+def cache_limit(data: DataConfig, ranks: int, manifest: Manifest) -> Iterator[str]:
     """Yield a problem where the cache is smaller than what a node shuffles over at a time.
 
     Such a one would fetch a shard for almost every sample. Streaming shuffles each canonical node's samples
     in windows, which overlap: two of them are in use. It refuses less than four shards.
     """
-    limit = config.data.cache_bytes
-    if not limit or not config.data.remote or not config.data.shuffle:
+    limit = data.cache_bytes
+    if not limit or not data.shuffle:
         return
     sizes = [shard["bytes"] for shard in manifest.shards.values()]
-    in_use = min(1, 2 * config.data.canonical_nodes * SHUFFLE_WINDOW / manifest.num_samples)
+    in_use = min(1, 2 * data.canonical_nodes * SHUFFLE_WINDOW / manifest.num_samples)
     nodes = ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     need = max(sum(sizes) * in_use / nodes, 4 * max(sizes))
     if limit < need:
         yield (
-            f"data.cache_limit: {config.data.cache_limit} is less than what a node shuffles over at a time "
+            f"data.cache_limit: {data.cache_limit} is less than what a node shuffles over at a time "
             f"here. Fix: set data.cache_limit={int(need / 2**20) + 1}mb or more, or null"
         )
 
 
-def precision(config: TrainConfig) -> Iterator[str]:
-    """Yield a problem for bf16 without a GPU, where Composer does not train in it."""
-    if config.precision != "fp32" and not torch.cuda.is_available():
+def surroundings(config: TrainConfig) -> Iterator[str]:
+    """Yield what this machine lacks: a GPU, a temporary folder, a key of Weights & Biases, real images."""
+    if config.precision != "fp32" and not torch.cuda.is_available():  # Composer trains in bf16 on a GPU alone
         yield f"precision: {config.precision} needs a GPU, and there is none here. Fix: set precision=fp32"
-
-
-def temporary_folder(config: TrainConfig) -> Iterator[str]:
-    """Yield a problem where the temporary folder's name is too long for the sockets of loader workers."""
     longest, folder = 107 - len("/pymp-12345678/listener-12345678"), gettempdir()
-    if config.data.workers and len(folder) > longest:  # a batch that cannot be sent would hang the run
+    if config.data.workers and len(folder) > longest:  # sockets; a batch that cannot be sent would hang
         yield (
             f"data.workers: {config.data.workers} need a temporary folder of at most {longest} characters, "
             f"{folder} has {len(folder)}. Fix: set TMPDIR=/tmp, or data.workers=0"
         )
-
-
-def wandb_key(config: TrainConfig) -> Iterator[str]:
-    """Yield a problem where log.wandb is online and there is no key for it."""
-    if config.log.wandb != "online" or os.environ.get("WANDB_API_KEY"):
-        return
-    key = None
+    key = os.environ.get("WANDB_API_KEY")
     with suppress(OSError, netrc.NetrcParseError):
-        key = netrc.netrc().authenticators("api.wandb.ai")
-    if not key:
+        key = key or netrc.netrc().authenticators("api.wandb.ai")
+    if config.log.wandb == "online" and not key:
         yield "log.wandb: online, but there is no key. Fix: run wandb login, or set log.wandb=offline"
-
-
-def references(config: TrainConfig) -> Iterator[str]:
-    """Yield the real images or statistics of a finish that are not there."""
     for name, path in config.objective.features.items() if config.objective.finishes else ():
         if not Path(path).exists():
             yield f"objective.features.{name}: {path} does not exist. Fix: convert it, or name another"
@@ -302,13 +270,12 @@ def references(config: TrainConfig) -> Iterator[str]:
 class Findings(NamedTuple):
     """What the checks before a run have found, for the run to go on with.
 
-    names: of the files in its save_folder; point: the checkpoints that it can go on from, none for a new run;
-    weights: those of `init_from`, for a new run; folders: opened by this process so far.
+    point: the checkpoints that it can go on from, none for a new run; weights: those of `init_from`, for a
+    new run; folders: opened by this process so far.
     """
 
     manifest: Manifest
     normalizer: Normalizer
-    names: list[str]
     point: Resumable
     weights: Weights | None
     folders: Folders
@@ -326,20 +293,20 @@ def collecting(problems: list[str]) -> Iterator[None]:
 def examine(config: TrainConfig, ranks: int) -> tuple[list[str], Findings | None]:
     """Return all that would make a run of `config` on that many ranks fail, and what there is for it."""
     folders = Folders()
-    found = [*divisible(config, ranks), *precision(config), *wandb_key(config)]
-    found += [*temporary_folder(config), *oci_agreement(config)]
+    uris = {"data.remote": config.data.remote or "", "save_folder": config.save_folder}
+    found = [*config.uneven(ranks), *surroundings(config), *oci_agreement(uris)]
     with collecting(found):
-        manifest, normalizer = check_data(config)
+        manifest, normalizer = check_data(config.data, config.model, folders)
     with collecting(found):
         writable("folder", config.folder, folders)
     with collecting(found):
         names = writable("save_folder", config.save_folder, folders)
     if found:
         return found, None
-    found += [*cache_limit(config, ranks, manifest), *disk_space(config, manifest), *references(config)]
+    found += [*cache_limit(config.data, ranks, manifest), *disk_space(config, manifest)]
     with collecting(found):
         point, weights = beginning(config, manifest, normalizer, folders, names)
-    return found, None if found else Findings(manifest, normalizer, names, point, weights, folders)
+    return found, None if found else Findings(manifest, normalizer, point, weights, folders)
 
 
 def shared(folder: str) -> bool:

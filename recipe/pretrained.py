@@ -5,11 +5,10 @@ norm, of any other text model of transformers (such as Qwen) its own. Weights ar
 no code beside them is run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from recipe.patches import exact_float32
 from recipe.pictures import decode, pixel_range
 from storage.manifest import DatasetError
+from storage.outside import file_digest
 
 FILES = ("config.json", "*.safetensors*", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
 FILES += ("vocab*", "merges.txt", "*.model")  # what of a text model's folder is used, downloaded and hashed
@@ -58,13 +58,11 @@ def _vae_config(model: str) -> tuple[dict[str, Any], dict[str, str]]:
 
     try:
         return AutoencoderKL.load_config(model), {}
-    except OSError:
+    except OSError as error:
         where = {"subfolder": "vae"}
-        try:
+        with suppress(OSError):
             return AutoencoderKL.load_config(model, **where), where
-        except OSError:
-            pass
-        raise
+        raise error
 
 
 def encode_pixels(network: nn.Module, pixels: Tensor) -> Tensor:
@@ -89,11 +87,17 @@ def hash_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def autoencoder(encoder: dict[str, Any], vae: str | None) -> str:
-    """Return the folder or hub name of the autoencoder: `vae`, or else what the weights say.
+def load_decoder(
+    encoder: dict[str, Any], vae: str | None, device: str | torch.device, half: bool = True
+) -> Callable[[Tensor], Tensor]:
+    """Return a function from stored latents (N, c, h, w) to pixels (N, 3, H, W) in 0..255, not rounded.
 
-    Their word counts where it is a folder that exists or a hub name such as stabilityai/sd-vae-ft-ema. The
-    hub is not asked for other names, such as `precomputed`. Raises ValueError.
+    It works in fp16 on a GPU, as the published evaluations do, and in fp32 on a CPU or where `half` is false.
+    Gradients flow through it to the latents.
+    encoder: of the dataset's manifest, as the weights say; vae: folder of an autoencoder of diffusers, None
+    for the one that `encoder` names, where that is a folder or a hub name such as stabilityai/sd-vae-ft-ema
+    (the hub is not asked for other names, such as `precomputed`). Raises ValueError where diffusers is
+    missing, there is no such autoencoder, or the latents were made with other weights.
     """
     model = vae or encoder.get("model") or encoder["name"]
     if vae is None and not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
@@ -101,24 +105,6 @@ def autoencoder(encoder: dict[str, Any], vae: str | None) -> str:
             f"the weights make latents, and their autoencoder ({model!r}) is not known here: give --vae "
             f"FOLDER, in a sweep vae=FOLDER"
         )
-    return model
-
-
-def load_decoder(
-    encoder: dict[str, Any],
-    vae: str | None,
-    device: str | torch.device,
-    half: bool = True,
-) -> Callable[[Tensor], Tensor]:
-    """Return a function from stored latents (N, c, h, w) to pixels (N, 3, H, W) in 0..255, not rounded.
-
-    It works in fp16 on a GPU, as the published evaluations do, and in fp32 on a CPU or where `half` is false.
-    Gradients flow through it to the latents.
-    encoder: of the dataset's manifest, as the weights say; vae: folder of an autoencoder of diffusers, None
-    for the one that `encoder` names. Raises ValueError where diffusers is missing, there is no such
-    autoencoder, or the latents were made with other weights.
-    """
-    model = autoencoder(encoder, vae)
     network = load_vae(model, "fp32", str(device)).requires_grad_(False)
     made_with = encoder.get("hash")
     if made_with is not None and (found := hash_weights(network)) != made_with:
@@ -126,7 +112,6 @@ def load_decoder(
             f"vae: the weights of {model} hash to {found}, the latents were made with {made_with}"
         )
     network = network.half() if half and torch.device(device).type == "cuda" else network
-
     return lambda latents: decode(network, latents, encoder, batch_size=16)
 
 
@@ -239,7 +224,5 @@ def _sha256(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted({path for pattern in FILES for path in folder.glob(pattern)}):
         digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
+        file_digest(path, digest)
     return digest.hexdigest()

@@ -1,7 +1,5 @@
 """Real images in dataset folders, and statistics: what training and sweeps measure samples by."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os

@@ -1,7 +1,5 @@
 """Sampling: x <- x - (t - s) u(x, t, s) on a uniform time grid from 1 (noise) to 0 (data)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

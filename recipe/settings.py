@@ -6,8 +6,6 @@ Values are taken as they are written ("1" is no number, true is no number; an in
 unknown keys are refused, and what breaks a rule is a ConfigError of one line: key, value, what is allowed.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
@@ -58,7 +56,7 @@ def limits(schema: dict[str, Any]) -> str:
     return " and ".join(f"{word} {number}" for word, number in found.items())
 
 
-def say_ranges(schema: Any) -> Any:  # noqa: ANN401
+def say_ranges(schema: Any) -> Any:
     """Return pydantic's schema with errors that say both bounds of a number that has two, not the broken one.
 
     What has its own error already, by Says or as part of an inner section, keeps it.
@@ -88,7 +86,7 @@ class Settings:
 
     @model_validator(mode="before")
     @classmethod
-    def refuse_unknown(cls, given: Any) -> Any:  # noqa: ANN401
+    def refuse_unknown(cls, given: Any) -> Any:
         """Raise ConfigError for a key that is no field, with the field that was probably meant."""
         given_keys = given.kwargs if isinstance(given, ArgsKwargs) else given
         for key in given_keys if isinstance(given_keys, dict) else ():
@@ -106,7 +104,7 @@ def suggestion(section: type[Settings], key: str) -> str:
     return f"only {', '.join(section.__pydantic_fields__)} are"
 
 
-def sections(annotation: Any) -> Iterator[type[Settings]]:  # noqa: ANN401
+def sections(annotation: Any) -> Iterator[type[Settings]]:
     """Yield the settings classes in an annotation: one of a section, several of a union."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         yield annotation
@@ -122,13 +120,13 @@ def setting_keys(section: type[Settings]) -> Iterator[str]:
             yield from (f"{name}.{key}" for key in setting_keys(nested))
 
 
-def one_of(key: str, default: str, choices: dict[str, type[Settings]]) -> Any:  # noqa: ANN401
+def one_of(key: str, default: str, choices: dict[str, type[Settings]]) -> Any:
     """Return the type of a section that is one of several, chosen by its `key`, without it by `default`."""
 
-    def chosen(given: Any) -> str | None:  # noqa: ANN401
+    def chosen(given: Any) -> str | None:
         return given.get(key, default) if isinstance(given, dict) else getattr(given, key, None)
 
-    def refuse_others(given: Any) -> Any:  # noqa: ANN401
+    def refuse_others(given: Any) -> Any:
         """Raise ConfigError for an unknown name, and for a setting of another choice, saying whose it is."""
         name = chosen(given)
         if isinstance(given, dict) and not (isinstance(name, str) and name in choices):
@@ -160,7 +158,7 @@ class Says(NamedTuple):
 
     text: str
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:  # noqa: ANN401
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Replace every error of the type by the text."""
         return core_schema.custom_error_schema(
             handler(source), custom_error_type="rule", custom_error_message=self.text
@@ -174,7 +172,7 @@ class Says(NamedTuple):
 class OneOrMore:
     """A list that may be given as its only value, without brackets."""
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:  # noqa: ANN401
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Put a value that is no container into a list."""
         return core_schema.no_info_before_validator_function(as_list, handler(source))
 
@@ -184,17 +182,17 @@ class OneOrMore:
         return {"anyOf": [listed, listed["items"]]}
 
 
-def as_list(value: Any) -> Any:  # noqa: ANN401
+def as_list(value: Any) -> Any:
     """Return a value that is neither None nor a container, in a list."""
     return value if value is None or isinstance(value, list | dict | tuple) else [value]
 
 
-def as_text(value: Any) -> Any:  # noqa: ANN401
+def as_text(value: Any) -> Any:
     """Return a whole number as text, since YAML reads a run or a folder called 2026 as a number."""
     return str(value) if type(value) is int else value
 
 
-def as_switch(value: Any) -> Any:  # noqa: ANN401
+def as_switch(value: Any) -> Any:
     """Return `off`, which YAML reads as false, as text."""
     return "off" if value is False else value
 
@@ -294,7 +292,7 @@ PLAINER = {
 }
 
 
-def make(section: type[T], values: Any, where: str = "") -> T:  # noqa: ANN401
+def make(section: type[T], values: Any, where: str = "") -> T:
     """Make the settings that plain containers describe. Raises ConfigError, its key below `where`."""
     try:
         return TypeAdapter(section).validate_python(values)
@@ -302,7 +300,7 @@ def make(section: type[T], values: Any, where: str = "") -> T:  # noqa: ANN401
         raise ConfigError(explain(error, values, where)) from error
 
 
-def explain(error: ValidationError, values: Any, where: str = "") -> str:  # noqa: ANN401
+def explain(error: ValidationError, values: Any, where: str = "") -> str:
     """Return the first of the errors in `values` as one line: key, value, what is allowed."""
     found = error.errors(include_url=False)
     key = dotted(found[0]["loc"], values, found[0]["type"] == "missing", where)
@@ -316,7 +314,7 @@ def explain(error: ValidationError, values: Any, where: str = "") -> str:  # noq
     return f"{key}: {brief(found[0]['input'])} {reasons}"
 
 
-def dotted(loc: tuple[int | str, ...], values: Any, missing: bool, where: str) -> str:  # noqa: ANN401
+def dotted(loc: tuple[int | str, ...], values: Any, missing: bool, where: str) -> str:
     """Return the key at `loc` of `values`, a.b[0], without what pydantic puts between for unions."""
     key, here = where, values
     for part in loc[:-1] if missing else loc:
@@ -327,7 +325,7 @@ def dotted(loc: tuple[int | str, ...], values: Any, missing: bool, where: str) -
     return (f"{key}.{loc[-1]}" if key else str(loc[-1])) if missing else key
 
 
-def reason(error: Any) -> str:  # noqa: ANN401
+def reason(error: Any) -> str:
     """Return what a setting may be, as `must ...`."""
     if error["type"] in ("dataclass_type", "dict_type", "union_tag_not_found"):
         return "must be a mapping of keys to values"
@@ -335,7 +333,7 @@ def reason(error: Any) -> str:  # noqa: ANN401
     return reduce(lambda words, ours: words.replace(*ours), PLAINER.items(), text)
 
 
-def brief(value: Any) -> str:  # noqa: ANN401
+def brief(value: Any) -> str:
     """Return a value as it is shown in an error, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -126,7 +126,7 @@ class Prompts(nn.Module):
     def forward(self, net: Callable[..., Dual], text: Text) -> Callable[..., Dual]:
         """Return `net` as objectives call it, (x, t, d, label, ...), also for n batches at once."""
 
-        def evaluate(x: Dual, t: Dual, d: Dual, label: Tensor, *rest: Any, **options: Any) -> Dual:  # noqa: ANN401
+        def evaluate(x: Dual, t: Dual, d: Dual, label: Tensor, *rest: Any, **options: Any) -> Dual:
             n, free = len(label) // len(text.length), label == self.null
             length = torch.where(free, self.length, text.length.repeat(n))
             ones = [1] * (text.tokens.dim() - 1)

@@ -6,20 +6,18 @@ what it would do, and stops. Exit status: 0 finished, 75 preempted (start again)
 it could save, anything else an error.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from composer import Trainer
 from composer.callbacks import MemoryMonitor
-from composer.core import Algorithm, Callback, TimeUnit
+from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
 from composer.utils import dist, reproducibility
 from omegaconf import OmegaConf
@@ -30,16 +28,8 @@ if __name__ == "__main__":  # run by path, too, this checkout's code goes before
 from recipe.adapter import add_adapter
 from recipe.callbacks import ExportWeights, JSONLines, LossByTime, MetricsToWandB, SampleGrid, Throughput
 from recipe.checkpoints import LOG, Checkpoints, Owner, Resume, fetch_log, newest_checkpoint
-from recipe.config import (
-    ConfigError,
-    GridConfig,
-    TrainConfig,
-    as_dict,
-    divisible,
-    load_config,
-    yaml_of,
-)
-from recipe.console import console, summary
+from recipe.config import ConfigError, TrainConfig, load_config, yaml_of
+from recipe.console import Bar, ConsoleLines, summary
 from recipe.data import train_loader
 from recipe.ema import EMA, EMAConfig
 from recipe.finish import Population, begin_finish
@@ -48,7 +38,7 @@ from recipe.manual import answer
 from recipe.model import GenerativeModel, StepKey
 from recipe.networks import build
 from recipe.normalizer import Normalizer
-from recipe.optimizer import LearningRate, build_optimizer, rate_of_step, take_settings
+from recipe.optimizer import LearningRate, build_optimizer, in_steps, rate_of_step, take_settings
 from recipe.parallel import on_rank_zero, parallelism, prepare_blocks
 from recipe.patches import exact_float32
 from recipe.plan import count_parameters, step_flops
@@ -72,7 +62,7 @@ def build_model(config: TrainConfig, found: Findings) -> GenerativeModel:
     net, about = build(config.model), {}
     if config.adapter is not None:
         add_adapter(net, config.adapter)
-        about = {"adapter": as_dict(config.adapter), "share": not config.parallel.fsdp2}
+        about = {"adapter": asdict(config.adapter), "share": not config.parallel.fsdp2}
     model = GenerativeModel(net, config.objective, found.normalizer, config.seed, prompts, **about)
     for net, trained in ((model.net, True), (model.target, False), (model.ema, False)):
         if net is not None:
@@ -81,12 +71,10 @@ def build_model(config: TrainConfig, found: Findings) -> GenerativeModel:
 
 
 def build_loggers(config: TrainConfig, owner: Owner) -> list[LoggerDestination]:
-    """Return the loggers: train.jsonl and the console always, Weights & Biases where asked for."""
+    """Return the loggers: train.jsonl, a bar or lines of progress, Weights & Biases where asked for."""
     folder, name = config.folder, config.run_name
-    loggers = [
-        JSONLines(f"{folder}/{LOG}", config.log.interval, owner),
-        *console(config, sys.stderr.isatty()),
-    ]
+    progress = Bar() if config.log.progress_bar and sys.stderr.isatty() else ConsoleLines(config)
+    loggers = [JSONLines(f"{folder}/{LOG}", config.log.interval, owner), progress]
     if config.log.wandb != "off":
         Path(folder).mkdir(parents=True, exist_ok=True)
         options = {"mode": config.log.wandb, "dir": folder, "id": name, "resume": "allow"}
@@ -103,40 +91,23 @@ def build_callbacks(
         StepKey(),
         LearningRate(config),
         preemption,
-        ExportWeights(config, about_data(config, manifest), preemption, owner),
+        ExportWeights(config, manifest, preemption, owner),
         Throughput(interval, flops, config.log.peak_tflops),
         LossByTime(interval),
     ]
     if config.grid.interval is not None:
-        about = config.grid, manifest.column, owner, manifest.encoder
-        callbacks.append(build_grid(f"{config.folder}/samples", *about))
+        about = manifest.column, owner, manifest.encoder
+        callbacks.append(SampleGrid(f"{config.folder}/samples", config.grid, *about))
     if device == "gpu":
         callbacks.append(MemoryMonitor())
     return [*callbacks, Checkpoints(config, manifest, owner)]
-
-
-def about_data(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
-    """Return what exported weights say about their data."""
-    data = {name: getattr(manifest, name) for name in ("column", "class_names", "class_counts", "encoder")}
-    data["source"] = config.data.source
-    return data if config.model.text is None else {**data, "text": manifest.text}
-
-
-def build_grid(
-    folder: str, config: GridConfig, column: str, owner: Owner, encoder: dict[str, Any] | None = None
-) -> SampleGrid:
-    """Make the callback of grids, with its autoencoder where it needs one. Raises ConfigError."""
-    try:
-        return SampleGrid(folder, config, column, owner, encoder)
-    except DatasetError as error:
-        raise ConfigError(f"grid.vae: {error}") from error
 
 
 def build_algorithms(config: TrainConfig) -> list[Algorithm]:
     """Return the algorithms that guard a step, average weights and, in a finish, keep moments of samples."""
     algorithms = [ScaleParameter(config.step, config.objective.flow_matching_first), EMA(config.ema)]
     if config.objective.finishes:
-        batch = config.data.per_rank(dist.get_world_size())
+        batch = config.data.batch_size // dist.get_world_size()
         algorithms.append(Population(config.objective, min(config.microbatch or batch, batch)))
     return algorithms
 
@@ -150,7 +121,7 @@ def build_trainer(
         log.info("%s: %s", config.run_name, warm_start(model, found.weights, found.folders))
     device = "gpu" if torch.cuda.is_available() else "cpu"
     owner = Owner(config, found.folders)
-    loader = train_loader(config.data, config.seed, config.model.text, found.manifest)
+    loader = train_loader(config.data, config.seed, config.model.text, found.manifest, found.folders)
     loader.worker_init_fn = ignore_sigterm
     trainer = Trainer(
         model=model,
@@ -173,13 +144,11 @@ def build_trainer(
     return trainer
 
 
-def short_for_average(trainer: Trainer, ema: EMAConfig) -> str | None:
+def short_for_average(ema: EMAConfig, steps: int) -> str | None:
     """Return advice for a run whose evaluation average ends with noise of its beginning, else None."""
-    duration = trainer.state.max_duration
-    batches = {TimeUnit.BATCH: 1, TimeUnit.EPOCH: len(trainer.state.train_dataloader)}.get(duration.unit)
-    if ema.ramp or batches is None or duration.value * batches * (1 - ema.decay) >= 3:
+    if ema.ramp or steps * (1 - ema.decay) >= 3:
         return None
-    left = ema.decay ** (duration.value * batches)
+    left = ema.decay**steps
     return f"ema.decay: {ema.decay} keeps {left:.0%} of the first weights to the end. Fix: set ema.ramp=true"
 
 
@@ -189,11 +158,11 @@ def start(config: TrainConfig, preemption: Preemption) -> tuple[Trainer, Manifes
     device = "gpu" if torch.cuda.is_available() else "cpu"
     dist.initialize_dist(device, timeout=3600)  # while a checkpoint is downloaded, the other ranks wait
     found = check(config)
-    on_rank_zero(lambda: fetch_log(config, found.folders[config.save_folder], found.names))
-    batch = config.data.per_rank(dist.get_world_size())
+    on_rank_zero(lambda: fetch_log(config.folder, found.folders[config.save_folder]))
+    batch = config.data.batch_size // dist.get_world_size()
     if (size := config.microbatch or 0) > batch:
         log.warning("microbatch: %d is more than a rank's %d samples here: one pass", size, batch)
-    with newest_checkpoint(config, found.point, found.folders) as resume:
+    with newest_checkpoint(config.folder, found.point, found.folders) as resume:
         trainer = build_trainer(config, found, resume, preemption)
     step = int(trainer.state.timestamp.batch)
     if trainer.state.timestamp >= trainer.state.max_duration:
@@ -206,7 +175,8 @@ def start(config: TrainConfig, preemption: Preemption) -> tuple[Trainer, Manifes
         for line in changes(trainer, config, resume.settings):
             log.info("%s: %s", config.run_name, line)
     else:
-        if not config.init_from and (advice := short_for_average(trainer, config.ema)):
+        last = in_steps(config.duration, len(trainer.state.train_dataloader), config.data.batch_size)
+        if not config.init_from and (advice := short_for_average(config.ema, last)):
             log.info("%s: %s", config.run_name, advice)
         log.info("%s: starting at step 0, %s has no complete checkpoint", config.run_name, config.save_folder)
     return trainer, found.manifest
@@ -217,7 +187,7 @@ def changes(trainer: Trainer, config: TrainConfig, settings: dict | None) -> Ite
 
     The rate of the last step comes with the optimizer; of this run's rates it would have been another.
     """
-    if changed := differences(settings or {}, as_dict(config)):
+    if changed := differences(settings or {}, asdict(config)):
         yield f"changed since then: {', '.join(changed)}"
     step, epoch = int(trainer.state.timestamp.batch), len(trainer.state.train_dataloader)
     last, now = trainer.state.optimizers[0].param_groups[0]["lr"], rate_of_step(config, step, epoch)
@@ -255,14 +225,14 @@ def fit(trainer: Trainer, config: TrainConfig) -> None:
 def dry_run(config: TrainConfig) -> str:
     """Describe the run, its network built of shapes alone: nothing is read, allocated or sent."""
     world, batch = dist.get_world_size(), config.data.batch_size
-    if problems := divisible(config, world):
+    if problems := config.uneven(world):
         raise ConfigError("\n".join(problems))
     with torch.device("meta"):
         model = GenerativeModel(build(config.model), config.objective, Normalizer([0.0], [1.0]), config.seed)
     parameters = sum(p.numel() for p in model.net.parameters())
     frozen = "" if config.adapter is None else f", {count_parameters(config).trained / 1e6:.2f}M trained"
     return (
-        f"{OmegaConf.to_yaml(as_dict(config))}\n"
+        f"{OmegaConf.to_yaml(asdict(config))}\n"
         f"parameters: {parameters} ({parameters / 1e6:.0f}M{frozen})\n"
         f"tokens: {config.model.tokens}\n"
         f"batch: {batch} = {world} ranks x {batch // world}, "
@@ -286,7 +256,7 @@ def main(arguments: list[str]) -> None:
         preemption = Preemption(config.time_limit)
         trainer, manifest = start(config, preemption)
         if trainer.state.timestamp < trainer.state.max_duration:
-            trainer.logger.log_hyperparameters(as_dict(config))
+            trainer.logger.log_hyperparameters(asdict(config))
             fit(trainer, config)
     except ConfigError as error:
         raise SystemExit(f"config error: {error}") from error

@@ -5,8 +5,6 @@ are sampled; what the weights do not know (guidance, and the second time of an i
 nothing and is learned.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -19,13 +17,14 @@ from torch import Tensor
 from recipe.adapter import trained
 from recipe.checkpoints import INIT_ONLY
 from recipe.config import ConfigError, TrainConfig
+from recipe.dit import NetworkConfig
 from recipe.model import GenerativeModel
 from recipe.networks import AnyNetwork
 from recipe.normalizer import Normalizer
-from recipe.objectives import from_facts
-from recipe.objectives.change import adapt, output_ratio
+from recipe.objectives import Objective, from_facts
+from recipe.objectives.base import adapt, output_ratio
 from recipe.settings import make
-from recipe.weights import base_files, load_weights, newest_export, parse_facts
+from recipe.weights import base_files, find_label, load_weights, newest_export, parse_facts
 from storage import Folders
 from storage.manifest import Manifest
 
@@ -49,25 +48,17 @@ class Weights(NamedTuple):
     said: list[str]
 
 
-def locate_weights(uri: str, folders: Folders) -> tuple[str, str]:
-    """Return the folder and the name of weights; of a folder of exports its newest are meant.
-
-    Raises StorageError.
-    """
-    newest = newest_export(folders[uri].names())
-    uri = f"{uri}/{newest}" if newest else uri
-    folder, _, name = uri.removesuffix(".json").removesuffix(".safetensors").rpartition("/")
-    return folder or ".", name
-
-
 def check_weights(
     config: TrainConfig, manifest: Manifest, normalizer: Normalizer, folders: Folders
 ) -> Weights:
-    """Find the weights of `init_from`; what cannot be taken is one ConfigError with all differences.
+    """Find the weights of `init_from`, of a folder of exports the newest; what cannot be taken is one
+    ConfigError with all differences.
 
     Raises StorageError.
     """
-    uri, name = locate_weights(config.init_from, folders)
+    newest = newest_export(folders[config.init_from].names())
+    uri, _, name = (f"{config.init_from}/{newest}" if newest else config.init_from).rpartition("/")
+    uri, name = uri or ".", name.removesuffix(".json").removesuffix(".safetensors")
     try:
         facts = parse_facts(folders[uri].read(f"{name}.json"), f"{uri}/{name}.json")
     except ValueError as error:
@@ -75,15 +66,18 @@ def check_weights(
     if config.adapter and "adapter" in facts:
         merge = f"python -m eval.export {uri}/{name} --merge --out NAME"
         raise ConfigError(f"init_from: {uri}/{name} is an adapter itself. Fix: {merge}")
-    fatal, said = differences(config, normalizer, facts)
+    fatal, said = differences(config.model, config.objective, normalizer, facts)
     if fatal:
         raise ConfigError(f"init_from: {config.init_from} does not fit: {'; '.join(fatal + said)}")
-    said += other_data(config, manifest, facts["data"])
-    return Weights(uri, name, facts, class_rows(config, manifest, facts), said)
+    here = config.model.classes, manifest.class_names
+    there = facts["model"]["classes"], facts["data"].get("class_names") or []
+    rows = class_rows(config.init_classes, here, there)
+    said += other_data(manifest, facts["data"], bool(config.model.classes and not rows))
+    return Weights(uri, name, facts, rows, said)
 
 
 def differences(
-    config: TrainConfig, normalizer: Normalizer, facts: dict[str, Any]
+    model: NetworkConfig, objective: Objective, normalizer: Normalizer, facts: dict[str, Any]
 ) -> tuple[list[str], list[str]]:
     """Return how weights with these facts differ from the run: what cannot be, and what will be new.
 
@@ -93,7 +87,7 @@ def differences(
         theirs = asdict(make(AnyNetwork, facts["model"], "model"))
     except ValueError as error:
         raise ConfigError(f"init_from: {error}") from error
-    mine = {k: v for k, v in asdict(config.model).items() if k not in INIT_ONLY}
+    mine = {k: v for k, v in asdict(model).items() if k not in INIT_ONLY}
     if theirs.get("text") is None:
         mine.pop("text", None)  # begins as nothing
     if mine["network"] != theirs["network"]:
@@ -106,23 +100,23 @@ def differences(
         if here.shape != there.shape or not torch.allclose(here, there, rtol=1e-4):
             told[key] = f"data.normalize.{key}: {here.tolist()} here, {there.tolist()} there"
             may_differ.add(key)
-    if config.objective.finishes:
+    if objective.finishes:
         return list(told.values()), []
     fatal = [text for key, text in told.items() if key not in may_differ]
     try:
         source = from_facts(facts["method"])
-        if output_ratio(source, config.objective) != 1 and config.model.output == "x":
+        if output_ratio(source, objective) != 1 and model.output == "x":
             raise ValueError("objective.scaled: with model.output x the parameterisation must be the same")
-        if (here := config.objective.noise_scale) != (there := source.noise_scale):
+        if (here := objective.noise_scale) != (there := source.noise_scale):
             raise ValueError(f"objective.noise_scale: {here:g} here, {there:g} there")
     except ValueError as error:
         fatal.append(str(error))
     return fatal, [text for key, text in told.items() if key in may_differ]
 
 
-def other_data(config: TrainConfig, manifest: Manifest, data: dict[str, Any]) -> list[str]:
+def other_data(manifest: Manifest, data: dict[str, Any], classes: bool) -> list[str]:
     """Return how the data of weights differ from the run's where every shape fits all the same: made by
-    another autoencoder, or of other classes.
+    another autoencoder, or, if `classes` are to be the same, of other ones.
     """
     said = []
     here, there = manifest.encoder, data.get("encoder") or {}
@@ -133,7 +127,7 @@ def other_data(config: TrainConfig, manifest: Manifest, data: dict[str, Any]) ->
         named = [f"{one.get('model') or one.get('name')} ({one['hash']})" for one in (here, there)]
         said.append(f"autoencoder: {named[0]} here, {named[1]} there, whose latents mean other pictures")
     names = manifest.class_names, data.get("class_names") or []
-    if config.model.classes and len(names[0]) == len(names[1]) and not config.init_classes:
+    if classes and len(names[0]) == len(names[1]):
         other = [f"{a!r} here, {b!r} there" for a, b in zip(*names, strict=True) if a != b]
         if other:
             told = f"{len(other)} of {len(names[0])} have another name, such as {other[0]}"
@@ -141,32 +135,24 @@ def other_data(config: TrainConfig, manifest: Manifest, data: dict[str, Any]) ->
     return said
 
 
-def class_rows(config: TrainConfig, manifest: Manifest, facts: dict[str, Any]) -> dict[int, int]:
+def class_rows(
+    asked: dict[str | int, str | int], here: tuple[int, list[str]], there: tuple[int, list[str]]
+) -> dict[int, int]:
     """Return labels of the run and the labels of the weights whose embeddings they begin with.
 
-    A text is the name of a class first, and a number where no class has that name; a number is a number (as
-    in `recipe.generator`). Raises ConfigError for a class that is none.
+    here, there: number and names of the classes of the run, and of the weights. Raises ConfigError.
     """
-    if not config.init_classes:
-        return {}
-    names = manifest.class_names, facts["data"].get("class_names", [])
-    sides = zip(
-        names, (config.model.classes, facts["model"]["classes"]), ("here", "in the weights"), strict=True
-    )
-    known = []
-    for side, count, where in sides:
-        numbers = {str(label): label for label in range(count)}
-        named = numbers | {str(name): label for label, name in enumerate(side[:count])}
-        known.append((numbers, named, where))
 
-    def label_of(name: str | int, numbers: dict[str, int], named: dict[str, int], where: str) -> int:
-        labels = named if isinstance(name, str) else numbers
-        if str(name) not in labels:
-            raise ConfigError(f"init_classes: {name!r} is no class {where}: {', '.join(named)}"[:300])
-        return labels[str(name)]
+    def label_of(name: str | int, where: str, classes: int, names: list[str]) -> int:
+        if (label := find_label(name, classes, names)) is None:
+            known = ", ".join(map(str, [*range(classes), *names[:classes]]))
+            raise ConfigError(f"init_classes: {name!r} is no class {where}: {known}"[:300])
+        return label
 
-    here, there = known
-    return {label_of(mine, *here): label_of(theirs, *there) for mine, theirs in config.init_classes.items()}
+    return {
+        label_of(mine, "here", *here): label_of(theirs, "in the weights", *there)
+        for mine, theirs in asked.items()
+    }
 
 
 def fitting(own: dict[str, Tensor], state: dict[str, Tensor], rows: dict[int, int]) -> dict[str, Tensor]:

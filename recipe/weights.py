@@ -6,15 +6,13 @@ std of the normalisation, class names, encoder), `step`, `average` (ema or net: 
 alone; `adapter` names the base, other weights, which loading finds at that path or beside the adapter.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import re
 import subprocess
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -29,10 +27,9 @@ from typing_extensions import NotRequired, TypedDict
 
 from recipe.adapter import PREFIX, Adapter, adapter_state, add_adapter, merge
 from recipe.dit import Denoiser, NetworkConfig
-from recipe.manual import answer
 from recipe.networks import AnyNetwork, build
 from recipe.objectives import from_facts
-from recipe.objectives.change import adapt
+from recipe.objectives.base import adapt
 from recipe.settings import Count, Interval, Positive, make
 from storage.outside import file_digest, parse_json, read_bytes
 
@@ -80,21 +77,14 @@ def commit() -> str:
     commit is `version 0.1.0`. Where there is no version either, it is `unknown`.
     """
     git, here = ["git", "-C", str(Path(__file__).parent)], Path(__file__).name
-    try:
+    with suppress(OSError, subprocess.CalledProcessError):
         subprocess.run([*git, "ls-files", "--error-unmatch", here], capture_output=True, check=True)
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, check=True)
         changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return installed_version()
-    return head.stdout.decode().strip() + ("+" if changes.stdout.strip() else "")
-
-
-def installed_version() -> str:
-    """Return `version X.Y.Z` of the installed project, or `unknown` where it is not installed."""
-    try:
+        return head.stdout.decode().strip() + ("+" if changes.stdout.strip() else "")
+    with suppress(metadata.PackageNotFoundError):
         return f"version {metadata.version('terminal-velocity')}"
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    return "unknown"
 
 
 def save_weights(
@@ -116,10 +106,7 @@ def save_weights(
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
-    """Read the JSON of the weights at `path`, with or without suffix.
-
-    Raises FileNotFoundError, ValueError.
-    """
+    """Read the JSON of weights at `path`, with or without suffix. Raises FileNotFoundError, ValueError."""
     weights, description = _files(path)
     for file in (weights, description):
         if not file.is_file():
@@ -146,6 +133,16 @@ def parse_facts(text: bytes, where: str) -> dict[str, Any]:
 def adapter_of(facts: dict[str, Any]) -> Adapter | None:
     """Return what weights with these facts say of their adapter, None where they are whole."""
     return make(Adapter, facts["adapter"], "adapter") if "adapter" in facts else None
+
+
+def find_label(asked: str | int, classes: int, names: Sequence[str]) -> int | None:
+    """Return the label, of 0..classes-1, of a number or the name of a class; None where there is none.
+
+    A text is a name first, and a number where no class has that name; a number is a number.
+    """
+    if isinstance(asked, str) and asked in names[:classes]:
+        return names.index(asked)
+    return int(asked) if str(asked) in map(str, range(classes)) else None
 
 
 def shapes(config: NetworkConfig, adapter: Adapter | None = None) -> dict[str, tuple[int, ...]]:
@@ -257,10 +254,7 @@ def base_files(facts: dict[str, Any], names: Iterable[str]) -> list[str]:
 
 
 def newest_weights(path: str | Path) -> Path:
-    """Return `path`; of a folder of exports its newest weights, of one step the evaluation average first.
-
-    Raises FileNotFoundError where a folder has none.
-    """
+    """Return `path`; of a folder of exports its newest, the average first. Raises FileNotFoundError."""
     folder = Path(path)
     if not folder.is_dir():
         return folder
@@ -279,22 +273,3 @@ def newest_export(names: Iterable[str]) -> str | None:
 def _files(path: str | Path) -> tuple[Path, Path]:
     stem = str(path).removesuffix(".json").removesuffix(".safetensors")
     return Path(f"{stem}.safetensors"), Path(f"{stem}.json")
-
-
-def main(arguments: list[str]) -> None:
-    """Run the command line: print the facts, or one of them."""
-    usage = "python -m recipe.weights NAME [KEY]"
-    answer(arguments, usage, __doc__)
-    if len(arguments) > 2:
-        raise SystemExit(f"usage: {usage}")
-    try:
-        facts = read_facts(arguments[0])
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
-    if arguments[1:] and arguments[1] not in facts:
-        raise SystemExit(f"{arguments[1]}: not one of {', '.join(facts)}")
-    sys.stdout.write(json.dumps(facts[arguments[1]] if arguments[1:] else facts, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -20,7 +20,7 @@ import xxhash
 from pydantic import ConfigDict, Field
 from typing_extensions import NotRequired, TypedDict
 
-from storage import Folder, MissingError, StorageError, foreign
+from storage import Folder, Folders, MissingError, StorageError, foreign
 from storage.outside import LARGEST, OutsideError, conform, parse_json, short
 
 MANIFEST, INDEX = "manifest.json", "index.json"
@@ -300,13 +300,14 @@ def list_shards(entries: list[Shard]) -> dict[str, Stored]:
     }
 
 
-def open_dataset(uri: str) -> tuple[Manifest, list[Shard]]:
+def open_dataset(uri: str, folders: Folders | None = None) -> tuple[Manifest, list[Shard]]:
     """Return the manifest of the dataset folder `uri` and the shards of its index, in the order of samples.
 
-    Raises DatasetError if one of the two is missing or invalid, or if they contradict each other.
+    folders: those that are open, which the dataset's joins. Raises DatasetError if one of the two is missing
+    or invalid, or if they contradict each other.
     """
     try:
-        folder = Folder(uri)
+        folder = (Folders() if folders is None else folders)[uri]
         manifest = _read_manifest(folder)
         return manifest, read_index(folder.read(INDEX, LARGEST), manifest, f"{folder.uri}/{INDEX}")
     except StorageError as error:

@@ -178,9 +178,9 @@ def finishing(base, shape, pool=1, **settings):
 def findings(config):
     """What the checks before a new run find, without a look at the places that it writes to."""
     folders = Folders()
-    manifest, normalizer = check_data(config)
+    manifest, normalizer = check_data(config.data, config.model, folders)
     weights = check_weights(config, manifest, normalizer, folders) if config.init_from else None
-    return Findings(manifest, normalizer, [], Resumable(config.save_folder, []), weights, folders)
+    return Findings(manifest, normalizer, Resumable(config.save_folder, []), weights, folders)
 
 
 def manifest_of(config):

@@ -90,6 +90,14 @@ def started(folder, source, target, kind="dit", rank=2, whole=(), **options):
     return model, begin(model, config)
 
 
+def written(model, path, average="ema", step=8, whole=()):
+    """The path of a model's adapter, written as a run does."""
+    facts = {**inference_facts(model, DATA), "average": average, "step": step}
+    state = adapter_state(getattr(model, average).state_dict(), whole)
+    save_weights(path, state, model.net.config, facts)
+    return path
+
+
 @pytest.mark.parametrize(
     ("source", "target", "kind", "whole", "options"),
     [
@@ -110,10 +118,7 @@ def test_weights_of_an_adapter_and_the_base_are_the_network_that_was_trained(
             assert (one is two) != one.requires_grad  # what is frozen is there once
             if one.requires_grad:
                 two.add_(0.2 * torch.randn_like(two))
-    facts = {**inference_facts(model, DATA), "average": "ema", "step": 8}
-    state = adapter_state(model.ema.state_dict(), whole)
-    save_weights(tmp_path / "small", state, model.net.config, facts)
-    net, _ = load_weights(tmp_path / "small")
+    net, _ = load_weights(written(model, tmp_path / "small", whole=whole))
     x, label = torch.randn(4, 2, 4, 4), torch.arange(4)
     asked = Condition(label, target.default_w, model.net.config.null)
     with torch.no_grad():
@@ -127,10 +132,8 @@ def test_a_base_that_is_another_network_is_one_line(tmp_path):
     facts = {"method": TVM().facts(), "data": DATA, "average": "ema", "step": 5}
     save_weights(tmp_path / "other", other.state_dict(), other.config, facts)
     model.adapter |= {"base": f"{tmp_path}/other", "sha256": read_facts(tmp_path / "other")["sha256"]}
-    facts = {**inference_facts(model, DATA), "average": "ema", "step": 8}
-    save_weights(tmp_path / "small", adapter_state(model.ema.state_dict(), []), model.net.config, facts)
     with pytest.raises(ValueError, match="is an adapter, and .*other lacks x_embedder.proj.weight for it$"):
-        load_weights(tmp_path / "small")
+        load_weights(written(model, tmp_path / "small"))
 
 
 def test_averages_of_an_adapter_move_and_its_base_does_not(tmp_path):
@@ -168,9 +171,7 @@ def test_a_run_begins_with_an_adapter_whose_base_lies_beside_it(tmp_path):
     """The base has gone from the place where init_from found it."""
     model, _ = started(tmp_path, TVM(), TVM())
     perturb(model.net, trained_alone=True)
-    facts = {**inference_facts(model, DATA), "average": "net", "step": 8}
-    state = adapter_state(model.net.state_dict(), [])
-    save_weights(tmp_path / "other/ba0000008-net", state, model.net.config, facts)
+    written(model, tmp_path / "other/ba0000008-net", "net")
     shutil.move(tmp_path / "weights", tmp_path / "elsewhere")
     config = load_config(
         TrainConfig, "yamls/digits.yaml", [f"data.local={tmp_path}", f"init_from={tmp_path}/other"]
@@ -193,8 +194,7 @@ def test_a_run_begins_with_an_adapter_whose_base_lies_beside_it(tmp_path):
 def test_a_base_in_a_bucket_is_to_be_put_beside_its_adapter(tmp_path):
     model, _ = started(tmp_path, TVM(), TVM())
     model.adapter["base"] = "s3://data/weights/ba0000005-ema"
-    facts = {**inference_facts(model, DATA), "average": "net", "step": 8}
-    save_weights(tmp_path / "a", adapter_state(model.net.state_dict(), []), model.net.config, facts)
+    written(model, tmp_path / "a", "net")
     message = "of s3://data/weights/ba0000005-ema .*which is not beside it: download it and put it beside"
     with pytest.raises(ValueError, match=message):
         load_weights(tmp_path / "a")
@@ -243,12 +243,11 @@ def small(tmp_path):
     """Weights of an adapter, whose base, of a later step, lies beside them and no more where it was."""
     model, _ = started(tmp_path, TVM(), TVM())
     perturb(model.net, trained_alone=True)
-    facts = {**inference_facts(model, DATA), "average": "ema", "step": 3}
-    state = adapter_state(model.net.state_dict(), [])
-    save_weights(tmp_path / "small/ba0000003-ema", state, model.net.config, facts)
+    model.ema.load_state_dict(model.net.state_dict())
+    path = written(model, tmp_path / "small/ba0000003-ema", step=3)
     for file in (tmp_path / "weights").iterdir():
         shutil.move(file, tmp_path / "small")
-    return tmp_path / "small/ba0000003-ema"
+    return path
 
 
 @pytest.mark.parametrize("suffix", ["", ".json"])
@@ -314,12 +313,8 @@ def test_peft_reads_the_folder_that_a_card_makes(tmp_path):
     peft = pytest.importorskip("peft")
     model, _ = started(tmp_path, TVM(), TVM(), whole=["y_embedder"])
     perturb(model.net, trained_alone=True)
-    facts = {**inference_facts(model, DATA), "average": "net", "step": 8}
-    save_weights(
-        tmp_path / "a", adapter_state(model.net.state_dict(), ["y_embedder"]), model.net.config, facts
-    )
-    make_folder(tmp_path / "a", tmp_path / "card")
-    base, _ = load_weights(facts["adapter"]["base"])
+    make_folder(written(model, tmp_path / "a", "net", whole=["y_embedder"]), tmp_path / "card")
+    base, _ = load_weights(model.adapter["base"])
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "card").merge_and_unload()
     x, t = torch.randn(4, 2, 4, 4), torch.rand(4)
     with torch.no_grad():

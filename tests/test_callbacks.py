@@ -9,8 +9,8 @@ import torch
 from composer.core import Callback
 from PIL import Image
 
-from recipe.callbacks import quarter_sums
-from recipe.config import TrainConfig, load_config
+from recipe.callbacks import SampleGrid, quarter_sums
+from recipe.config import ConfigError, GridConfig, TrainConfig, load_config
 from recipe.generator import Generator
 from recipe.normalizer import Normalizer
 from recipe.pictures import grid, to_pixels
@@ -127,8 +127,5 @@ def test_a_bad_grid_is_an_error_that_names_its_key(digits, override, message):
 
 
 def test_an_autoencoder_that_cannot_be_loaded_is_an_error_before_training():
-    from recipe.config import ConfigError, GridConfig
-    from recipe.train import build_grid
-
     with pytest.raises(ConfigError, match="grid.vae: "):
-        build_grid("nowhere", GridConfig(vae=str(Path("no") / "such" / "folder")), "latents", owner=None)
+        SampleGrid("nowhere", GridConfig(vae=str(Path("no") / "such" / "folder")), "latents", owner=None)

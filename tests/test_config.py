@@ -156,7 +156,7 @@ def test_more_than_the_dataset_holds_is_refused_before_the_start(small, override
 
 def test_the_manifest_is_read_once(small, monkeypatch):
     read, calls = preflight.open_dataset, []
-    monkeypatch.setattr(preflight, "open_dataset", lambda uri: calls.append(uri) or read(uri))
+    monkeypatch.setattr(preflight, "open_dataset", lambda *given: calls.append(given) or read(*given))
     problems, found = preflight.examine(load_config(TrainConfig, small, []), 1)
     assert (problems, found.manifest.num_samples, len(calls)) == ([], 1797, 1)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from composer.core import Time, Timestamp
 
 from recipe import console
 from recipe.checkpoints import Resume, dataset_facts
-from recipe.config import TrainConfig, as_dict, load_config
+from recipe.config import TrainConfig, load_config
 from recipe.console import Bar, ConsoleLines, summary
 from recipe.preemption import Preemption
 from recipe.train import build_trainer, changes, differences
@@ -77,7 +78,7 @@ def test_a_resume_says_which_settings_changed_and_how_the_rate_jumps(digits, tmp
     trainer.fit()
     trainer.close()
     receipt = json.loads((tmp_path / "checkpoints/ep0-ba4/rank0.json").read_text())
-    assert (receipt["settings"], receipt["dataset"]) == (as_dict(config), dataset_facts(manifest))
+    assert (receipt["settings"], receipt["dataset"]) == (asdict(config), dataset_facts(manifest))
     said = summary(config, manifest, 4)
     assert f"  weights: {tmp_path}/weights/ba0000004-ema\n" in said
     draw = shlex.split(said.partition("next, to draw samples: ")[2].splitlines()[0])

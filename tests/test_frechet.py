@@ -159,16 +159,16 @@ def test_a_reference_whose_labels_or_embeddings_mean_something_else_is_refused()
     names = [str(i) for i in range(10)]
     data = SimpleNamespace(class_names=names, text={"sha256": "a"})
     images = SimpleNamespace(folder="real", manifest=data)
-    check_condition(images, config, data)
+    check_condition(images, config.model, data)
     images.manifest = SimpleNamespace(class_names=["1", "0", *names[2:]], text={"sha256": "b"})
     with pytest.raises(
         ValueError, match="^real: class 0 is '1', '0' in the data; joint needs the same names"
     ):
-        joint_match(images, SimpleNamespace(num_features=1), config, data)
+        joint_match(images, SimpleNamespace(num_features=1), config.objective, config.model, data)
     text = TextConfig(encoder="dataset", tokens=8, width=32)
     config.model = replace(config.model, classes=0, text=text)
     with pytest.raises(ValueError, match="^real: its text encoder has sha256 b, that of the data a; joint"):
-        check_condition(images, config, data)
+        check_condition(images, config.model, data)
 
 
 def test_real_images_are_measured_with_their_labels_or_captions(digits):

@@ -635,7 +635,7 @@ def test_a_small_network_has_the_same_loss_and_gradients_on_both_back_ends(devic
     net.to(device)
     ids = torch.arange(2, device=device)
     objective = TVM(guidance=1.5)
-    batch = draw(torch.randn(2, 1, 6, 6).to(device), ids, ids, ids, 0, objective, null=3)
+    batch = draw(torch.randn(2, 1, 6, 6).to(device), ids, ids, ids, 0, objective, DiTConfig(classes=3))
     results = []
     for backend in ("reference", "triton"):
         kernels.set_backend(backend)

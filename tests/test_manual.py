@@ -19,7 +19,7 @@ KEYS = {
     "eval.sweep": "floor_splits",
     "benchmarks.compiled": "gemm",
 }
-OTHERS = ["recipe.weights", "streaming_convert.__main__", "kernels.inspect", "tests.faults", "tests.parity"]
+OTHERS = ["streaming_convert.__main__", "kernels.inspect", "tests.faults", "tests.parity"]
 OTHERS += [f"eval.{name}" for name in ("app", "sample", "export", "import_weights", "reference")]
 OTHERS += [f"benchmarks.{name}" for name in ("attention", "gpu", "loader", "step")]
 

@@ -358,7 +358,7 @@ def test_classifier_takes_small_colour_images():
     trained = SmallImageClassifier.train(images, labels, epochs=1, num_features=16)
     assert trained(images).shape == (40, 16) and trained.logits(images).shape == (40, 4)
     gives_gradients(trained, images)
-    with pytest.raises(ValueError, match=r"uint8 images \(N, 3, H, W\)"):
+    with pytest.raises(ValueError, match=r"uint8 images \(N, C, H, W\)"):
         trained(images.float())
     with pytest.raises(ValueError, match="20x20"):
         trained(images[:, :, :8, :8])

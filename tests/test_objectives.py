@@ -51,7 +51,7 @@ def test_the_exact_average_velocity_of_gaussian_data_is_where_training_rests(obj
     objective.label_dropout, objective.equal_share = 0.0, 0.3
     ids = torch.arange(20000)
     x0 = make_batch(20000)[0].x0
-    batch = draw(x0, 0 * ids, 0 * ids, ids, 0, objective, null=1)
+    batch = draw(x0, 0 * ids, 0 * ids, ids, 0, objective, DiTConfig(classes=1))
     error = objective.loss(exact_dual, None, batch).terms["error"].value
     for factor in (0.95, 1.05):
 
@@ -102,7 +102,7 @@ def test_dropped_labels_are_seen_by_no_guidance(objective):
     ids = torch.arange(64)
     objective.label_dropout = 1.0
     x0 = torch.randn(64, 1, 2, 2, dtype=torch.float64)
-    batch = draw(x0, torch.zeros_like(ids), torch.zeros_like(ids), ids, 0, objective, 1)
+    batch = draw(x0, torch.zeros_like(ids), torch.zeros_like(ids), ids, 0, objective, DiTConfig(classes=1))
     assert (batch.label == 1).all()
     if isinstance(objective, TVM):
         assert (batch.w == 1).all()
@@ -201,7 +201,7 @@ def test_a_run_can_begin_with_flow_matching_in_its_own_parameterisation():
     assert first.terms.keys() == {"flow_matching"}
     assert then.terms.keys() == {"flow_matching", "terminal"}
     x0 = model.normalizer(batch, batch["step"], 0)
-    drawn = draw(x0, batch["label"], batch["step"], ids, 0, objective, 3)
+    drawn = draw(x0, batch["label"], batch["step"], ids, 0, objective, DiTConfig(classes=3))
     s_prime = drawn.times[2]
     asked = Condition(drawn.label, 2.0, 3)
     u = objective.average_velocity(
@@ -282,7 +282,7 @@ def test_complete_imf_draws_intervals_and_trains_its_auxiliary_head_from_the_fir
         loss.total.mean().backward()
         assert all(p.grad is not None and p.grad.any() for p in model.net.parameters())
         assert loss.terms.keys() == ({"flow_matching"} if first else {"error", "error_v"})
-    drawn = draw(batch["image"], ids % 3, 0 * ids, ids, 0, objective, 3, model.net.config)
+    drawn = draw(batch["image"], ids % 3, 0 * ids, ids, 0, objective, model.net.config)
     (t, r), (start, end) = drawn.times, drawn.interval
     assert drawn.noise.std().item() == pytest.approx(2, rel=0.05)
     assert ((start[t == r] == 0) & (end[t == r] == 1)).all()
@@ -302,7 +302,7 @@ def test_complete_imf_draws_intervals_and_trains_its_auxiliary_head_from_the_fir
 def test_a_network_that_gives_the_image_itself_is_right_at_every_time(objective):
     """This holds below `t_floor`, too, by which output x divides at least."""
     x0, ids = torch.randn(64, 2, 4, 4).double(), torch.arange(64)
-    drawn = draw(x0, 0 * ids, 0 * ids, ids, 0, objective, 1, DiTConfig(output="x", t_floor=0.5))
+    drawn = draw(x0, 0 * ids, 0 * ids, ids, 0, objective, DiTConfig(output="x", t_floor=0.5, classes=1))
     assert (objective.flow_time(drawn.times) < 0.5).any()
 
     def net(x, t, d, label, beta=None, detach_tangent=False):
@@ -389,7 +389,7 @@ def test_the_objective_of_the_documentation_trains():
     ids, errors = torch.arange(64), []
     x0 = 0.6 * torch.randn(64, 1, 2, 2, dtype=torch.float64)
     for step in range(60):
-        batch = draw(x0, 0 * ids, 0 * ids + step, ids, 0, objective, 1)
+        batch = draw(x0, 0 * ids, 0 * ids + step, ids, 0, objective, DiTConfig(classes=1))
         loss = objective.loss(net, None, batch, tangent_scale=min(1.0, step / 40))
         optimizer.zero_grad()
         loss.total.mean().backward()
@@ -439,7 +439,7 @@ def test_without_label_sampling_asks_for_what_training_has_shown(objective):
     assert torch.equal(guided[::2], plain[::2]) == isinstance(objective, MeanFlow)
     ids = torch.arange(200)
     x0 = torch.zeros(200, 2, 4, 4, dtype=torch.float64)
-    trained = draw(x0, ids % 3, 0 * ids, ids, 0, objective, 3)
+    trained = draw(x0, ids % 3, 0 * ids, ids, 0, objective, DiTConfig(classes=3))
     unlabelled = trained.label == 3
     assert unlabelled.any()
     assert torch.equal(trained.w, objective.guide(trained.w, unlabelled))  # the rule of both is one
@@ -448,7 +448,7 @@ def test_without_label_sampling_asks_for_what_training_has_shown(objective):
 def test_a_network_that_knows_no_classes_is_trained_and_sampled_at_w_1():
     ids = torch.arange(64)
     objective = TVM(guidance=[2.0, 3.0])
-    batch = draw(torch.zeros(64, 1, 2, 2), 0 * ids, 0 * ids, ids, 0, objective, null=0)
+    batch = draw(torch.zeros(64, 1, 2, 2), 0 * ids, 0 * ids, ids, 0, objective, DiTConfig(classes=0))
     assert (batch.w == 1).all()
 
 
@@ -486,11 +486,11 @@ def test_other_data_of_weights_that_fit_is_said_by_name(tmp_path, caplog):
     other = {"name": "vae", "model": "other/kl", "hash": "2" * 16}
     manifest = SimpleNamespace(column="latents", encoder=kl, class_names=names)
     latents = {**data, "column": "latents"}
-    assert other_data(config, manifest, {**latents, "encoder": kl}) == []
-    assert other_data(config, manifest, {**latents, "encoder": {**other, "hash": None}}) == []
-    (told,) = other_data(config, manifest, {**latents, "encoder": other})
+    assert other_data(manifest, {**latents, "encoder": kl}, True) == []
+    assert other_data(manifest, {**latents, "encoder": {**other, "hash": None}}, True) == []
+    (told,) = other_data(manifest, {**latents, "encoder": other}, True)
     assert told.startswith(f"autoencoder: some/kl ({'1' * 16}) here, other/kl ({'2' * 16}) there")
-    assert other_data(config, manifest, data) == ["data: latents here, image there"]
+    assert other_data(manifest, data, True) == ["data: latents here, image there"]
 
 
 def test_a_run_on_other_classes_takes_all_that_fits(tmp_path, caplog):
@@ -535,10 +535,6 @@ def test_a_run_on_other_classes_takes_all_that_fits(tmp_path, caplog):
 
 def test_a_class_is_named_by_a_text_and_numbered_by_a_number():
     """Classes named by numbers, the other way round: a text is a name first, a number never is."""
-    config = load_config(TrainConfig, "yamls/digits.yaml", ["model.classes=2", "init_from=x"])
-    names = ["1", "0"]
-    manifest = SimpleNamespace(class_names=names)
-    facts = {"data": {"class_names": ["a", "b"]}, "model": {"classes": 2}}
+    here, there = (2, ["1", "0"]), (2, ["a", "b"])
     for given, rows in (({0: "a"}, {0: 0}), ({"0": "a"}, {1: 0}), ({"0": 1, 0: "b"}, {1: 1, 0: 1})):
-        config.init_classes = given
-        assert class_rows(config, manifest, facts) == rows
+        assert class_rows(given, here, there) == rows

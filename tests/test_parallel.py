@@ -230,7 +230,7 @@ def compiles_whole_once(monkeypatch, config, expected, checkpoint_every, text=No
     for step in range(10):
         when = torch.full_like(ids, step)
         x0 = normal(keys(1, when, ids, Stream.POSTERIOR), 1, 4, 4)
-        batch = draw(x0, ids % 3, when, ids, 0, config, null=3)
+        batch = draw(x0, ids % 3, when, ids, 0, config, DiTConfig(classes=3))
         results = []
         for student, teacher in pairs:
             student.zero_grad()

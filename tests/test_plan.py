@@ -25,14 +25,16 @@ from recipe.adapter import AdapterConfig, add_adapter
 from recipe.config import TrainConfig, load_config
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
+from recipe.model import GenerativeModel
 from recipe.networks import CONFIGS, AnyNetwork, build
+from recipe.normalizer import Normalizer
 from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow
 from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
 from recipe.preflight import checkpoint_bytes
 from recipe.settings import make
 from recipe.text import Prompts, Text, TextConfig, byte_tokens, summary
 from recipe.train import dry_run, main
-from tests.conftest import ROOT, finishing
+from tests.conftest import ROOT, TINY, finishing
 
 FINISH = ["objective.name=frechet", "objective.features.pixels=x", "init_from=x"]
 
@@ -161,6 +163,20 @@ def test_an_adapter_of_xl_fits_a_card_of_24_gb_and_all_of_it_does_not():
     assert sum(parts.values()) < 0.9 * plan.GPUS["rtx4090"].memory < sum(plan.memory(whole, 1).values())
 
 
+@pytest.mark.parametrize("objective", ["imf", "tvm", "meanflow"])
+def test_what_is_never_evaluated_is_neither_sent_nor_optimized(objective):
+    """The head for v of a network whose objective does not ask for it, and a guidance input."""
+    given = ["model.network=mit", "model.head_depth=1", f"objective.name={objective}"]
+    config = load_config(TrainConfig, "yamls/digits.yaml", [*TINY, *given])
+    model = GenerativeModel(build(config.model), config.objective, Normalizer([0.0], [1.0]), 0)
+    trained = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
+    size = plan.count_parameters(config)
+    assert size.trained == trained
+    assert (size.trained < size.whole) == (objective != "imf")
+    assert plan.memory(config, 2)["optimizer (two moments)"] == 2 * plan.FP32 * trained
+    assert [row.received for row in plan.traffic(config, 2)] == [plan.FP32 * trained]
+
+
 def prompted(net):
     """The network with two prompts, where it takes any."""
     text = net.config.text
@@ -244,9 +260,9 @@ def test_activations_are_what_autograd_keeps(
     net = build(model)
     # Inductor's partition of forward and backward without its minutes of code generation
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
-    how = {"compile": compiled, "activation_budget": budget, "checkpoint_every": every}
-    prepare_blocks(net, ParallelConfig(**how), trained=True)
-    planned = plan.activation_bytes(model, dual, compiled, every, plan.BF16 if bf16 else plan.FP32, budget)
+    how = ParallelConfig(compile=compiled, activation_budget=budget, checkpoint_every=every)
+    prepare_blocks(net, how, trained=True)
+    planned = plan.activation_bytes(model, how, dual, plan.BF16 if bf16 else plan.FP32)
     assert 2 * planned == pytest.approx(saved_bytes(net, dual, bf16, 2), rel=tolerance)
 
 

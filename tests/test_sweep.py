@@ -604,7 +604,8 @@ def test_a_picture_of_samples_names_its_rows_and_shows_every_folder(tmp_path, mo
     """The first weights with every NFE, the others with their smallest."""
 
     def generator(shade):
-        def batches(labels, seeds, nfe, w, size, text=None):
+        def batches(labels, seeds, nfe, w, size, text, interval):
+            assert interval == [0.4, 0.65]
             yield torch.full((len(labels), 1, 8, 8), shade + nfe, dtype=torch.uint8), seeds
 
         config = SimpleNamespace(classes=2, text=None)

@@ -28,6 +28,7 @@ from recipe.settings import make
 from recipe.text import BEGIN, Prompts, Text, TextConfig, byte_tokens, empty_prompt, summary
 from recipe.train import build_model
 from recipe.weights import load_weights, save_weights
+from storage import Folders
 from tests.conftest import TINY, begin, findings, run
 from tests.test_text_encoder import save_clip, save_t5
 
@@ -429,7 +430,7 @@ def test_stored_embeddings_from_conversion_to_samples(digits, tmp_path, capsys):
 def test_prompts_need_captions(digits):
     config = load_config(TrainConfig, "yamls/digits.yaml", [f"data.local={digits}", "model.text.tokens=8"])
     with pytest.raises(ConfigError, match="model.text: .* has no captions"):
-        check_data(config)
+        check_data(config.data, config.model, Folders())
 
 
 def test_weights_without_prompts_begin_a_run_with_them(tiny_run, digits):

@@ -28,7 +28,9 @@ def make_batch(n, shape=(1, 2, 2), seed=0, **options):
     config = TVM(**options)
     ids = torch.arange(n)
     x0 = SIGMA * normal(keys(seed, torch.zeros_like(ids), ids, Stream.POSTERIOR), *shape)
-    return draw(x0, torch.zeros(n, dtype=torch.int64), torch.zeros_like(ids), ids, seed, config, 1), config
+    return draw(
+        x0, torch.zeros(n, dtype=torch.int64), torch.zeros_like(ids), ids, seed, config, DiTConfig(classes=1)
+    ), config
 
 
 def spread(u):
@@ -131,9 +133,9 @@ def test_draws_depend_on_the_sample_alone_and_follow_the_options():
     ids = torch.arange(4000)
     label, step = torch.zeros_like(ids), torch.full_like(ids, 7)
     x0 = torch.zeros(4000, 1, 2, 2)
-    whole = draw(x0, label, step, ids, 5, config, null=9)
+    whole = draw(x0, label, step, ids, 5, config, DiTConfig(classes=9))
     order = torch.randperm(4000)[:100]
-    part = draw(x0[order], label[order], step[order], ids[order], 5, config, null=9)
+    part = draw(x0[order], label[order], step[order], ids[order], 5, config, DiTConfig(classes=9))
     for a, b in zip(
         (*whole[:2], *whole.times, *whole[3:6]), (*part[:2], *part.times, *part[3:6]), strict=True
     ):
@@ -145,7 +147,7 @@ def test_draws_depend_on_the_sample_alone_and_follow_the_options():
     assert 1.5 <= kept.min() < 1.52
     assert 2.98 < kept.max() <= 3.0
     assert kept.mean().item() == pytest.approx(2.25, abs=0.05)
-    later = draw(x0, label, step + 1, ids, 5, config, null=9)
+    later = draw(x0, label, step + 1, ids, 5, config, DiTConfig(classes=9))
     assert abs(torch.corrcoef(torch.stack([whole.noise.flatten(), later.noise.flatten()]))[0, 1]) < 0.03
 
 
@@ -226,7 +228,9 @@ def train_on_mixture(objective, steps=400, batch=256):
     for step in range(steps):
         x0 = mixture(batch, step)
         ids = torch.arange(batch)
-        drawn = draw(x0, torch.zeros_like(ids), torch.full_like(ids, step), ids, 0, objective, null=1)
+        drawn = draw(
+            x0, torch.zeros_like(ids), torch.full_like(ids, step), ids, 0, objective, DiTConfig(classes=1)
+        )
         loss = objective.loss(net, target, drawn)
         optimizer.zero_grad()
         loss.total.mean().backward()

@@ -9,8 +9,6 @@ have shape (B,), images (B, C, H, W).
     one step of sampling           x_s = x_t - (t - s) u(x_t, t, s)
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -22,7 +20,7 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from recipe.dit import NetworkConfig
+from recipe.dit import Denoiser, NetworkConfig
 from recipe.draws import Stream, keys, normal, uniform
 from recipe.dual import Dual
 from recipe.settings import Duration, Number, Positive, Says, Settings, Share
@@ -89,10 +87,6 @@ class Condition(NamedTuple):
     def unlabelled(self) -> Tensor:
         """Whether each sample is asked for without label, (B,)."""
         return self.label == self.null
-
-    def without_label(self) -> Condition:
-        """Return the same weights, and the label that means none for every sample."""
-        return self._replace(label=torch.full_like(self.label, self.null))
 
 
 class Term(NamedTuple):
@@ -190,10 +184,7 @@ class Objective(Settings, ABC):
 
     @abstractmethod
     def passes(self, auxiliary: bool = False) -> list[Pass]:
-        """Return the evaluations of the network in a step, for the planner.
-
-        auxiliary: whether the network has an auxiliary head.
-        """
+        """Return the evaluations of the network in a step; auxiliary: whether it has an auxiliary head."""
 
     @property
     def guidance_range(self) -> tuple[float, float]:
@@ -261,13 +252,11 @@ def draw(
     sample: Tensor,
     seed: int,
     objective: Objective,
-    null: int,
-    network: NetworkConfig | None = None,
+    network: NetworkConfig,
 ) -> Draw:
     """Draw all random numbers of a training step, keyed by (seed, step, sample id).
 
-    x0: (B, C, H, W) normalised; label, step, sample: (B,) int64; null: the label that means none; network:
-    None for one without guidance interval and with output v.
+    x0: (B, C, H, W) normalised; label, step, sample: (B,) int64.
     """
 
     def key(stream: Stream) -> Tensor:
@@ -275,16 +264,16 @@ def draw(
 
     times = objective.sample_times(uniform(key(Stream.TIMES), 4))
     dropped = uniform(key(Stream.LABEL_DROP), 1)[:, 0] < objective.label_dropout
-    told = torch.where(dropped, null, label)
-    w = objective.sample_guidance(uniform(key(Stream.GUIDANCE), 1)[:, 0], told == null)
+    told = torch.where(dropped, network.null, label)
+    w = objective.sample_guidance(uniform(key(Stream.GUIDANCE), 1)[:, 0], told == network.null)
     noise = objective.noise_scale * normal(key(Stream.NOISE), *x0.shape[1:]).to(x0.dtype)
     interval = None
-    if network is not None and network.interval and objective.auxiliary:
+    if network.interval and objective.auxiliary:
         ends = objective.sample_interval(uniform(key(Stream.INTERVAL), 2), times)
         interval = tuple(time.to(x0.dtype) for time in ends)
-    floor = network.t_floor if network is not None and network.output == "x" else 0.0
+    floor = network.t_floor if network.output == "x" else 0.0
     times = tuple(t.to(x0.dtype) for t in times)
-    return Draw(x0, noise, times, told, w.to(x0.dtype), label, null, interval, floor)
+    return Draw(x0, noise, times, told, w.to(x0.dtype), label, network.null, interval, floor)
 
 
 def broadcast(u: Tensor) -> Tensor:
@@ -300,3 +289,43 @@ def mean_square(residual: Tensor) -> Tensor:
 def logit_normal(u: Tensor, mean: float, std: float) -> Tensor:
     """Return quantiles of the logit-normal law: sigmoid(mean + std z), z the normal quantile of u."""
     return torch.sigmoid(mean + std * torch.special.ndtri(u))
+
+
+# ---------------------------------------------------------------- weights of one objective under another
+
+
+def output_ratio(source: Objective, target: Objective) -> float:
+    """Return factor r of the output, k_target r F = k_source F. Raises ValueError where it varies with w.
+
+    Weights that know one w have it there, or at the nearest w of the target.
+    """
+    low, high = target.guidance_range if target.guidance_input else (source.default_w, source.default_w)
+    first, last = source.guidance_range
+    if source.guidance_input and first == last:
+        low = high = min(max(first, low), high)
+    ratios = {source.scale(w) / target.scale(w) for w in (low, high)}
+    if len(ratios) > 1:
+        raise ValueError(
+            f"objective.scaled: with w from {low:g} to {high:g} both parameterisations must be the same; "
+            f"set objective.scaled={str(source.scale(2.0) == 2.0).lower()}"
+        )
+    return ratios.pop()
+
+
+@torch.no_grad()
+def adapt(net: Denoiser, source: Objective, target: Objective) -> None:
+    """Change weights, in place, so that `target` finds in them the velocity that `source` left there.
+
+    A guidance input that only the source has is fixed at the w at which that is sampled; one that only the
+    target has begins as zero; a head for v that no source has trained begins as u(x, t, t); the last layer
+    takes the ratio of the parameterisations.
+    """
+    ratio = output_ratio(source, target)
+    for p in net.final_layer.linear.parameters():
+        p.mul_(ratio)
+    if source.guidance_input and not target.guidance_input:
+        net.fix_guidance(source.beta(torch.tensor([source.default_w])))
+    if target.guidance_input and not source.guidance_input:
+        net.begin_guidance()
+    if target.auxiliary and not source.auxiliary and getattr(net.config, "v_head", False):
+        net.begin_auxiliary()

@@ -65,7 +65,8 @@ class FlowMatching(Objective):
         velocity = super().average_velocity(net, x, t, t, asked)
         if isinstance(asked.w, (int, float)) and asked.w == 1:
             return velocity
-        free = super().average_velocity(net, x, t, t, asked.without_label())
+        unlabelled = asked._replace(label=torch.full_like(asked.label, asked.null))
+        free = super().average_velocity(net, x, t, t, unlabelled)
         w = asked.w * torch.ones_like(asked.label, dtype=torch.float64)
         return free + broadcast(w) * (velocity - free)
 

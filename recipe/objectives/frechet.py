@@ -161,9 +161,7 @@ class Frechet(Objective):
         "of statistics (eval.reference), instead of all that a base names: {classifier:1: data/digits/train, "
         "pixels: data/digits/train}.",
     )
-    w: Positive | None = Field(
-        None, description="Guidance weight of the samples; null is that of the weights' training."
-    )
+    w: Positive | None = Field(None, description="Guidance weight of the samples; null is that of training.")
     interval: Interval | None = Field(
         None,
         description="Guidance interval of the samples, for weights that take one; null is guidance at every "
@@ -171,9 +169,7 @@ class Frechet(Objective):
     )
     nfe: int = Field(1, ge=1, le=100, description="Number of sampling steps, differentiated through.")
     decay: BelowOne = Field(0.999, description="Decay of the running moments in a step.")
-    population: int = Field(
-        50_000, ge=2, le=10**8, description="Number of samples from which the running moments begin."
-    )
+    population: int = Field(50_000, ge=2, le=10**8, description="Number of samples of the first moments.")
     refresh: Count = Field(10, description="Number of steps between two maps from the running moments.")
     epsilon: Positive = Field(0.01, description="Distance below which an extractor counts less.")
     joint: Positive | None = Field(

@@ -3,8 +3,6 @@
 identity  u(x_t, t, r) = v - (t - r) du/dt,   du/dt along (x, t, r) -> (v, 1, 0)
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch
@@ -22,9 +20,7 @@ class MeanFlow(Objective):
     """MeanFlow: the average velocity by its own identity, guidance fixed at training."""
 
     name: Literal["meanflow"] = Field("meanflow", description="MeanFlow.")
-    omega: float = Field(
-        1.0, description="Weight of v in the guided target; omega 1 and kappa 0 are no guidance."
-    )
+    omega: float = Field(1.0, description="Weight of v in the guided target; omega 1, kappa 0: no guidance.")
     kappa: BelowOne = Field(
         0.0,
         description="Weight of the velocity with label in the guided target; the effective guidance weight "
@@ -103,7 +99,7 @@ def average_velocity_along(
     r: Tensor,
     label: Tensor,
     beta: Tensor | None,
-    **told: Any,  # noqa: ANN401
+    **told: Any,
 ) -> Dual:
     """Return u(x_t, t, r) and its derivative du/dt along (v, 1, 0), without gradient through that.
 

@@ -7,8 +7,6 @@ In the notation of `base.py`, with k = w in the scaled parameterisation and 1 ot
     terminal condition  d/ds f(x_t, t, s) = u(x_t + f(x_t, t, s), s)
 """
 
-from __future__ import annotations
-
 from typing import ClassVar, Literal
 
 import torch
@@ -58,9 +56,7 @@ class TVM(Objective):
     s_std: Positive = Field(1.0, description="Deviation of the logit-normal law of s.")
     t_mean: float = Field(-0.4, description="Mean of the logit-normal law of t, for trunc and clamp.")
     t_std: Positive = Field(1.0, description="Deviation of the logit-normal law of t, for trunc and clamp.")
-    detach_jvp: bool = Field(
-        False, description="Whether no gradient goes through the derivative dF/ds, which saves time."
-    )
+    detach_jvp: bool = Field(False, description="Whether no gradient goes through dF/ds, which saves time.")
 
     teacher: ClassVar[bool] = True
     guidance_input: ClassVar[bool] = True
