@@ -26,8 +26,7 @@ from torch import Tensor
 if __name__ == "__main__":  # run by path, too, this checkout's code goes before what is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval.import_mit import rename
-from eval.import_weights import Told, import_weights
+from eval.import_weights import Told, import_weights, rename
 from recipe.dit import DiT, DiTConfig
 from recipe.draws import Stream, keys, uniform
 from recipe.dual import Dual

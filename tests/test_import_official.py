@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import nn
 
-from eval.import_official import read_snapshot
-from eval.import_weights import main
+from eval.import_weights import Told, import_weights, main
 from recipe.dit import DiT, DiTConfig
 from recipe.generator import Generator
 from recipe.restricted import RefusedPickle, read_stream
@@ -194,27 +193,28 @@ def snapshot(config=TINY, compiled=False, change=lambda network: None):
 
 
 VALID, WEIGHTS = snapshot()
+TOLD = Told(guidance=2.0, mean=[0.0], std=[1.0])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _what_torch_imports_late_is_imported(tmp_path_factory):
     path = tmp_path_factory.mktemp("first") / "snapshot.pkl"
     path.write_bytes(VALID)
-    read_snapshot(path)
+    import_weights(path, TOLD)
 
 
 def read(data, folder):
     path = folder / "snapshot.pkl"
     path.write_bytes(data)
     with nothing_executed():
-        return read_snapshot(path)
+        return import_weights(path, TOLD)
 
 
 def refused(data, folder, message):
     """Expects one clear error that holds `message`, no execution, and little memory."""
     tracemalloc.start()
     try:
-        with pytest.raises(RefusedPickle, match=message) as error:
+        with pytest.raises(ValueError, match=message) as error:
             read(data, folder)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -238,11 +238,10 @@ def test_weights_are_recovered_bit_for_bit(tmp_path, compiled):
     # the wrapper pickles the compiler's settings, which other tests of this process change
     with torch._inductor.config.patch(post_grad_custom_pre_pass=None):
         data, expected = snapshot(compiled=compiled)
-    state, facts = read(data, tmp_path)
+    state, config, facts, _ = read(data, tmp_path)
     assert list(state) and state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
-    assert facts["method"] == {"objective": "tvm", "scaled": True, "detach_jvp": False}
-    config = DiTConfig(**facts["model"])
+    assert facts["method"] == {"objective": "tvm", "scaled": True, "detach_jvp": False, "guidance": [2]}
     assert (config.size, config.classes, config.heads, config.depth) == (8, 10, 1, 2)
     DiT(config).load_state_dict(state)
 
@@ -251,7 +250,7 @@ def test_storages_written_on_a_gpu_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
     data = snapshot()[0]
     assert data.count(b"cuda:3") == len(WEIGHTS) + 1
-    state, _ = read(data, tmp_path)
+    state = read(data, tmp_path).state
     assert all(torch.equal(state[name], WEIGHTS[name]) for name in WEIGHTS)
 
 
@@ -259,9 +258,9 @@ def test_time_init_and_method_follow_the_attributes(tmp_path):
     def change(network):
         network.do_scale_param, network.detach_jvp, network.model.time_specinit = False, True, True
 
-    facts = read(snapshot(change=change)[0], tmp_path)[1]
-    assert facts["method"] == {"objective": "tvm", "scaled": False, "detach_jvp": True}
-    assert facts["model"]["time_init"] == "spectral"
+    found = read(snapshot(change=change)[0], tmp_path)
+    assert (found.facts["method"]["scaled"], found.facts["method"]["detach_jvp"]) == (False, True)
+    assert found.config.time_init == "spectral"
 
 
 def test_command_writes_weights_that_load(tmp_path, capsys):
@@ -294,7 +293,7 @@ def test_networks_of_other_data_take_their_normalisation_from_the_command(tmp_pa
     assert (data["column"], data["mean"], data["std"]) == ("latents", [-1, 0.5, 2, 0], [4] * 4)
     assert data["encoder"]["name"] == "stabilityai/sd-vae-ft-ema"
     assert command(TINY, "--mean", "1", "2", "--std", "4") == 1
-    assert capsys.readouterr().err.endswith("error: --mean: 2 numbers for 4 channels\n")
+    assert capsys.readouterr().err.endswith("snapshot.pkl: --mean: 2 numbers for 4 channels\n")
 
     assert command(replace(TINY, channels=3), "--mean", "127.5", "--std", "64") == 0
     generator, seeds = Generator(tmp_path / "w"), torch.arange(2)
@@ -435,8 +434,8 @@ def test_declared_sizes_reserve_nothing(tmp_path):
     sparse = tmp_path / "sparse.pkl"
     with sparse.open("wb") as file:
         file.truncate(2**35)
-    with pytest.raises(RefusedPickle, match=r"has 34359738368 bytes"):
-        read_snapshot(sparse)
+    with pytest.raises(ValueError, match=r"has 34359738368 bytes"):
+        import_weights(sparse, TOLD)
     for numel in (2**31 - 1, -1, 0):
         refused(with_storage(declared(numel, inner))[0], tmp_path, "declared length")
     for data in (
@@ -481,7 +480,7 @@ def test_files_that_are_no_snapshots(tmp_path):
     ]:
         refused(data, tmp_path, message)
     with pytest.raises(FileNotFoundError):
-        read_snapshot(tmp_path / "absent.pkl")
+        import_weights(tmp_path / "absent.pkl", TOLD)
 
 
 # ---------------------------------------------------------------- fuzzing
@@ -508,8 +507,8 @@ def test_mutations_give_weights_or_one_error(tmp_path, edits, end):
     for position, length, replacement in edits:
         data[position : position + length] = replacement
     try:
-        state, _ = read(bytes(data[:end]), tmp_path)
-    except RefusedPickle as error:
+        state = read(bytes(data[:end]), tmp_path).state
+    except ValueError as error:
         assert len(str(error)) < 1000
     else:
         assert {name: tensor.shape for name, tensor in state.items()} == {
