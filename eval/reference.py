@@ -9,7 +9,6 @@ distance, SOURCE and OTHER may also be files of statistics.
 import argparse
 import math
 import sys
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.utils.data import Dataset
 from torchmetrics.multimodal.clip_score import CLIPScore
 from tqdm import tqdm
 
-from eval.trust import PROBED, doubts
+from eval import command_line
 from recipe.features import EXTRACTORS, FeatureExtractor, SmallImageClassifier, load_extractor
 from recipe.metrics import frechet_distance, nearest, resampled_distance, retrieval
 from recipe.reference import (
@@ -37,6 +36,9 @@ from streaming_convert.images import Rejected, decode
 from streaming_convert.sources import Archive, list_images
 
 Moments = tuple[Tensor, Tensor]  # mean (F,) and covariance (F, F)
+PROBED = 1000  # real images at most, drawn at random
+FEWEST_PER_FEATURE, FEWEST_PER_CLASS = 5, 10
+TOO_MUCH = 0.5  # of what separates the worst case from the best
 
 
 class ImageFiles(Dataset):
@@ -80,10 +82,9 @@ def open_images(source: str | Path) -> Dataset:
 class Reference:
     """The real images as the extractor sees them: a folder of them, or a file of statistics.
 
-    digest: see `content_digest`; features: (N, F) if `keep` names them or a floor is wanted, else None;
-    floor: mean Frechet distance between random halves of the images, what perfect samples would score, None
-    for a file or with floor_splits 0; doubts: sentences that say why a classifier's features are not to be
-    trusted (eval/trust.py).
+    digest: see `content_digest`; features: (N, F) if `keep` is set or a floor is wanted, else None; floor:
+    mean Frechet distance between random halves of the images, what perfect samples would score, None for a
+    file or with floor_splits 0; doubts: see `find_doubts`.
     """
 
     def __init__(
@@ -91,10 +92,10 @@ class Reference:
         source: str,
         images: Dataset | None,
         extractor: FeatureExtractor,
-        keep: Collection[str] = (),
-        batch_size: int = 256,
-        floor_splits: int = 0,
-        seed: int = 0,
+        keep: bool,
+        batch_size: int,
+        floor_splits: int,
+        seed: int,
     ) -> None:
         self.extractor, self.images = extractor, images
         self.features = self.floor = None
@@ -103,13 +104,16 @@ class Reference:
         if images is None:
             self.moments = statistics_for(source, extractor)
             return
-        keep = {"features"} if floor_splits else {"features"} & set(keep)
-        found = measure(images, extractor, batch_size, keep)
+        keep = keep or floor_splits > 0
+        found = measure(images, extractor, batch_size, ["features"] if keep else [])
         self.moments = found.moments()
         self.features = found.rows("features") if keep else None
         if floor_splits:
             half = math.ceil(len(images) / 2)
             self.floor = resampled_distance(self.features, None, half, floor_splits, seed)[0]
+
+
+# ---------------------------------------------------------------- whether a classifier is to be trusted
 
 
 def find_doubts(extractor: FeatureExtractor, images: Dataset | None, seed: int) -> list[str]:
@@ -118,6 +122,67 @@ def find_doubts(extractor: FeatureExtractor, images: Dataset | None, seed: int) 
         return []
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return doubts(extractor, *labelled(images, order[:PROBED]), len(images))
+
+
+def doubts(classifier: SmallImageClassifier, images: Tensor, labels: Tensor, total: int) -> list[str]:
+    """Return the reasons not to trust the classifier, in sentences; none if nothing speaks against it.
+
+    It can be right about every real image and still look at colours alone: noise of the right colours then
+    agrees with its class, and lies near the real images in its features. So it is asked about real images
+    with shuffled pixels, too. images: real ones, uint8 (N, C, S, S); labels: (N,); total: how many there are
+    in the whole reference.
+    """
+    counts = labels.bincount()
+    counts = counts[counts > 0]
+    if len(counts) < 2:
+        return ["The reference has one class only, so the classifier has learned nothing."]
+    found, features = [], classifier.num_features
+    if total < FEWEST_PER_FEATURE * features:
+        found.append(f"{total} real images are few for {features} features: distances are mostly chance.")
+    if (smallest := round(int(counts.min()) * total / len(labels))) < FEWEST_PER_CLASS:
+        found.append(f"The smallest class has about {smallest} real images, too few to learn from.")
+    guess = float(counts.max()) / len(labels)  # right by naming the largest class always
+    if share_of_way(classifier.accuracy, guess, 1.0) < TOO_MUCH:
+        found.append(
+            f"The classifier is right about {classifier.accuracy:.3f} of the real images that it has not "
+            f"seen; to name the largest class always is right about {guess:.3f}."
+        )
+    strangers, chance = strangers_of(classifier(images).cpu(), labels)
+    if strangers > TOO_MUCH * chance:
+        found.append(
+            f"For {strangers:.3f} of the real images the nearest other one is of another class; by chance it "
+            f"would be {chance:.3f}."
+        )
+    right = float((classifier.logits(shuffled(images)).argmax(1).cpu() == labels).double().mean())
+    if share_of_way(right, guess, classifier.accuracy) > TOO_MUCH:
+        found.append(
+            f"The classifier names the class of {right:.3f} of the real images from their colours alone, "
+            "with their pixels shuffled: noise of the right colours would agree with its class as well."
+        )
+    return found
+
+
+def share_of_way(value: float, worst: float, best: float) -> float:
+    """Return how far a value is on the way from the worst to the best."""
+    return (value - worst) / max(best - worst, 1e-9)
+
+
+def strangers_of(features: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return the share of rows (N, F) whose nearest other has another label (N,), and that by chance."""
+    distances = torch.cdist(features, features).fill_diagonal_(torch.inf)
+    strangers = float((labels[distances.argmin(1)] != labels).double().mean())
+    shares = labels.bincount().double() / len(labels)
+    return strangers, 1 - float(shares.square().sum())
+
+
+def shuffled(images: Tensor, seed: int = 0) -> Tensor:
+    """Return the images (N, C, H, W) with the pixels of each in a random order."""
+    n, channels, height, width = images.shape
+    order = torch.rand(n, 1, height * width, generator=torch.Generator().manual_seed(seed)).argsort(-1)
+    return images.flatten(2).gather(2, order.expand(-1, channels, -1).to(images.device)).view_as(images)
+
+
+# ---------------------------------------------------------------- held-out images, captions
 
 
 class HeldOut:
@@ -223,6 +288,9 @@ def load_clip(name: str) -> CLIPScore:
         raise ValueError(f"clip: cannot load {name}: {' '.join(str(error).split())}") from error
 
 
+# ---------------------------------------------------------------- the command
+
+
 def read_side(source: str, extractor: FeatureExtractor, args: argparse.Namespace) -> tuple[Moments, int]:
     """Return the moments of a folder's images and their number, or those in a file of statistics and 0."""
     if Path(source).suffix in STATISTICS:
@@ -258,7 +326,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m eval.reference", description=__doc__)
+    parser = command_line("eval.reference", __doc__)
     parser.add_argument("source", help="dataset folder, folder of images or (with --against) statistics file")
     parser.add_argument("--against", metavar="OTHER", help="the same, to print the distance of both")
     parser.add_argument(

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from eval import trust
+from eval.reference import doubts, open_images, shuffled
 from eval.reference import main as reference_main
-from eval.reference import open_images
 from recipe import reference
 from recipe.features import Pixels, SmallImageClassifier, load_extractor
 from recipe.metrics import (
@@ -509,43 +508,43 @@ def test_a_classifier_that_noise_of_the_right_colours_would_fool_is_not_trusted(
     noise, asked = coloured(200, structured=False)
     agreement = float((classifier.logits(noise).argmax(1) == asked).double().mean())
     assert classifier.accuracy > 0.95 and agreement > 0.95
-    (said,) = trust.doubts(classifier, images, labels, 400)
+    (said,) = doubts(classifier, images, labels, 400)
     assert "of the real images from their colours alone" in said and "noise of the right colours" in said
     images, labels = striped(400)
     classifier = trained(images, labels)
     assert classifier.accuracy > 0.95
-    assert trust.doubts(classifier, images, labels, 400) == []
+    assert doubts(classifier, images, labels, 400) == []
 
 
 def test_a_classifier_of_too_little_is_not_trusted():
     images, labels = striped(400)
     blind = trained(images, torch.randint(2, (400,), generator=torch.Generator().manual_seed(0)))
-    said = trust.doubts(blind, images, labels, 400)
+    said = doubts(blind, images, labels, 400)
     assert any("to name the largest class always is right about 0.500" in doubt for doubt in said)
     classifier = trained(images, labels)
-    said = trust.doubts(classifier, images[:18], labels[:18], 18)
+    said = doubts(classifier, images[:18], labels[:18], 18)
     assert said == [
         "18 real images are few for 16 features: distances are mostly chance.",
         "The smallest class has about 9 real images, too few to learn from.",
     ]
-    assert trust.doubts(classifier, images, 0 * labels, 400) == [
+    assert doubts(classifier, images, 0 * labels, 400) == [
         "The reference has one class only, so the classifier has learned nothing."
     ]
     shuffled = labels[torch.randperm(400, generator=torch.Generator().manual_seed(0))]
-    said = trust.doubts(classifier, images, shuffled, 400)
+    said = doubts(classifier, images, shuffled, 400)
     assert any(doubt.endswith("is of another class; by chance it would be 0.500.") for doubt in said)
 
 
 def test_shuffled_images_keep_their_colours_and_nothing_else():
     images = torch.arange(2 * 3 * 16, dtype=torch.uint8).view(2, 3, 4, 4)
-    found = trust.shuffled(images)
+    found = shuffled(images)
     assert not torch.equal(found, images)
     for before, after in zip(images.flatten(2), found.flatten(2), strict=True):
         assert sorted(before.T.tolist()) == sorted(after.T.tolist())
 
 
 def test_the_digits_classifier_is_trusted(digits, classifier):
-    assert trust.doubts(classifier[0], *digits, 1797) == []
+    assert doubts(classifier[0], *digits, 1797) == []
 
 
 # ---------------------------------------------------------------- reference statistics
