@@ -7,7 +7,6 @@ pip install 'terminal-velocity[app]'.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval import command_line
 from recipe import load
 from recipe.generator import Generator, usual_steps
 
@@ -125,7 +125,7 @@ def serve(blocks: gradio.Blocks, host: str, port: int | None) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run the command line: serve the page until it is interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m eval.app", description=__doc__)
+    parser = command_line("eval.app", __doc__)
     add = parser.add_argument
     add("weights", help="NAME, NAME.json or NAME.safetensors; of a folder of weights the newest is taken")
     add("--host", default="127.0.0.1", help="address to serve at (default: %(default)s; 0.0.0.0: everyone)")

@@ -20,7 +20,7 @@ from PIL import Image
 from eval.report import Row, markdown, plain, read_lines, reportable
 from eval.sample import describe
 from recipe import load
-from recipe.adapter import Adapter, peft_config
+from recipe.adapter import peft_config
 from recipe.features import EXTRACTORS
 from recipe.generator import usual_steps
 from recipe.networks import AnyNetwork
@@ -30,9 +30,7 @@ from recipe.settings import make
 from recipe.weights import adapter_of, base_files, check_digest, read_facts, shapes
 
 NAME, ADAPTER = "model", "adapter_model"  # of the two files of weights in the folder; peft's for an adapter
-RESULTS = "results.jsonl"  # what a sweep leaves, in the folder of a run
-PICTURE = "samples.png"
-COLUMNS = 8
+PICTURE, COLUMNS = "samples.png", 8
 DATA = ("source", "reference", "held_out", "base")  # keys of paths, and of models
 MODELS = ("model", "name", "encoder", "extractor")
 EXTRACTOR = "|".join(("pixels", *EXTRACTORS))
@@ -58,11 +56,11 @@ def make_folder(weights: Path, folder: Path, results: Path | None = None) -> Pat
     (folder / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if (adapter := adapter_of(facts)) is not None:
         (folder / "adapter_config.json").write_text(json.dumps(peft_config(adapter), indent=2) + "\n")
-    results = results or weights.parent.parent
-    rows = [row for row in read_lines(results / RESULTS) if row.get("sha256") == facts["sha256"]]
-    rows = public(list(filter(reportable, rows)))
+    found = read_lines((results or weights.parent.parent) / "results.jsonl")
+    rows = [row for row in found if row.get("sha256") == facts["sha256"] and reportable(row)]
     card = folder / "README.md"
-    card.write_text(text(folder.name, facts, rows, draw(weights, folder / PICTURE)), encoding="utf-8")
+    said = text(folder.name, facts, public(rows), draw(weights, folder / PICTURE))
+    card.write_text(said, encoding="utf-8")
     return card
 
 
@@ -133,8 +131,7 @@ def text(name: str, facts: dict[str, Any], rows: list[Row], picture: str) -> str
     ask = 'prompts=["a red cat"]' if prompts else "n=8"
     lines += [
         "```python",
-        "from recipe import load  # from the project's repository: pip install .",
-        "",
+        "from recipe import load  # from the project's repository: pip install .\n",
         f"images = load({f'{name}/{stem}'!r}).sample({ask}, nfe={usual_steps(facts)})  # uint8 (N, H, W, C)",
         "```",
         "",
@@ -157,6 +154,7 @@ def described(facts: dict[str, Any]) -> list[str]:
     low, high = objective.guidance_range
     adapter = adapter_of(facts)
     of = "parameters" if adapter is None else "parameters of the adapter"
+    numbers = sum(math.prod(shape) for shape in shapes(config, adapter).values())
     names = data.get("class_names", [])
     classes = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     found = {
@@ -167,7 +165,7 @@ def described(facts: dict[str, Any]) -> list[str]:
         "prompts": f"{config.text.encoder}, at most {config.text.tokens} tokens" if config.text else "none",
         "training images": sum(data.get("class_counts", [])) or "not known",
         "steps": facts["step"],
-        "weights": f"{facts['average']}, {parameters(config, adapter):,} {of}",
+        "weights": f"{facts['average']}, {numbers:,} {of}",
         "code": facts["commit"],
     }
     if adapter is not None:
@@ -177,19 +175,12 @@ def described(facts: dict[str, Any]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {key} | {plain(str(value))} |" for key, value in found.items())]
 
 
-def parameters(config: AnyNetwork, adapter: Adapter | None) -> int:
-    """Return the number of weights of an architecture, or of an adapter's."""
-    return sum(math.prod(shape) for shape in shapes(config, adapter).values())
-
-
-def upload(folder: Path, name: str, private: bool = False) -> str:
-    """Create the repository `name` (USER/MODEL) on the Hugging Face hub if need be, and upload the folder.
-
-    An adapter's base that lies in it is not uploaded.
+def upload(folder: Path, name: str, private: bool) -> str:
+    """Upload the folder, without an adapter's base in it, to the repository `name` (USER/MODEL) of the
+    Hugging Face hub, which is created if need be; return its address, and who can see it.
 
     private: not for everyone to see, which a repository that exists must be already; without it the hub's
-    default holds. Return its address, and who can see it. Raises ValueError, in one line, with the command
-    that does it later.
+    default holds. Raises ValueError, in one line, with the command that does it later.
     """
     there = {file.name for file in folder.iterdir()}
     own = own_files(ADAPTER if f"{ADAPTER}.json" in there else NAME)

@@ -17,7 +17,6 @@ onnxruntime. With prompts it takes their tokens and lengths, too.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import pickle
@@ -38,6 +37,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from eval import command_line
 from eval.card import make_folder, upload
 from eval.sample import parse_interval
 from recipe.adapter import adapter_state
@@ -354,43 +354,35 @@ def save_program(program: torch.export.ExportedProgram, path: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", help="checkpoint (.pt or folder), folder of weights, or weights")
-    parser.add_argument("--average", default="ema", help="ema, net or posthoc:LENGTH (default: ema)")
-    parser.add_argument("--out", help="path of the weights to write, without suffix")
-    merging = "of an adapter, write its base with it as whole weights"
-    parser.add_argument("--merge", action="store_true", help=merging)
-    parser.add_argument("--program", help="the .pt2 or .onnx file of the sampler to write")
-    parser.add_argument("--nfe", type=int, default=1, help="steps of the program's sampler")
-    parser.add_argument(
-        "--w", type=float, help="its guidance weight; default: the one of a finish, or of training"
-    )
+    parser = command_line("eval.export", __doc__)
+    add = parser.add_argument
+    add("source", help="checkpoint (.pt or folder), folder of weights, or weights")
+    add("--average", default="ema", help="ema, net or posthoc:LENGTH (default: ema)")
+    add("--out", help="path of the weights to write, without suffix")
+    add("--merge", action="store_true", help="of an adapter, write its base with it as whole weights")
+    add("--program", help="the .pt2 or .onnx file of the sampler to write")
+    add("--nfe", type=int, default=1, help="steps of the program's sampler")
+    add("--w", type=float, help="its guidance weight; default: the one of a finish, or of training")
     within = "times between which that is in force, 0.4,0.65; default: that of a finish, or 0,1"
-    parser.add_argument("--interval", help=within)
-    parser.add_argument("--card", type=Path, help="folder of weights and a model card to write")
+    add("--interval", help=within)
+    add("--card", type=Path, help="folder of weights and a model card to write")
     results = "folder of the sweep whose scores the card shows; default: that of the run"
-    parser.add_argument("--results", type=Path, help=results)
-    parser.add_argument(
-        "--hub", metavar="USER/MODEL", help="upload the card's folder to the Hugging Face hub"
-    )
-    parser.add_argument("--private", action="store_true", help="make the repository on the hub a private one")
+    add("--results", type=Path, help=results)
+    add("--hub", metavar="USER/MODEL", help="upload the card's folder to the Hugging Face hub")
+    add("--private", action="store_true", help="make the repository on the hub a private one")
     args = parser.parse_args(argv)
     if args.private and args.hub is None:
         parser.error("--private: is about --hub USER/MODEL, which is not given")
     if args.merge and args.out is None:
         parser.error("--merge: needs --out NAME")
     if args.merge and args.average != "ema":
-        parser.error(
-            f"--average: {args.average} is not with --merge, which takes the weights that SOURCE names"
-        )
+        parser.error(f"--average: {args.average} is not with --merge, which takes what SOURCE names")
     if args.program is not None and Path(args.program).suffix not in (".pt2", ".onnx"):
         parser.error(f"--program: {args.program} must end in .pt2 (torch.export) or .onnx; no other is made")
     if args.hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.hub):
         parser.error(f"--hub: {args.hub} must be USER/MODEL")
+    if not (args.out or args.program or args.card or args.hub):
+        parser.error("nothing to write: give --out, --program, --card or --hub")
     try:
         check_steps(args.nfe, "--nfe")
         interval = None if args.interval is None else parse_interval(args.interval)
@@ -410,8 +402,6 @@ def main(argv: list[str] | None = None) -> int:
             folder = args.card or Path(args.hub.rpartition("/")[2])
             sys.stdout.write(f"{make_folder(newest_weights(weights), folder, args.results)}\n")
             sys.stdout.write(f"{upload(folder, args.hub, args.private)}\n" if args.hub else "")
-        if not (args.out or args.program or args.card or args.hub):
-            raise ValueError("nothing to write: give --out, --program, --card or --hub")
     except (OSError, ValueError, StorageError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -50,31 +50,18 @@ def _mark(row: Row, key: str) -> str:
     return MARK if row.get(f"trained_on{key}") else ""
 
 
-def _distance(row: Row, key: str = "") -> str:
-    return _number(row[f"frechet_distance{key}"], ".3f") + _mark(row, key)
-
-
-def _ratio(row: Row, key: str = "") -> float | None:
+def _ratio(row: Row, key: str) -> float | None:
     """Return the distance by that of random halves of the real images, where that is known."""
     floor = row[f"floor{key}"]
     return floor and row[f"frechet_distance{key}"] / floor
 
 
-def _by_floor(row: Row, key: str = "") -> str:
-    return _number(_ratio(row, key), ".2f")
-
-
-def _to_held_out(row: Row, key: str = "", what: str = "to_held_out") -> str:
+def _beside_real(row: Row, what: str, key: str) -> str:
     """Return the distance of the samples and, in brackets, that of as many real images."""
     if f"nearer_share{key}" not in row:
         return "-"
     distances = row[f"distance_{what}{key}"], row[f"real_{what}{key}"][0]
     return "{:.3f} ({:.3f})".format(*distances) + _mark(row, key)
-
-
-def _by_real(row: Row, key: str = "") -> str:
-    """Return the distance to held-out images by that of real images, where extractors are several."""
-    return _number(row.get(f"ratio_to_held_out{key}") if further(row) else None, ".3f")
 
 
 def _mean_ratio(row: Row) -> str:
@@ -87,37 +74,38 @@ def further(row: Row) -> list[str]:
     return [name.removeprefix("frechet_distance") for name in row if name.startswith("frechet_distance[")]
 
 
-# Column title => the row's text; a column that is empty in every row is left out.
+# Column title => the text for a row, and for what its columns of an extractor end in. What is empty in every
+# row is left out; what is in FURTHER is there for further extractors, too.
 COLUMNS = {
-    "weights": lambda r: f"{Path(r['weights']).parent.parent.name}/{Path(r['weights']).name}",
-    "objective": lambda r: r["objective"],
-    "average": lambda r: r["average"],
-    "step": lambda r: _number(r["step"], "d"),
-    "NFE": lambda r: _number(r["nfe"], "d"),
-    "w": lambda r: _number(r["w"], "g"),
-    "interval": lambda r: "{:g} to {:g}".format(*r["interval"]) if "interval" in r else "-",
-    "Frechet distance": _distance,
-    "/ floor": _by_floor,
-    "KID x 1000": lambda r: _number(1000 * r["kid"] if "kid" in r else None, ".3f"),
-    "Inception score": lambda r: _number(r.get("inception_score"), ".2f"),
-    "precision": lambda r: _number(r.get("precision"), ".3f"),
-    "recall": lambda r: _number(r.get("recall"), ".3f"),
-    "prompts": lambda r: r["prompts"] if "retrieval" in r else "-",
-    "retrieval": lambda r: _number(r.get("retrieval"), ".3f"),
-    "CLIP score": lambda r: _number(r.get("clip_score"), ".2f"),
-    "class agreement": lambda r: _number(r["class_agreement"], ".3f"),
-    "to training (real)": lambda r: _to_held_out(r, "", "to_training"),
-    "to held-out (real)": _to_held_out,
-    "/ real": _by_real,
-    "nearer than held-out": lambda r: _number(r.get("nearer_share"), ".3f"),
+    "weights": lambda r, _: f"{Path(r['weights']).parent.parent.name}/{Path(r['weights']).name}",
+    "objective": lambda r, _: r["objective"],
+    "average": lambda r, _: r["average"],
+    "step": lambda r, _: _number(r["step"], "d"),
+    "NFE": lambda r, _: _number(r["nfe"], "d"),
+    "w": lambda r, _: _number(r["w"], "g"),
+    "interval": lambda r, _: "{:g} to {:g}".format(*r["interval"]) if "interval" in r else "-",
+    "Frechet distance": lambda r, key: _number(r[f"frechet_distance{key}"], ".3f") + _mark(r, key),
+    "/ floor": lambda r, key: _number(_ratio(r, key), ".2f"),
+    "KID x 1000": lambda r, _: _number(1000 * r["kid"] if "kid" in r else None, ".3f"),
+    "Inception score": lambda r, _: _number(r.get("inception_score"), ".2f"),
+    "precision": lambda r, _: _number(r.get("precision"), ".3f"),
+    "recall": lambda r, _: _number(r.get("recall"), ".3f"),
+    "prompts": lambda r, _: r["prompts"] if "retrieval" in r else "-",
+    "retrieval": lambda r, _: _number(r.get("retrieval"), ".3f"),
+    "CLIP score": lambda r, _: _number(r.get("clip_score"), ".2f"),
+    "class agreement": lambda r, _: _number(r["class_agreement"], ".3f"),
+    "to training (real)": lambda r, key: _beside_real(r, "to_training", key),
+    "to held-out (real)": lambda r, key: _beside_real(r, "to_held_out", key),
+    "/ real": lambda r, key: _number(r.get(f"ratio_to_held_out{key}") if further(r) else None, ".3f"),
+    "nearer than held-out": lambda r, _: _number(r.get("nearer_share"), ".3f"),
 }
-FURTHER = ("Frechet distance", "/ floor", "to held-out (real)", "/ real")  # of further extractors, too
+FURTHER = ("Frechet distance", "/ floor", "to held-out (real)", "/ real")
 LEFT_ALIGNED = ("weights", "objective", "average")
 
 
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Return the titles of columns that say something, and the cells as text, newest weights first."""
-    cells = {title: [text(r) for r in rows] for title, text in COLUMNS.items()}
+    cells = {title: [text(r, "") for r in rows] for title, text in COLUMNS.items()}
     for key in further(rows[0]):
         cells |= {f"{title} {key}": [COLUMNS[title](r, key) for r in rows] for title in FURTHER}
     cells["FDr"] = list(map(_mean_ratio, rows))
@@ -237,12 +225,8 @@ def best_curve(rows: list[Row], axis: str) -> tuple[list[float], list[float]]:
     return known, [min(row["frechet_distance"] for row in rows if row[axis] == x) for x in known]
 
 
-TITLES = {
-    "step": "training step",
-    "train_seconds": "training seconds",
-    "nfe": "NFE",
-    "w": "guidance weight w",
-}
+TITLES = {"step": "training step", "train_seconds": "training seconds"}
+TITLES |= {"nfe": "NFE", "w": "guidance weight w"}
 
 
 def plot_distances(panel: Axes, rows: list[Row], axis: str) -> None:

@@ -17,8 +17,8 @@ import re
 import sys
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from eval import command_line
 from recipe.draws import Stream, keys, uniform
 from recipe.generator import DTYPES, Generator, Seed, check_guidance, check_interval
 from recipe.pictures import captioned, grid
@@ -36,8 +37,7 @@ from recipe.text import Text
 # ---------------------------------------------------------------- what must be said beside a distance
 
 
-@dataclass(frozen=True)
-class Protocol:
+class Protocol(NamedTuple):
     """How samples for a score are drawn.
 
     samples: their number, 0 for as many as there are real images; labels: a key of `LABELS`; rounding: of
@@ -57,8 +57,6 @@ PROTOCOLS = {
     "adm": Protocol(50_000, "uniform", "down", "ADM's published statistics"),
 }
 DEFAULT = "balanced"
-
-
 LABELS = {
     "matched": "labels in the proportions of the training data",
     "drawn": "labels drawn from the training distribution",
@@ -264,11 +262,7 @@ def as_option(message: str) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.sample",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("eval.sample", __doc__)
     add = parser.add_argument
     add("weights", help="NAME, NAME.json or NAME.safetensors; of a folder of weights the newest is taken")
     add("--nfe", type=int, default=1, help="network evaluations, i.e. steps (default: %(default)s)")
@@ -278,11 +272,7 @@ def main(arguments: list[str]) -> None:
     add("--prompts", nargs="+", help="prompts, or one name of a file that holds one a line")
     add("--text-encoder", help="folder or hub name, for stored embeddings (default: as the weights say)")
     add("--columns", type=int, default=8, help="samples of each row of a grid, or interpolation steps (8)")
-    add(
-        "--samples",
-        type=int,
-        help="in a folder or .npz: of each label or prompt (8), or in all",
-    )
+    add("--samples", type=int, help="in a folder or .npz: of each label or prompt (8), or in all")
     add("--protocol", choices=sorted(PROTOCOLS), help="labels, number and rounding (see docs/evaluation.md)")
     add("--seed", type=int, default=0, help="seed of the first sample; each further one adds 1 (0)")
     add("--interpolate", type=int, metavar="SEED", help="the seed that every row of a grid ends at")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -242,11 +242,6 @@ def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, d
             yield export, labels, cell
 
 
-def is_of_cell(row: dict[str, Any], cell: dict[str, Any]) -> bool:
-    """Return True if a row of results is the cell's, which without guidance interval has no key for that."""
-    return cell.items() <= row.items() and row.get("interval") == cell.get("interval")
-
-
 def text_encoder(export: Export) -> str:
     """Return the name of what encodes prompts for these weights; empty for weights without prompts."""
     text = export.facts["model"].get("text")
@@ -257,26 +252,19 @@ def text_encoder(export: Export) -> str:
 
 
 def choose(
-    config: SweepConfig, exports: list[Export], samples: int, prompts: Captions | None
-) -> list[Tensor]:
-    """Return the labels (n,) of the samples for each export.
+    config: SweepConfig, export: Export, samples: int, prompts: Captions | None, counts: list[int]
+) -> Tensor:
+    """Return the labels (n,) of the samples for these weights.
 
     With prompts they are those of the images whose captions are asked for; else the protocol's, with class
-    counts from `labels`, else the weights, else the reference.
+    counts from `labels`, else the weights, else the reference. counts: of labels or reference.
     """
-    source = config.labels or config.reference
-    known = config.labels or Path(source, "manifest.json").is_file()
-    read = cache(lambda: read_manifest(source).class_counts if known else [])
+    classes = export.facts["model"]["classes"]
+    if text_encoder(export):
+        return prompts.images.labels(prompts.own, classes)
+    own = export.facts["data"].get("class_counts") if config.labels is None else None
     seeds = config.seed + torch.arange(samples)
-    labels = []
-    for export in exports:
-        facts, classes = export.facts, export.facts["model"]["classes"]
-        if text_encoder(export):
-            labels.append(prompts.images.labels(prompts.own, classes))
-            continue
-        counts = (facts["data"].get("class_counts") if config.labels is None else None) or read()
-        labels.append(choose_labels(config.protocol, classes, counts, seeds))
-    return labels
+    return choose_labels(config.protocol, classes, own or counts, seeds)
 
 
 def score(
@@ -454,7 +442,10 @@ def prepare(config: SweepConfig, device: torch.device) -> Setup:
         folder.mkdir(parents=True, exist_ok=True)
         exports = find_weights(config.weights, config.averages, config.latest, folder)
         images = None if Path(config.reference).suffix in STATISTICS else open_images(config.reference)
-        extractors = make_extractors(config, images, device)
+        extractors = [
+            make_extractor(name, None if i else config.extractor_weights, images, config.folder, device)
+            for i, name in enumerate(config.extractor)
+        ]
         samples = config.samples or PROTOCOLS[config.protocol].samples or len(images or ())
         check_metrics(config, images, extractors[0], samples)
         prompts = Captions(images, samples, config.clip, config.seed) if config.prompts else None
@@ -462,44 +453,38 @@ def prepare(config: SweepConfig, device: torch.device) -> Setup:
         check_class_names(exports)
         for one in extractors:
             check_shapes(exports, one)
-        labels = choose(config, exports, samples, prompts)
+        source = config.labels or config.reference
+        known = config.labels or Path(source, "manifest.json").is_file()
+        counts = read_manifest(source).class_counts if known else []
+        labels = [choose(config, export, samples, prompts, counts) for export in exports]
         for _, facts in exports:
             for interval in config.interval or [default_guidance(facts)[1]]:
                 check_interval(facts, interval)
             objective = from_facts(facts["method"])
             for w in config.w:
                 check_guidance(objective, w)
-        judges = {
-            f"[{one.name}]" if i else "": one
-            for i, one in enumerate(make_judges(config, extractors, images, samples))
-        }
+        judges = make_judges(config, extractors, images, samples)
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
     return Setup(exports, labels, judges, prompts, samples)
 
 
-def make_extractors(
-    config: SweepConfig, images: Dataset | None, device: torch.device
-) -> list[FeatureExtractor]:
-    """Make the extractors in the order of the configuration. Raises ValueError, OSError, ImportError."""
-    weights = [config.extractor_weights] + [None] * (len(config.extractor) - 1)
-    return [
-        make_extractor(name, path, images, config.folder, device)
-        for name, path in zip(config.extractor, weights, strict=True)
-    ]
-
-
 def make_judges(
     config: SweepConfig, extractors: list[FeatureExtractor], images: Dataset | None, samples: int
-) -> Iterator[Judge]:
-    """Yield the extractors with features of reference and held-out images. Raises ValueError, OSError."""
-    settings = (config.batch_size, config.floor_splits, config.seed)
-    keep = config.keep
+) -> dict[str, Judge]:
+    """Return the extractors with features of reference and held-out images, by the keys of `Setup.judges`.
+
+    Raises ValueError, OSError.
+    """
+    settings, keep = (config.batch_size, config.floor_splits, config.seed), config.keep
+    judges: dict[str, Judge] = {}
     for name, extractor in zip(config.extractor, extractors, strict=True):
-        reference = Reference(config.reference, images, extractor, keep, *settings)
+        reference = Reference(config.reference, images, extractor, "features" in keep, *settings)
         held_out = HeldOut(config.held_out, reference, samples, *settings) if config.held_out else None
-        yield Judge(name, hash_weights(extractor.network), keep, reference, held_out)
+        key = f"[{name}]" if judges else ""
+        judges[key] = Judge(name, hash_weights(extractor.network), keep, reference, held_out)
         keep = {"features"} if config.held_out else set()  # all that further ones need
+    return judges
 
 
 def check_prompts(exports: list[Export], prompts: Captions | None) -> None:
@@ -568,7 +553,9 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
         sys.stderr.write(f"warning: {doubt}\n")
     with wandb_run(config) as run:
         for export, labels, cell in tqdm(grid, "sweep", unit="cell", disable=not main_rank):
-            row = next((r for r in reversed(finished[0]) if is_of_cell(r, cell)), None)
+            same = (r for r in reversed(finished[0]) if cell.items() <= r.items())
+            # a cell without guidance interval has no key for it
+            row = next((r for r in same if r.get("interval") == cell.get("interval")), None)
             if row is None:
                 if loaded != export.path:
                     generator, loaded = make_generator(config, export.path, device), export.path

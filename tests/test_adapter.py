@@ -301,12 +301,12 @@ def test_a_card_of_an_adapter_is_of_the_adapter_and_leaves_its_base_alone(small,
             allowed.extend(allow_patterns)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    upload(tmp_path / "card", "me/mine")
+    upload(tmp_path / "card", "me/mine", False)
     there = {file.name for file in (tmp_path / "card").iterdir()}
     assert base == there - set(allowed) and {"adapter_model.json", "adapter_config.json"} <= set(allowed)
     monkeypatch.setattr(Hub, "create_repo", lambda *_, **__: 1 / 0)
     with pytest.raises(ValueError, match="upload --exclude=ba0000005-ema.json --exclude=.* me/mine"):
-        upload(tmp_path / "card", "me/mine")
+        upload(tmp_path / "card", "me/mine", False)
 
 
 def test_peft_reads_the_folder_that_a_card_makes(tmp_path):
