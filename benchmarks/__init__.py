@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,23 @@ def environment() -> dict[str, Any]:
         "triton": version("triton"),
         "commit": commit(),
     }
+
+
+class Figure(NamedTuple):
+    """A result and its bar, the most that it may be; None if there is no bar."""
+
+    name: str
+    value: float
+    bar: float | None
+
+    @property
+    def missed(self) -> bool:
+        """True if the value is above its bar."""
+        return self.bar is not None and self.value > self.bar
+
+    def __str__(self) -> str:
+        bar = "" if self.bar is None else f"  at most {self.bar:g}  {'MISSED' if self.missed else 'ok'}"
+        return f"{self.name:70} {self.value:6.3f}{bar}"
 
 
 def seconds(work: Callable[[], object]) -> float:

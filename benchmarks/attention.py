@@ -14,7 +14,6 @@ import json
 import os
 import statistics
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 from benchmarks import environment, seconds
+from eval import command_line
 
 SIZES = [(32, 18, 256, 64), (8, 18, 1024, 64), (1, 24, 1024, 128), (1, 24, 4096, 128), (1, 24, 8192, 128)]
 TINY = [(1, 2, 33, 16)]
@@ -216,11 +216,7 @@ def tune(size: tuple[int, ...], dtype: torch.dtype) -> None:
 
 def main(arguments: list[str]) -> int:
     """Print the results and write them as JSON. Returns 1 if a bar is missed, 2 without a device."""
-    parser = ArgumentParser(
-        prog="python -m benchmarks.attention",
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
+    parser = command_line("benchmarks.attention", __doc__)
     parser.add_argument("--out", type=Path, help="the JSON file")
     parser.add_argument("--tune", action="store_true", help="time the candidate tiles instead")
     parser.add_argument("--interpret", action="store_true", help="dry run on the CPU at a tiny size")

@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ import torch
 from benchmarks import environment
 from benchmarks.attention import BOTH_BAR, FORWARD_BAR
 from benchmarks.step import measure_variants, predicted
+from eval import command_line
 from eval.reference import open_images
 from eval.report import read_lines, read_log
 from recipe.checkpoints import newest_checkpoint, own_checkpoints
@@ -48,13 +48,14 @@ from storage.outside import read_json
 ROOT = Path(__file__).parent.parent
 LIMIT = 600
 AGREEMENT = (0.97, 1.03)
-TRAIN = ("-m", "composer.cli.launcher", "-n", "1", "recipe/train.py")
+LAUNCH = ("-m", "composer.cli.launcher", "-n", "1")
+TRAIN = (*LAUNCH, "recipe/train.py")
 REFERENCE = (
     "-c",
     "import kernels, recipe.train, sys; kernels.set_backend('reference'); recipe.train.main(sys.argv[1:])",
 )
 Result = dict[str, Any]
-Row = tuple[str, str, str, str]
+Row = tuple[str, str, str, str]  # of the page: what, predicted, measured, bar
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,49 @@ def python(*arguments: object, expect: int | None = 0) -> None:
         raise SystemExit(f"{' '.join(map(str, arguments))} ended with {status}, not {expect}")
 
 
+def number(value: float | None, spec: str, absent: str = "not measured") -> str:
+    """Return the formatted value, or `absent` for None."""
+    return absent if value is None else format(value, spec)
+
+
+def compare(what: str, prediction: float | None, value: float | None, spec: str) -> Row:
+    """Return a row whose two figures have the same format, without a bar."""
+    return what, number(prediction, spec, "not predicted"), number(value, spec), ""
+
+
+def step_rows(variants: dict[str, Result]) -> Iterator[Row]:
+    """Yield rows with time, memory and share of the peak of each variant of a step."""
+    for name, row in variants.items():
+        guess = row["predicted"]
+        yield compare(f"step, {name}, s", guess.get("seconds"), row.get("seconds"), ".3f")
+        yield compare(f"step, {name}, peak GiB", guess.get("peak_gib"), row.get("peak_gib"), ".1f")
+        yield f"step, {name}, share of the peak FLOP/s", "", number(row.get("share_of_peak"), ".1%"), ""
+
+
+def attention_rows(row: Result) -> Iterator[Row]:
+    """Yield rows with the error, and the times of attention in units of flash SDPA."""
+    what = "attention, B, H, N, D = " + ", ".join(map(str, row["size"]))
+    yield f"{what}: error", "", f"{row['error']:.1e}", f"{row['tolerance']:.0e}"
+    times = row.get("times", {})
+    for part, bar in (("forward_ms", FORWARD_BAR), ("both_ms", BOTH_BAR)):
+        own, flash = (times.get(peer, {}).get(part) for peer in ("ours", "flash SDPA"))
+        title = f"{what}: {part.removesuffix('_ms')}, ms"
+        ratio = f" ({own / flash:.2f} of flash SDPA)" if own and flash else ""
+        yield title, "not predicted", number(own, ".3f") + ratio, f"{bar} of flash SDPA"
+
+
+def emoji_rows(name: str, result: Result) -> Iterator[Row]:
+    """Yield rows with speed, memory and distances of a run."""
+    guess, name = result["predicted"], name.replace("_", ", ", 1)
+    speed = result["batch"] / guess["seconds"] if guess else None
+    yield compare(f"{name}: images/s", speed, result["images_per_second_median"], ".0f")
+    yield compare(f"{name}: peak GiB", guess.get("peak_gib"), result["peak_allocated_gib"], ".1f")
+    yield f"{name}: steps in {result['train_seconds']:.0f} s", "", str(result["steps"]), ""
+    for nfe, distance in result["frechet_distance"].items():
+        unit = f"{distance:.2f} = {distance / result['floor_H']:.1f} H"
+        yield f"{name}: Frechet distance, NFE {nfe}", "", unit, ""
+
+
 def correctness(size: Size, out: Path) -> Result:
     """Run the tests of the kernels. The bar is missed if one fails or none ran."""
     file = out / "correctness.xml"
@@ -110,7 +154,8 @@ def correctness(size: Size, out: Path) -> Result:
     tests, skipped, *bad = (int(suite.get(key)) for key in ("tests", "skipped", "failures", "errors"))
     ran, wrong = tests - skipped, sum(bad)
     missed = [f"{wrong} of {ran} tests failed"] if wrong or not ran else []
-    return {"ran": ran, "wrong": wrong, "missed": missed}
+    page = [("kernels' tests that failed", "", f"{wrong} of {ran}", "0")]
+    return {"page": page, "missed": missed}
 
 
 def attention(size: Size, out: Path) -> Result:
@@ -119,15 +164,16 @@ def attention(size: Size, out: Path) -> Result:
     python("-m", "benchmarks.attention", *size.attention, "--out", file, expect=None)
     result = read_json(file)
     missed = [f"{row['size']}: {what}" for row in result["rows"] for what in row.get("missed", [])]
-    return {**result, "missed": missed}
+    page = [line for row in result["rows"] for line in attention_rows(row)]
+    return {**result, "page": page, "missed": missed}
 
 
 def step(size: Size, out: Path) -> Result:
     """Measure whole training steps."""
     yaml, *overrides = size.step
-    result = measure_variants(yaml, overrides, steps=10)
+    result = measure_variants(yaml, overrides)
     missed = [f"{name}: {row['error']}" for name, row in result["variants"].items() if "error" in row]
-    return {**result, "missed": missed}
+    return {**result, "page": list(step_rows(result["variants"])), "missed": missed}
 
 
 def emoji_data(size: Size, out: Path) -> Result:
@@ -136,7 +182,7 @@ def emoji_data(size: Size, out: Path) -> Result:
     python("-m", "streaming_convert", *size.pictures, "--out", data)
     images = open_images(str(data / "train"))
     make_extractor("classifier", None, images, str(data), "cpu")
-    return {"pictures": len(images), "missed": []}
+    return {"page": [("pictures", "", str(len(images)), "")], "missed": []}
 
 
 def new_run(size: Size, out: Path, name: str) -> tuple[Path, list[str]]:
@@ -160,11 +206,11 @@ def train_and_score(name: str, override: str, size: Size, out: Path) -> Result:
         python("-m", "eval.export", found.load_path, "--out", run / "weights/last-ema")
     data = out / "files/data"
     sweep = [*size.sweep, f"folder={run}", f"weights=[{run}/weights/last-ema]", f"reference={data}/train"]
-    launcher = ("-m", "composer.cli.launcher", "-n", "1", "eval/sweep.py")
-    python(*launcher, *sweep, f"extractor_weights={data}/classifier")
+    python(*LAUNCH, "eval/sweep.py", *sweep, f"extractor_weights={data}/classifier")
     for file in ("train.jsonl", "results.jsonl", "metrics.png", "samples.png"):
         shutil.copy(run / file, out / f"{name}_{file}")
-    return {**summary(run, config), "missed": []}
+    result = summary(run, config)
+    return {**result, "page": list(emoji_rows(name, result)), "missed": []}
 
 
 def summary(run: Path, config: TrainConfig) -> Result:
@@ -199,8 +245,10 @@ def emoji_agree(size: Size, out: Path) -> Result:
         losses = read_log(run / "train.jsonl")["loss/train/total"]
         means[name] = float(losses[-size.agree_steps // 10 :].mean())
     ratio = means["as_configured"] / means["fp32_reference"]
-    missed = [] if AGREEMENT[0] <= ratio <= AGREEMENT[1] else [f"the ratio of the losses is {ratio:.3f}"]
-    return {**means, "ratio": ratio, "missed": missed}
+    low, high = AGREEMENT
+    missed = [] if low <= ratio <= high else [f"the ratio of the losses is {ratio:.3f}"]
+    page = [("loss, as configured / fp32 PyTorch", "", f"{ratio:.3f}", f"{low} to {high}")]
+    return {**means, "page": page, "missed": missed}
 
 
 STAGES = {
@@ -257,69 +305,13 @@ def run_apart(stage: str, out: Path, tiny: bool) -> str:
     return f"{last or status}; see {log.name}"
 
 
-def number(value: float | None, spec: str, absent: str = "not measured") -> str:
-    """Return the formatted value, or `absent` for None."""
-    return absent if value is None else format(value, spec)
-
-
-def compare(what: str, prediction: float | None, value: float | None, spec: str) -> Row:
-    """Return a row whose two figures have the same format, without a bar."""
-    return what, number(prediction, spec, "not predicted"), number(value, spec), ""
-
-
-def rows(stage: str, result: Result) -> Iterator[Row]:
-    """Yield the rows of the page for a stage: (what, predicted, measured, bar)."""
-    if stage == "correctness":
-        yield "kernels' tests that failed", "", f"{result['wrong']} of {result['ran']}", "0"
-    elif stage == "attention":
-        for row in result["rows"]:
-            yield from attention_rows(row)
-    elif stage == "step":
-        for name, row in result["variants"].items():
-            guess = row["predicted"]
-            yield compare(f"step, {name}, s", guess.get("seconds"), row.get("seconds"), ".3f")
-            yield compare(f"step, {name}, peak GiB", guess.get("peak_gib"), row.get("peak_gib"), ".1f")
-            yield f"step, {name}, share of the peak FLOP/s", "", number(row.get("share_of_peak"), ".1%"), ""
-    elif stage == "emoji_data":
-        yield "pictures", "", str(result["pictures"]), ""
-    elif stage == "emoji_agree":
-        low, high = AGREEMENT
-        yield "loss, as configured / fp32 PyTorch", "", f"{result['ratio']:.3f}", f"{low} to {high}"
-    else:
-        yield from emoji_rows(stage, result)
-
-
-def attention_rows(row: Result) -> Iterator[Row]:
-    """Yield rows with the error, and the times of attention in units of flash SDPA."""
-    what = "attention, B, H, N, D = " + ", ".join(map(str, row["size"]))
-    yield f"{what}: error", "", f"{row['error']:.1e}", f"{row['tolerance']:.0e}"
-    times = row.get("times", {})
-    for part, bar in (("forward_ms", FORWARD_BAR), ("both_ms", BOTH_BAR)):
-        own, flash = (times.get(peer, {}).get(part) for peer in ("ours", "flash SDPA"))
-        title = f"{what}: {part.removesuffix('_ms')}, ms"
-        ratio = f" ({own / flash:.2f} of flash SDPA)" if own and flash else ""
-        yield title, "not predicted", number(own, ".3f") + ratio, f"{bar} of flash SDPA"
-
-
-def emoji_rows(stage: str, result: Result) -> Iterator[Row]:
-    """Yield rows with speed, memory and distances of a run."""
-    guess, name = result["predicted"], stage.replace("_", ", ", 1)
-    speed = result["batch"] / guess["seconds"] if guess else None
-    yield compare(f"{name}: images/s", speed, result["images_per_second_median"], ".0f")
-    yield compare(f"{name}: peak GiB", guess.get("peak_gib"), result["peak_allocated_gib"], ".1f")
-    yield f"{name}: steps in {result['train_seconds']:.0f} s", "", str(result["steps"]), ""
-    for nfe, distance in result["frechet_distance"].items():
-        unit = f"{distance:.2f} = {distance / result['floor_H']:.1f} H"
-        yield f"{name}: Frechet distance, NFE {nfe}", "", unit, ""
-
-
 def report(out: Path, failed: dict[str, str]) -> list[str]:
     """Write OUT/report.md. Returns the stages and bars that were missed, failed or not run."""
     lines, problems = ["| | predicted | measured | bar |", "|---|---:|---:|---|"], []
     for stage in STAGES:
         result = result_of(out, stage)
         if result is not None:
-            lines += [f"| {' | '.join(row)} |" for row in rows(stage, result)]
+            lines += [f"| {' | '.join(row)} |" for row in result["page"]]
             problems += [f"{stage}: {what}" for what in result["missed"]]
         elif stage in failed or stage not in OPTIONAL:
             problems.append(f"{stage}: {failed.get(stage, 'not run')}")
@@ -333,9 +325,7 @@ def report(out: Path, failed: dict[str, str]) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; 1 if the page lacks anything or a bar is missed, 2 without device or checkout."""
-    parser = ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = command_line("benchmarks.gpu", __doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all but emoji_detached")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/GPU-DATE")
     parser.add_argument("--tiny", action="store_true", help="debug the stages on a CPU")

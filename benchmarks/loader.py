@@ -8,7 +8,6 @@ writing. Both sides run in pairs (`benchmarks.paired`), and files come from the 
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -24,12 +23,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import paired, seconds
+from eval import command_line
 from recipe.data import DataConfig, train_loader
 from streaming_convert.__main__ import main as convert
 from streaming_convert.images import centre_crop
 
 BATCH = 128
 WARM_UP = 8  # batches
+SAMPLES, PHOTOS, PAIRS = 20_000, 600, 5  # latents, JPEGs, and measured pairs
 PHOTO_SIZES = ((256, 256), (500, 375))  # the latter is ImageNet's usual size
 LOADER_RATIO, CONVERSION_RATIO = 0.8, 1 / 1.3  # bars on our speed over the other side's
 LOADER_RATE, CONVERSION_RATE = 8000, 300  # bars in samples per second
@@ -77,13 +78,13 @@ def rate(batches: Iterable) -> float:
     return count * BATCH / (time.perf_counter() - start)
 
 
-def loader_rates(folder: Path, workers: int, pairs: int) -> tuple[float, float, float]:
+def loader_rates(folder: Path, workers: int) -> tuple[float, float, float]:
     """Return samples per second of the training loader and of the ZIP, and their ratio."""
     data = DataConfig(local=str(folder / "mds" / "train"), batch_size=BATCH, workers=workers)
     ours, samples = train_loader(data, seed=0), ZipDataset(folder / "latents.zip")
     options = {"shuffle": True, "drop_last": True, "persistent_workers": workers > 0}
     plain = DataLoader(samples, BATCH, num_workers=workers, **options)
-    return paired(lambda: rate(ours), lambda: rate(plain), pairs)
+    return paired(lambda: rate(ours), lambda: rate(plain), PAIRS)
 
 
 def write_photos(folder: Path, count: int, width: int, height: int) -> None:
@@ -97,7 +98,7 @@ def write_photos(folder: Path, count: int, width: int, height: int) -> None:
         Image.fromarray(pixels).save(folder / f"{i:05}.jpg", quality=90)
 
 
-def conversion_rates(folder: Path, pairs: int) -> tuple[float, float, float]:
+def conversion_rates(folder: Path) -> tuple[float, float, float]:
     """Return images per second of one conversion worker and of the bare loop, and their ratio."""
     photos = sorted(folder.iterdir())
 
@@ -114,7 +115,7 @@ def conversion_rates(folder: Path, pairs: int) -> tuple[float, float, float]:
             for photo in photos:
                 file.write(np.asarray(centre_crop(Image.open(photo).convert("RGB"), 256)).tobytes())
 
-    return paired(lambda: timed(ours), lambda: timed(bare), pairs)
+    return paired(lambda: timed(ours), lambda: timed(bare), PAIRS)
 
 
 def print_rate(name: str, ours: float, other: str, theirs: float, ratio: float, met: bool) -> bool:
@@ -125,29 +126,21 @@ def print_rate(name: str, ours: float, other: str, theirs: float, ratio: float, 
 
 def main(arguments: list[str]) -> int:
     """Run all comparisons in a temporary folder (about 1 GB). Returns 1 if a bar is missed, else 0."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.loader",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--samples", type=int, default=20000, help="latents (default: %(default)s)")
-    parser.add_argument("--photos", type=int, default=600, help="JPEGs (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=5, help="measured pairs (default: %(default)s)")
-    args = parser.parse_args(arguments)
+    command_line("benchmarks.loader", __doc__).parse_args(arguments)
     met = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_zip(folder / "latents.zip", args.samples)
+        write_zip(folder / "latents.zip", SAMPLES)
         words = ["zip", str(folder / "latents.zip"), "--out", str(folder / "mds")]
         convert([*words, "--workers", str(os.cpu_count())])
         for workers in (1, 2):
-            ours, theirs, ratio = loader_rates(folder, workers, args.pairs)
+            ours, theirs, ratio = loader_rates(folder, workers)
             good = ratio >= LOADER_RATIO and (ours >= LOADER_RATE or workers > 1)
             met.append(print_rate(f"loader, {workers} workers", ours, "ZIP", theirs, ratio, good))
         for width, height in PHOTO_SIZES:
             name = f"{width}x{height}"
-            write_photos(folder / name, args.photos, width, height)
-            ours, theirs, ratio = conversion_rates(folder / name, args.pairs)
+            write_photos(folder / name, PHOTOS, width, height)
+            ours, theirs, ratio = conversion_rates(folder / name)
             good = ratio >= CONVERSION_RATIO or ours >= CONVERSION_RATE
             met.append(print_rate(f"conversion of {name}, 1 worker", ours, "bare loop", theirs, ratio, good))
     return 0 if all(met) else 1

@@ -9,15 +9,12 @@ at hand: seconds, memory, share of the peak and where the time goes.
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import sys
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import environment, paired, seconds
+from benchmarks import Figure, environment, paired, seconds
+from eval import command_line
 from recipe import plan
 from recipe.config import ConfigError, TrainConfig, load_config, yaml_of
 from recipe.dit import DiT, DiTConfig
@@ -84,20 +82,20 @@ def flop_ratio(size: int) -> float:
     return pass_of(GUIDED) / pass_of(PLAIN)
 
 
-def paired_seconds(first: Work, second: Work, pairs: int) -> tuple[float, float, float]:
+def paired_seconds(first: Work, second: Work, pairs: int = 7) -> tuple[float, float, float]:
     """Return the median seconds of both and the median of their ratio."""
     return paired(partial(seconds, first), partial(seconds, second), pairs)
 
 
-def build(size: int) -> tuple[DiT, Draw]:
-    """Build a network of width 256, depth 6 and 256 tokens, with no weights at zero, and a batch for it."""
+def build() -> tuple[DiT, Draw]:
+    """Build a network of width 256, depth 6 and 256 tokens, with no weights at zero, and a batch of 4."""
     torch.manual_seed(0)
     config = DiTConfig(size=32, channels=4, width=256, depth=6, heads=4)
     net = DiT(config)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    return net, random_draw(config, GUIDED, size, "cpu")
+    return net, random_draw(config, GUIDED, 4, "cpu")
 
 
 def explicit_jvp(net: DiT, drawn: Draw) -> None:
@@ -131,11 +129,11 @@ def training_step(
     optimizer.step()
 
 
-def step_times(net: DiT, target: DiT, drawn: Draw, pairs: int) -> tuple[float, float, float]:
+def step_times(net: DiT, target: DiT, drawn: Draw) -> tuple[float, float, float]:
     """Time a whole TVM step against a whole flow-matching step (see `paired_seconds`)."""
     optimizer = torch.optim.AdamW(net.parameters(), 1e-6)
     tvm, plain = (partial(training_step, which, net, target, drawn, optimizer) for which in (GUIDED, PLAIN))
-    return paired_seconds(tvm, plain, pairs)
+    return paired_seconds(tvm, plain)
 
 
 def blended_distance(
@@ -161,21 +159,19 @@ def cpu_seconds(work: Work) -> float:
     return time.process_time() - began
 
 
-def finish_times(
-    pairs: int, size: int = 2048, batch: int = 256, refresh: int = 10
-) -> tuple[float, float, float]:
+def finish_times() -> tuple[float, float, float]:
     """Time the loss of `frechet` alone against autograd through the Frechet distance, both in float64.
 
-    Ours is cost, backward and moments of a step, and its share of the map that `refresh` steps use.
-    Returns median CPU seconds of both and the median of their ratio.
+    Ours is cost, backward and moments of a step of 256 images in 2048 features, and its share of the map,
+    which 10 steps use. Returns median CPU seconds of both and the median of their ratio.
     """
     torch.manual_seed(0)
-    real, before = (torch.randn(2 * size, size, dtype=torch.float64) for _ in range(2))
+    real, before = (torch.randn(4096, 2048, dtype=torch.float64) for _ in range(2))
     mean, second = before.mean(0), before.T @ before / len(before)
     match = Match(None, real.mean(0) + 1, real.T.cov())
     match.add(before)
     match.fold(0)
-    features = torch.randn(batch, size, dtype=torch.float64, requires_grad=True)
+    features = torch.randn(256, 2048, dtype=torch.float64, requires_grad=True)
 
     def regression() -> None:
         match.cost(features).mean().backward()
@@ -185,11 +181,8 @@ def finish_times(
     def autograd() -> None:
         blended_distance(features, mean, second, match.mean, match.root, 0.999).backward()
 
-    return paired(
-        lambda: cpu_seconds(regression) + cpu_seconds(match.refresh) / refresh,
-        lambda: cpu_seconds(autograd),
-        pairs,
-    )
+    ours = lambda: cpu_seconds(regression) + cpu_seconds(match.refresh) / 10  # noqa: E731
+    return paired(ours, partial(cpu_seconds, autograd), 3)
 
 
 def variant(net: DiT, trained: bool = True, **options: object) -> DiT:
@@ -225,36 +218,30 @@ def upkeep_share() -> float:
     return paired_seconds(upkeep, step, 3)[2]
 
 
-def bars(pairs: int, batch_size: int, compiled: bool) -> list[tuple[str, float, float]]:
-    """Measure all bars on the CPU; return rows (what, measured, at most)."""
-    rows = [
-        ("FLOPs, TVM / flow matching, XL/2, 256 tokens", flop_ratio(32), 3.72),
-        ("FLOPs, TVM / flow matching, XL/2, 1024 tokens", flop_ratio(64), 3.82),
-    ]
-    net, drawn = build(batch_size)
+def bars() -> Iterator[Figure]:
+    """Measure all bars on the CPU, those that need a C++ compiler last."""
+    yield Figure("FLOPs, TVM / flow matching, XL/2, 256 tokens", flop_ratio(32), 3.72)
+    yield Figure("FLOPs, TVM / flow matching, XL/2, 1024 tokens", flop_ratio(64), 3.82)
+    net, drawn = build()
     target = variant(net, trained=False)
     memory = peak_memory(variant(net, checkpoint_every=1), drawn) / peak_memory(variant(net), drawn)
-    rows.append(("memory of the dual pass, checkpointed / not", memory, 0.35))
-    rows.append(("optimizer and both averages / whole step, B/2 width", upkeep_share(), 0.10))
-    ours, differentiated, ratio = finish_times(min(pairs, 3))
-    name = f"CPU time, frechet / autograd, 2048 features ({ours:.2f} s / {differentiated:.2f} s)"
-    rows.append((name, ratio, 0.20))
+    yield Figure("memory of the dual pass, checkpointed / not", memory, 0.35)
+    yield Figure("optimizer and both averages / whole step, B/2 width", upkeep_share(), 0.10)
 
-    def timed(name: str, result: tuple[float, float, float], bar: float) -> None:
+    def timed(name: str, result: tuple[float, float, float], bar: float) -> Figure:
         first, second, ratio = result
-        rows.append((f"time, {name} ({first:.2f} s / {second:.2f} s)", ratio, bar))
+        return Figure(f"{name} ({first:.2f} s / {second:.2f} s)", ratio, bar)
 
+    yield timed("CPU time, frechet / autograd, 2048 features", finish_times(), 0.20)
     reference = partial(functional_jvp, variant(net), drawn)
     dual = partial(explicit_jvp, net, drawn)
-    timed("explicit / torch.func.jvp", paired_seconds(dual, reference, pairs), 0.82)
-    timed("TVM step / flow-matching step", step_times(net, target, drawn, pairs), 4.3)
-    if compiled:
-        torch._inductor.config.cpp.threads = torch.get_num_threads()
-        net, target = variant(net, compile=True), variant(net, trained=False, compile=True)
-        dual = partial(explicit_jvp, net, drawn)
-        timed("explicit, compiled / torch.func.jvp", paired_seconds(dual, reference, pairs), 0.66)
-        timed("TVM step / flow-matching step, compiled", step_times(net, target, drawn, pairs), 3.8)
-    return rows
+    yield timed("time, explicit / torch.func.jvp", paired_seconds(dual, reference), 0.82)
+    yield timed("time, TVM step / flow-matching step", step_times(net, target, drawn), 4.3)
+    torch._inductor.config.cpp.threads = torch.get_num_threads()
+    net, target = variant(net, compile=True), variant(net, trained=False, compile=True)
+    dual = partial(explicit_jvp, net, drawn)
+    yield timed("time, explicit, compiled / torch.func.jvp", paired_seconds(dual, reference), 0.66)
+    yield timed("time, TVM step / flow-matching step, compiled", step_times(net, target, drawn), 3.8)
 
 
 def make_step(config: TrainConfig, device: str) -> Work:
@@ -279,8 +266,8 @@ def make_step(config: TrainConfig, device: str) -> Work:
     return step
 
 
-def measure(step: Work, device: str, steps: int) -> dict[str, Any]:
-    """Return the median seconds of a step, after three to warm up, and peak GiB (None on a CPU)."""
+def measure(step: Work, device: str) -> dict[str, Any]:
+    """Return the median seconds of ten steps, after three to warm up, and peak GiB (None on a CPU)."""
     cuda = device == "cuda"
     finish = torch.cuda.synchronize if cuda else lambda: None
 
@@ -292,7 +279,7 @@ def measure(step: Work, device: str, steps: int) -> dict[str, Any]:
         synchronized()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    median = statistics.median(seconds(synchronized) for _ in range(steps))
+    median = statistics.median(seconds(synchronized) for _ in range(10))
     return {"seconds": median, "peak_gib": torch.cuda.max_memory_allocated() / plan.GIB if cuda else None}
 
 
@@ -328,7 +315,7 @@ def predicted(config: TrainConfig, device: str) -> dict[str, float]:
     return {"seconds": step, "peak_gib": sum(plan.memory(config, 1).values()) / plan.GIB}
 
 
-def measure_variants(yaml: str, overrides: list[str], steps: int) -> dict[str, Any]:
+def measure_variants(yaml: str, overrides: list[str]) -> dict[str, Any]:
     """Measure all VARIANTS of a configuration; one may run out of memory. Raises ConfigError."""
     device, rows = "cuda" if torch.cuda.is_available() else "cpu", {}
     overrides = ["parallel.fsdp2=false", *overrides]
@@ -337,7 +324,7 @@ def measure_variants(yaml: str, overrides: list[str], steps: int) -> dict[str, A
         row = rows[variant] = {"predicted": predicted(config, environment()["device"])}
         try:
             step = make_step(config, device)
-            row |= measure(step, device, steps)
+            row |= measure(step, device)
             row["profile"] = time_by_kind(step, device)
         except torch.cuda.OutOfMemoryError:
             row["error"] = "out of memory"
@@ -369,32 +356,22 @@ def table(result: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run the command line; exits with 1 if a bar is missed."""
-    parser = ArgumentParser(
-        prog="python -m benchmarks.step", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = command_line("benchmarks.step", __doc__)
     parser.add_argument("config", nargs="?", help="time whole steps of this YAML on the device at hand")
-    parser.add_argument(
-        "overrides", nargs="*", help="keys of the YAML as key=value; python -m recipe.train --help lists them"
-    )
-    parser.add_argument("--steps", type=int, default=10, help="with a YAML: timed steps")
-    parser.add_argument("--out", type=Path, help="with a YAML: write JSON to this file")
-    parser.add_argument("--pairs", type=int, default=7, help="paired runs; the median is reported")
-    parser.add_argument("--batch", type=int, default=4, help="without a YAML: samples of a step")
-    parser.add_argument("--no-compile", action="store_true", help="leave out what needs a C++ compiler")
-    options = parser.parse_intermixed_args(arguments)
+    keys = "keys of the YAML as key=value; python -m recipe.train --help lists them"
+    parser.add_argument("overrides", nargs="*", help=keys)
+    options = parser.parse_args(arguments)
     if options.config:
         try:
-            result = measure_variants(yaml_of(options.config), options.overrides, options.steps)
+            sys.stdout.write(table(measure_variants(yaml_of(options.config), options.overrides)))
         except ConfigError as error:
             raise SystemExit(f"config error: {error}") from error
-        sys.stdout.write(table(result))
-        if options.out:
-            options.out.write_text(json.dumps({**result, **environment()}, indent=1) + "\n")
         return
-    rows = bars(options.pairs, options.batch, not options.no_compile)
-    for name, value, bar in rows:
-        sys.stdout.write(f"{name:70} {value:6.3f}  at most {bar:.2f}  {'ok' if value <= bar else 'MISSED'}\n")
-    sys.exit(any(value > bar for _, value, bar in rows))
+    missed = False
+    for row in bars():
+        sys.stdout.write(f"{row}\n")
+        missed |= row.missed
+    sys.exit(missed)
 
 
 if __name__ == "__main__":
