@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -78,11 +79,12 @@ def peers(cuda: bool) -> dict[str, tuple[Function, bool]]:
     }
 
 
-def make_inputs(size: tuple[int, ...], device: str, dtype: torch.dtype) -> list[Tensor]:
+def make_inputs(size: tuple[int, ...], cuda: bool = True) -> list[Tensor]:
     """Make random q, k, v, tq, tk, tv: views (B, H, N, D) of tensors with tokens before heads."""
     batch, heads, n, head_dim = size
-    shape = (batch, n, heads, head_dim)
-    return [torch.randn(shape, device=device, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(6)]
+    kind = {"device": "cuda", "dtype": torch.bfloat16} if cuda else {"dtype": torch.float32}
+    drawn = [torch.randn(batch, n, heads, head_dim, **kind) for _ in range(6)]
+    return [x.transpose(1, 2).requires_grad_() for x in drawn]
 
 
 def largest_error(inputs: list[Tensor]) -> float:
@@ -109,10 +111,9 @@ def median_ms(run: Callable[[], object], cuda: bool) -> float:
     return statistics.median(1e3 * seconds(run) for _ in range(3))
 
 
-def time_peer(
-    function: Function, differentiable: bool, inputs: list[Tensor], cuda: bool
-) -> dict[str, float | str]:
+def time_peer(function: Function, differentiable: bool, inputs: list[Tensor]) -> dict[str, float | str]:
     """Return forward_ms, backward_ms and both_ms, or a note on why there are none."""
+    cuda = inputs[0].is_cuda
     try:
         with torch.no_grad():
             times = {"forward_ms": median_ms(lambda: function(inputs), cuda)}
@@ -132,11 +133,11 @@ def time_peer(
         return {"note": str(error).splitlines()[0][:100]}
 
 
-def memory_ratio(size: tuple[int, ...], dtype: torch.dtype) -> float:
+def memory_ratio(size: tuple[int, ...]) -> float:
     """Return peak memory of forward and backward over the bytes of inputs, outputs and all gradients."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    inputs = make_inputs(size, "cuda", dtype)
+    inputs = make_inputs(size)
     gradients = [torch.randn_like(inputs[0]) for _ in range(2)]
     torch.cuda.reset_peak_memory_stats()
     outputs = ours(inputs)
@@ -145,16 +146,15 @@ def memory_ratio(size: tuple[int, ...], dtype: torch.dtype) -> float:
     return (torch.cuda.max_memory_allocated() - before) / needed
 
 
-def measure(size: tuple[int, ...], device: str, dtype: torch.dtype) -> dict:
+def measure(size: tuple[int, ...], cuda: bool) -> dict:
     """Return one row of the results: the error, the times of each peer, and the bars that are missed."""
-    cuda = device == "cuda"
-    inputs = make_inputs(size, device, dtype)
-    row = {"size": size, "error": largest_error(inputs), "tolerance": TOLERANCE[dtype]}
+    inputs = make_inputs(size, cuda)
+    row = {"size": size, "error": largest_error(inputs), "tolerance": TOLERANCE[inputs[0].dtype]}
     if not row["error"] < row["tolerance"]:
         return {**row, "missed": ["correctness"]}
-    row["times"] = {name: time_peer(*peer, inputs, cuda) for name, peer in peers(cuda).items()}
+    row["times"] = {name: time_peer(*peer, inputs) for name, peer in peers(cuda).items()}
     if cuda:
-        row["memory_ratio"] = memory_ratio(size, dtype)
+        row["memory_ratio"] = memory_ratio(size)
         row["missed"] = missed_bars(row)
     return row
 
@@ -188,13 +188,13 @@ def print_row(row: dict) -> None:
         print(f"  MISSED: {bar}")
 
 
-def tune(size: tuple[int, ...], dtype: torch.dtype) -> None:
+def tune(size: tuple[int, ...]) -> None:
     """Time the candidate tiles of each kernel at this size, with the table's tiles for the other kernels."""
     from kernels import configs
     from kernels.inspect import SIZES as CANDIDATES
 
     key = configs.table_key(torch.cuda.get_device_capability(), size[-1])
-    table, inputs = configs.TABLE[key], make_inputs(size, "cuda", dtype)
+    table, inputs = configs.TABLE[key], make_inputs(size)
     fields = {"forward": "forward", "backward_rows": "rows", "backward_columns": "columns"}
     print(f"\nB, H, N, D = {size}, table: {table}")
     for kernel, field in fields.items():
@@ -204,11 +204,11 @@ def tune(size: tuple[int, ...], dtype: torch.dtype) -> None:
             configs.TABLE[key] = dataclasses.replace(table, **{field: choice})
             try:
                 error = largest_error(inputs)
-                times = time_peer(ours, True, inputs, cuda=True)
+                times = time_peer(ours, True, inputs)
             except Exception as failure:  # noqa: BLE001  (a tile may need too much shared memory, for example)
                 times = {"note": type(failure).__name__}
             part = "forward_ms" if field == "forward" else "backward_ms"
-            right = "note" not in times and error < TOLERANCE[dtype]
+            right = "note" not in times and error < TOLERANCE[torch.bfloat16]
             result = f"{times[part]:.3f} ms" if right else times.get("note", "wrong")
             print(f"  {kernel} {choice}: {result}")
     configs.TABLE[key] = table
@@ -225,21 +225,21 @@ def main(arguments: list[str]) -> int:
     if not cuda and not args.interpret:
         sys.stderr.write("No CUDA device: nothing measured. --interpret debugs this script without one.\n")
         return 2
+    if args.interpret and "TRITON_INTERPRET" not in os.environ:  # which triton reads when it is imported
+        command, told = [sys.executable, "-m", "benchmarks.attention", *arguments], {"TRITON_INTERPRET": "1"}
+        return subprocess.run(command, env=os.environ | told).returncode
     if args.interpret:
-        os.environ["TRITON_INTERPRET"] = "1"  # before any import of triton
         print("Dry run in Triton's interpreter: the times mean nothing, and no bar is checked.")
     kernels.set_backend("triton")
-    device, dtype, sizes = ("cuda", torch.bfloat16, SIZES) if cuda else ("cpu", torch.float32, TINY)
     torch.manual_seed(0)
-    if args.tune:
-        for size in sizes:
-            tune(size, dtype)
-        return 0
     rows = []
-    for size in sizes:
-        rows.append(measure(size, device, dtype))
+    for size in SIZES if cuda else TINY:
+        if args.tune:
+            tune(size)
+            continue
+        rows.append(measure(size, cuda))
         print_row(rows[-1])
-    results = {**environment(), "dtype": str(dtype), "rows": rows}
+    results = {**environment(), "dtype": "torch.bfloat16" if cuda else "torch.float32", "rows": rows}
     if not cuda:
         results["device"] = "cpu interpreter"
     if args.out:

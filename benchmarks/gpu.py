@@ -6,7 +6,6 @@
     emoji_tvm             one-step emoji after seven minutes of training, with a resume in the middle
     emoji_flow_matching   plain flow matching, trained for the same time
     emoji_agree           whether compiled bf16 Triton and fp32 PyTorch train alike from the same draws
-    emoji_detached        emoji_tvm without gradient through the JVP; runs only if it is named
 
 A stage is stopped after ten minutes; its result is DIR/STAGE.json, its output DIR/STAGE.log. The same command
 continues with the stages whose results are missing, or from another GPU or commit. DIR/report.md puts what
@@ -23,10 +22,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -50,38 +48,24 @@ LIMIT = 600
 AGREEMENT = (0.97, 1.03)
 LAUNCH = ("-m", "composer.cli.launcher", "-n", "1")
 TRAIN = (*LAUNCH, "recipe/train.py")
-REFERENCE = (
-    "-c",
-    "import kernels, recipe.train, sys; kernels.set_backend('reference'); recipe.train.main(sys.argv[1:])",
-)
+PLAIN = "import kernels, recipe.train, sys; kernels.set_backend('reference'); recipe.train.main(sys.argv[1:])"
 Result = dict[str, Any]
 Row = tuple[str, str, str, str]  # of the page: what, predicted, measured, bar
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """The arguments of each stage's commands and their lengths. A YAML is followed by its overrides."""
 
-    tests: tuple[str, ...]
-    attention: tuple[str, ...]
-    step: tuple[str, ...]
-    pictures: tuple[str, ...]
-    train: tuple[str, ...]
-    sweep: tuple[str, ...]
-    minutes: float
-    agree_steps: int
+    tests: tuple[str, ...] = ("-m", "gpu")
+    attention: tuple[str, ...] = ()
+    step: tuple[str, ...] = ("yamls/imagenet256_w2.yaml", "data.batch_size=32")
+    pictures: tuple[str, ...] = ("emoji", "--size", "32")
+    train: tuple[str, ...] = ("yamls/emoji32.yaml",)
+    sweep: tuple[str, ...] = ("yamls/eval/emoji32.yaml",)
+    minutes: float = 7
+    agree_steps: int = 500
 
 
-FULL = Size(
-    tests=("-m", "gpu"),
-    attention=(),
-    step=("yamls/imagenet256_w2.yaml", "data.batch_size=32"),
-    pictures=("emoji", "--size", "32"),
-    train=("yamls/emoji32.yaml",),
-    sweep=("yamls/eval/emoji32.yaml",),
-    minutes=7,
-    agree_steps=500,
-)
 TINY_MODEL = ("model.preset=null", "model.size=8", "model.width=16", "model.depth=1", "model.heads=2")
 TINY_MODEL += ("data.batch_size=16", "parallel.compile=false", "microbatch=null")
 TINY = Size(
@@ -238,7 +222,7 @@ def emoji_agree(size: Size, out: Path) -> Result:
     """Compare the mean loss over the last tenth of the steps as configured with that of fp32 PyTorch."""
     means = {}
     plain = ["precision=fp32", "parallel.compile=false"]
-    for name, program, options in (("as_configured", TRAIN, []), ("fp32_reference", REFERENCE, plain)):
+    for name, program, options in (("as_configured", TRAIN, []), ("fp32_reference", ("-c", PLAIN), plain)):
         run, settings = new_run(size, out, name)
         steps = [f"duration={size.agree_steps}ba", "log.interval=1"]
         python(*program, size.train[0], *settings, *steps, *options)
@@ -259,9 +243,7 @@ STAGES = {
     "emoji_tvm": partial(train_and_score, "emoji_tvm", "objective.name=tvm"),
     "emoji_flow_matching": partial(train_and_score, "emoji_flow_matching", "objective.name=flow_matching"),
     "emoji_agree": emoji_agree,
-    "emoji_detached": partial(train_and_score, "emoji_detached", "objective.detach_jvp=true"),
 }
-OPTIONAL = ("emoji_detached",)
 
 
 def result_of(out: Path, stage: str) -> Result | None:
@@ -289,9 +271,8 @@ def run_apart(stage: str, out: Path, tiny: bool) -> str:
     options = ["--out", str(out), "--here", *(["--tiny"] if tiny else [])]
     command, log = [sys.executable, "-m", "benchmarks.gpu", stage, *options], out / f"{stage}.log"
     with log.open("w") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        where = {"cwd": ROOT, "stdout": file, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, **where, start_new_session=True)
         try:
             status = process.wait(LIMIT)
         except subprocess.TimeoutExpired:
@@ -313,7 +294,7 @@ def report(out: Path, failed: dict[str, str]) -> list[str]:
         if result is not None:
             lines += [f"| {' | '.join(row)} |" for row in result["page"]]
             problems += [f"{stage}: {what}" for what in result["missed"]]
-        elif stage in failed or stage not in OPTIONAL:
+        else:
             problems.append(f"{stage}: {failed.get(stage, 'not run')}")
     where = environment()
     head = "# {device}, {date}\n\nCommit {commit}, torch {torch}, Triton {triton}. ".format(**where)
@@ -326,7 +307,7 @@ def report(out: Path, failed: dict[str, str]) -> list[str]:
 def main(arguments: list[str]) -> int:
     """Run the command line; 1 if the page lacks anything or a bar is missed, 2 without device or checkout."""
     parser = command_line("benchmarks.gpu", __doc__)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all but emoji_detached")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/GPU-DATE")
     parser.add_argument("--tiny", action="store_true", help="debug the stages on a CPU")
     parser.add_argument("--here", action="store_true", help="in this process, without limit or page")
@@ -339,11 +320,11 @@ def main(arguments: list[str]) -> int:
     if not (ROOT / "tests").is_dir():
         sys.stderr.write(f"{ROOT} holds no tests/: run benchmarks.gpu in a checkout of the project.\n")
         return 2
-    where, size = environment(), TINY if args.tiny else FULL
+    where, size = environment(), TINY if args.tiny else Size()
     name = "tiny" if args.tiny else where["device"].replace(" ", "-")
     out = (args.out or ROOT / "benchmarks/results" / f"{name}-{where['date']}").resolve()
     out.mkdir(parents=True, exist_ok=True)
-    stages = args.stages or [stage for stage in STAGES if stage not in OPTIONAL]
+    stages = args.stages or list(STAGES)
     if args.here:
         for stage in stages:
             run_here(stage, size, out)

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable
 from functools import partial
 from itertools import product, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from storage.outside import OutsideError, parse_json
 Row = dict[str, Any]
 
 MARK = " (trained on)"
+SHOWN = 8  # pictures in a row of samples.png
 
 
 def _number(value: float | None, spec: str) -> str:
@@ -219,10 +221,12 @@ def plot_losses(axis: Axes, log: dict[str, np.ndarray]) -> None:
     axis.legend()
 
 
-def best_curve(rows: list[Row], axis: str) -> tuple[list[float], list[float]]:
-    """Return the known values of `axis`, and for each the lowest distance over everything else."""
+def best_curve(
+    rows: list[Row], axis: str, value: Callable[[Row], float] = itemgetter("frechet_distance")
+) -> tuple[list[float], list[float]]:
+    """Return the known values of `axis`, and for each the lowest `value` over everything else."""
     known = sorted({row[axis] for row in rows} - {None})
-    return known, [min(row["frechet_distance"] for row in rows if row[axis] == x) for x in known]
+    return known, [min(value(row) for row in rows if row[axis] == x) for x in known]
 
 
 TITLES = {"step": "training step", "train_seconds": "training seconds"}
@@ -260,18 +264,13 @@ def plot_extractors(panel: Axes, rows: list[Row]) -> None:
     Solid: to the reference, by that of random halves of it; dashed: to held-out images. Where a line of an
     extractor that was trained on falls and the others rise, the weights are over-fitted to it.
     """
-    at_step: dict[int, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["step"]):
-        at_step.setdefault(row["step"], []).append(row)
     names = rows[0]["extractor"].split(", ")
     for colour, (name, key) in enumerate(zip(names, ["", *further(rows[0])], strict=True)):
         options = {"marker": "o", "color": f"C{colour}", "label": name + max(_mark(row, key) for row in rows)}
         if rows[0][f"floor{key}"] is not None:
-            lowest = [min(_ratio(row, key) for row in some) for some in at_step.values()]
-            panel.plot(list(at_step), lowest, "-", **options)
-        if f"ratio_to_held_out{key}" in rows[0]:
-            lowest = [min(row[f"ratio_to_held_out{key}"] for row in some) for some in at_step.values()]
-            panel.plot(list(at_step), lowest, "--", **{**options, "label": None})
+            panel.plot(*best_curve(rows, "step", partial(_ratio, key=key)), "-", **options)
+        if (ratio := f"ratio_to_held_out{key}") in rows[0]:
+            panel.plot(*best_curve(rows, "step", itemgetter(ratio)), "--", **{**options, "label": None})
     panel.set(xlabel=TITLES["step"], ylabel="distance / real images", title="By extractor; dashed: held out")
     panel.legend(fontsize="small")
 
@@ -294,7 +293,7 @@ def plot_metrics(rows: list[Row], path: Path) -> None:
     if "step" in varied and len(runs) == 1 and further(rows[0]):
         plots += [partial(plot_extractors, rows=rows)]
     columns = min(len(plots), 2)
-    lines = -(-len(plots) // columns)
+    lines = math.ceil(len(plots) / columns)
     size = (5.5 * columns, 4 * lines)
     figure, panels = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for panel, plot in zip_longest(panels.flat, plots, fillvalue=Axes.remove):
@@ -303,38 +302,36 @@ def plot_metrics(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def real_examples(images: Dataset | None, classes: list[int], columns: int) -> Tensor | None:
-    """Return the first images of each class, (len(classes) * columns, C, H, W), white where they are few."""
+def real_examples(images: Dataset | None, classes: list[int]) -> Tensor | None:
+    """Return the first images of each class, (len(classes) * SHOWN, C, H, W), white where they are few."""
     if not isinstance(images, MDSImages):
         return None
     found: dict[int, list[Tensor]] = {c: [] for c in classes}
     for i in range(len(images)):
         sample = images.row(i)
         shown = found.get(int(sample["label"]))
-        if shown is not None and len(shown) < columns:
+        if shown is not None and len(shown) < SHOWN:
             shown.append(torch.tensor(sample["image"]))
-            if all(len(c) == columns for c in found.values()):
+            if all(len(c) == SHOWN for c in found.values()):
                 break
     blank = torch.full_like(images[0], 255)
-    return torch.stack([image for c in found.values() for image in c + [blank] * (columns - len(c))])
+    return torch.stack([image for c in found.values() for image in c + [blank] * (SHOWN - len(c))])
 
 
 def shown_rows(
-    images: Dataset | None, generator: Generator, columns: int
+    images: Dataset | None, generator: Generator
 ) -> tuple[list[str], list[int], Callable[[Tensor], Text] | None, Tensor | None]:
     """Return names, labels, prompts (see Generator.batches) and real images of the rows to show."""
     classes, config = generator.net.config.classes, generator.net.config.text
     if config is None:
         labels = list(range(min(max(1, classes), 10)))
-        named = generator.facts["data"].get("class_names") if classes else None
-        names = named or list(map(str, labels))
-        return names[: len(labels)], labels, None, real_examples(images, labels, columns)
+        names = generator.class_names or list(map(str, labels))
+        return names[: len(labels)], labels, None, real_examples(images, labels)
     first = torch.arange(min(10, len(images)))
-    rows = images.rows(first)
-    names = ["\n".join(textwrap.wrap(row["caption"], 28, max_lines=2)) for row in rows]
+    names = ["\n".join(textwrap.wrap(row["caption"], 28, max_lines=2)) for row in images.rows(first)]
     labels = images.labels(first, classes).tolist()
     real = torch.stack([images[i] for i in first.tolist()])
-    return names, labels, lambda index: images.text(index // columns, config), real
+    return names, labels, lambda index: images.text(index // SHOWN, config), real
 
 
 def compared(rows: list[Row], weights: str) -> tuple[list[int], Row]:
@@ -352,7 +349,7 @@ def newest_of_each_folder(rows: list[Row]) -> list[str]:
 
 
 def plot_samples(
-    rows: list[Row], images: Dataset | None, generators: dict[str, Generator], path: Path, columns: int = 8
+    rows: list[Row], images: Dataset | None, generators: dict[str, Generator], path: Path
 ) -> None:
     """Draw one row per class, or per caption of the reference's first images: real images, samples of the
     first weights with each NFE, and of the other weights with their smallest NFE, all from the same noise.
@@ -361,16 +358,16 @@ def plot_samples(
     """
     first, generator = next(iter(generators.items()))
     kind = generator.net.config.classes, generator.net.config.text
-    names, shown, text, real = shown_rows(images, generator, columns)
+    names, shown, text, real = shown_rows(images, generator)
     parts = {} if real is None else {"real": real}
-    requested = torch.tensor(shown).repeat_interleave(columns)
+    requested = torch.tensor(shown).repeat_interleave(SHOWN)
     for weights, generator in generators.items():
         if (generator.net.config.classes, generator.net.config.text) != kind:
             continue
         steps, best = compared(rows, weights)
         seeds, how = torch.arange(len(requested)), {"text": text, "interval": best.get("interval")}
         for nfe in steps if weights == first else steps[:1]:
-            drawn = generator.batches(requested, seeds, nfe, best["w"], columns, **how)
+            drawn = generator.batches(requested, seeds, nfe, best["w"], SHOWN, **how)
             title = f"{nfe} step{'s' if nfe > 1 else ''}"
             title = title if weights == first else f"{Path(weights).parent.parent.name}, {title}"
             parts[title] = torch.cat([images.cpu() for images, _ in drawn])
@@ -402,12 +399,10 @@ def write(label: MatplotlibText, text: str) -> None:
         label.set_fontproperties(FontProperties(fname=file, size=label.get_size()))
 
 
-def draw_nearest(
-    rows: list[Row], reference: Reference, generator: Generator, path: Path, columns: int = 20
-) -> None:
+def draw_nearest(rows: list[Row], reference: Reference, generator: Generator, path: Path) -> None:
     """Draw samples of the first row's weights above their nearest training images, two lines for each NFE."""
     config, text = generator.net.config, None
-    seeds = torch.arange(columns)
+    seeds = torch.arange(20)
     labels = seeds % max(1, config.classes)
     if config.text is not None:
         own = seeds % len(reference.images)
@@ -419,7 +414,7 @@ def draw_nearest(
         samples = generator(labels, seeds, nfe, best["w"], text, best.get("interval")).cpu()
         found = nearest(reference.extractor(samples).cpu(), reference.features)[1].tolist()
         lines += [samples, torch.stack([reference.images[i] for i in found]), torch.full_like(samples, 255)]
-    picture = grid(torch.cat(lines[:-1]), columns, max(1, 32 // lines[0].shape[-1]))
+    picture = grid(torch.cat(lines[:-1]), len(seeds), max(1, 32 // lines[0].shape[-1]))
     Image.fromarray(picture).save(path)
 
 

@@ -312,8 +312,8 @@ def compare(found: dict[str, FeatureSet], setup: Setup, config: SweepConfig) -> 
     values = compare_first(found[""], setup, config)
     for key, one in setup.judges.items():
         values |= {f"{name}{key}": value for name, value in one.compare(found[key]).items()}
-    if setup.held_out is not None:
-        values["equal_numbers"], values["held_out_images"] = setup.held_out.count, len(setup.held_out.near)
+    if (held_out := setup.judges[""].held_out) is not None:
+        values["equal_numbers"], values["held_out_images"] = held_out.count, len(held_out.near)
         values["FDr"] = fmean(values[f"ratio_to_held_out{key}"] for key in setup.judges)
     return values
 
@@ -324,9 +324,8 @@ def compare_first(found: FeatureSet, setup: Setup, config: SweepConfig) -> dict[
     Kernel distance on 100 subsets of 1000 (or of all, if there are fewer); precision and recall against at
     most as many real images as there are samples, picked by the seed.
     """
-    values: dict[str, Any] = {}
-    metrics, seed = config.metrics, config.seed
-    features = found.rows("features") if config.keep & {"features"} else None
+    values, metrics, seed = {}, config.metrics, config.seed
+    features = found.rows("features") if "features" in config.keep else None
     real = setup.reference.features
     if "kid" in metrics:
         size = min(1000, len(features), len(real))
@@ -419,11 +418,6 @@ class Setup(NamedTuple):
     def reference(self) -> Reference:
         """The real images in the features of the first extractor."""
         return self.judges[""].reference
-
-    @property
-    def held_out(self) -> HeldOut | None:
-        """The held-out images in the features of the first extractor."""
-        return self.judges[""].held_out
 
     @property
     def doubts(self) -> list[str]:

@@ -21,13 +21,12 @@ def found(out, stage, **result):
 
 
 def test_stages_at_tiny_size(tmp_path):
-    for stage in ("step", "emoji_data", "emoji_tvm"):
+    for stage in ("attention", "step", "emoji_data", "emoji_tvm"):
         gpu.run_here(stage, gpu.TINY, tmp_path)
     page = gpu.report(tmp_path, {})
     text = (tmp_path / "report.md").read_text()
-    assert page == [
-        f"{stage}: not run" for stage in ("correctness", "attention", "emoji_flow_matching", "emoji_agree")
-    ]
+    assert page == [f"{stage}: not run" for stage in ("correctness", "emoji_flow_matching", "emoji_agree")]
+    assert "| attention, B, H, N, D = 1, 2, 33, 16: error |" in text
     assert "| pictures |  | 1797 |  |" in text
     assert re.search(r"\| step, tvm, s \| not predicted \| \d\.\d{3} ", text)
     result = gpu.result_of(tmp_path, "emoji_tvm")

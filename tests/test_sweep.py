@@ -609,8 +609,8 @@ def test_a_picture_of_samples_names_its_rows_and_shows_every_folder(tmp_path, mo
             yield torch.full((len(labels), 1, 8, 8), shade + nfe, dtype=torch.uint8), seeds
 
         config = SimpleNamespace(classes=2, text=None)
-        facts = {"data": {"class_names": ["a $5 hat", "dog"]}}
-        return SimpleNamespace(net=SimpleNamespace(config=config), facts=facts, batches=batches)
+        net, names = SimpleNamespace(config=config), ["a $5 hat", "dog"]
+        return SimpleNamespace(net=net, class_names=names, batches=batches)
 
     rows = [
         {"weights": f"runs/{run}/weights/ba7-ema", "nfe": nfe, "w": 1.5, "frechet_distance": 2.0}
@@ -620,7 +620,7 @@ def test_a_picture_of_samples_names_its_rows_and_shows_every_folder(tmp_path, mo
     ]
     generators = {row["weights"]: generator(shade) for row, shade in zip(rows[::2], (0, 100), strict=True)}
     monkeypatch.setattr(plt, "close", lambda figure: None)
-    plot_samples(rows, None, generators, tmp_path / "samples.png", columns=3)
+    plot_samples(rows, None, generators, tmp_path / "samples.png")
     axes = plt.gcf().axes
     assert [axis.get_title() for axis in axes] == ["1 step", "4 steps", "before, 1 step"]
     assert plt.gcf().get_supxlabel().startswith("after/ba7-ema, w = 1.5 for t from 0.4 to 0.65, the same")
