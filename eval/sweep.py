@@ -202,7 +202,7 @@ class SweepConfig(Settings):
         return kept | {"features"} if self.held_out or self.prompts else kept
 
 
-def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, dict[str, Any]]]:
+def cells(setup: Setup) -> Iterator[tuple[Export, Tensor, dict[str, Any]]]:
     """Yield weights, labels (n,) of the samples and all that a cell's numbers depend on, for every cell.
 
     The newest weights come first, then the order is by w, by interval and by NFE.
@@ -210,12 +210,14 @@ def cells(config: SweepConfig, setup: Setup) -> Iterator[tuple[Export, Tensor, d
     A row of results with the same values is finished; the digests make a cell be scored again when weights,
     reference, classifier or labels have changed.
     """
+    config, judges = setup.config, setup.judges
     asked = "none" if config.prompts else ""  # of weights without prompts
-    digest = "".join(one.digest for one in setup.judges.values()) + (config.clip or "")
+    seen = [real.digest for one in judges.values() for real in (one.reference, one.held_out) if real]
+    digest = "".join(seen) + (config.clip or "")
     for export, labels in zip(setup.exports, setup.labels, strict=True):
         inputs = hashlib.sha256(digest.encode() + labels.numpy().tobytes()).hexdigest()
         encoder = text_encoder(export)
-        trained = {f"trained_on{key}": True for key, one in setup.judges.items() if one.trained(export.facts)}
+        trained = {f"trained_on{key}": True for key, one in judges.items() if one.trained(export.facts)}
         own_w, own_interval = default_guidance(export.facts)
         guidance, intervals = config.w or [own_w], config.interval or [own_interval]
         prompts = config.prompts if encoder else [asked]
@@ -267,11 +269,9 @@ def choose(
     return choose_labels(config.protocol, classes, own or counts, seeds)
 
 
-def score(
-    config: SweepConfig, setup: Setup, cell: dict[str, Any], generator: Generator, labels: Tensor
-) -> dict[str, Any]:
+def score(setup: Setup, cell: dict[str, Any], generator: Generator, labels: Tensor) -> dict[str, Any]:
     """Score one cell; the samples are shared among the ranks. Returns its row of results."""
-    began = time.time()
+    began, config = time.time(), setup.config
     facts, extractor = generator.facts, setup.reference.extractor
     network, prompts = generator.net.config, cell["prompts"]
     found = {key: FeatureSet(one.reference.extractor, one.keep) for key, one in setup.judges.items()}
@@ -287,7 +287,7 @@ def score(
             setup.prompts.see(images, index)
     return {
         **cell,
-        **compare(found, setup, config),
+        **compare(setup, found),
         "class_agreement": found[""].matches() / setup.samples if is_classifier else None,
         "held_out": config.held_out,
         "classifier_accuracy": getattr(extractor, "accuracy", None),
@@ -303,13 +303,13 @@ def score(
     }
 
 
-def compare(found: dict[str, FeatureSet], setup: Setup, config: SweepConfig) -> dict[str, Any]:
+def compare(setup: Setup, found: dict[str, FeatureSet]) -> dict[str, Any]:
     """Return the metrics of a set of samples, by their columns in results.jsonl.
 
     found: its features by the keys of `Setup.judges`, which end the names of columns. FDr: the mean over
     extractors of the distance to held-out images by that of real images.
     """
-    values = compare_first(found[""], setup, config)
+    values = compare_first(setup, found[""])
     for key, one in setup.judges.items():
         values |= {f"{name}{key}": value for name, value in one.compare(found[key]).items()}
     if (held_out := setup.judges[""].held_out) is not None:
@@ -318,14 +318,14 @@ def compare(found: dict[str, FeatureSet], setup: Setup, config: SweepConfig) -> 
     return values
 
 
-def compare_first(found: FeatureSet, setup: Setup, config: SweepConfig) -> dict[str, Any]:
+def compare_first(setup: Setup, found: FeatureSet) -> dict[str, Any]:
     """Return what is measured in the features of the first extractor alone.
 
     Kernel distance on 100 subsets of 1000 (or of all, if there are fewer); precision and recall against at
     most as many real images as there are samples, picked by the seed.
     """
-    values, metrics, seed = {}, config.metrics, config.seed
-    features = found.rows("features") if "features" in config.keep else None
+    values, metrics, seed = {}, setup.config.metrics, setup.config.seed
+    features = found.rows("features") if "features" in setup.config.keep else None
     real = setup.reference.features
     if "kid" in metrics:
         size = min(1000, len(features), len(real))
@@ -381,11 +381,6 @@ class Judge(NamedTuple):
     reference: Reference
     held_out: HeldOut | None
 
-    @property
-    def digest(self) -> str:
-        """Return a hash of all that distances in its features depend on, except the samples."""
-        return self.reference.digest + (self.held_out.digest if self.held_out else "")
-
     def trained(self, facts: dict[str, Any]) -> bool:
         """Return True if weights with these facts were finished on this extractor, by hash or by name.
 
@@ -408,6 +403,7 @@ class Setup(NamedTuple):
     judges: extractors by what ends the names of their columns, "" for the first and [NAME] for others.
     """
 
+    config: SweepConfig
     exports: list[Export]
     labels: list[Tensor]
     judges: dict[str, Judge]
@@ -460,7 +456,7 @@ def prepare(config: SweepConfig, device: torch.device) -> Setup:
         judges = make_judges(config, extractors, images, samples)
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
-    return Setup(exports, labels, judges, prompts, samples)
+    return Setup(config, exports, labels, judges, prompts, samples)
 
 
 def make_judges(
@@ -542,7 +538,7 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     finished = [read_finished(results) if dist.get_global_rank() == 0 else None]
     dist.broadcast_object_list(finished, src=0)  # each node may have a folder of its own
     rows, generator, loaded, main_rank = [], None, None, dist.get_global_rank() == 0
-    grid = list(cells(config, setup))
+    grid = list(cells(setup))
     for doubt in setup.doubts if main_rank else ():
         sys.stderr.write(f"warning: {doubt}\n")
     with wandb_run(config) as run:
@@ -553,7 +549,7 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
             if row is None:
                 if loaded != export.path:
                     generator, loaded = make_generator(config, export.path, device), export.path
-                row = score(config, setup, cell, generator, labels)
+                row = score(setup, cell, generator, labels)
                 if main_rank:
                     append_result(results, row)
             rows.append(row)

@@ -238,8 +238,8 @@ def test_finished_weights_are_sampled_at_what_they_were_finished_at(tmp_path):
     assert default_guidance(finished.facts) == (5.0, [0.1, 0.7])
     export = Export(tmp_path / "w.json", finished.facts)
     config = SweepConfig(folder="x", weights=["w"], reference="r", nfe=[1])
-    setup = Setup([export], [torch.zeros(2)], {}, None, 2)
-    assert [(cell["w"], cell["interval"]) for _, _, cell in cells(config, setup)] == [(5.0, [0.1, 0.7])]
+    setup = Setup(config, [export], [torch.zeros(2)], {}, None, 2)
+    assert [(cell["w"], cell["interval"]) for _, _, cell in cells(setup)] == [(5.0, [0.1, 0.7])]
     edit(tmp_path / "w.json", lambda facts: facts["finished"].append({"steps": 60, **how, "w": 9.0}))
     gone_on = load(tmp_path / "w")  # in a run of another objective, after the finish
     assert np.array_equal(gone_on.sample(**asked), plain.sample(**asked))

@@ -84,7 +84,7 @@ def test_an_interrupted_sweep_continues_and_ends_with_the_same_table(
     (folder / "results.jsonl").write_text(complete[: len(complete) * 2 // 3])
     scored = []
     score = sweep_module.score
-    monkeypatch.setattr(sweep_module, "score", lambda *a: scored.append(a[2]) or score(*a))
+    monkeypatch.setattr(sweep_module, "score", lambda *a: scored.append(a[1]) or score(*a))
     capsys.readouterr()
     again = sweep(tiny_run, digits, classifier, folder, *grid)
     assert len(scored) == 3
