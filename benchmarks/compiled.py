@@ -292,11 +292,6 @@ def block_of(model: NetworkConfig) -> Block | MiTBlock:
     return (MiTBlock if isinstance(model, MiTConfig) else Block)(model)
 
 
-def blocks_of(model: NetworkConfig, one: Pass) -> int:
-    """Return the number of blocks that a pass runs through."""
-    return model.head_depth if one.head else model.depth
-
-
 def conditions(model: NetworkConfig, one: Pass, images: int, grad: bool) -> tuple:
     """Return what a block takes beside its tokens: of mit the rotation, of dit what modulates, and text."""
     detach = one.dual and one.gradient == "value"
@@ -357,15 +352,15 @@ def kept_bytes(saved: list[fx.Node], model: NetworkConfig) -> int:
 def compile_step(config: TrainConfig, images: int, gpu: plan.GPU) -> list[Compiled]:
     """Compile every direction of every pass of the objective over `images` samples."""
     model, step = config.model, []
-    checked = plan.checkpointed_share(config.model, config.parallel)
     for one in config.objective.passes(model.v_head):
         title = ("teacher" if one.teacher else "student") + (", dual" if one.dual else "")
         title += ", auxiliary head" if one.head else ""
+        blocks = model.head_depth if one.head else model.depth
+        again = round(plan.checkpointed_share(model, config.parallel) * blocks)
         for direction, compiled in compile_pass(config, one, images * one.batches, gpu).items():
-            again = round(checked * blocks_of(model, one))
-            keeping = blocks_of(model, one) - again
-            runs = blocks_of(model, one) + (again if direction == "forward" else 0)
-            step.append(compiled._replace(title=f"{title}, {direction}", runs=runs, keeping=keeping))
+            runs = blocks + (again if direction == "forward" else 0)
+            place = {"title": f"{title}, {direction}", "runs": runs, "keeping": blocks - again}
+            step.append(compiled._replace(**place))
     return step
 
 

@@ -55,9 +55,8 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         file = self.files.path / self.names[index]
         try:
-            pixels = decode(
-                self.files.read(self.names[index]), note=lambda said: tqdm.write(f"{file}: {said}")
-            )
+            content = self.files.read(self.names[index])
+            pixels = decode(content, note=lambda said: tqdm.write(f"{file}: {said}"))
         except Rejected as error:
             raise ValueError(f"{file}: not a readable image ({error})") from error
         if index and pixels.shape != self.shape:
@@ -327,17 +326,16 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = command_line("eval.reference", __doc__)
-    parser.add_argument("source", help="dataset folder, folder of images or (with --against) statistics file")
-    parser.add_argument("--against", metavar="OTHER", help="the same, to print the distance of both")
-    parser.add_argument(
-        "--extractor", choices=sorted(EXTRACTORS), required=True, help="the network of the features"
-    )
-    parser.add_argument("--weights", help="the extractor's weights; fetched if possible when not given")
-    parser.add_argument("--out", help="the .npz to write")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at once (64)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    add = parser.add_argument
+    add("source", help="dataset folder, folder of images or (with --against) statistics file")
+    add("--against", metavar="OTHER", help="the same, to print the distance of both")
+    add("--extractor", choices=sorted(EXTRACTORS), required=True, help="the network of the features")
+    add("--weights", help="the extractor's weights; fetched if possible when not given")
+    add("--out", help="the .npz to write")
+    add("--batch-size", type=int, default=64, help="images at once (64)")
+    add("--workers", type=int, default=0, help="processes that decode images")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="default here: %(default)s")
+    add("--device", default=device, help="default here: %(default)s")
     args = parser.parse_args(argv)
     if not (args.out or args.against):
         parser.error("nothing to do: give --out FILE.npz, --against OTHER or both")
