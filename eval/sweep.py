@@ -72,33 +72,14 @@ def average(name: str) -> str:
     return name
 
 
-def with_distance(names: list[str]) -> list[str]:
-    """Return metrics of which one is the distance. Raises ValueError without it."""
-    if "fd" not in names:
-        raise ValueError
-    return names
-
-
-def extractor(name: str) -> str:
-    """Return the name of an extractor, or name:argument as in objective.features. Raises ValueError."""
-    if name not in EXTRACTORS and not KNOWN.fullmatch(name):
-        raise ValueError
-    return name
-
-
 Average = Annotated[
     str,
     AfterValidator(average),
     Says(f"must be ema, net or posthoc:LENGTH with a length in (0, {MAX_LENGTH:.3f}]"),
 ]
-Metrics = Annotated[
-    Many[Literal[tuple(METRICS)]],
-    AfterValidator(with_distance),
-    Says(f"must hold fd, and may hold {', '.join(name for name in METRICS if name != 'fd')}"),
-]
 Extractor = Annotated[
     str,
-    AfterValidator(extractor),
+    Field(pattern=f"^({'|'.join(EXTRACTORS)}|{KNOWN.pattern})$"),
     Says(
         "must be classifier, classifier:SEED (from 1), pixels, pixels:POOL, inception-2015, dinov2-vitl14 "
         "(both also with :WEIGHTS) or image-model:FOLDER"
@@ -154,7 +135,9 @@ class SweepConfig(Settings):
     clip: LocalPath | None = Field(
         None, description="Folder or hub name of a CLIP that scores samples against their prompts."
     )
-    metrics: Metrics = Field(["fd"], description="What is measured; fd is the Frechet distance.")
+    metrics: Many[Literal[tuple(METRICS)]] = Field(
+        ["fd"], description="What is measured, always with fd, the Frechet distance."
+    )
     batch_size: int = Field(256, ge=1, le=10**6, description="Samples drawn at once on each rank.")
     seed: Seed = Field(0, description="Seed of the first sample; sample i has the seed plus i.")
     dtype: Literal[tuple(DTYPES)] = Field("fp32", description="Arithmetic of the sampling network.")
@@ -182,6 +165,8 @@ class SweepConfig(Settings):
     @model_validator(mode="after")
     def combinations(self) -> SweepConfig:
         """Raise ConfigError for settings that need others."""
+        if "fd" not in self.metrics:
+            raise ConfigError(f"metrics: {self.metrics} must hold fd")
         if self.clip and not self.prompts:
             raise ConfigError("clip: scores prompts, of which there are none")
         if self.held_out is not None and not self.floor_splits:
