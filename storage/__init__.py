@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import botocore.exceptions
 import urllib3.exceptions
@@ -139,11 +139,23 @@ class Folders(dict[str, Folder]):
         return folder
 
 
-# A client lists the files of one place whose names begin with a prefix, copies a local file to a name there
-# (put) or back (get), and deletes one. Its methods may raise any error.
+class Client(Protocol):
+    """The access to one place by names of files below it; every method may raise any error."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Return the names of all files that begin with `prefix`."""
+
+    def put(self, key: str, source: str) -> None:
+        """Copy the local file `source` to the file `key`."""
+
+    def get(self, key: str, target: str) -> None:
+        """Copy the file `key` to the local path `target`."""
+
+    def delete(self, key: str) -> None:
+        """Delete the file `key`."""
 
 
-class Disk:
+class Disk(Client):
     """A local folder."""
 
     def __init__(self, root: str) -> None:
@@ -172,7 +184,7 @@ class Disk:
         (self.root / key).unlink()
 
 
-class S3:
+class S3(Client):
     """A bucket of S3 or of a service with the same protocol; `options` go to boto3's client."""
 
     def __init__(self, bucket: str, **options: str) -> None:
@@ -198,7 +210,7 @@ class S3:
         self.client.delete_object(Bucket=self.bucket, Key=key)
 
 
-class GCS:
+class GCS(Client):
     """A bucket of Google Cloud Storage, opened with the default credentials."""
 
     def __init__(self, bucket: str) -> None:
@@ -227,7 +239,7 @@ def google(bucket: str) -> GCS | S3:
     return S3(bucket, region_name="auto", endpoint_url="https://storage.googleapis.com", **login)
 
 
-class OCI:
+class OCI(Client):
     """A bucket of Oracle's object storage, in the namespace of the account."""
 
     def __init__(self, bucket: str) -> None:
