@@ -191,7 +191,7 @@ def print_row(row: dict) -> None:
 def tune(size: tuple[int, ...]) -> None:
     """Time the candidate tiles of each kernel at this size, with the table's tiles for the other kernels."""
     from kernels import configs
-    from kernels.inspect import SIZES as CANDIDATES
+    from kernels.configs import CANDIDATES
 
     key = configs.table_key(torch.cuda.get_device_capability(), size[-1])
     table, inputs = configs.TABLE[key], make_inputs(size)

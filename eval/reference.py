@@ -32,7 +32,7 @@ from recipe.reference import (
     statistics_for,
 )
 from recipe.text import Text, TextConfig
-from streaming_convert.images import Rejected, decode
+from streaming_convert.images import Opener, Rejected
 from streaming_convert.sources import Archive, list_images
 
 Moments = tuple[Tensor, Tensor]  # mean (F,) and covariance (F, F)
@@ -56,7 +56,7 @@ class ImageFiles(Dataset):
         file = self.files.path / self.names[index]
         try:
             content = self.files.read(self.names[index])
-            pixels = decode(content, note=lambda said: tqdm.write(f"{file}: {said}"))
+            pixels = Opener().decode(content, lambda said: tqdm.write(f"{file}: {said}"))
         except Rejected as error:
             raise ValueError(f"{file}: not a readable image ({error})") from error
         if index and pixels.shape != self.shape:

@@ -1,12 +1,12 @@
 """Tile sizes of the Triton kernels by (architecture, padded head dimension), and how they were chosen.
 
-Timing: not measured yet. The entries are judgements from compiled code, which `python -m kernels.inspect
---candidates` prints, to be replaced by what `python -m benchmarks.attention --tune` measures. Every entry
-keeps to the inspector's bars on spills. On sm_90, of the tiles that do, the widest score product up to 64
-(a narrower wgmma waits for its left operand in shared memory), then the larger resident side (queries by
-rows, keys by columns), which re-reads the other side less; at D = 64 by columns two blocks of 64 keys share
-a multiprocessor. On sm_80 the resident side comes first, and entries stay under the 99 KB of shared memory
-that a block has on consumer GPUs. On sm_100 accumulators lie in tensor memory, whose 512 columns limit tiles.
+Timing: not measured yet. The entries are judgements from compiled code, to be replaced by what
+`python -m benchmarks.attention --tune` measures of them and of CANDIDATES. Every entry keeps to the
+inspector's bars on spills. On sm_90, of the tiles that do, the widest score product up to 64 (a narrower
+wgmma waits for its left operand in shared memory), then the larger resident side (queries by rows, keys by
+columns), which re-reads the other side less; at D = 64 by columns two blocks of 64 keys share a
+multiprocessor. On sm_80 the resident side comes first, and entries stay under the 99 KB of shared memory that
+a block has on consumer GPUs. On sm_100 accumulators lie in tensor memory, whose 512 columns limit tiles.
 Sequence length has no entry until a measurement asks for one.
 """
 
@@ -68,6 +68,14 @@ TABLE |= {(120, width): config for (arch, width), config in TABLE.items() if arc
 TABLE[120, 80] = Config(
     Tile(128, 32, 8), Tile(64, 32, 4), (Tile(16, 64, 4), Tile(16, 64, 4)), Tile(128, 16, 8)
 )
+
+# Tiles to try, by kernel: queries, keys, warps
+ROWS = [(128, 64, 8), (128, 32, 8), (128, 16, 8), (64, 64, 4), (64, 32, 4), (32, 32, 4)]
+CANDIDATES = {
+    "forward": [(128, 128, 8), *ROWS],
+    "backward_rows": ROWS,
+    "backward_columns": [*((queries, keys, warps) for keys, queries, warps in ROWS), (16, 64, 4)],
+}
 
 # float32 operands pass through registers, as three tf32 parts each: tiny tiles on every architecture.
 FLOAT32 = Config(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)))

@@ -1,7 +1,6 @@
 """Compile the kernels for GPUs that need not be present, and print the assembler's report.
 
-    python -m kernels.inspect               # the configurations in use; exits with 1 if a bar is missed
-    python -m kernels.inspect --candidates  # other tiles that were considered, no bars
+    python -m kernels.inspect  # exits with 1 if a bar is missed
 
 Architectures: sm_80, sm_90 and, from Triton 3.6 on, Blackwell's sm_100 and sm_120. Bars (bf16): no more
 shared and tensor memory than a block can have; every product by the architecture's best instruction, on sm_90
@@ -57,14 +56,9 @@ ABSENT = {
 }
 SCALARS = {"scale": "fp32", "heads": "i32", "n_q": "i32", "n_k": "i32"}
 
-# Tiles that were considered: queries, keys, warps
-ROWS = [(128, 64, 8), (128, 32, 8), (128, 16, 8), (64, 64, 4), (64, 32, 4), (32, 32, 4)]
-SIZES = {
-    "forward": [(128, 128, 8), *ROWS],
-    "backward_rows": ROWS,
-    "backward_columns": [*((queries, keys, warps) for keys, queries, warps in ROWS), (16, 64, 4)],
-}
-COLUMNS = ({"KEYS": True, "VALUES": True}, {"KEYS": True, "VALUES": False}, {"KEYS": False, "VALUES": True})
+# What the launches of backward_columns store: one all, or two a part each.
+TOGETHER = ({"KEYS": True, "VALUES": True},)
+APART = ({"KEYS": True, "VALUES": False}, {"KEYS": False, "VALUES": True})
 
 
 @dataclass(frozen=True)
@@ -162,7 +156,7 @@ def assemble(ptx: str, arch: int) -> str:
 def table_kernels(arch: int, head_dim: int) -> list[Compiled]:
     """Compile all launches for an architecture and a head dimension; at D = 64 for every use."""
     config = configs.choose((arch // 10, 0), head_dim, element_size=2)
-    parts = COLUMNS[:1] if len(config.columns) == 1 else COLUMNS[1:]
+    parts = TOGETHER if len(config.columns) == 1 else APART
     kernels = []
     for use in ABSENT if head_dim == 64 else ("dual", "normed"):
         forward = config.normed or config.forward if "normed" in use else config.forward
@@ -231,39 +225,24 @@ def print_table(kernels: list[Compiled]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the table or the candidates. Returns 1 if a bar is missed."""
+    """Print the table. Returns 1 if a bar is missed."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels.inspect",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--candidates", action="store_true", help="compile tiles beside the table's own")
     add = parser.add_argument
     add("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")
     options = parser.parse_args(arguments)
-    pairs = [(arch, head_dim) for arch in options.arch for head_dim in HEAD_DIMS]
     print(f"triton {triton.__version__}, bf16, whole tiles")
     if not BLACKWELL:
         print("sm_100 and sm_120 are left out: they need Triton 3.6 or later.")
-    if options.candidates:
-        print_table([kernel for pair in pairs for kernel in candidate_kernels(*pair)])
-        return 0
-    groups = [table_kernels(*pair) for pair in pairs]
+    groups = [table_kernels(arch, head_dim) for arch in options.arch for head_dim in HEAD_DIMS]
     print_table([kernel for kernels in groups for kernel in kernels])
     print(f"For comparison, the released kernels' spills at D = 64 on sm_90: {RELEASED}.")
     missed = missed_bars(groups)
     print("\n".join(missed) or "Every bar is met.")
     return int(bool(missed))
-
-
-def candidate_kernels(arch: int, head_dim: int) -> list[Compiled]:
-    """Compile every kernel with all candidate tiles, backward_columns in one launch and in two."""
-    return [
-        compile_kernel(name, Tile(*size), head_dim, arch, **flags)
-        for name, sizes in SIZES.items()
-        for flags in (COLUMNS if name == "backward_columns" else ({},))
-        for size in sizes
-    ]
 
 
 if __name__ == "__main__":

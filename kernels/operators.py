@@ -45,42 +45,38 @@ def _matrix(x: MaybeTensor) -> tuple[Tensor, int, int, int] | None:
     return None if x is None else (x, *x.stride()[:3])
 
 
+def _matrices(*pairs: tuple[Tensor, MaybeTensor]) -> tuple:
+    """Return what a kernel takes of pairs of a value and its tangent, in aligned memory."""
+    aligned = [_aligned(*pair) for pair in pairs]
+    return tuple(argument for x, tx in aligned for argument in (_matrix(x), tx))
+
+
 def _config(q: Tensor) -> configs.Config:
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
     return configs.choose(capability, q.shape[-1], q.element_size())
 
 
-def _launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, **constants: object) -> None:
-    first = args[0][0] if isinstance(args[0], tuple) else args[0]
-    with torch.cuda.device_of(first):
-        kernel[grid](*args, **constants)
-
-
-def _launch_attention(
-    kernel: triton.JITFunction,
-    tile: configs.Tile,
-    blocks: int,
-    matrices: tuple,
-    sizes: tuple,
-    lengths: MaybeTensor,
-    scale: float,
-    **flags: bool,
-) -> None:
+def _launch(
+    kernel: triton.JITFunction, tile: configs.Tile, blocks: int, q: Tensor, k: Tensor, matrices: tuple,
+    lengths: MaybeTensor, scale: float, **flags: bool,
+) -> None:  # fmt: skip
     """Run `kernel` on `blocks` blocks of every head of every batch element, all on grid axis 0.
 
     PRECISION concerns only float32: tf32x3 gives the accuracy of float32 by three tf32 products.
     """
-    batch, heads, n_q, n_k, head_dim = sizes
+    batch, heads, n_q, head_dim = q.shape
+    n_k = k.shape[2]
     block_d, tail = configs.widths(head_dim)
     strides = [stride for x in matrices if isinstance(x, tuple) for stride in x[1:3]]
-    _launch(
-        kernel, (batch * heads * blocks,), *matrices, lengths, scale, heads, n_q, n_k,
-        D=head_dim, BLOCK_D=block_d, TAIL=tail, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
-        MASKED=lengths is not None or n_q % tile.queries != 0 or n_k % tile.keys != 0,
-        ALIGNED=all(stride % 8 == 0 for stride in strides),
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
-        num_warps=tile.warps, num_stages=tile.stages, **flags,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        kernel[(batch * heads * blocks,)](
+            *matrices, lengths, scale, heads, n_q, n_k,
+            D=head_dim, BLOCK_D=block_d, TAIL=tail, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
+            MASKED=lengths is not None or n_q % tile.queries != 0 or n_k % tile.keys != 0,
+            ALIGNED=all(stride % 8 == 0 for stride in strides),
+            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
+            num_warps=tile.warps, num_stages=tile.stages, **flags,
+        )  # fmt: skip
 
 
 def _forward(
@@ -89,17 +85,13 @@ def _forward(
     gain: MaybeTensor = None, normed: Sequence[MaybeTensor] = (None,) * 4,
 ) -> None:  # fmt: skip
     """Write o, lse and, where there is a tangent, to and mu; with a gain also `normed`, (q, tq, k, tk)."""
-    q, tq = _aligned(q, tq)
-    k, tk = _aligned(k, tk)
-    v, tv = _aligned(v, tv)
     config = _config(q)
     tile = config.forward if gain is None else config.normed or config.forward
     nq, ntq, nk, ntk = normed
-    matrices = (_matrix(q), tq, _matrix(k), tk, _matrix(v), tv, _matrix(o), to, lse, mu)
+    matrices = (*_matrices((q, tq), (k, tk), (v, tv)), _matrix(o), to, lse, mu)
     matrices += (_matrix(nq), ntq, _matrix(nk), ntk, gain)
-    sizes = (*q.shape[:3], k.shape[2], q.shape[3])
     blocks = triton.cdiv(q.shape[2], tile.queries)
-    _launch_attention(triton_attention.forward, tile, blocks, matrices, sizes, lengths, scale)
+    _launch(triton_attention.forward, tile, blocks, q, k, matrices, lengths, scale)
 
 
 def _backward(
@@ -116,29 +108,20 @@ def _backward(
     what each block of queries adds to the gradient of the gain.
     """
     dq, dk, dv, dtq, dtk, dtv = gradients
-    q, tq = _aligned(q, tq)
-    k, tk = _aligned(k, tk)
-    v, tv = _aligned(v, tv)
-    do, dto = _aligned(do, dto)
-    delta, a = torch.empty_like(lse), None if dto is None else torch.empty_like(mu)
-    config = _config(q)
-    inputs = (_matrix(q), tq, _matrix(k), tk, _matrix(v), tv)
-    statistics = (lse, mu, delta, a)
-    sizes = (*q.shape[:3], k.shape[2], q.shape[3])
     x_q, tx_q, x_k, tx_k = raw
-    matrices = (*inputs, _matrix(o), to, _matrix(do), dto, *statistics, _matrix(dq), dtq)
+    inputs, outer = _matrices((q, tq), (k, tk), (v, tv)), _matrices((do, dto))
+    statistics = (lse, mu, torch.empty_like(lse), None if dto is None else torch.empty_like(mu))
+    config = _config(q)
+    matrices = (*inputs, _matrix(o), to, *outer, *statistics, _matrix(dq), dtq)
     matrices += (_matrix(x_q), tx_q, gain, dgain)
     blocks = triton.cdiv(q.shape[2], config.rows.queries)
-    _launch_attention(triton_attention.backward_rows, config.rows, blocks, matrices, sizes, lengths, scale)
-    matrices = (*inputs, _matrix(do), dto, *statistics, _matrix(dk), dtk, _matrix(dv), dtv)
-    matrices += (_matrix(x_k), tx_k)
+    _launch(triton_attention.backward_rows, config.rows, blocks, q, k, matrices, lengths, scale)
+    matrices = (*inputs, *outer, *statistics, _matrix(dk), dtk, _matrix(dv), dtv, _matrix(x_k), tx_k)
     together = len(config.columns) == 1
     for part, tile in enumerate(config.columns):
         flags = {"KEYS": together or part == 0, "VALUES": together or part == 1}
         blocks = triton.cdiv(k.shape[2], tile.keys)
-        _launch_attention(
-            triton_attention.backward_columns, tile, blocks, matrices, sizes, lengths, scale, **flags
-        )
+        _launch(triton_attention.backward_columns, tile, blocks, q, k, matrices, lengths, scale, **flags)
 
 
 @torch.library.custom_op("terminal_velocity::jvp_attention", mutates_args=())

@@ -252,9 +252,8 @@ class OCI(Client):
 
     def list(self, prefix: str) -> list[str]:
         every = self.sdk.pagination.list_call_get_all_results
-        return [
-            item.name for item in every(self.client.list_objects, *self.place, prefix=prefix).data.objects
-        ]
+        found = every(self.client.list_objects, *self.place, prefix=prefix)
+        return [item.name for item in found.data.objects]
 
     def put(self, key: str, source: str) -> None:
         self.sdk.object_storage.UploadManager(self.client).upload_file(*self.place, key, source)

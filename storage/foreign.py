@@ -12,19 +12,20 @@ from pydantic import ConfigDict, Field
 from typing_extensions import NotRequired, TypedDict
 
 from storage import Folder
-from storage.outside import LARGEST, OutsideError, conform, parse_json, short
+from storage.outside import LARGEST, OutsideError, conform, short
 
 INDEX = "index.json"
-FILES = ("jpeg", "png")  # encodings that hold the file of a picture
-PICTURES = (*FILES, "pil")
+PICTURES = ("jpeg", "png", "pil")  # encodings that hold a picture and nothing else
+ARRAYS = ("bytes", "ndarray")
 WHOLE = ("int", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "str_int")
+# The encodings from which each part of a sample is read.
+KINDS = {"image": (*PICTURES, *ARRAYS), "latents": ARRAYS, "label": (*WHOLE, "str"), "caption": ("str",)}
+# The names by which columns are found where nobody gives them.
 NAMES = {
     "image": ("image", "img", "jpg", "jpeg", "png", "picture", "x"),
-    "label": ("label", "labels", "y", "class", "cls", "target"),
-    "caption": ("caption", "captions", "text", "prompt"),
-}  # by which columns are found where nobody names them
-ARRAYS = ("bytes", "ndarray")
-KINDS = {"image": ARRAYS, "label": (*WHOLE, "str"), "caption": ("str",)}
+    "label": ("label", "labels", "fine_label", "y", "class", "cls", "target"),
+    "caption": ("caption", "captions", "text", "prompt", "sentences"),
+}
 
 Loose = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 Size = Annotated[int, Field(ge=0, lt=2**32)]
@@ -74,10 +75,8 @@ def read_index(uri: str) -> list[Shard]:
     lists shards of different columns.
     """
     where = f"{uri}/{INDEX}"
-    text = Folder(uri).read(INDEX, LARGEST)
-    entries = parse_json(text, where)
-    conform(Index, text, where)
-    for entry in entries["shards"]:
+    entries = conform(Index, Folder(uri).read(INDEX, LARGEST), where)["shards"]
+    for entry in entries:
         name = stored_file(entry)["basename"]
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name:
@@ -85,9 +84,9 @@ def read_index(uri: str) -> list[Shard]:
         if entry["raw_data"]["bytes"] < 4 * (entry["samples"] + 2):
             raise OutsideError(f"{where}: {short(name)}: {entry['samples']} samples do not fit its bytes")
         lengths = {len(entry[f"column_{key}"]) for key in ("names", "encodings", "sizes")}
-        if len(lengths) > 1 or columns(entry) != columns(entries["shards"][0]):
+        if len(lengths) > 1 or columns(entry) != columns(entries[0]):
             raise OutsideError(f"{where}: {short(name)}: its columns are not those of the first shard")
-    return entries["shards"]
+    return entries
 
 
 def columns(entry: Shard) -> dict[str, str]:
@@ -97,15 +96,26 @@ def columns(entry: Shard) -> dict[str, str]:
 
 def guess(found: dict[str, str]) -> dict[str, str]:
     """Return which columns are probably the image, or else latents, the label and the caption."""
-    kinds = {name: encoding.partition(":")[0] for name, encoding in found.items()}
-    fits = {
-        role: [name for name in found if name.lower() in NAMES[role] and kinds[name] in KINDS[role]]
-        for role in NAMES
+
+    def stored_as(kinds: tuple[str, ...]) -> list[str]:
+        return [name for name, encoding in found.items() if encoding.partition(":")[0] in kinds]
+
+    guessed = by_name({role: stored_as(KINDS[role]) for role in NAMES}, stored_as(PICTURES))
+    latents = [name for name in stored_as(ARRAYS) if name.startswith("latent")]
+    return guessed if "image" in guessed or not latents else {**guessed, "latents": latents[0]}
+
+
+def by_name(fitting: dict[str, list[str]], pictures: list[str]) -> dict[str, str]:
+    """Return the column of each part of a sample that has one of its usual names, among those that fit it.
+
+    pictures: columns of which one is the image whatever its name, if none has a usual one.
+    """
+    usual = {
+        role: [column for name in names for column in fitting[role] if column.lower() == name]
+        for role, names in NAMES.items()
     }
-    fits["image"] = [name for name in found if kinds[name] in PICTURES] + fits["image"]
-    if not fits["image"]:
-        fits["latents"] = [name for name in found if name.startswith("latent") and kinds[name] in ARRAYS]
-    return {role: names[0] for role, names in fits.items() if names}
+    usual["image"] += pictures
+    return {role: columns[0] for role, columns in usual.items() if columns}
 
 
 def advice(uri: str) -> str:

@@ -21,9 +21,10 @@ from pydantic import ConfigDict, Field
 from typing_extensions import NotRequired, TypedDict
 
 from storage import Folder, Folders, MissingError, StorageError, foreign
-from storage.outside import LARGEST, OutsideError, conform, parse_json, short
+from storage.foreign import INDEX, stored_file
+from storage.outside import LARGEST, DatasetError, conform, parse_json, short
 
-MANIFEST, INDEX = "manifest.json", "index.json"
+MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 STORED_DTYPE = {"image": "uint8", "latents": "float16"}
 STORED_BYTES = {"uint8": 1, "float16": 2}
@@ -39,10 +40,6 @@ Count = Annotated[int, Field(ge=0, lt=2**48)]
 Side = Annotated[int, Field(ge=1, le=2**16)]
 Checksum = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 Size = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
-
-
-class DatasetError(ValueError):
-    """The input, the target or the request is wrong in a way that the user can fix; shown as one line."""
 
 
 class Input(TypedDict):
@@ -162,15 +159,11 @@ class Manifest:
 
         Raises DatasetError with the first key whose value cannot be, in itself or beside the others.
         """
-        try:
-            values = parse_json(text, where)
-            version = values.get("schema_version") if isinstance(values, dict) else None
-            if version != SCHEMA_VERSION:
-                raise OutsideError(f"{where}: schema_version is {short(version)}, expected {SCHEMA_VERSION}")
-            conform(cls, text, where)
-        except OutsideError as error:
-            raise DatasetError(str(error)) from error
-        manifest = cls(**values)
+        values = parse_json(text, where)
+        version = values.get("schema_version") if isinstance(values, dict) else None
+        if version != SCHEMA_VERSION:
+            raise DatasetError(f"{where}: schema_version is {short(version)}, expected {SCHEMA_VERSION}")
+        manifest = cls(**conform(cls, text, where))
         check_names(manifest.shards, where)
         if problem := contradiction(manifest, plan):
             raise DatasetError(f"{where}: {problem}")
@@ -247,7 +240,7 @@ def _without_manifest(folder: Folder) -> str:
     if INDEX in names and not any(name.startswith(f"{WORK}/") for name in names):
         try:
             return f"it is {foreign.advice(uri)}"
-        except OutsideError as error:
+        except DatasetError as error:
             return str(error)
     return "not a dataset, or its conversion did not finish"
 
@@ -286,18 +279,14 @@ class Index(TypedDict):
     version: Literal[2]
 
 
-def stored_file(entry: Shard) -> File:
-    """Return the index's description of the file in which a shard is stored."""
-    return entry["zip_data"] or entry["raw_data"]
-
-
 def list_shards(entries: list[Shard]) -> dict[str, Stored]:
     """Convert entries of the index to the manifest's form: {file name: {bytes, xxh64, samples}}."""
-    files = [(stored_file(entry), entry["samples"]) for entry in entries]
-    return {
-        file["basename"]: {"bytes": file["bytes"], "xxh64": file["hashes"]["xxh64"], "samples": samples}
-        for file, samples in files
-    }
+    return {stored_file(entry)["basename"]: _stored(entry) for entry in entries}
+
+
+def _stored(entry: Shard) -> Stored:
+    file = stored_file(entry)
+    return {"bytes": file["bytes"], "xxh64": file["hashes"]["xxh64"], "samples": entry["samples"]}
 
 
 def open_dataset(uri: str, folders: Folders | None = None) -> tuple[Manifest, list[Shard]]:
@@ -319,12 +308,7 @@ def read_index(text: bytes, manifest: Manifest, where: str) -> list[Shard]:
 
     Raises DatasetError with the shard and the key that contradicts the manifest.
     """
-    try:
-        entries = parse_json(text, where)
-        conform(Index, text, where)
-    except OutsideError as error:
-        raise DatasetError(str(error)) from error
-    entries = entries["shards"]
+    entries = conform(Index, text, where)["shards"]
     check_names((file["basename"] for entry in entries for file in files_of(entry)), where)
     for entry in entries:
         if problem := _disagreement(entry, manifest):
@@ -342,12 +326,11 @@ def files_of(entry: Shard) -> list[File]:
 
 def _disagreement(entry: Shard, manifest: Manifest) -> str | None:
     """Return how an entry of the index contradicts the manifest or itself, or None."""
-    file, names = stored_file(entry), entry["column_names"]
-    stated = manifest.shards.get(file["basename"])
+    names = entry["column_names"]
+    stated = manifest.shards.get(stored_file(entry)["basename"])
     if stated is None:
         return f"{MANIFEST} does not list it"
-    found = {"bytes": file["bytes"], "xxh64": file["hashes"]["xxh64"], "samples": entry["samples"]}
-    found |= {"compression": entry["compression"], "columns": sorted(names)}
+    found = {**_stored(entry), "compression": entry["compression"], "columns": sorted(names)}
     wanted = {**stated, "compression": manifest.compression, "columns": sorted(manifest.columns)}
     for key, value in (("encodings", manifest.columns), ("sizes", manifest.sizes)):
         values = entry[f"column_{key}"]

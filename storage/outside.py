@@ -24,8 +24,12 @@ adapter = cache(TypeAdapter)  # making one takes milliseconds
 ESCAPE = re.compile(rb"\\(?:u[dD][89a-fA-F]..|.)", re.DOTALL)
 
 
-class OutsideError(ValueError):
-    """A file from outside is invalid; the message is one line that names the file."""
+class DatasetError(ValueError):
+    """The input, the target or the request is wrong in a way that the user can fix; shown as one line."""
+
+
+class OutsideError(DatasetError):
+    """A file from outside is invalid; the message names the file."""
 
 
 def read_bytes(path: str | Path, limit: int = LARGEST) -> bytes:
@@ -90,15 +94,18 @@ def _check_numbers(value: Any, where: str, nan: bool) -> None:  # noqa: ANN401
             raise OutsideError(f"{where} holds a number beyond the range of a float")
 
 
-def conform(kind: type, text: bytes, where: str) -> None:
-    """Check by pydantic's rules that a JSON text, which `parse_json` has accepted, describes a `kind`.
+def conform(kind: type, text: bytes, where: str) -> Any:  # noqa: ANN401
+    """Return the value of a JSON text from `where`, which describes a `kind` by pydantic's rules.
 
-    Raises OutsideError with the first key that is wrong, what it is, and what is allowed.
+    Raises OutsideError as `parse_json` does, or with the first key that is wrong, what it is, and what is
+    allowed.
     """
+    value = parse_json(text, where)
     try:
         adapter(kind).validate_json(without_halves(text))
     except ValidationError as error:
         raise OutsideError(f"{where}: {describe(error)}") from error
+    return value
 
 
 def describe(error: ValidationError) -> str:

@@ -5,6 +5,7 @@ Sources: digits, images, zip, emoji, mds, webdataset, parquet. Other commands: m
 """
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -18,8 +19,8 @@ import yaml
 
 from recipe import commands
 from storage import Folder, normalize_uri
-from storage.manifest import MANIFEST, DatasetError, Manifest
-from streaming_convert import arrow, captions, foreign, reader, sources, tars, writer
+from storage.manifest import MANIFEST, STORED_BYTES, STORED_DTYPE, DatasetError, Manifest
+from streaming_convert import arrow, captions, mds, reader, sources, tars, writer
 from streaming_convert.encoders import DTYPES, VAE, Encoder, Stored, load_text_encoder
 from streaming_convert.images import FURTHER, Opener
 from streaming_convert.sources import Source
@@ -28,10 +29,6 @@ from streaming_convert.tables import Columns
 # These have no influence on what is written.
 PASSING_OPTIONS = ("--workers", "--device", "--shard", "--max-rejected")
 YAML = "train.yaml"
-CAPTIONS_HELP = f"CSV or JSON lines with file and caption; `{captions.BESIDE}`: 1.txt for 1.jpg"
-KEY_HELP = "column of --captions that holds the captions (default: caption or text)"
-SIZE_HELP = "side to bring pixels to (default: as they are)"
-CLASSES_HELP = "class names in order, one a line, such as LOC_synset_mapping.txt"
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 MOST_BYTES = 256  # most tokens that train.yaml gives a network that reads captions as bytes
 SHARD_HEADER = 1024  # bytes at most of a shard's description of its columns
@@ -84,24 +81,21 @@ def _add_sources(commands: argparse._SubParsersAction) -> None:
         command.set_defaults(run=run_convert, source=build)
         return command.add_argument
 
-    source("digits", "scikit-learn's handwritten digits", lambda args: sources.digits())
+    source("digits", "scikit-learn's handwritten digits", lambda a: sources.digits())
 
     add = source(
         "images",
         "JPEG, PNG, WebP: one folder per class (as ImageNet), a label or a caption file",
         lambda a: sources.image_folder(
-            *(a.path, a.size, a.labels, a.classes, a.unlabelled, a.allow_empty, _told(a), tuple(a.formats))
+            a.path, _opener(a), a.labels, a.classes, a.unlabelled, a.allow_empty, _told(a)
         ),
     )
     add("path", metavar="FOLDER")
     add("--size", type=_at_least(1), required=True, help="side of the square that every image is brought to")
     add("--labels", metavar="FILE", help="CSV (file,class) or JSON; labels.csv or dataset.json is found")
-    add("--classes", metavar="FILE", help=CLASSES_HELP)
-    add("--unlabelled", action="store_true", help="all labels 0, no classes")
     add("--allow-empty", action="store_true", help="a folder without images is a class without samples")
-    add("--captions", metavar="FILE", help=CAPTIONS_HELP)
-    add("--caption-key", metavar="NAME", help=KEY_HELP)
-    add("--formats", nargs="+", choices=FURTHER, default=[], help="further formats to read")
+    _add_captions(add)
+    _add_classes_and_formats(add)
 
     add = source(
         "zip",
@@ -109,27 +103,24 @@ def _add_sources(commands: argparse._SubParsersAction) -> None:
         lambda a: sources.archive(a.path, a.size, a.unlabelled, _told(a)),
     )
     add("path", metavar="FILE")
-    add("--size", type=_at_least(1), help=SIZE_HELP)
-    add("--unlabelled", action="store_true", help="all labels 0, no classes")
-    add("--captions", metavar="FILE", help=CAPTIONS_HELP)
-    add("--caption-key", metavar="NAME", help=KEY_HELP)
+    _add_size(add)
+    _add_captions(add)
 
     add = source("emoji", "Noto Color Emoji, by Unicode's groups and names", lambda a: sources.emoji(a.size))
     add("--size", type=_at_least(1), default=64, help="side in pixels (default: %(default)s)")
 
-    add = source("mds", "a Streaming dataset, of this program or of another", _mds)
+    add = source(
+        "mds",
+        "a Streaming dataset, of this program or of another",
+        lambda a: mds.mds(a.path, _columns(a), _opener(a), a.classes, a.channels, _made(a)),
+    )
     add("path", type=_target, metavar="FOLDER_OR_URI")
     _add_columns(add, "column")
     add("--latents", metavar="NAME", help="column of latents, without deviations")
     channels = "of latents that are stored as bytes of float16 (default: %(default)s)"
     add("--channels", type=_at_least(1), default=4, help=channels)
     add("--scaling", type=float, default=1.0, help="what the latents were multiplied by (default: 1)")
-    add(
-        "--shift",
-        type=float,
-        default=0.0,
-        help="what was subtracted from the latents before that (default: 0)",
-    )
+    add("--shift", type=float, default=0.0, help="what was subtracted from them before that (default: 0)")
 
     add = source(
         "webdataset",
@@ -151,15 +142,29 @@ def _add_sources(commands: argparse._SubParsersAction) -> None:
 
 def _add_columns(add: Callable, what: str) -> None:
     """Add the options of datasets of other programs; what: which of a row they name."""
-    add("--size", type=_at_least(1), help=SIZE_HELP)
+    _add_size(add)
     for role in ("image", "label", "caption"):
-        add(
-            f"--{role}",
-            metavar="NAME",
-            help=f"{what} that holds the {role} (where no column is named: found by its name)",
-        )
-    add("--classes", metavar="FILE", help=CLASSES_HELP)
+        about = f"{what} that holds the {role} (where no column is named: found by its name)"
+        add(f"--{role}", metavar="NAME", help=about)
     add("--grey", action="store_true", help="store grey pictures as one channel (colour ones are rejected)")
+    _add_classes_and_formats(add)
+
+
+def _add_size(add: Callable) -> None:
+    add("--size", type=_at_least(1), help="side to bring pixels to (default: as they are)")
+
+
+def _add_captions(add: Callable) -> None:
+    add("--unlabelled", action="store_true", help="all labels 0, no classes")
+    about = f"CSV or JSON lines with file and caption; `{captions.BESIDE}`: 1.txt for 1.jpg"
+    add("--captions", metavar="FILE", help=about)
+    about = "column of --captions that holds the captions (default: caption or text)"
+    add("--caption-key", metavar="NAME", help=about)
+
+
+def _add_classes_and_formats(add: Callable) -> None:
+    about = "class names in order, one a line, such as LOC_synset_mapping.txt"
+    add("--classes", metavar="FILE", help=about)
     add("--formats", nargs="+", choices=FURTHER, default=[], help="further formats to read")
 
 
@@ -168,29 +173,19 @@ def _columns(args: argparse.Namespace) -> Columns:
 
 
 def _opener(args: argparse.Namespace) -> Opener:
-    return Opener(args.size, args.grey, tuple(args.formats))
+    return Opener(args.size, getattr(args, "grey", False), tuple(args.formats))
+
+
+def _made(args: argparse.Namespace) -> dict:
+    """Return what is known of the encoder that made another program's latents."""
+    known = {"scaling": args.scaling, "shift": args.shift, "model": args.vae}
+    return {"name": "precomputed", "hash": None, **known}
 
 
 def _told(args: argparse.Namespace) -> captions.Told | None:
     if args.caption_key and not args.captions:
         raise DatasetError("--caption-key: needs --captions FILE")
     return captions.Told(args.captions, args.caption_key) if args.captions else None
-
-
-def _mds(args: argparse.Namespace) -> Source:
-    columns = _columns(args)
-    if reader.is_own(args.path):
-        if columns.given():
-            raise DatasetError(f"--{next(iter(columns.given()))}: {args.path} is a dataset of this program")
-        return reader.mds(args.path, args.size)
-    encoder = {
-        "name": "precomputed",
-        "hash": None,
-        "scaling": args.scaling,
-        "shift": args.shift,
-        "model": args.vae,
-    }
-    return foreign.streaming(args.path, columns, _opener(args), args.classes, args.channels, encoder)
 
 
 def _target_options() -> argparse.ArgumentParser:
@@ -244,7 +239,7 @@ def _convert(args: argparse.Namespace, argv: list[str]) -> int:
     text, about = None, None
     if args.text_encoder:
         text, about = load_text_encoder(source, args.text_encoder, args.text_tokens, args.device)
-    splits = split_source(source, args.val, args.seed)
+    splits = split_keys(source.keys, args.val, args.seed)
     plans = [make_plan(args, argv, source, encoder, about, splits, split) for split in splits]
     jobs = [
         writer.Job(f"{args.out}/{split}", source, encoder, items, plan, text)
@@ -273,23 +268,20 @@ def _check_mirrors(source: Source, flips: bool, val: float) -> None:
         raise DatasetError(f"{asked}: the source holds mirror images of its samples already")
 
 
-def split_items(samples: int, share: float, seed: int) -> dict[str, np.ndarray]:
-    """Draw round(share * samples) validation samples; return the positions of train and of val, if any."""
-    held_out = np.zeros(samples, bool)
-    held_out[np.random.default_rng(seed).permutation(samples)[: round(share * samples)]] = True
+def split_keys(keys: list[str], share: float, seed: int) -> dict[str, np.ndarray]:
+    """Draw that share of the pictures for validation; return the positions of train and of val, if any.
+
+    All samples of one picture, which have the same key, stay on the same side.
+    """
+    pictures = list(dict.fromkeys(keys))
+    drawn = np.random.default_rng(seed).permutation(len(pictures))[: round(share * len(pictures))]
+    held = {pictures[number] for number in drawn}
+    held_out = np.array([key in held for key in keys])
     parts = {"train": np.flatnonzero(~held_out), "val": np.flatnonzero(held_out)}
     empty = [name for name, items in parts.items() if not len(items) and (name == "train" or share)]
     if empty:
-        raise DatasetError(f"--val {share}: of {samples} samples, none are left for {empty[0]}")
+        raise DatasetError(f"--val {share}: of {len(pictures)} samples, none are left for {empty[0]}")
     return {name: items for name, items in parts.items() if len(items)}
-
-
-def split_source(source: Source, share: float, seed: int) -> dict[str, np.ndarray]:
-    """Split a source like `split_items`, but keep all samples of one picture in the same split."""
-    pictures = {key: number for number, key in enumerate(dict.fromkeys(source.keys))}
-    numbers = np.array([pictures[key] for key in source.keys])
-    splits = split_items(len(pictures), share, seed)
-    return {name: np.flatnonzero(np.isin(numbers, items)) for name, items in splits.items()}
 
 
 def make_plan(
@@ -308,7 +300,8 @@ def make_plan(
         caption = f"\t{ascii(source.captions[i])}" if source.captions else ""
         line = f"{source.keys[i]}\t{source.labels[i]}\t{version}{caption}\n"
         listing.update(line.encode(errors="surrogateescape"))
-    value_bytes = int(np.prod(encoder.shape)) * (2 if encoder.column == "latents" else 1)
+    went_in = {"split": split, "splits": list(splits), "samples": len(splits[split])}
+    value_bytes = math.prod(encoder.shape) * STORED_BYTES[STORED_DTYPE[encoder.column]]
     sample_bytes = value_bytes + 12  # 8 of the label, 4 of the offset
     if source.captions:
         sample_bytes += 4 + max(len(str(caption).encode()) for caption in source.captions)
@@ -316,13 +309,7 @@ def make_plan(
         sample_bytes += 2 * text["tokens"] * text["width"] + 8
     return Manifest(
         source=source.name,
-        input={
-            "split": split,
-            "splits": list(splits),
-            "samples": len(splits[split]),
-            "flips": source.flips,
-            "xxh64": listing.hexdigest(),
-        },
+        input={**went_in, "flips": source.flips, "xxh64": listing.hexdigest()},
         command=_command(argv),
         column=encoder.column,
         shape=list(encoder.shape),
@@ -434,7 +421,7 @@ def _text_model(manifest: Manifest) -> dict:
 
 def run_verify(args: argparse.Namespace, argv: list[str]) -> int:
     """Check every split of a dataset and print what is wrong. Returns 1 if anything is, else 0."""
-    found = {uri: reader.verify(uri) for uri in reader.dataset_folders(args.uri).values()}
+    found = {uri: reader.verify(uri) for uri in mds.dataset_folders(args.uri).values()}
     for uri, problems in found.items():
         print(f"{uri}: {f'{len(problems)} problems' if problems else 'sound'}")
         for problem in problems:
@@ -444,7 +431,7 @@ def run_verify(args: argparse.Namespace, argv: list[str]) -> int:
 
 def run_show(args: argparse.Namespace, argv: list[str]) -> int:
     """Write a PNG with samples of the first split."""
-    uri = next(iter(reader.dataset_folders(args.uri).values()))
+    uri = next(iter(mds.dataset_folders(args.uri).values()))
     reader.sample_grid(uri, args.columns, args.rows, args.vae).save(args.out, format="PNG")
     print(f"{args.out}: samples of {uri}")
     return 0

@@ -8,31 +8,36 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from storage.foreign import NAMES, by_name
 from storage.manifest import DatasetError
 from storage.outside import OutsideError, parse_json
 from streaming_convert.images import Note, Opener, Rejected, ignore
 from streaming_convert.sources import PARTS, Source, refuse_huge
-from streaming_convert.tables import Columns, Rows, as_source, label_of, local_files
+from streaming_convert.tables import Columns, Rows, as_source, local_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
 SUFFIXES = (".parquet", ".arrow")
 END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow
 READING = threading.Lock()  # of one group at a time, which all loading threads then share
-NAMES = {
-    "image": ("image", "img", "jpg", "png", "picture"),
-    "label": ("label", "labels", "fine_label", "y", "class", "cls"),
-    "caption": ("caption", "text", "prompt", "sentences", "captions"),
-}  # by which columns are found where nobody names them
+
+
+class Table(NamedTuple):
+    """An open file: its columns' names and types, the rows of each of its groups, and what reads a column of
+    one group.
+    """
+
+    schema: pa.Schema
+    groups: list[int]
+    read: Callable[[int, str], pa.Array | pa.ChunkedArray]
 
 
 def parquet(
@@ -51,24 +56,28 @@ def parquet(
         import pyarrow  # noqa: F401
     except ImportError as error:
         raise DatasetError("parquet needs pyarrow: pip install 'terminal-velocity[data]'") from error
-    files = of_split(
-        [file for file in local_files(paths, SUFFIXES) if not file.name.startswith("cache-")], split
-    )
-    schema = schema_of(files[0])
+    found = [file for file in local_files(paths, SUFFIXES) if not file.name.startswith("cache-")]
+    files = of_split(found, split)
+    schema = opened(files[0], os.getpid()).schema
     columns = columns.or_guessed(guess(schema), paths[0])
     if not columns.image:
         raise DatasetError(f"{paths[0]}: give --image, one of its columns {', '.join(schema.names)}")
+    names = class_names(schema, columns.label)
     for file in files:
-        if missing := set(columns.given().values()).difference(schema_of(file).names):
-            raise DatasetError(
-                f"{file} has no column {missing.pop()!r}, only {', '.join(schema_of(file).names)}"
-            )
-        if columns.label and class_names(schema_of(file), columns.label) != class_names(
-            schema, columns.label
-        ):
+        here = opened(file, os.getpid()).schema
+        if missing := set(columns.given().values()).difference(here.names):
+            raise DatasetError(f"{file} has no column {missing.pop()!r}, only {', '.join(here.names)}")
+        if class_names(here, columns.label) != names:
             raise DatasetError(f"{file}: the classes of {columns.label!r} are not those of {files[0]}")
-    starts = [np.cumsum([0, *groups(file)]) for file in files]
-    keys = [f"{i}/{row}" for i, start in enumerate(starts) for row in range(start[-1])]
+    told = {role: [] for role in columns.given() if role != "image"}
+    keys, versions, starts = [], [], []
+    for i, file in enumerate(files):
+        starts.append(np.cumsum([0, *opened(file, os.getpid()).groups]))
+        rows = range(starts[i][-1])
+        keys += [f"{i}/{row}" for row in rows]
+        versions += [f"{file.name} {file.stat().st_size}" for _ in rows]
+        for role, values in told.items():
+            values += read_column(file, columns.given()[role])
 
     def load(key: str, note: Note = ignore) -> np.ndarray:
         i, row = map(int, key.split("/"))
@@ -76,22 +85,9 @@ def parquet(
         with READING:
             group = read_group(files[i], number, columns.image, os.getpid())
         cell = group[row - int(starts[i][number])].as_py()
-        return opener.file(content(cell), note)
+        return opener.decode(content(cell), note)
 
-    told = {
-        role: [value for file in files for value in read_column(file, name)]
-        for role, name in columns.given().items()
-        if role != "image"
-    }
-    versions = [
-        f"{file.name} {file.stat().st_size}"
-        for file, start in zip(files, starts, strict=True)
-        for _ in range(start[-1])
-    ]
-    marks = told.get("label") and [label_of(one, key) for key, one in zip(keys, told["label"], strict=True)]
-    names = columns.label and class_names(schema, columns.label)
-    rows = Rows(keys, versions, load, marks, told.get("caption"), names)
-    return as_source("parquet", rows, opener.size, classes)
+    return as_source("parquet", Rows(keys, versions, load, told, names), opener.size, classes)
 
 
 def of_split(files: list[Path], split: str | None) -> list[Path]:
@@ -116,43 +112,47 @@ def of_split(files: list[Path], split: str | None) -> list[Path]:
 
 
 @lru_cache(maxsize=64)
-def opened(file: Path, process: int) -> pq.ParquetFile | pa.Table:
-    """Return an open Parquet file, or the table of an Arrow file, which stays on the disk.
+def opened(file: Path, process: int) -> Table:
+    """Open a Parquet or an Arrow file, of which the latter stays on the disk.
 
     process: the number of the calling one, since none may use what another has opened.
     """
     import pyarrow as pa
-    from pyarrow import parquet as pq
 
     try:
-        if file.suffix == ".parquet":
-            return pq.ParquetFile(file, pre_buffer=False)
-        source = pa.memory_map(str(file))
-        try:
-            return pa.ipc.open_file(source).read_all()
-        except pa.ArrowInvalid:  # `datasets` writes streams
-            table = pa.ipc.open_stream(source).read_all()
-            source.seek(max(0, source.size() - len(END)))
-            if source.read() != END:
-                raise DatasetError(f"{file} was cut short: it has no end of a stream") from None
-            return table
+        return _parquet_file(file) if file.suffix == ".parquet" else _arrow_file(file)
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DatasetError(f"cannot read {file} as Parquet or Arrow: {reason}") from error
 
 
-def schema_of(file: Path) -> pa.Schema:
-    """Return the names and types of a file's columns."""
-    found = opened(file, os.getpid())
-    return found.schema_arrow if file.suffix == ".parquet" else found.schema
+def _parquet_file(file: Path) -> Table:
+    from pyarrow import parquet as pq
+
+    found = pq.ParquetFile(file, pre_buffer=False)
+    groups = [found.metadata.row_group(i).num_rows for i in range(found.num_row_groups)]
+
+    def read(number: int, column: str) -> pa.ChunkedArray:
+        # without threads, which a fork would lose
+        return found.read_row_group(number, [column], use_threads=False).column(column)
+
+    return Table(found.schema_arrow, groups, read)
 
 
-def groups(file: Path) -> list[int]:
-    """Return the number of rows of each group of a file."""
-    found = opened(file, os.getpid())
-    if file.suffix == ".parquet":
-        return [found.metadata.row_group(i).num_rows for i in range(found.num_row_groups)]
-    return [batch.num_rows for batch in found.to_batches()]
+def _arrow_file(file: Path) -> Table:
+    import pyarrow as pa
+
+    source = pa.memory_map(str(file))
+    try:
+        found = pa.ipc.open_file(source).read_all()
+    except pa.ArrowInvalid:  # `datasets` writes streams
+        found = pa.ipc.open_stream(source).read_all()
+        source.seek(max(0, source.size() - len(END)))
+        if source.read() != END:
+            raise DatasetError(f"{file} was cut short: it has no end of a stream") from None
+    batches = found.to_batches()
+    groups = [batch.num_rows for batch in batches]
+    return Table(found.schema, groups, lambda number, column: batches[number].column(column))
 
 
 @lru_cache(maxsize=2)
@@ -160,18 +160,15 @@ def read_group(file: Path, number: int, column: str, process: int) -> pa.Array |
     """Return one column of a group of rows; process: see `opened`. Raises DatasetError for a damaged file."""
     import pyarrow as pa
 
-    found = opened(file, process)
     try:
-        if file.suffix == ".parquet":  # without threads, which a fork would lose
-            return found.read_row_group(number, [column], use_threads=False).column(column)
-        return found.to_batches()[number].column(column)
+        return opened(file, process).read(number, column)
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{file}: {' '.join(str(error).split())[:200]}") from error
 
 
 def read_column(file: Path, column: str) -> list[Any]:
     """Return all values of a column, as Python's objects."""
-    parts = range(len(groups(file)))
+    parts = range(len(opened(file, os.getpid()).groups))
     try:
         return [one for number in parts for one in read_group(file, number, column, os.getpid()).to_pylist()]
     except UnicodeDecodeError as error:
@@ -203,15 +200,11 @@ def guess(schema: pa.Schema) -> Columns:
         return is_text(kind) or (pa.types.is_list(kind) and is_text(kind.value_type))
 
     kinds = dict(zip(schema.names, schema.types, strict=True))
-    found = {}
-    for role, names in NAMES.items():
-        known = [name for name in names if name in kinds and fits(role, kinds[name])]
-        if known or (role == "image" and (known := [name for name in kinds if fits(role, kinds[name])])):
-            found[role] = known[0]
-    return Columns(**found)
+    fitting = {role: [name for name, kind in kinds.items() if fits(role, kind)] for role in NAMES}
+    return Columns(**by_name(fitting, fitting["image"]))
 
 
-def class_names(schema: pa.Schema, column: str) -> list[str] | None:
+def class_names(schema: pa.Schema, column: str | None) -> list[str] | None:
     """Return the names of the classes that `datasets` has written beside a column, or None."""
     text = (schema.metadata or {}).get(b"huggingface", b"{}")
     try:

@@ -1,7 +1,7 @@
 """Captions of pictures, from a CSV or JSON-lines file or from a .txt file beside each picture.
 
-Both readers return [(position of the picture, caption)], ordered by picture and then by caption. A picture
-without a caption gets a Rejected with the reason instead; an empty caption is a caption.
+Both readers return what each picture has: a text, a list of several, or a Rejected that says why it has none;
+an empty caption is a caption.
 """
 
 import csv
@@ -10,13 +10,14 @@ import posixpath
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from storage.manifest import DatasetError
-from storage.outside import OutsideError, parse_json
+from storage.outside import parse_json
 from streaming_convert.images import Rejected
 from streaming_convert.labels import read_text
 
-Captions = list[tuple[int, str | Rejected]]
+Captions = list[str | list[str] | Rejected]
 BESIDE = "beside"  # in place of a caption file's name
 FILE_KEYS = ("file", "file_name", "filename", "image")
 CAPTION_KEYS = ("caption", "text")
@@ -45,7 +46,7 @@ def beside(keys: list[str], names: Collection[str], read: Callable[[str], bytes]
         except (Rejected, UnicodeDecodeError) as error:
             return Rejected(f"{name}: {error}")
 
-    return [(position, caption(key)) for position, key in enumerate(keys)]
+    return [caption(key) for key in keys]
 
 
 def from_file(path: str, keys: list[str], caption_key: str | None = None) -> Captions:
@@ -70,8 +71,17 @@ def from_file(path: str, keys: list[str], caption_key: str | None = None) -> Cap
             strange.append(name)
     if strange:
         raise DatasetError(f"{path}: {len(strange)} rows name images that do not exist, first {strange[0]}")
-    rows = enumerate(captions or [Rejected("no caption")] for captions in found.values())
-    return [(position, caption) for position, captions in rows for caption in captions]
+    return [several or Rejected("no caption") for several in found.values()]
+
+
+def texts(caption: Any) -> list[str | Rejected]:  # noqa: ANN401
+    """Return the captions of a picture: of a text one, of a list of texts all, else why there is none."""
+    if isinstance(caption, Rejected):
+        return [caption]
+    several = caption if isinstance(caption, list) else [caption]
+    if not several or not all(map(is_text, several)):
+        return [Rejected(f"no caption, but {ascii(caption)[:50]}")]
+    return [one.strip() for one in several]
 
 
 def is_text(value: object) -> bool:
@@ -84,10 +94,7 @@ def _json_lines(text: str, path: str) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = parse_json(line, f"{path}, line {number}")
-        except OutsideError as error:
-            raise DatasetError(str(error)) from error
+        row = parse_json(line, f"{path}, line {number}")
         if not isinstance(row, dict):
             raise DatasetError(f"{path}, line {number}: not a JSON object")
         yield number, row
@@ -101,14 +108,10 @@ def _csv(text: str, path: str, caption_keys: tuple[str, ...]) -> Iterator[tuple[
         rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
         for names in (FILE_KEYS, caption_keys):
             if not set(names) & set(rows.fieldnames):
-                raise DatasetError(
-                    f"{path} is neither JSON lines nor CSV whose header names {_either(names)}"
-                )
+                *others, last = names
+                known = f"{', '.join(others)} or {last}" if others else last
+                raise DatasetError(f"{path} is neither JSON lines nor CSV whose header names {known}")
         for row in rows:
             yield rows.line_num, row
     except csv.Error as error:
         raise DatasetError(f"{path} is not a CSV file: {error}") from error
-
-
-def _either(names: tuple[str, ...]) -> str:
-    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -4,7 +4,7 @@ import base64
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,24 +21,13 @@ DTYPES = ("fp32", "fp16", "bf16")
 TRIED = 4  # pictures that are encoded and decoded to see what the autoencoder does
 
 
-class Encoder(Protocol):
-    """A function from a batch of loaded samples to what is stored. `info` goes into the manifest.
-
-    in_process: True for an encoder that needs one process (a GPU, threads of its own) fed by loader threads;
-    False if every worker process can encode its own parts.
-    """
-
-    column: str
-    shape: tuple[int, ...]
-    info: dict
-    batch_size: int
-    in_process: bool
-
-    def __call__(self, samples: np.ndarray) -> np.ndarray: ...
-
-
 class Stored:
-    """The encoder `none`, which stores the samples of the source unchanged: pixels, or existing latents."""
+    """The encoder `none`, which stores the samples of the source unchanged: pixels, or existing latents.
+
+    Like `VAE` it is a function of a batch of loaded samples, and says which column they become, of which
+    shape, what the manifest tells of it (`info`), and whether it needs one process (a GPU, threads of its
+    own) fed by loader threads, or every worker process can encode its own parts.
+    """
 
     batch_size = 16
     in_process = False
@@ -103,9 +92,8 @@ class VAE:
                 back = decode(self.vae, means).cpu().numpy()
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # of a network made for others
             reason = " ".join(str(error).split())[:200]
-            raise DatasetError(
-                f"--vae: {model} ({kind}) does not take pictures of {sides}: {reason}"
-            ) from error
+            said = f"--vae: {model} ({kind}) does not take pictures of {sides}: {reason}"
+            raise DatasetError(said) from error
         if back.shape != pixels.shape or not np.isfinite(back).all():
             found = "x".join(map(str, back.shape[1:])) if back.shape != pixels.shape else "no numbers"
             raise DatasetError(f"--vae: {model} ({kind}) turns pictures of {sides} into {found}")
@@ -114,6 +102,9 @@ class VAE:
         tried = f"mean error {error:.1f} of 255 in {len(pixels)} pictures"
         print(f"{model} ({kind}): {sides} to {size} and back: {tried}")
         return latents.shape[1:]
+
+
+Encoder = Stored | VAE
 
 
 def _check_size(vae: "Module", model: str, shape: tuple[int, ...]) -> None:

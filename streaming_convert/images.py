@@ -6,7 +6,7 @@ folder that samples are compared with.
 
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import methodcaller
@@ -19,6 +19,7 @@ from storage.manifest import DatasetError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 FURTHER = {"gif": (".gif",), "bmp": (".bmp",), "tiff": (".tif", ".tiff"), "avif": (".avif",)}  # if asked for
+FP16_MAX = 65504.0
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million; a larger picture is rejected as a decompression bomb
 ADM_CROP = "ADM centre crop"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -52,7 +53,8 @@ class Opener:
     """How the pictures of a source are opened.
 
     size: side of the square that they are brought to, None for as they are; keep_grey: a grey picture stays
-    one channel; formats: of FURTHER, read beside JPEG, PNG and WebP.
+    one channel; formats: of FURTHER, read beside JPEG, PNG and WebP. A Note is called for an animation, whose
+    first frame is used, and for an unusable ICC profile.
     """
 
     size: int | None = None
@@ -62,72 +64,52 @@ class Opener:
     def __post_init__(self) -> None:
         """Raise DatasetError for AVIF where Pillow was built without it."""
         if "avif" in self.formats and not features.check("avif"):
-            raise DatasetError(
-                "--formats avif: this Pillow reads none; a newer one does (pip install -U pillow)"
-            )
+            raise DatasetError("--formats avif: this Pillow reads none. Fix: pip install -U pillow")
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         """The names of files that are pictures, by their ends."""
         return (*SUFFIXES, *(suffix for name in self.formats for suffix in FURTHER[name]))
 
-    def file(self, data: bytes, note: Note = ignore) -> np.ndarray:
-        """Return the picture in a file's content as `decode` does."""
+    def decode(self, data: bytes, note: Note = ignore) -> np.ndarray:
+        """Decode the content of a picture's file to (3, size, size) uint8 in sRGB, or (3, H, W).
+
+        EXIF orientation is applied; an embedded ICC profile is converted to sRGB; CMYK, palette and grey
+        become RGB, or grey (1, ...), 16 bit becomes 8 by rounding, transparency becomes white. Raises
+        Rejected for anything but one whole image of at most MAX_PIXELS pixels in a format that is read.
+        """
+        if not data:
+            raise Rejected("empty file")
         formats = (*FORMATS, *map(str.upper, self.formats))
-        return decode(data, self.size, self.keep_grey, note, formats)
+        try:
+            image = Image.open(io.BytesIO(data), formats=formats)
+        except Image.DecompressionBombError as error:
+            raise Rejected("decompression bomb: " + str(error)) from error
+        except Exception as error:
+            *first, last = [name.replace("WEBP", "WebP") for name in formats]
+            raise Rejected(f"not a {', '.join(first)} or {last} image") from error
+        refuse_bomb(image.width, image.height)
+        try:
+            frames = getattr(image, "n_frames", 1)
+            image.load()
+            upright = _upright(image)
+        except Exception as error:  # a damaged file can raise nearly anything from inside its decoder
+            raise Rejected(f"truncated or damaged: {error}") from error
+        pixels = self.fit(upright, note)
+        if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview or a depth map behind it
+            note(f"{'several pages' if image.format == 'TIFF' else 'animated'}, the first frame was taken")
+        return pixels
 
-    def picture(self, image: Image.Image, note: Note = ignore) -> np.ndarray:
-        """Return a picture in memory as `decode` returns that of a file."""
-        return fit(image, self.size, self.keep_grey, note)
-
-
-def decode(
-    data: bytes,
-    size: int | None = None,
-    keep_grey: bool = False,
-    note: Note = ignore,
-    formats: Sequence[str] = FORMATS,
-) -> np.ndarray:
-    """Decode a JPEG, PNG or WebP file to (3, size, size) uint8 in sRGB, or (3, H, W) without `size`.
-
-    EXIF orientation is applied; an embedded ICC profile is converted to sRGB; CMYK, palette and grey become
-    RGB, 16 bit becomes 8 by rounding, transparency becomes white; `keep_grey` makes a grey image (1, ...).
-    `note` is called for an animation, whose first frame is used, and for an unusable profile. Raises Rejected
-    for anything but one whole image of at most MAX_PIXELS pixels in one of `formats`, Pillow's names.
-    """
-    if not data:
-        raise Rejected("empty file")
-    try:
-        image = Image.open(io.BytesIO(data), formats=formats)
-    except Image.DecompressionBombError as error:
-        raise Rejected("decompression bomb: " + str(error)) from error
-    except Exception as error:
-        known = {"WEBP": "WebP"}
-        *first, last = [known.get(name, name) for name in formats]
-        raise Rejected(f"not a {', '.join(first)} or {last} image") from error
-    refuse_bomb(image.width, image.height)
-    try:
-        frames = getattr(image, "n_frames", 1)
-        image.load()
-        upright = _upright(image)
-    except Exception as error:  # a damaged file can raise nearly anything from inside its decoder
-        raise Rejected(f"truncated or damaged: {error}") from error
-    pixels = fit(upright, size, keep_grey, note)
-    if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview or a depth map behind it
-        note(f"{'several pages' if image.format == 'TIFF' else 'animated'}, the first frame was taken")
-    return pixels
-
-
-def fit(image: Image.Image, size: int | None, keep_grey: bool, note: Note = ignore) -> np.ndarray:
-    """Return a picture of any mode as `decode` does one from a file. Raises Rejected."""
-    grey = keep_grey and Image.getmodebase(image.mode) == "L"
-    try:
-        image = to_mode(image, "L" if grey else "RGB", note)
-    except Rejected:
-        raise
-    except Exception as error:  # as above
-        raise Rejected(f"truncated or damaged: {error}") from error
-    return to_array(centre_crop(image, size) if size else image)
+    def fit(self, image: Image.Image, note: Note = ignore) -> np.ndarray:
+        """Return a picture of any mode as `decode` does one from a file. Raises Rejected."""
+        grey = self.keep_grey and Image.getmodebase(image.mode) == "L"
+        try:
+            image = to_mode(image, "L" if grey else "RGB", note)
+        except Rejected:
+            raise
+        except Exception as error:  # as above
+            raise Rejected(f"truncated or damaged: {error}") from error
+        return to_array(centre_crop(image, self.size) if self.size else image)
 
 
 def _upright(image: Image.Image) -> Image.Image:

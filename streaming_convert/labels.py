@@ -36,9 +36,7 @@ def from_folders(folder: str, keys: list[str], allow_empty: bool = False) -> tup
     names = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not hidden(path.name))
     empty = sorted(set(names) - set(found))
     if empty and not allow_empty:
-        raise DatasetError(
-            f"{folder}: the class folder {empty[0]!r} holds no images; --allow-empty keeps its number"
-        )
+        raise DatasetError(f"{folder}: the class folder {empty[0]!r} holds no images; --allow-empty keeps it")
     return found, names
 
 
@@ -62,17 +60,13 @@ def match(rows: dict[str, str | int], keys: list[str], path: str) -> list[str | 
 
 def parse_json(text: str | bytes, path: str) -> dict[str, str | int] | None:
     """Parse {"labels": [[file, label], ...]} into {file: label}, or None if it is {"labels": null}."""
-    try:
-        content = outside.parse_json(text, path)
-    except outside.OutsideError as error:
-        raise DatasetError(str(error)) from error
+    content = outside.parse_json(text, path)
     try:
         rows = content["labels"]
         return None if rows is None else {name.replace("\\", "/"): label for name, label in rows}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(
-            f'{path} is not of the form {{"labels": [["file", label], ...]}}: {error!r}'
-        ) from error
+        form = '{"labels": [["file", label], ...]}'
+        raise DatasetError(f"{path} is not of the form {form}: {error!r}") from error
 
 
 def parse_csv(text: str, path: str) -> dict[str, str | int]:

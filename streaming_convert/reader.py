@@ -1,126 +1,16 @@
-"""Finished datasets: read as a source, verified sample by sample, shown as a picture."""
+"""Finished datasets, verified sample by sample, or shown as a picture."""
 
-import functools
-from collections import Counter
 from contextlib import suppress
-from itertools import pairwise
 
 import numpy as np
-import xxhash
 from PIL import Image
 from tqdm import tqdm
 
 from recipe.pictures import captioned, decode, false_colours, grid, to_uint8
 from storage import Folder, MissingError
-from storage.manifest import (
-    INDEX,
-    MANIFEST,
-    DatasetError,
-    Manifest,
-    Shard,
-    open_dataset,
-    read_manifest,
-    stored_file,
-)
-from streaming_convert.images import ADM_CROP, Note, ignore
-from streaming_convert.sources import Source, scaled
-from streaming_convert.tables import local_copy
-from streaming_convert.writer import PLAN, REJECTED, Moments
-
-
-def dataset_folders(uri: str) -> dict[str, str]:
-    """Return {name: URI} of the finished splits of `uri`, which is a converter's --out or a split itself."""
-    uri = uri.rstrip("/")
-    names = Folder(uri).names()
-    splits = {name: f"{uri}/{name}" for name in ("train", "val") if f"{name}/{MANIFEST}" in names}
-    if MANIFEST in names:
-        splits = {uri.rsplit("/", 1)[-1]: uri}
-    if not splits:
-        read_manifest(uri)  # raises an error that says what is missing
-    return splits
-
-
-def is_own(uri: str) -> bool:
-    """Return True unless `uri` is a Streaming dataset of another program: an index without manifests."""
-    names = set(Folder(uri).names())
-    ours = (MANIFEST, f"train/{MANIFEST}", f"val/{MANIFEST}", PLAN)
-    return INDEX not in names or any(name in names for name in ours)
-
-
-def read_shard(folder: Folder, entry: Shard) -> list[dict]:
-    """Return the samples of a shard, each {column: value}; `entry` is its entry in the index.
-
-    The file is read without the shared memory and caches of a StreamingDataset. Raises DatasetError if it is
-    missing or damaged.
-    """
-    from streaming.base.compression import decompress  # here, as importing Streaming takes seconds
-    from streaming.base.format.mds import MDSReader
-
-    file = stored_file(entry)
-    name = file["basename"]
-    try:
-        data = folder.read(name)
-    except MissingError as error:
-        raise DatasetError(f"{name}: the file is missing") from error
-    if len(data) != file["bytes"] or xxhash.xxh64(data).hexdigest() != file["hashes"]["xxh64"]:
-        raise DatasetError(f"{name}: the size or the checksum is not that of the index")
-    if entry["compression"]:
-        data = decompress(entry["compression"], data)
-        if len(data) != entry["raw_data"]["bytes"]:
-            raise DatasetError(f"{name}: the size without compression is not that of the index")
-    reader = MDSReader.from_json("", None, entry)
-    try:
-        offsets = np.frombuffer(data, np.uint32, entry["samples"] + 1, offset=4)
-        return [reader.decode_sample(data[start:end]) for start, end in pairwise(offsets)]
-    except ValueError as error:  # the checksum is right, so the file was written like that
-        raise DatasetError(f"{name}: does not hold samples of the columns of the index: {error}") from error
-
-
-def mds(uri: str, size: int | None = None) -> Source:
-    """Open a finished dataset as a source, to store it in other shards, encoded, scaled or in part.
-
-    A remote dataset is first downloaded to the temporary folder.
-    """
-    folders = dataset_folders(uri)
-    if len(folders) > 1:
-        raise DatasetError(f"{uri} holds {' and '.join(folders)}: name one of them")
-    (folder,) = folders.values()
-    manifest = read_manifest(folder)
-    if manifest.column == "latents" and size:
-        raise DatasetError(f"--size: {folder} holds latents, which cannot be scaled")
-    if manifest.text:
-        print(f"{folder}: its embeddings of captions are not copied; --text-encoder makes them again")
-    _, entries = open_dataset(folder)
-    store = Folder(str(local_copy(folder, [MANIFEST, INDEX, *manifest.shards])))
-    shard = functools.lru_cache(maxsize=2)(lambda number: read_shard(store, entries[number]))
-    keys, numbers = [], []
-    versions, texts = [], []
-    for i, entry in enumerate(tqdm(entries, desc="reading labels", unit="shard", disable=len(entries) < 100)):
-        keys += [f"{i}/{j}" for j in range(entry["samples"])]
-        numbers += [sample["label"] for sample in shard(i)]
-        for j, sample in enumerate(shard(i)):
-            manifest.check_label(sample["label"], f"{folder}: {stored_file(entry)['basename']}, sample {j}")
-        texts += [sample["caption"] for sample in shard(i) if manifest.caption_bytes is not None]
-        versions += [stored_file(entry)["hashes"]["xxh64"]] * entry["samples"]
-
-    def load(key: str, note: Note = ignore) -> np.ndarray:
-        i, j = map(int, key.split("/"))
-        return scaled(shard(i)[j][manifest.column], size)
-
-    return Source(
-        name="mds",
-        keys=keys,
-        labels=np.array(numbers, np.int64),
-        class_names=manifest.class_names,
-        shape=(manifest.shape[0], size, size) if size else tuple(manifest.shape),
-        load=load,
-        versions=versions,
-        column=manifest.column,
-        crop=ADM_CROP if size else manifest.crop,
-        encoder=manifest.encoder if manifest.column == "latents" else None,
-        flips=manifest.flips,
-        captions=texts or None,
-    )
+from storage.manifest import DatasetError, Manifest, Shard, open_dataset, stored_file
+from streaming_convert.mds import read_shard
+from streaming_convert.writer import REJECTED, Totals
 
 
 def verify(uri: str) -> list[str]:
@@ -139,8 +29,7 @@ def verify(uri: str) -> list[str]:
 
 
 def _problems(folder: Folder, manifest: Manifest, entries: list[Shard]) -> list[str]:
-    counts, lengths = Counter(), Counter()
-    problems, moments = [], Moments(manifest.column)
+    problems, totals = [], Totals(manifest)
     for entry in tqdm(entries, desc=f"verifying {folder.uri}", unit="shard", dynamic_ncols=True):
         name = stored_file(entry)["basename"]
         try:
@@ -152,14 +41,8 @@ def _problems(folder: Folder, manifest: Manifest, entries: list[Shard]) -> list[
             wrong = _check_sample(sample, manifest)
             problems += [f"{name}, sample {i}: {problem}" for problem in wrong]
             if not wrong:
-                counts[int(sample["label"])] += 1
-                moments.add(sample[manifest.column][None])
-                if manifest.caption_bytes is not None:
-                    lengths[str(len(sample["caption"].encode()))] += 1
-    rejected = 0
-    with suppress(MissingError):
-        rejected = len(folder.read(REJECTED).splitlines())
-    return problems or _check_totals(manifest, counts, lengths, rejected, moments)
+                totals.add(sample)
+    return problems or _check_totals(folder, manifest, totals)
 
 
 def _check_sample(sample: dict, manifest: Manifest) -> list[str]:
@@ -185,26 +68,18 @@ def _check_text(text: np.ndarray, length: int, stated: dict) -> str | None:
     return None
 
 
-def _check_totals(
-    manifest: Manifest, counts: Counter, lengths: Counter, rejected: int, moments: Moments
-) -> list[str]:
+def _check_totals(folder: Folder, manifest: Manifest, totals: Totals) -> list[str]:
     """Return where totals over all samples differ from the manifest."""
-    mean, std = moments.mean_std()
-    found = {
-        "num_samples": counts.total(),
-        "class_counts": [counts[label] for label in range(len(manifest.class_names))],
-        "rejected": rejected,
-        "caption_bytes": dict(lengths) or None,
-    }
-    problems = [
-        f"{key}: the manifest says {getattr(manifest, key)}, there are {value}"
-        for key, value in found.items()
-        if getattr(manifest, key) != value
-    ]
-    for key, value in {"channel_mean": mean, "channel_std": std}.items():
+    found, problems = {**totals.results(), "rejected": 0}, []
+    with suppress(MissingError):
+        found["rejected"] = len(folder.read(REJECTED).splitlines())
+    for key, value in found.items():
         stated = getattr(manifest, key)
-        if len(stated) != len(value) or not np.allclose(stated, value, rtol=1e-6, atol=1e-9):
-            problems.append(f"{key}: the manifest says {stated}, the shards give {value}")
+        same = stated == value
+        if key.startswith("channel"):
+            same = len(stated) == len(value) and np.allclose(stated, value, rtol=1e-6, atol=1e-9)
+        if not same:
+            problems.append(f"{key}: the manifest says {stated}, there are {value}")
     return problems
 
 

@@ -15,44 +15,19 @@ import numpy as np
 import xxhash
 from PIL import Image, ImageDraw, ImageFont, features
 
-from recipe.pictures import to_array, to_image
+from recipe.pictures import to_image
 from storage.manifest import DatasetError
 from streaming_convert import captions, labels
-from streaming_convert.images import (
-    ADM_CROP,
-    FURTHER,
-    SUFFIXES,
-    Note,
-    Opener,
-    Rejected,
-    centre_crop,
-    decode,
-    ignore,
-)
+from streaming_convert.images import ADM_CROP, FP16_MAX, FURTHER, SUFFIXES, Note, Opener, Rejected, ignore
 
-TABLES = (
-    ".csv",
-    ".tsv",
-    ".json",
-    ".jsonl",
-    ".txt",
-)  # files of labels or captions, which may lie among the images
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".txt")  # of labels or captions, which may lie among the images
 EMOJI_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_LIST = "/usr/share/unicode/emoji/emoji-test.txt"
 EMOJI_STRIKE = 109  # pixels per em of the only bitmaps in the font
 EMOJI_WIDTH = 136  # of these bitmaps
-FP16_MAX = 65504.0
 PICTURES = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".ppm", ".svg")
-PARTS = {
-    "train",
-    "training",
-    "test",
-    "testing",
-    "val",
-    "valid",
-    "validation",
-    "dev",
-}  # names of splits, not of classes
+# Names of splits, not of classes.
+PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 MAX_FILE_BYTES = 2**28  # limit of one picture, array or caption, both compressed and not
 PLAIN_ZIP = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # other methods have no bound on the unpacked size
 
@@ -89,6 +64,12 @@ class Source:
         taken = {name: values and [values[i] for i in positions] for name, values in lists.items()}
         return replace(self, labels=self.labels[positions], **taken)
 
+    def with_captions(self, each: "captions.Captions") -> "Source":
+        """Return the same source with a sample for each caption, from the captions of each sample."""
+        texts = [captions.texts(one) for one in each]
+        positions = np.repeat(np.arange(len(texts)), [len(several) for several in texts])
+        return replace(self.take(positions), captions=[one for several in texts for one in several])
+
 
 def subset(source: Source, only: list[str] | None, limit: int | None, seed: int) -> Source:
     """Keep the classes `only`, numbered in that order, and `limit` random samples in their old order."""
@@ -109,6 +90,16 @@ def subset(source: Source, only: list[str] | None, limit: int | None, seed: int)
     return source
 
 
+def first_good(keys: list[str], load: Callable[[str], np.ndarray], where: str) -> np.ndarray:
+    """Return the first sample that can be loaded. Raises DatasetError, naming `where`, if 100 cannot."""
+    for key in keys[:100]:
+        try:
+            return load(key)
+        except Rejected as error:
+            reason = f"{key}: {error}"
+    raise DatasetError(f"{where}: none of the first samples can be used; {reason}")
+
+
 def digits() -> Source:
     """List scikit-learn's 1797 handwritten digits, 8x8, with their values 0..16 scaled to 0..255."""
     from sklearn.datasets import load_digits
@@ -127,13 +118,12 @@ def digits() -> Source:
 
 def image_folder(
     folder: str,
-    size: int,
+    opener: Opener,
     label_file: str | None = None,
     classes: str | None = None,
     unlabelled: bool = False,
     allow_empty: bool = False,
     told: captions.Told | None = None,
-    formats: tuple[str, ...] = (),
 ) -> Source:
     """List JPEG, PNG and WebP files in one folder per class, or anywhere with a label or caption file.
 
@@ -141,34 +131,34 @@ def image_folder(
     synsets is ImageNet's own; a file `classes` (ImageNet's LOC_synset_mapping.txt) sets another order.
     labels.csv, labels.json and dataset.json in `folder` are found automatically. A class folder without
     images is an error, or with `allow_empty` a class without samples. With captions (`told`) files need no
-    label if none of them lies in a subfolder. formats: see `Opener`.
+    label if none of them lies in a subfolder.
     """
     root = Path(folder)
     if not root.is_dir():
         raise DatasetError(f"{folder} is not a folder")
-    files, opener = Archive(folder), Opener(size, formats=formats)
+    files = Archive(folder)
     keys = list_images(files, opener.suffixes)
     own = (str(root / name) for name in labels.LABEL_FILES if (root / name).is_file())
     label_file = label_file or next(own, None)
-    if unlabelled or (told and not label_file and not any("/" in key for key in keys)):
-        numbers, class_names = np.zeros(len(keys), np.int64), []
-    else:
-        if label_file:
-            given, names = labels.from_file(label_file, keys), None
-            if not classes:
-                labels.refuse_values(given)
-        else:
-            given, names = labels.from_folders(folder, keys, allow_empty)
-            if not classes:
-                _refuse_parts(folder, keys)
-        numbers, class_names = labels.number(given, labels.read_classes(classes) if classes else names)
+    names = labels.read_classes(classes) if classes else None
+    numbers, class_names = np.zeros(len(keys), np.int64), []
+    if label_file and not unlabelled:
+        given = labels.from_file(label_file, keys)
+        if not names:
+            labels.refuse_values(given)
+        numbers, class_names = labels.number(given, names)
+    elif not unlabelled and (not told or any("/" in key for key in keys)):
+        given, folders = labels.from_folders(folder, keys, allow_empty)
+        if not names:
+            _refuse_parts(folder, keys)
+        numbers, class_names = labels.number(given, names or folders)
     source = Source(
         name="images",
         keys=keys,
         labels=numbers,
         class_names=class_names,
-        shape=(3, size, size),
-        load=lambda key, note=ignore: opener.file(files.read(key), note),
+        shape=(3, opener.size, opener.size),
+        load=lambda key, note=ignore: opener.decode(files.read(key), note),
         versions=[files.size(key) for key in keys],
         crop=ADM_CROP,
     )
@@ -191,15 +181,12 @@ def _captioned(source: Source, files: "Archive", told: captions.Told | None) -> 
     if not told:
         return source
     if told.file == captions.BESIDE:
-        found = captions.beside(source.keys, files.names, files.read)
-    else:
-        inside = files.path / told.file
-        if Path(told.file).is_file() and inside.is_file() and not Path(told.file).samefile(inside):
-            raise DatasetError(f"--captions {told.file}: is here and in {files.path}: give its whole path")
-        file = told.file if Path(told.file).is_file() or not inside.is_file() else str(inside)
-        found = captions.from_file(file, source.keys, told.key)
-    positions, texts = zip(*found, strict=True)
-    return replace(source.take(np.array(positions)), captions=list(texts))
+        return source.with_captions(captions.beside(source.keys, files.names, files.read))
+    here, inside = Path(told.file), files.path / told.file
+    if here.is_file() and inside.is_file() and not here.samefile(inside):
+        raise DatasetError(f"--captions {told.file}: is here and in {files.path}: give its whole path")
+    file = inside if inside.is_file() else here
+    return source.with_captions(captions.from_file(str(file), source.keys, told.key))
 
 
 def list_images(files: "Archive", suffixes: tuple[str, ...] = SUFFIXES) -> list[str]:
@@ -256,7 +243,8 @@ def archive(
     numbers, class_names = np.zeros(len(keys), np.int64), []
     if rows is not None:
         numbers, class_names = labels.number(labels.match(rows, keys, f"{path}: dataset.json"))
-    first = _first_good(files, keys, size)
+    first = first_good(keys, lambda key: files.sample(key, Opener(size, keep_grey=True)), path)
+    opener = Opener(size, keep_grey=len(first) == 1)
     latents = first.dtype == np.float16
     if latents and (problem := _negative_deviation(first)):
         raise DatasetError(
@@ -267,7 +255,7 @@ def archive(
         raise DatasetError(f"--size: {path} holds latents, which cannot be scaled")
 
     def load(key: str, note: Note = ignore) -> np.ndarray:
-        sample = files.sample(key, size, len(first) == 1, note)
+        sample = files.sample(key, opener, note)
         if problem := _negative_deviation(sample):
             raise Rejected(problem)
         return sample
@@ -285,15 +273,6 @@ def archive(
         encoder={"name": "precomputed", "hash": None, "scaling": 1.0} if latents else None,
     )
     return _captioned(source, files, told)
-
-
-def _first_good(files: "Archive", keys: list[str], size: int | None) -> np.ndarray:
-    for key in keys:
-        try:
-            return files.sample(key, size, keep_grey=True)
-        except Rejected as error:
-            reason = f"{key}: {error}"
-    raise DatasetError(f"{files.path}: no file can be used; {reason}")
 
 
 def _negative_deviation(sample: np.ndarray) -> str | None:
@@ -387,12 +366,13 @@ class Archive:
             raise DatasetError(f"{self.path}: dataset.json {error}") from error
         return labels.parse_json(text, f"{self.path}: dataset.json")
 
-    def sample(self, name: str, size: int | None, keep_grey: bool, note: Note = ignore) -> np.ndarray:
-        """Load one image as uint8 (C,H,W), scaled to `size`, or latents as float16 (2c,h,w)."""
+    def sample(self, name: str, opener: Opener, note: Note = ignore) -> np.ndarray:
+        """Load one image as uint8 (C,H,W), or latents as float16 (2c,h,w)."""
         data = self.read(name)
-        if name.lower().endswith(".npy"):
-            return scaled(_array(data), size)
-        return decode(data, size, keep_grey, note)
+        if not name.lower().endswith(".npy"):
+            return opener.decode(data, note)
+        array = _array(data)
+        return opener.fit(to_image(array)) if array.dtype == np.uint8 else array
 
 
 def _array(data: bytes) -> np.ndarray:
@@ -414,11 +394,6 @@ def _array(data: bytes) -> np.ndarray:
     return array.astype(np.float16)
 
 
-def scaled(pixels: np.ndarray, size: int | None) -> np.ndarray:
-    """Crop and scale uint8 pixels (C,H,W) to `size`; without a size, and for latents, change nothing."""
-    return to_array(centre_crop(to_image(pixels), size)) if size and pixels.dtype == np.uint8 else pixels
-
-
 def emoji(size: int) -> Source:
     """List the fully qualified emoji of Unicode's emoji-test.txt, drawn in Noto Color Emoji on white.
 
@@ -437,11 +412,11 @@ def emoji(size: int) -> Source:
         print(f"skipping {skipped} emoji that cannot be drawn as one picture{why}")
     keys, names = [key for key, _, _ in drawn], [name for _, _, name in drawn]
     numbers, class_names = labels.number([group for _, group, _ in drawn])
-    lock = threading.Lock()  # FreeType faces are not thread-safe
+    lock, opener = threading.Lock(), Opener(size)  # FreeType faces are not thread-safe
 
     def load(key: str, note: Note = ignore) -> np.ndarray:
         with lock:
-            return to_array(centre_crop(_draw_emoji(typeface, key), size))
+            return opener.fit(_draw_emoji(typeface, key))
 
     return Source("emoji", keys, numbers, class_names, (3, size, size), load, crop=ADM_CROP, captions=names)
 

@@ -6,7 +6,7 @@ import atexit
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,8 @@ from tqdm import tqdm
 from storage import Folder
 from storage.manifest import DatasetError
 from streaming_convert import labels
-from streaming_convert.captions import is_text
-from streaming_convert.images import ADM_CROP, Rejected
-from streaming_convert.sources import Source
-
-FIRST = 100  # rows among which the first good one sets the shape
+from streaming_convert.images import ADM_CROP
+from streaming_convert.sources import Source, first_good
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Columns:
 
     def given(self) -> dict[str, str]:
         """Return those that have a name, by what they become."""
-        return {field.name: name for field in fields(self) if (name := getattr(self, field.name))}
+        return {one.name: name for one in fields(self) if (name := getattr(self, one.name))}
 
     def or_guessed(self, guessed: Columns, where: str) -> Columns:
         """Return these, or where none has a name what was guessed, which is printed."""
@@ -49,14 +46,14 @@ class Rows:
     """The rows of a dataset before its pictures are read: lists of one length.
 
     load: of a key and a Note, a picture uint8 (C,H,W), or latents float16 (2c,h,w); raises Rejected.
-    captions: a row's text, a list of several, or why it has none.
+    told: perhaps "label", a whole number or a name of each, and "caption", a text, a list of several, or why
+    there is none.
     """
 
     keys: list[str]
     versions: list[str]
     load: Callable[..., np.ndarray]
-    labels: list[int | str] | None = None
-    captions: list[str | list[str] | Rejected] | None = None
+    told: dict[str, list[Any]] = field(default_factory=dict)
     class_names: list[str] | None = None
 
 
@@ -71,11 +68,12 @@ def as_source(
     if not rows.keys:
         raise DatasetError(f"{name}: there are no samples")
     numbers, names = np.zeros(len(rows.keys), np.int64), []
-    if rows.labels is not None:
+    if "label" in rows.told:
+        marks = [label_of(one, key) for key, one in zip(rows.keys, rows.told["label"], strict=True)]
         known = labels.read_classes(classes) if classes else rows.class_names
         if not known:
-            labels.refuse_values(rows.labels)
-        numbers, names = labels.number(rows.labels, known)
+            labels.refuse_values(marks)
+        numbers, names = labels.number(marks, known)
     elif classes:
         raise DatasetError("--classes: there are no labels")
     source = Source(
@@ -83,46 +81,23 @@ def as_source(
         keys=rows.keys,
         labels=numbers,
         class_names=names,
-        shape=_first_shape(rows),
+        shape=first_good(rows.keys, rows.load, name).shape,
         load=rows.load,
         versions=rows.versions,
         column="image" if encoder is None else "latents",
         crop=ADM_CROP if size else "none",
         encoder=encoder,
     )
-    if rows.captions is None:
-        return source
-    each = [_texts(one) for one in rows.captions]
-    position = np.repeat(np.arange(len(each)), list(map(len, each)))
-    return replace(source.take(position), captions=[text for several in each for text in several])
-
-
-def _texts(caption: Any) -> list[str | Rejected]:  # noqa: ANN401
-    """Return the captions of a row: of a text one, of a list of texts all, else why there is none."""
-    if isinstance(caption, Rejected):
-        return [caption]
-    several = caption if isinstance(caption, list) else [caption]
-    if not several or not all(map(is_text, several)):
-        return [Rejected(f"no caption, but {ascii(caption)[:50]}")]
-    return [one.strip() for one in several]
-
-
-def _first_shape(rows: Rows) -> tuple[int, ...]:
-    for key in rows.keys[:FIRST]:
-        try:
-            return rows.load(key).shape
-        except Rejected as error:
-            reason = f"{key}: {error}"
-    raise DatasetError(f"none of the first {FIRST} samples can be used; {reason}")
+    return source.with_captions(rows.told["caption"]) if "caption" in rows.told else source
 
 
 def label_of(value: Any, key: str) -> int | str:  # noqa: ANN401
     """Return a label: a whole number, or a name. Raises DatasetError, naming the sample."""
-    if isinstance(value, str) and re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", value):
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    if isinstance(value, str) and not re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", value):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | np.integer | str):
         raise DatasetError(f"{key}: --label: {value} is neither a whole number nor a name")
-    return value
+    return int(value)
 
 
 def local_files(paths: Sequence[str], suffixes: tuple[str, ...]) -> list[Path]:
@@ -134,15 +109,14 @@ def local_files(paths: Sequence[str], suffixes: tuple[str, ...]) -> list[Path]:
     found = []
     for path in paths:
         here = Path(path)
-        if "://" in path:
-            parent, _, last = path.rpartition("/")
-            names = [last] if last.endswith(suffixes) else None
-            parent = parent if names else path
-            here = local_copy(parent, names or [x for x in Folder(path).names() if x.endswith(suffixes)])
+        if "://" in path and path.endswith(suffixes):
+            parent, _, name = path.rpartition("/")
+            here = local_copy(parent, [name])
+        elif "://" in path:
+            here = local_copy(path, [name for name in Folder(path).names() if name.endswith(suffixes)])
         if here.is_dir():
-            found += sorted(
-                file for file in here.rglob("*") if file.name.endswith(suffixes) and file.is_file()
-            )
+            files = sorted(file for file in here.rglob("*") if file.is_file())
+            found += [file for file in files if file.name.endswith(suffixes)]
         elif here.is_file() and here.name.endswith(suffixes):
             found.append(here)
         else:

@@ -20,7 +20,7 @@ from storage.outside import OutsideError, parse_json
 from streaming_convert import labels
 from streaming_convert.images import Note, Opener, Rejected, ignore
 from streaming_convert.sources import Source, refuse_huge
-from streaming_convert.tables import Columns, Rows, as_source, label_of, local_files
+from streaming_convert.tables import Columns, Rows, as_source, local_files
 
 
 class Place(NamedTuple):
@@ -67,21 +67,15 @@ def webdataset(paths: Sequence[str], columns: Columns, opener: Opener, classes: 
         print(f"{paths[0]}: {len(samples) - len(pictures)} samples without .{columns.image} are left out")
 
     def load(key: str, note: Note = ignore) -> np.ndarray:
-        return opener.file(pictures[key][columns.image].read(), note)
+        return opener.decode(pictures[key][columns.image].read(), note)
 
     told = {
         role: [cell(sample, name) for sample in pictures.values()]
         for role, name in columns.given().items()
         if role != "image"
     }
-    rows = Rows(
-        list(pictures),
-        [str(sample[columns.image].size) for sample in pictures.values()],
-        load,
-        told.get("label") and [label_of(one, key) for key, one in zip(pictures, told["label"], strict=True)],
-        told.get("caption"),
-    )
-    return as_source("webdataset", rows, opener.size, classes)
+    versions = [str(sample[columns.image].size) for sample in pictures.values()]
+    return as_source("webdataset", Rows(list(pictures), versions, load, told), opener.size, classes)
 
 
 def read_headers(path: Path) -> dict[str, Sample]:

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -48,7 +48,7 @@ from storage.manifest import (
     list_shards,
     stored_file,
 )
-from storage.outside import OutsideError, conform, parse_json
+from storage.outside import OutsideError, conform
 from streaming_convert.encoders import Encoder
 from streaming_convert.images import Rejected
 from streaming_convert.sources import Source
@@ -73,11 +73,6 @@ class Job:
     plan: Manifest
     text: "TextEncoder | None" = None
 
-    def part(self, number: int) -> np.ndarray:
-        """Return the positions in the source of the samples of part `number`."""
-        size = _part_items(self.plan)
-        return self.items[number * size : (number + 1) * size]
-
 
 def is_complete(job: Job) -> bool:
     """Return True if the target already holds this dataset.
@@ -93,9 +88,7 @@ def is_complete(job: Job) -> bool:
         if change:
             raise DatasetError(f"{job.uri} holds a different dataset: {change}. Nothing was changed")
     elif any(not name.startswith(f"{WORK}/") for name in names):
-        raise DatasetError(
-            f"{job.uri} is not empty and holds no dataset of this program. Nothing was changed"
-        )
+        raise DatasetError(f"{job.uri} is not empty and is no dataset of this program. Nothing was changed")
     if found == MANIFEST:
         _clean_up(folder)
     return found == MANIFEST
@@ -138,26 +131,26 @@ def convert(job: Job, workers: int, shard: tuple[int, int] = (1, 1)) -> None:
     names = set(folder.names())
     if PLAN not in names:
         folder.write(PLAN, job.plan.to_json())
-    mine = range(shard[0] - 1, _num_parts(job.plan), shard[1])
-    todo = [number for number in mine if _record_name(number) not in names]
-    total, left = (sum(len(job.part(number)) for number in numbers) for numbers in (mine, todo))
+    mine = [Part(job, number) for number in range(shard[0] - 1, _num_parts(job.plan), shard[1])]
+    todo = [part for part in mine if _record_name(part.number) not in names]
+    total, left = (sum(len(part.items) for part in parts) for parts in (mine, todo))
     with tqdm(total=total, initial=total - left, unit="img", desc=job.uri, dynamic_ncols=True) as bar:
         if job.encoder.in_process or job.text:
             with ThreadPoolExecutor(workers) as loaders:
-                for number in todo:
-                    _convert_part(job, number, folder, loaders, bar.update)
+                for part in todo:
+                    part.convert(folder, loaders, bar.update)
         elif workers == 1 or len(todo) < 2:
-            for number in todo:
-                _convert_part(job, number, folder, None, bar.update)
+            for part in todo:
+                part.convert(folder, None, bar.update)
         else:
             _convert_in_processes(job, todo, min(workers, len(todo)), bar)
 
 
-def _convert_in_processes(job: Job, parts: list[int], workers: int, bar: tqdm) -> None:
+def _convert_in_processes(job: Job, parts: list["Part"], workers: int, bar: tqdm) -> None:
     # Forked, not spawned, so that a list of a million files is shared and torch is imported only once.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, context, _start_worker, (job, os.getpid())) as pool:
-        futures = [pool.submit(_work, number) for number in parts]
+        futures = [pool.submit(_work, part.number) for part in parts]
         try:
             for future in as_completed(futures):
                 bar.update(future.result())
@@ -186,128 +179,128 @@ def _exit_with(parent: int) -> None:
 
 def _work(number: int) -> int:
     job, folder = _worker
-    _convert_part(job, number, folder, None, lambda samples: None)
-    return len(job.part(number))
+    part = Part(job, number)
+    part.convert(folder, None, lambda samples: None)
+    return len(part.items)
 
 
-def _convert_part(
-    job: Job, number: int, folder: Folder, loaders: Executor | None, progress: Callable[[int], object]
-) -> None:
-    """Write the shard of one part, then its record: index entry, counts, moments, rejected samples."""
-    from streaming import MDSWriter  # here, as importing it takes seconds
+class Part:
+    """A part of a conversion, with the lines that it adds to rejected.jsonl and notes.jsonl.
 
-    counts, lengths = Counter(), Counter()
-    moments = Moments(job.plan.column)
-    rejected, notes = [], []
-    cut = job.text.cut if job.text else 0
-    work = None if folder.remote else Path(job.uri, WORK)
-    try:
-        with TemporaryDirectory(prefix="tmp-", dir=work) as scratch:
-            writer = MDSWriter(
-                columns=job.plan.columns,
-                out=scratch,
-                compression=job.plan.compression,
-                hashes=["xxh64"],
-                size_limit=None,
-            )
-            for positions, samples in _batches(job, number, loaders, rejected, notes, progress):
-                columns = _columns(job, positions, samples, rejected)
-                moments.add(columns[job.plan.column])
-                counts.update(columns["label"].tolist())
-                lengths.update(len(caption.encode()) for caption in columns.get("caption", ()))
-                for row in zip(*columns.values(), strict=True):
-                    writer.write(dict(zip(columns, row, strict=True)))
-            writer.finish()
-            entry = _publish_shard(folder, number, writer)
-            results = {"shard": entry, "counts": counts, "moments": moments.sums, "rejected": rejected}
-            results["notes"] = sorted(notes, key=lambda line: line["key"])  # loaders finish in any order
-            if job.source.captions:
-                results |= {"caption_bytes": lengths, "cut": job.text.cut - cut if job.text else 0}
-            record = {"plan": fingerprint(job.plan), **results}
-            folder.write(_record_name(number), json.dumps(record).encode())
-    except OSError as error:
-        raise DatasetError(
-            f"cannot write part {number} of {job.uri}: {error.strerror or error}. "
-            "Finished parts are kept; run the same command to continue"
-        ) from error
-
-
-def _columns(job: Job, positions: np.ndarray, samples: np.ndarray, rejected: list[dict]) -> dict:
-    """Return what is stored of the samples at these positions, by column; add bad ones to `rejected`."""
-    stored = job.encoder(samples)
-    if stored.dtype != np.uint8:
-        finite = np.isfinite(stored).all(axis=(1, 2, 3))
-        bad = [job.source.keys[position] for position in positions[~finite]]
-        rejected += [{"key": key, "reason": "the encoder gives values that are not finite"} for key in bad]
-        positions, stored = positions[finite], stored[finite]
-    columns = {job.plan.column: stored, "label": job.source.labels[positions]}
-    if job.source.captions:
-        columns["caption"] = [job.source.captions[position] for position in positions]
-    if job.text:
-        try:
-            columns["text"], columns["text_length"] = job.text.encode(columns["caption"])
-        except ValueError as error:
-            raise DatasetError(f"--text-encoder: {error}. Finished parts are kept") from error
-    return columns
-
-
-def _batches(
-    job: Job,
-    number: int,
-    loaders: Executor | None,
-    rejected: list[dict],
-    notes: list[dict],
-    progress: Callable[[int], object],
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (positions in the source, samples) in batches.
-
-    Samples that cannot be loaded are added to `rejected`, what is unusual in the others to `notes`.
+    items: the positions of its samples in the source.
     """
-    positions, samples = [], []
-    items = job.part(number)
-    loaded = _load(job.source, items, loaders, 2 * job.encoder.batch_size, notes)
-    for position, sample in zip(items, loaded, strict=True):
-        progress(1)
-        if isinstance(sample, Rejected):
-            rejected.append({"key": job.source.keys[position], "reason": str(sample)})
-            continue
-        views = [sample, sample[..., ::-1]][: job.plan.copies]
-        positions += [position] * len(views)
-        samples += views
-        if len(samples) >= job.encoder.batch_size:
+
+    def __init__(self, job: Job, number: int) -> None:
+        size = _part_items(job.plan)
+        self.job, self.number = job, number
+        self.items = job.items[number * size : (number + 1) * size]
+        self.rejected: list[dict] = []
+        self.notes: list[dict] = []
+
+    def convert(self, folder: Folder, loaders: Executor | None, progress: Callable[[int], object]) -> None:
+        """Write the shard, then its record: index entry, counts, moments, rejected samples.
+
+        loaders: threads that load samples; None for none; progress: called for every sample.
+        """
+        from streaming import MDSWriter  # here, as importing it takes seconds
+
+        job, totals = self.job, Totals(self.job.plan)
+        cut = job.text.cut if job.text else 0
+        try:
+            with TemporaryDirectory(
+                prefix="tmp-", dir=None if folder.remote else Path(job.uri, WORK)
+            ) as scratch:
+                about = {"compression": job.plan.compression, "hashes": ["xxh64"], "size_limit": None}
+                writer = MDSWriter(columns=job.plan.columns, out=scratch, **about)
+                for positions, samples in self._batches(loaders, progress):
+                    columns = self._columns(positions, samples)
+                    for row in zip(*columns.values(), strict=True):
+                        sample = dict(zip(columns, row, strict=True))
+                        totals.add(sample)
+                        writer.write(sample)
+                writer.finish()
+                record = {
+                    "plan": fingerprint(job.plan),
+                    "shard": _publish_shard(folder, self.number, writer),
+                    "counts": totals.counts,
+                    "moments": totals.sums,
+                    "rejected": self.rejected,
+                    "notes": sorted(self.notes, key=lambda line: line["key"]),  # loaders finish in any order
+                }
+                if job.source.captions:
+                    record |= {"caption_bytes": totals.lengths, "cut": job.text.cut - cut if job.text else 0}
+                folder.write(_record_name(self.number), json.dumps(record).encode())
+        except OSError as error:
+            raise DatasetError(
+                f"cannot write part {self.number} of {job.uri}: {error.strerror or error}. "
+                "Finished parts are kept; run the same command to continue"
+            ) from error
+
+    def _columns(self, positions: np.ndarray, samples: np.ndarray) -> dict:
+        """Return what is stored of the samples at these positions, by column, without the bad ones."""
+        source, stored = self.job.source, self.job.encoder(samples)
+        if stored.dtype != np.uint8:
+            finite = np.isfinite(stored).all(axis=(1, 2, 3))
+            for position in positions[~finite]:
+                self._reject(position, "the encoder gives values that are not finite")
+            positions, stored = positions[finite], stored[finite]
+        columns = {self.job.plan.column: stored, "label": source.labels[positions]}
+        if source.captions:
+            columns["caption"] = [source.captions[position] for position in positions]
+        if self.job.text:
+            try:
+                columns["text"], columns["text_length"] = self.job.text.encode(columns["caption"])
+            except ValueError as error:
+                raise DatasetError(f"--text-encoder: {error}. Finished parts are kept") from error
+        return columns
+
+    def _reject(self, position: int, reason: str) -> None:
+        self.rejected.append({"key": self.job.source.keys[position], "reason": reason})
+
+    def _batches(
+        self, loaders: Executor | None, progress: Callable[[int], object]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (positions in the source, samples) in batches of those that can be loaded."""
+        positions, samples = [], []
+        for position, sample in zip(self.items, self._loaded(loaders), strict=True):
+            progress(1)
+            if isinstance(sample, Rejected):
+                self._reject(position, str(sample))
+                continue
+            views = [sample, sample[..., ::-1]][: self.job.plan.copies]
+            positions += [position] * len(views)
+            samples += views
+            if len(samples) >= self.job.encoder.batch_size:
+                yield np.array(positions), np.stack(samples)
+                positions, samples = [], []
+        if samples:
             yield np.array(positions), np.stack(samples)
-            positions, samples = [], []
-    if samples:
-        yield np.array(positions), np.stack(samples)
 
+    def _loaded(self, loaders: Executor | None) -> Iterator[np.ndarray | Rejected]:
+        """Yield the samples in order; `loaders`, if there are any, load two batches in advance."""
+        if loaders is None:
+            yield from map(self._load, self.items)
+            return
+        queue = deque()
+        for position in self.items:
+            queue.append(loaders.submit(self._load, position))
+            if len(queue) > 2 * self.job.encoder.batch_size:
+                yield queue.popleft().result()
+        yield from (future.result() for future in queue)
 
-def _load(
-    source: Source, items: Iterable[int], loaders: Executor | None, ahead: int, notes: list[dict]
-) -> Iterator[np.ndarray | Rejected]:
-    """Yield samples in order; `loaders`, if there are any, load up to `ahead` samples in advance."""
-    dtype = STORED_DTYPE[source.column]
-
-    def load(position: int) -> np.ndarray | Rejected:
+    def _load(self, position: int) -> np.ndarray | Rejected:
+        source = self.job.source
         if source.captions and isinstance(reason := source.captions[position], Rejected):
             return reason
         key = source.keys[position]
         try:
-            sample = source.load(key, lambda note: notes.append({"key": key, "note": note}))
+            sample = source.load(key, lambda note: self.notes.append({"key": key, "note": note}))
         except Rejected as error:
             return error
+        dtype = STORED_DTYPE[source.column]
         if sample.shape != source.shape or sample.dtype != dtype:
             return Rejected(f"{sample.dtype} {sample.shape}, expected {dtype} {source.shape}")
         return sample
-
-    if loaders is None:
-        yield from map(load, items)
-        return
-    queue = deque()
-    for position in items:
-        queue.append(loaders.submit(load, position))
-        if len(queue) > ahead:
-            yield queue.popleft().result()
-    yield from (future.result() for future in queue)
 
 
 def _publish_shard(folder: Folder, number: int, writer: "MDSWriter") -> dict | None:
@@ -377,21 +370,25 @@ def _read_records(folder: Folder, plan: Manifest, names: set[str]) -> list[dict]
     wanted = [_record_name(number) for number in range(_num_parts(plan))]
     missing = [name for name in wanted if name not in names]
     if missing:
-        raise DatasetError(
-            f"{folder.uri}: {len(missing)} of {len(wanted)} parts are missing, the first is {missing[0]}"
-        )
+        lacking = f"{len(missing)} of {len(wanted)} parts are missing, the first is {missing[0]}"
+        raise DatasetError(f"{folder.uri}: {lacking}")
     with ThreadPoolExecutor(16) as pool:  # in sequence, thousands of files of a bucket would take minutes
         texts = list(pool.map(folder.read, wanted))
-    records = []
-    for name, text in zip(wanted, texts, strict=True):
-        records.append(record := _parse_record(text, f"{folder.uri}/{name}"))
+    try:
+        records = [
+            conform(Record, text, f"{folder.uri}/{name}") for name, text in zip(wanted, texts, strict=True)
+        ]
+    except OutsideError as error:
+        again = "Delete it, and run the same command to convert that part again"
+        raise DatasetError(f"{error}. {again}") from error
+    for name, record in zip(wanted, records, strict=True):
         if record["plan"] != fingerprint(plan):
             raise DatasetError(f"{folder.uri}/{name} is a part of another dataset than {PLAN}")
     return records
 
 
 class Sums(TypedDict):
-    """The sums of `Moments`: one for each channel, or 0.0 if there are no samples."""
+    """The sums of `Totals`: one for each channel, or 0.0 if there are no samples."""
 
     __pydantic_config__ = Strict
     n: int
@@ -420,41 +417,18 @@ class Record(TypedDict):
     cut: NotRequired[Count]
 
 
-def _parse_record(text: bytes, where: str) -> Record:
-    """Parse the record of a part, read from `where`. Raises DatasetError if it is damaged."""
-    try:
-        record = parse_json(text, where)
-        conform(Record, text, where)
-    except OutsideError as error:
-        raise DatasetError(
-            f"{error}. Delete it, and run the same command to convert that part again"
-        ) from error
-    return record
-
-
 def _complete(plan: Manifest, records: list[dict]) -> Manifest:
     """Return the plan with the results of all parts filled in; without records it is already finished."""
     if not records:
         return plan
-    counts, lengths = Counter(), Counter()
-    moments = Moments(plan.column)
+    totals = Totals(plan)
     for record in records:
-        moments.merge(record["moments"])
-        counts.update({int(label): count for label, count in record["counts"].items()})
-        lengths.update({int(size): count for size, count in record.get("caption_bytes", {}).items()})
-    if not counts:
+        totals.merge(record)
+    if not totals.counts:
         raise DatasetError(f"no sample could be converted, {plan.rejected} were rejected")
-    mean, std = moments.mean_std()
-    return replace(
-        plan,
-        num_samples=counts.total(),
-        class_counts=[counts[label] for label in range(len(plan.class_names))],
-        channel_mean=mean,
-        channel_std=std,
-        shards=list_shards([record["shard"] for record in records if record["shard"]]),
-        caption_bytes={str(size): lengths[size] for size in sorted(lengths)} or None,
-        text=plan.text and {**plan.text, "cut": sum(record["cut"] for record in records)},
-    )
+    shards = list_shards([record["shard"] for record in records if record["shard"]])
+    text = plan.text and {**plan.text, "cut": sum(record["cut"] for record in records)}
+    return replace(plan, **totals.results(), shards=shards, text=text)
 
 
 def _rejection_message(collected: dict[str, tuple[Manifest, list[dict]]], allowed: int) -> str:
@@ -481,39 +455,52 @@ def _record_name(number: int) -> str:
     return f"{WORK}/{number:05}.json"
 
 
-class Moments:
-    """Per-channel mean and deviation of pixels, or of mean + std * noise for latents.
+class Totals:
+    """What a manifest says of all its samples, from counts and from sums in float64, which can be added.
 
-    They come from sums that can be added, all in float64. Sums over pixels are exact integers up to 2^53,
-    which is more than ImageNet at 256 needs.
+    Sums over pixels are exact integers up to 2^53, which is more than ImageNet at 256 needs.
     """
 
-    def __init__(self, column: str) -> None:
-        self.latents = column == "latents"
+    def __init__(self, plan: Manifest) -> None:
+        self.plan = plan
+        self.counts, self.lengths = Counter(), Counter()
         self.sums: dict = {"n": 0, "x": 0.0, "xx": 0.0, "var": 0.0}
+        self.values = np.empty(plan.shape)  # allocated once, since new memory costs more than the sums
 
-    def add(self, samples: np.ndarray) -> None:
-        """Add stored samples (N, C, H, W); the first half of latents' C are means, the second deviations."""
-        values = np.empty(samples.shape[1:])  # allocated once, since new memory costs more than the sums
-        for sample in samples:
-            values[:] = sample
-            means, stds = np.split(values, 2) if self.latents else (values, values[:, :0])
-            self.merge(
-                {
-                    "n": means[0].size,
-                    "x": means.sum((1, 2)).tolist(),
-                    # row by row, since for long vectors BLAS would wake its threads, which takes 0.4 ms
-                    "xx": np.vecdot(means, means).sum(1).tolist(),
-                    "var": np.vecdot(stds, stds).sum(1).tolist(),
-                }
-            )
+    def add(self, sample: dict) -> None:
+        """Add a sample as it is stored, {column: value}."""
+        self.counts[int(sample["label"])] += 1
+        if self.plan.caption_bytes is not None:
+            self.lengths[len(sample["caption"].encode())] += 1
+        self.values[:] = sample[self.plan.column]
+        means, stds = self.values, self.values[:, :0]
+        if self.plan.column == "latents":
+            means, stds = np.split(self.values, 2)
+        # row by row, since for long vectors BLAS would wake its threads, which takes 0.4 ms
+        squares, variances = (np.vecdot(x, x).sum(1).tolist() for x in (means, stds))
+        self._sum({"n": means[0].size, "x": means.sum((1, 2)).tolist(), "xx": squares, "var": variances})
 
-    def merge(self, sums: dict) -> None:
-        """Add the sums of other samples."""
+    def merge(self, record: dict) -> None:
+        """Add the samples of a part."""
+        self.counts.update({int(label): count for label, count in record["counts"].items()})
+        self.lengths.update({int(size): count for size, count in record.get("caption_bytes", {}).items()})
+        self._sum(record["moments"])
+
+    def _sum(self, sums: dict) -> None:
         self.sums = {key: (np.array(value) + sums[key]).tolist() for key, value in self.sums.items()}
 
-    def mean_std(self) -> tuple[list[float], list[float]]:
-        """Return the per-channel mean and deviation, sqrt(var(mean) + E[std^2])."""
+    def results(self) -> dict:
+        """Return keys and values of the manifest.
+
+        Mean and deviation of a channel are of pixels, or of mean + std * noise for latents, whose deviation
+        is sqrt(var(mean) + E[std^2]).
+        """
         n, x, xx, var = (np.array(self.sums[key], np.float64) for key in ("n", "x", "xx", "var"))
         mean = x / n
-        return mean.tolist(), np.sqrt(np.maximum(xx / n - mean**2, 0) + var / n).tolist()
+        return {
+            "num_samples": self.counts.total(),
+            "class_counts": [self.counts[label] for label in range(len(self.plan.class_names))],
+            "channel_mean": mean.tolist(),
+            "channel_std": np.sqrt(np.maximum(xx / n - mean**2, 0) + var / n).tolist(),
+            "caption_bytes": {str(size): self.lengths[size] for size in sorted(self.lengths)} or None,
+        }

@@ -2,7 +2,7 @@
 
 composer -n RANKS tests/parallel_worker.py DIGITS OUT 'NAME=DTYPE;override;...' ...
 
-A case is 20 steps, of which losses and weights are written; one whose name begins with `gradients` is the
+A case is 14 steps, of which losses and weights are written; one whose name begins with `gradients` is the
 first step alone, from weights that are all far from zero, and its gradients are written. Besides the
 configuration's keys: save_folder and load_path of Composer's own checkpoints, one every 6 steps.
 """
@@ -27,7 +27,7 @@ from recipe.parallel import parallelism, unwrap
 from recipe.train import build_algorithms, build_model
 from tests.conftest import TINY, documented_objective, findings
 
-STEPS = 20
+STEPS = 14  # two after the second checkpoint; the joint form's queue is full after 13
 
 
 class Losses(Callback):

@@ -33,7 +33,7 @@ from recipe.train import build_trainer, start
 from recipe.weights import load_weights
 from storage import Folder, Folders, StorageError, normalize_uri
 from storage.manifest import read_manifest
-from tests.conftest import NAMESPACES, ROOT, TINY, findings, outputs
+from tests.conftest import NAMESPACES, ROOT, TINY, findings, outputs, run
 from tests.fakes import Cloud
 
 
@@ -132,8 +132,7 @@ def result(folder, step=12):
 def straight(s3, s3_digits, tmp_path_factory):
     """Losses and weights of a run of 12 steps that nothing disturbed."""
     folder = tmp_path_factory.mktemp("straight")
-    status, output = Job(s3.env, *settings(folder, s3_digits, s3.uri("straight"))).end()
-    assert status == 0, output
+    run("recipe/train.py", *settings(folder, s3_digits, s3.uri("straight")), env=s3.env)
     return result(folder)
 
 
@@ -158,9 +157,8 @@ def test_killed_in_an_upload_then_preempted_then_on_another_node_the_run_ends_wi
     stopped = int(re.search(r"stopped at step (\d+)", output)[1])
     assert 8 <= stopped < 12
     shutil.rmtree(tmp_path / "one")
-    status, output = Job(s3.env, *settings(tmp_path / "two", s3_digits, s3.uri("faults"))).end()
-    assert status == 0, output
-    assert f"resumed at step {stopped} from" in output
+    resumed = run("recipe/train.py", *settings(tmp_path / "two", s3_digits, s3.uri("faults")), env=s3.env)
+    assert f"resumed at step {stopped} from" in resumed.stderr
     assert result(tmp_path / "two") == straight
     names = Folder(s3.uri("faults")).names()
     assert len(checkpoints(Folder(s3.uri("faults")), names)) == 2
@@ -177,9 +175,8 @@ def test_two_sharded_ranks_through_two_launchers_stop_together_and_one_rank_goes
     for node in nodes:
         status, output = node.end()
         assert status == 75, output
-    status, output = Job(s3.env, *sharded).end()
-    assert status == 0, output
-    assert "resumed at step 1 from" in output
+    resumed = run("recipe/train.py", *sharded, env=s3.env, ranks=1)
+    assert "resumed at step 1 from" in resumed.stderr
     losses, _ = result(tmp_path / "run")
     assert losses == pytest.approx(straight[0], rel=1e-5)
 

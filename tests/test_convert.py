@@ -23,9 +23,9 @@ from recipe.config import TrainConfig, load_config
 from storage import Folder
 from storage.manifest import DatasetError, Manifest, open_dataset, read_manifest
 from streaming_convert import images, labels, sources
-from streaming_convert.__main__ import main, split_items, training_yaml
-from streaming_convert.images import Rejected, decode
-from streaming_convert.reader import read_shard
+from streaming_convert.__main__ import main, split_keys, training_yaml
+from streaming_convert.images import Opener, Rejected
+from streaming_convert.mds import read_shard
 
 SYNSETS = ["n01440764", "n02123045", "n03445777"]  # tench, tabby cat, golf ball: 0, 281 and 574 in ImageNet
 
@@ -129,9 +129,9 @@ def test_validation_split_shares_out_every_sample_once(tmp_path):
 
 
 def test_splits_differ_with_the_seed_and_are_never_empty():
-    assert not np.array_equal(split_items(100, 0.2, 0)["val"], split_items(100, 0.2, 1)["val"])
+    assert not np.array_equal(split_keys(range(100), 0.2, 0)["val"], split_keys(range(100), 0.2, 1)["val"])
     with pytest.raises(DatasetError, match="none are left for val"):
-        split_items(10, 0.01, 0)
+        split_keys(range(10), 0.01, 0)
 
 
 def test_flips_follow_their_originals(tmp_path):
@@ -195,7 +195,9 @@ def test_crop_is_the_adm_convention():
     halved = image.resize((233, 150), Image.Resampling.BOX).resize((116, 75), Image.Resampling.BOX)
     scaled = np.asarray(halved.resize((round(116 * 64 / 75), 64), Image.Resampling.BICUBIC))
     left = (scaled.shape[1] - 64) // 2
-    np.testing.assert_array_equal(decode(to_bytes(image), 64), scaled[:, left : left + 64].transpose(2, 0, 1))
+    np.testing.assert_array_equal(
+        Opener(64).decode(to_bytes(image)), scaled[:, left : left + 64].transpose(2, 0, 1)
+    )
 
 
 def test_unusual_but_sound_images_become_the_same_picture():
@@ -213,13 +215,13 @@ def test_unusual_but_sound_images_become_the_same_picture():
         "WebP": (to_bytes(image, "WEBP", lossless=True), image, 0),
     }
     for name, (data, truth, tolerance) in cases.items():
-        difference = np.abs(decode(data, 32).astype(int) - decode(to_bytes(truth), 32))
+        difference = np.abs(Opener(32).decode(data).astype(int) - Opener(32).decode(to_bytes(truth)))
         assert difference.shape == (3, 32, 32) and difference.mean() <= tolerance, name
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped():
     levels = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
-    found = decode(to_bytes(Image.fromarray(levels)), 32)
+    found = Opener(32).decode(to_bytes(Image.fromarray(levels)))
     np.testing.assert_array_equal(found, np.broadcast_to(np.rint(levels / 257), (3, 32, 32)))
 
 
@@ -235,18 +237,18 @@ def test_sixteen_bit_colour_and_transparency():
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in chunks
     )
-    assert decode(png, 8)[:, 0, 0].tolist() == [255, 128, 0]
+    assert Opener(8).decode(png)[:, 0, 0].tolist() == [255, 128, 0]
     half = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
-    assert decode(to_bytes(half), 8)[:, 0, 0].tolist() == [255, 127, 127]
+    assert Opener(8).decode(to_bytes(half))[:, 0, 0].tolist() == [255, 127, 127]
     palette = Image.new("P", (8, 8), 0)
     palette.putpalette([0, 0, 255])
-    assert decode(to_bytes(palette, transparency=0), 8)[:, 0, 0].tolist() == [255, 255, 255]
+    assert Opener(8).decode(to_bytes(palette, transparency=0))[:, 0, 0].tolist() == [255, 255, 255]
 
 
 def test_transparent_level_of_sixteen_bit_grey_is_white():
     levels = np.full((8, 8), 1000, np.uint16)
     levels[0] = 1001  # the same level of 8 bits
-    found = decode(to_bytes(Image.fromarray(levels), transparency=1000), 8)
+    found = Opener(8).decode(to_bytes(Image.fromarray(levels), transparency=1000))
     assert found[0, :, 0].tolist() == [4] + [255] * 7
 
 
@@ -293,9 +295,11 @@ def test_an_embedded_profile_is_converted_to_srgb(kind, colour):
     expected = in_srgb(colour, DISPLAY_P3, 2.2)
     assert max(abs(a - b) for a, b in zip(colour, expected, strict=True)) > (10 if colour[1] else 0)
     options = {"icc_profile": icc_profile(DISPLAY_P3, 2.2), "lossless": True}
-    assert decode(to_bytes(image, kind, **options), 8)[:, 0, 0].tolist() == pytest.approx(expected, abs=1)
+    assert Opener(8).decode(to_bytes(image, kind, **options))[:, 0, 0].tolist() == pytest.approx(
+        expected, abs=1
+    )
     image.putalpha(0)
-    assert decode(to_bytes(image, kind, **options), 8)[:, 0, 0].tolist() == [255, 255, 255]
+    assert Opener(8).decode(to_bytes(image, kind, **options))[:, 0, 0].tolist() == [255, 255, 255]
 
 
 def test_grey_profiles_are_converted_and_srgb_is_left_as_it_is():
@@ -303,11 +307,13 @@ def test_grey_profiles_are_converted_and_srgb_is_left_as_it_is():
     linear = np.arange(256) / 255
     expected = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255
     for image in (levels, levels.convert("LA")):
-        found = decode(to_bytes(image, icc_profile=icc_profile(None, 1.0)), keep_grey=True)
+        found = Opener(keep_grey=True).decode(to_bytes(image, icc_profile=icc_profile(None, 1.0)))
         assert np.abs(found.ravel() - expected).max() <= 0.51
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     image = picture(np.random.default_rng(0))
-    np.testing.assert_array_equal(decode(to_bytes(image, icc_profile=srgb)), decode(to_bytes(image)))
+    np.testing.assert_array_equal(
+        Opener().decode(to_bytes(image, icc_profile=srgb)), Opener().decode(to_bytes(image))
+    )
 
 
 @pytest.mark.parametrize(
@@ -320,8 +326,8 @@ def test_grey_profiles_are_converted_and_srgb_is_left_as_it_is():
 )
 def test_a_profile_that_cannot_be_used_is_ignored_with_a_note(profile, said):
     image, notes = picture(np.random.default_rng(0)), []
-    found = decode(to_bytes(image, icc_profile=profile), note=notes.append)
-    np.testing.assert_array_equal(found, decode(to_bytes(image)))
+    found = Opener().decode(to_bytes(image, icc_profile=profile), note=notes.append)
+    np.testing.assert_array_equal(found, Opener().decode(to_bytes(image)))
     assert notes == [said]
 
 
@@ -340,8 +346,8 @@ def _exif(*entries: tuple) -> bytes:
 )
 def test_damaged_exif_does_not_condemn_the_image(block, turned):
     image = picture(np.random.default_rng(0))
-    data = decode(to_bytes(image, "JPEG", exif=b"Exif\0\0" + block))
-    plain = decode(to_bytes(image, "JPEG"))
+    data = Opener().decode(to_bytes(image, "JPEG", exif=b"Exif\0\0" + block))
+    plain = Opener().decode(to_bytes(image, "JPEG"))
     np.testing.assert_array_equal(data, np.rot90(plain, -1, (1, 2)) if turned else plain)
 
 
@@ -372,15 +378,15 @@ def bomb() -> bytes:
 )
 def test_bad_images_are_rejected_with_the_reason(name, data, reason):
     with pytest.raises(Rejected, match=reason):
-        decode(data(), 16)
+        Opener(16).decode(data())
 
 
 def test_slightly_too_large_image_is_a_bomb_too(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 99)
     with pytest.raises(Rejected, match="10x10 pixels"):
-        decode(to_bytes(Image.new("RGB", (10, 10))), 8)
+        Opener(8).decode(to_bytes(Image.new("RGB", (10, 10))))
     with pytest.raises(Rejected, match="720x8 pixels"):
-        decode(to_bytes(Image.new("RGB", (90, 1))), 8)
+        Opener(8).decode(to_bytes(Image.new("RGB", (90, 1))))
 
 
 def test_too_many_rejected_fail_at_the_end_with_the_list(folder, tmp_path, capsys):
@@ -406,8 +412,8 @@ def test_too_many_rejected_fail_at_the_end_with_the_list(folder, tmp_path, capsy
 
 
 def test_rejected_samples_count_over_all_splits_which_are_all_converted_first(folder, tmp_path, capsys):
-    keys = sources.image_folder(str(folder), 16).keys
-    for items in split_items(len(keys), 0.5, 0).values():
+    keys = sources.image_folder(str(folder), Opener(16)).keys
+    for items in split_keys(keys, 0.5, 0).values():
         (folder / keys[items[0]]).write_bytes(b"")
     command = ["images", folder, "--size", 16, "--out", tmp_path / "out", "--val", 0.5]
     for allowed in (1, 2, 1):
@@ -439,7 +445,7 @@ def test_part_without_a_single_good_image_has_no_shard(folder, tmp_path):
 
 
 def test_class_folders_are_numbered_as_imagenet_numbers_its_synsets(folder):
-    source = sources.image_folder(str(folder), 16)
+    source = sources.image_folder(str(folder), Opener(16))
     assert source.class_names == SYNSETS
     assert source.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert source.keys == sorted(source.keys)
@@ -448,7 +454,7 @@ def test_class_folders_are_numbered_as_imagenet_numbers_its_synsets(folder):
 def test_class_file_fixes_the_order(folder, tmp_path):
     mapping = tmp_path / "LOC_synset_mapping.txt"
     mapping.write_text("n03445777 golf ball\nn01440764 tench, Tinca tinca\nn02123045 tabby, tabby cat\n")
-    source = sources.image_folder(str(folder), 16, classes=str(mapping))
+    source = sources.image_folder(str(folder), Opener(16), classes=str(mapping))
     assert source.class_names == ["n03445777", "n01440764", "n02123045"]
     assert source.labels.tolist() == [1] * 4 + [2] * 4 + [0] * 4
 
@@ -469,7 +475,7 @@ def test_flat_folder_with_a_label_file(tmp_path, name, text):
     for key in "ab":
         (tmp_path / f"{key}.png").write_bytes(to_bytes(Image.new("RGB", (8, 8))))
     (tmp_path / name).write_text(text)
-    source = sources.image_folder(str(tmp_path), 8, str(tmp_path / name))
+    source = sources.image_folder(str(tmp_path), Opener(8), str(tmp_path / name))
     assert dict(zip(source.keys, source.labels.tolist(), strict=True)) == {"a.png": 1, "b.png": 0}
 
 
@@ -490,7 +496,7 @@ def test_values_are_told_from_classes():
 def test_a_file_of_classes_makes_names_of_numbers(folder, tmp_path):
     _mixed(folder)
     (tmp_path / "classes.txt").write_text("7\ncat\n")
-    source = sources.image_folder(str(folder), 16, classes=str(tmp_path / "classes.txt"))
+    source = sources.image_folder(str(folder), Opener(16), classes=str(tmp_path / "classes.txt"))
     assert source.class_names == ["7", "cat"] and source.labels.tolist() == [1, 0] * 6
 
 
@@ -498,7 +504,7 @@ def test_linked_class_folders_are_followed_and_links_upwards_are_not(folder):
     (folder / SYNSETS[2]).rename(folder.parent / "elsewhere")
     (folder / SYNSETS[2]).symlink_to(folder.parent / "elsewhere")
     (folder / SYNSETS[0] / "up").symlink_to(folder)
-    assert sources.image_folder(str(folder), 16).labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert sources.image_folder(str(folder), Opener(16)).labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
 def test_dangling_link_is_rejected_like_any_bad_image(folder, tmp_path, capsys):

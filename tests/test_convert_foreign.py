@@ -13,7 +13,7 @@ from streaming.base.util import merge_index
 from recipe.data import TrainingDataset
 from storage.manifest import DatasetError, read_manifest
 from streaming_convert.__main__ import main
-from streaming_convert.images import decode
+from streaming_convert.images import Opener
 from tests.test_convert import convert, files, picture, read_all, to_bytes
 from tests.test_dataset import Payload
 
@@ -22,7 +22,7 @@ PICTURES = [picture(RNG, 20, 28) for _ in range(10)]
 PNGS = [to_bytes(one) for one in PICTURES]
 NAMES = ["cat", "dog", "bird"]
 CAPTIONS = [f"a {NAMES[i % 3]}, number {i}" for i in range(10)]
-EXPECTED = [decode(data, 16) for data in PNGS]
+EXPECTED = [Opener(16).decode(data) for data in PNGS]
 
 
 def write(folder, columns, samples, **options):
@@ -159,7 +159,7 @@ def change(folder, key, value):
     ("key", "value", "message"),
     [
         ("raw_data.basename", "../x.mds", 'names a file outside its folder: "../x.mds"'),
-        ("raw_data.basename", "none.mds", "none.mds: cannot be read: No such file"),
+        ("raw_data.basename", "none.mds", "none.mds: the file is missing"),
         ("raw_data.bytes", 70, "shard.00000.mds: the size or the checksum is not that of the index"),
         ("raw_data.hashes", {"md5": "0"}, "shard.00000.mds: the size or the checksum is not that of the"),
         ("samples", 10**9, "samples do not fit its bytes"),

@@ -21,6 +21,7 @@ from recipe.pictures import captioned, lettering
 from storage.manifest import DatasetError, read_manifest
 from streaming_convert import sources
 from streaming_convert.__main__ import main
+from streaming_convert.images import Opener
 from tests.test_convert import convert, files, picture, read_all, to_bytes
 from tests.test_convert_resume import Run, finished_parts, wait_for
 
@@ -77,7 +78,9 @@ def test_each_caption_of_each_file_is_a_sample(folder, tmp_path, write):
     path = write(folder / "captions.txt")
     assert convert_folder(folder, tmp_path / "out", "--captions", path) == 0
     assert texts(tmp_path / "out/train") == STORED
-    pixels = [sources.image_folder(str(folder), 16, unlabelled=True).load(key) for key in ("a.png", "b.png")]
+    pixels = [
+        sources.image_folder(str(folder), Opener(16), unlabelled=True).load(key) for key in ("a.png", "b.png")
+    ]
     for sample, i in zip(read_all(tmp_path / "out/train"), (0, 0, 1, 1), strict=False):
         np.testing.assert_array_equal(sample["image"], pixels[i])
         assert sample["label"] == 0 and set(sample) == {"image", "label", "caption"}

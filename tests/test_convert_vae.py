@@ -11,6 +11,7 @@ from recipe.pretrained import hash_weights, load_decoder, load_vae
 from storage.manifest import DatasetError, read_manifest
 from streaming_convert import encoders, sources
 from streaming_convert.__main__ import main
+from streaming_convert.images import Opener
 from tests.test_convert import convert, files, read_all
 
 diffusers = pytest.importorskip("diffusers")
@@ -55,7 +56,7 @@ def latents(folder: object) -> np.ndarray:
 
 def test_stored_latents_are_the_posterior_in_half_precision(pictures, vae_folder, tmp_path):
     assert convert(*command(pictures, vae_folder, tmp_path)) == 0
-    source = sources.image_folder(pictures, 16)
+    source = sources.image_folder(pictures, Opener(16))
     images = torch.from_numpy(np.stack([source.load(key) for key in source.keys])).float() / 127.5 - 1
     vae = diffusers.AutoencoderKL.from_pretrained(vae_folder)
     with torch.inference_mode():
@@ -204,7 +205,7 @@ def test_any_autoencoder_of_images_by_its_own_class(pictures, tmp_path, capsys, 
     assert re.search(said, capsys.readouterr().out)
     manifest, stored = read_manifest(f"{tmp_path}/out/train"), latents(tmp_path / "out/train")
     assert stored.shape[1:] == (2 * channels, side, side) and np.isfinite(stored).all()
-    source = sources.image_folder(pictures, 16)
+    source = sources.image_folder(pictures, Opener(16))
     pixels = torch.from_numpy(np.stack([source.load(key) for key in source.keys])).float()
     unit = name == "AutoencoderRAE"
     with torch.no_grad():
@@ -255,7 +256,7 @@ def test_weights_that_are_a_pickle_are_not_opened(vae_folder, tmp_path):
 def test_mirror_images_are_encoded_not_mirrored_latents(pictures, vae_folder, tmp_path):
     assert convert(*command(pictures, vae_folder, tmp_path / "out"), "--flips") == 0
     vae = diffusers.AutoencoderKL.from_pretrained(vae_folder)
-    source, stored = sources.image_folder(pictures, 16), latents(tmp_path / "out/train")
+    source, stored = sources.image_folder(pictures, Opener(16)), latents(tmp_path / "out/train")
     pixels = torch.from_numpy(np.stack([source.load(key) for key in source.keys[:3]])).float() / 127.5 - 1
     with torch.inference_mode():
         mirrored = vae.encode(pixels.flip(3)).latent_dist.mean

@@ -23,7 +23,8 @@ from eval import reference
 from recipe import patches
 from recipe.data import DataConfig, TrainingDataset, train_loader
 from storage.manifest import DatasetError, list_shards, read_manifest
-from streaming_convert import reader
+from streaming_convert import mds, reader
+from streaming_convert.images import Opener
 from tests.conftest import PATIENCE, ROOT, edit, run, store
 
 NAMESPACES = shutil.which("unshare") and not subprocess.run(["unshare", "-rm", "true"]).returncode
@@ -97,7 +98,7 @@ def test_no_reader_of_a_dataset_executes_what_it_holds(hostile, tmp_path):
     readers = {
         "verify": lambda: reader.verify(str(hostile)),
         "show": lambda: reader.sample_grid(str(hostile)),
-        "mds": lambda: reader.mds(str(hostile)),
+        "mds": lambda: mds.own(str(hostile), Opener()),
         "reference": lambda: reference.open_images(hostile),
         "local": lambda: TrainingDataset(None, str(hostile), batch_size=2),
         "cached": lambda: TrainingDataset(str(hostile), str(tmp_path / "cache"), batch_size=2),
@@ -166,7 +167,7 @@ def test_a_label_that_is_no_class_is_named(tmp_path, label, workers):
     with pytest.raises(DatasetError, match=rf"set: sample 37: label {label} is not in 0\.\.9"):
         next(iter(loader))
     with pytest.raises(DatasetError, match=rf"sample 37: label {label} is not in 0\.\.9"):
-        reader.mds(str(folder))
+        mds.own(str(folder), Opener())
     with pytest.raises(DatasetError, match=rf"sample 37: label {label} is not in 0\.\.9"):
         reference.open_images(folder).labels(torch.tensor([36, 37]), 10)
 

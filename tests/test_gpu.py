@@ -9,6 +9,7 @@ from benchmarks import environment, gpu
 from benchmarks.step import predicted
 from recipe import plan
 from recipe.config import TrainConfig, load_config
+from tests.conftest import run
 
 XL = ["data.batch_size=32", "parallel.fsdp2=false"]
 
@@ -20,9 +21,20 @@ def found(out, stage, **result):
     )
 
 
-def test_stages_at_tiny_size(tmp_path):
-    for stage in ("attention", "step", "emoji_data", "emoji_tvm"):
-        gpu.run_here(stage, gpu.TINY, tmp_path)
+def forked(*arguments, expect=0):
+    """`gpu.python` without its imports; a launcher's command as its one rank."""
+    launcher = ("-m", "composer.cli.launcher", "-n", "1")
+    alone = arguments[:4] != launcher
+    process = run(*(arguments if alone else arguments[4:]), check=False, ranks=None if alone else 1)
+    assert process.returncode == expect, process.stderr
+
+
+def test_stages_at_tiny_size(tmp_path, monkeypatch):
+    size = gpu.TINY._replace(minutes=0.1, train=(*gpu.TINY.train, "log.interval=1"))
+    for stage in ("attention", "step", "emoji_data"):
+        gpu.run_here(stage, size, tmp_path)
+    monkeypatch.setattr(gpu, "python", forked)
+    gpu.run_here("emoji_tvm", size, tmp_path)
     page = gpu.report(tmp_path, {})
     text = (tmp_path / "report.md").read_text()
     assert page == [f"{stage}: not run" for stage in ("correctness", "emoji_flow_matching", "emoji_agree")]

@@ -11,9 +11,10 @@ from tests.conftest import run
 @pytest.mark.skipif(shutil.which("g++") is None, reason="autograd asks for a device that C++ has to pretend")
 @pytest.mark.parametrize("how", ["plain", "fsdp2"])
 def test_a_whole_step_of_every_objective_runs_on_fake_tensors_of_a_gpu(tmp_path, how):
+    """Sharded only under bf16: without it there is one type alone, as in a plain run."""
     run("tests/rehearsal.py", how, tmp_path / "said.json")
     said = json.loads((tmp_path / "said.json").read_text())
-    assert len(said) == 16
+    assert len(said) == (16 if how == "plain" else 8)
     for case, trouble in said.items():
         if case.startswith("mixed"):
             assert "two different devices" in trouble
