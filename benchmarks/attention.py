@@ -232,11 +232,12 @@ def main(arguments: list[str]) -> int:
         print("Dry run in Triton's interpreter: the times mean nothing, and no bar is checked.")
     kernels.set_backend("triton")
     torch.manual_seed(0)
-    rows = []
-    for size in SIZES if cuda else TINY:
-        if args.tune:
+    sizes, rows = SIZES if cuda else TINY, []
+    if args.tune:
+        for size in sizes:
             tune(size)
-            continue
+        return 0
+    for size in sizes:
         rows.append(measure(size, cuda))
         print_row(rows[-1])
     results = {**environment(), "dtype": "torch.bfloat16" if cuda else "torch.float32", "rows": rows}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,7 +163,7 @@ def checked(state: Weights, config: NetworkConfig) -> Weights:
     for name in sorted(ours.keys() | theirs.keys()):
         if theirs.get(name) != ours.get(name):
             raise ValueError(f"{name}: shape {theirs.get(name)}, expected {ours.get(name)}")
-    if "pos_embed" in ours and not torch.allclose(state["pos_embed"], positions, atol=1e-5):
+    if "pos_embed" in ours and not torch.allclose(state["pos_embed"], positions, rtol=0, atol=1e-5):
         raise ValueError("pos_embed: not the fixed sine-cosine embedding of DiT")
     return {name: x for name, x in state.items() if name != "pos_embed"}
 
@@ -356,8 +357,11 @@ def mit_settings(state: Weights, shared: int, size: int | None) -> dict[str, Any
 
 
 def positive(text: str) -> float:
-    """Return a positive number from text. Raises ValueError."""
-    return make(Positive, float(text))
+    """Return a positive number from text. Raises ArgumentTypeError."""
+    try:
+        return make(Positive, float(text))
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text} must be positive") from error
 
 
 def main(argv: list[str] | None = None) -> int:

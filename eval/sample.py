@@ -242,7 +242,9 @@ def draw_set(generator: Generator, options: argparse.Namespace) -> None:
         encoded = generator.encode(prompts)
         text = lambda index: Text(*(x[row[index]] for x in encoded))  # noqa: E731
     seeds = options.seed + torch.arange(len(labels))
-    batches = generator.batches(labels, seeds, options.nfe, w, options.batch_size, 0, 1, text, interval)
+    batches = generator.batches(
+        labels, seeds, options.nfe, w, options.batch_size, text=text, interval=interval
+    )
     bar = tqdm(batches, "sampling", math.ceil(len(labels) / options.batch_size), unit="batch")
     if options.out.suffix == ".npz":
         write_npz(options.out, bar, labels)

@@ -47,7 +47,13 @@ log = logging.getLogger(__name__)
 
 RUN = "run.json"
 # Of runs that do not say.
-OLDER = {"model.network": "dit", "model.output": "v", "adapter": None, "objective.joint": None}
+OLDER = {
+    "model.network": "dit",
+    "model.output": "v",
+    "model.embedding_scale": 1.0,
+    "adapter": None,
+    "objective.joint": None,
+}
 START = "start.json"
 LOG = "train.jsonl"
 PROBE = ".preflight"
@@ -313,25 +319,26 @@ class Resume(NamedTuple):
 
 
 @contextmanager
-def newest_checkpoint(scratch: str, point: Resumable, folders: Folders) -> Iterator[Resume | None]:
+def newest_checkpoint(folder: str, point: Resumable, folders: Folders) -> Iterator[Resume | None]:
     """Yield the newest usable checkpoint, None if the run is new.
 
-    All ranks call it; each node has its own copy of a remote checkpoint, in the local folder `scratch`, until
+    All ranks call it; each node has its own copy of a remote checkpoint, in the run's local `folder`, until
     the end of the block. Raises ConfigError if there are checkpoints and none of them is sound: a run never
     starts over by itself.
     """
-    uri, copy, problems = point.uri, None, []
-    for left in Path(scratch).glob("resume-*") if dist.get_local_rank() == 0 else ():
-        shutil.rmtree(left, ignore_errors=True)  # of a start that was killed
+    uri, scratch, problems = point.uri, None, []
+    if dist.get_local_rank() == 0:
+        for left in Path(folder).glob("resume-*"):
+            shutil.rmtree(left, ignore_errors=True)  # of a start that was killed
     dist.barrier()  # nodes may share the folder
     if dist.get_local_rank() == 0:
-        Path(scratch).mkdir(parents=True, exist_ok=True)
-        copy = tempfile.mkdtemp(prefix="resume-", dir=scratch)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.mkdtemp(prefix="resume-", dir=folder)
     try:
         for name, files, problem, settings, _ in point.saved:
             path = ""
             if problem is None and dist.get_local_rank() == 0:
-                path, problem = fetch(folders[uri], name, files, Path(copy))
+                path, problem = fetch(folders[uri], name, files, Path(scratch))
             answers = dist.all_gather_object((str(path), problem))
             problem = next((p for _, p in answers if p), None)
             if problem is None:
@@ -349,8 +356,8 @@ def newest_checkpoint(scratch: str, point: Resumable, folders: Folders) -> Itera
             )
         yield None
     finally:
-        if copy:
-            shutil.rmtree(copy, ignore_errors=True)
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def remove_if_empty(folder: Path) -> None:

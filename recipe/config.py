@@ -7,6 +7,7 @@ wrong type or an impossible combination is a ConfigError of one line that names 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -300,19 +301,26 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def missing(config: dict[str, Any], above: str = "") -> Iterator[str]:
+    """Yield the keys that still have to be given."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from missing(value, f"{above}{key}.")
+        elif value == MISSING:
+            yield f"{above}{key}"
+
+
 def load_config(schema: type[T], path: str | None, overrides: list[str]) -> T:
     """Read a configuration as an instance of `schema`; path None means its defaults. Raises ConfigError.
 
     OmegaConf reads the user's own YAML and overrides, and resolves their references; it sees nothing else.
     """
     given = overlay(read_yaml(find_yaml(path)) if path else {}, read_overrides(overrides))
-    config = OmegaConf.create(overlay(defaults(schema), given))
-    missing = OmegaConf.missing_keys(config)
-    for key in (*config, *missing):
-        if key in missing:
-            raise ConfigError(f"{key}: must be given")
+    config = overlay(defaults(schema), given)
+    for key in missing(config):
+        raise ConfigError(f"{key}: must be given")
     try:
-        values = OmegaConf.to_container(config, resolve=True)
+        values = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
     except OmegaConfBaseException as error:
         key, text = error.full_key or error.key, str(error.msg or error).splitlines()[0]
         raise ConfigError(f"{key}: {text}" if key else text) from error

@@ -287,7 +287,9 @@ class TrainingDataset(StreamingDataset):
         self._present: set[int] = set()  # shards that this worker has seen to be there
         self._failure = "another worker of this rank could not read a shard, see its message"
         self.source, self.manifest = remote or local, manifest or read_manifest(remote or local)
-        self._lock = prepare_local(remote, local, self.manifest, verify, folders or Folders())
+        self._lock = prepare_local(
+            remote, local, self.manifest, verify, Folders() if folders is None else folders
+        )
         patches.choose_names_once()
         super().__init__(streams=[CheckedStream(remote=remote, local=local, download_retry=1)], **options)
         self.steps = self.num_samples // (self.batch_size * self._parallel_rank_world.num_ranks)

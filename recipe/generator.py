@@ -185,7 +185,9 @@ class Generator:
         return initial_noise(seeds.to(self.device), shape, self.dtype)
 
     def __call__(self, label: Tensor, seeds: Tensor, nfe: int, w: float, *more: Any) -> Tensor:
-        """Return images; label, seeds: int64 (B,), the label K stands for none; more: see `from_noise`."""
+        """Return images; label, seeds: int64 (B,), the label K stands for none; more: text and interval, see
+        `from_noise`.
+        """
         return self.from_noise(self.noise(seeds), label, nfe, w, *more)
 
     def from_noise(
@@ -200,8 +202,9 @@ class Generator:
         """Return images from noise (B, C, H, W), for labels int64 (B,).
 
         text: B prompts. A network with prompts takes None for no prompts, and no labels either: it was never
-        trained with a label alone. interval: None for guidance at every time. Raises ValueError for a label
-        or a number of steps that cannot be, FloatingPointError where the output is not finite.
+        trained with a label alone. interval: None for guidance at every time, also where the weights have an
+        `interval` of their own. Raises ValueError for a label or a number of steps that cannot be,
+        FloatingPointError where the output is not finite.
         """
         net, null = self.net, self.net.config.null
         if len(wrong := label[(label < 0) | (label > null)]):

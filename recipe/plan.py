@@ -431,11 +431,12 @@ class Collective(NamedTuple):
 def traffic(config: TrainConfig, gpus: int) -> list[Collective]:
     """Return the collectives of one step: the network's (FSDP2: in every microbatch), and a finish's."""
     size, messages = count_parameters(config), block_count(config.model) + 1
-    sums, G = Finish(config).messages(), size.trained
+    sums, trained = Finish(config).messages(), size.trained
     received = 2 * sum(sums) * (gpus - 1) / gpus
     moments = [Collective("all-reduce moments", received, len(sums), gpus)] if sums else []
     if not config.parallel.fsdp2:
-        received, buckets = 2 * FP32 * G * (gpus - 1) / gpus, math.ceil(FP32 * G / DDP_BUCKET)
+        received = 2 * FP32 * trained * (gpus - 1) / gpus
+        buckets = math.ceil(FP32 * trained / DDP_BUCKET)
         return [Collective("all-reduce gradients", received, buckets, gpus), *moments]
     microbatches, replicas = layout(config, gpus)[1], config.parallel.replicas
     shards, width = gpus // replicas, gathered_size(config)
@@ -446,9 +447,9 @@ def traffic(config: TrainConfig, gpus: int) -> list[Collective]:
         received = width * share * (n * size.blocks + size.rest)
         if n:
             rows.append(Collective(name, received, microbatches * (n * (messages - 1) + 1), shards))
-    rows.append(Collective("reduce-scatter gradients", reduced * share * G, count, shards))
+    rows.append(Collective("reduce-scatter gradients", reduced * share * trained, count, shards))
     if replicas > 1:
-        received = microbatches * 2 * reduced * G / shards * (replicas - 1) / replicas
+        received = microbatches * 2 * reduced * trained / shards * (replicas - 1) / replicas
         rows.append(Collective("all-reduce gradients", received, count, replicas, shards))
     return rows + moments
 
@@ -545,7 +546,10 @@ def column(config: TrainConfig, gpus: int, cluster: Cluster) -> dict[str, str]:
     rows |= {"PFLOP per step": f"{flops / 1e15:.2f}", "compute, ms, predicted": f"{1e3 * t.compute:.1f}"}
     if (finish := Finish(config)).counts:
         frozen = finish.flops() * config.data.batch_size
-        rows |= {"decoder and extractors, PFLOP per step, float32": f"{frozen / 1e15:.2f}"}
+        rows |= {
+            "decoder and extractors, PFLOP per step, float32": f"{frozen / 1e15:.2f}",
+            "maps, TFLOP per step and GPU, float64": f"{finish.map_flops() / 1e12:.3f}",
+        }
     rows |= {f"{c.name}, GB": f"{c.received / 1e9:.2f}" for c in traffic(config, gpus)}
     duration = Time.from_timestring(config.duration)
     if duration.unit != TimeUnit.BATCH:

@@ -34,6 +34,7 @@ PUBLISHED = {
 CLASSIFIER_FEATURES = 64
 DECODED = 4  # channels of the latents of Stable Diffusion's autoencoder, the only one that is known here
 BACKWARD = 1  # passes' worth: to the input alone
+MAP = 17  # F^3 FLOPs of a map: 9 for eigenvalues and vectors (Golub & Van Loan), 8 for products
 
 
 def decoder(model: NetworkConfig) -> Frozen:
@@ -86,6 +87,10 @@ class Finish:
         """Return the FLOPs of decoder and extractors for one sample in a step, in float32."""
         passes = 1 + BACKWARD + (self.objective.recompute if self.counts else 0)
         return passes * sum(one.flops for one in self.frozen)
+
+    def map_flops(self) -> float:
+        """Return the FLOPs of the maps in a step on average, in float64, on each GPU alike."""
+        return sum(MAP * size**3 for size in self.sizes) / self.objective.refresh if self.counts else 0
 
     def frozen_bytes(self, samples: int) -> float:
         """Return the bytes of decoder and extractors, with what autograd keeps in them of a microbatch."""

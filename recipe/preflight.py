@@ -247,20 +247,26 @@ def cache_limit(data: DataConfig, ranks: int, manifest: Manifest) -> Iterator[st
         )
 
 
+def has_wandb_key() -> bool:
+    """Return True if the environment has a key of Weights & Biases, or `wandb login` has left one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    with suppress(OSError, ValueError, netrc.NetrcParseError):
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    return False
+
+
 def surroundings(config: TrainConfig) -> Iterator[str]:
     """Yield what this machine lacks: a GPU, a temporary folder, a key of Weights & Biases, real images."""
     if config.precision != "fp32" and not torch.cuda.is_available():  # Composer trains in bf16 on a GPU alone
         yield f"precision: {config.precision} needs a GPU, and there is none here. Fix: set precision=fp32"
     longest, folder = 107 - len("/pymp-12345678/listener-12345678"), gettempdir()
-    if config.data.workers and len(folder) > longest:  # sockets; a batch that cannot be sent would hang
+    if config.data.workers and len(folder) > longest:  # a longer path is no socket's: workers would hang
         yield (
             f"data.workers: {config.data.workers} need a temporary folder of at most {longest} characters, "
             f"{folder} has {len(folder)}. Fix: set TMPDIR=/tmp, or data.workers=0"
         )
-    key = os.environ.get("WANDB_API_KEY")
-    with suppress(OSError, netrc.NetrcParseError):
-        key = key or netrc.netrc().authenticators("api.wandb.ai")
-    if config.log.wandb == "online" and not key:
+    if config.log.wandb == "online" and not has_wandb_key():
         yield "log.wandb: online, but there is no key. Fix: run wandb login, or set log.wandb=offline"
     for name, path in config.objective.features.items() if config.objective.finishes else ():
         if not Path(path).exists():

@@ -57,8 +57,9 @@ def check_weights(
     Raises StorageError.
     """
     newest = newest_export(folders[config.init_from].names())
-    uri, _, name = (f"{config.init_from}/{newest}" if newest else config.init_from).rpartition("/")
-    uri, name = uri or ".", name.removesuffix(".json").removesuffix(".safetensors")
+    path = f"{config.init_from}/{newest}" if newest else config.init_from
+    folder, _, name = path.removesuffix(".json").removesuffix(".safetensors").rpartition("/")
+    uri = folder or "."
     try:
         facts = parse_facts(folders[uri].read(f"{name}.json"), f"{uri}/{name}.json")
     except ValueError as error:

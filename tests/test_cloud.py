@@ -21,8 +21,10 @@ from recipe import preflight
 from recipe.checkpoints import (
     Checkpoints,
     Owner,
+    check_identity,
     checkpoints,
     dataset_facts,
+    identity,
     newest_checkpoint,
     prune,
     receipts,
@@ -281,6 +283,21 @@ def test_checkpoints_of_another_run_or_architecture_are_refused(s3, straight, di
         resumed_from(config_of(digits, s3.uri("straight"), override))
 
 
+def test_a_setting_that_is_newer_than_the_run_had_its_older_value(tmp_path):
+    network = ["model.network=mit", "model.head_depth=1", "objective.name=imf"]
+    before, now = (
+        load_config(TrainConfig, "yamls/digits.yaml", [*network, f"model.embedding_scale={scale}"])
+        for scale in (1, 10)
+    )
+    older = identity(before)
+    del older["model.embedding_scale"]
+    folder = Folder(str(tmp_path))
+    folder.write("run.json", json.dumps({"run_name": "digits", "identity": older}).encode())
+    check_identity(before, folder, folder.names())
+    with pytest.raises(ConfigError, match=r"^model\.embedding_scale: 10.* differs from the 1"):
+        check_identity(now, folder, folder.names())
+
+
 def test_a_folder_with_other_files_is_refused_and_left_as_it_is(s3, digits, cloud_env):
     Folder(s3.uri("foreign")).write("ep0-ba40/__0_0.distcp", b"")
     with pytest.raises(ConfigError, match=r"foreign is not empty and holds no run.json"):
@@ -531,6 +548,7 @@ class TestPreflight:
     ):
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / ".netrc").write_bytes(b"\xff")  # no text, and no business of most runs
         with pytest.raises(SystemExit, match=message):
             preflight.main([*settings(tmp_path, s3_digits, s3.uri("preflight")), override])
 

@@ -200,7 +200,21 @@ def test_a_value_is_taken_as_it_is_written(small, override, message):
 def test_a_key_that_must_be_given_is_named():
     for path, key in ((None, "run_name"), ("yamls/base.yaml", "duration")):
         with pytest.raises(ConfigError, match=f"^{key}: must be given$"):
-            load_config(TrainConfig, path, ["run_name=x"] if path else [])
+            load_config(TrainConfig, path, ["run_name=x", "folder=runs/${duration}"] if path else [])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("folder=runs/${grid.nope}", "folder: Interpolation key 'grid.nope' not found"),
+        ("data.local=${data.remot}", "data.local: Interpolation key 'data.remot' not found"),
+        ("folder=${folder}", "folder: Recursive interpolation detected"),
+    ],
+)
+def test_a_reference_that_leads_nowhere_is_one_line(override, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(TrainConfig, "yamls/digits.yaml", [override])
+    assert str(error.value) == message
 
 
 def test_what_yaml_reads_as_a_number_or_as_false_may_be_a_name(small):
