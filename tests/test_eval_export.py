@@ -215,7 +215,7 @@ def test_a_card_says_what_the_weights_are_and_how_they_score(tmp_path, capsys, m
     weights = disturbed(tmp_path, channels=1, classes=2)
     rows = [
         {**ROW, "sha256": read_facts(weights)["sha256"], "reference": "/home/me/secret/train"},
-        {**ROW, "sha256": "0", "frechet_distance": 77.0},
+        {**ROW, "sha256": "0", "frechet_distance": 77.125},
     ]
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -242,7 +242,7 @@ def test_a_card_says_what_the_weights_are_and_how_they_score(tmp_path, capsys, m
     facts = read_facts(folder / "model")
     assert facts["data"]["source"] == "photos" and facts["data"]["encoder"]["model"] == "some/vae"
     assert all("secret" not in text for text in (card, (folder / "model.json").read_text()))
-    assert "77" not in card
+    assert "77.12" not in card
     code = card.partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path)
     space = {}
