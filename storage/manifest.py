@@ -22,7 +22,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from storage import Folder, Folders, MissingError, StorageError, foreign
 from storage.foreign import INDEX, stored_file
-from storage.outside import LARGEST, DatasetError, conform, parse_json, short
+from storage.outside import LARGEST, DatasetError, check_kind, conform, parse_json, short
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -163,7 +163,8 @@ class Manifest:
         version = values.get("schema_version") if isinstance(values, dict) else None
         if version != SCHEMA_VERSION:
             raise DatasetError(f"{where}: schema_version is {short(version)}, expected {SCHEMA_VERSION}")
-        manifest = cls(**conform(cls, text, where))
+        check_kind(cls, text, where)
+        manifest = cls(**values)
         check_names(manifest.shards, where)
         if problem := contradiction(manifest, plan):
             raise DatasetError(f"{where}: {problem}")

@@ -95,17 +95,21 @@ def _check_numbers(value: Any, where: str, nan: bool) -> None:  # noqa: ANN401
 
 
 def conform(kind: type, text: bytes, where: str) -> Any:  # noqa: ANN401
-    """Return the value of a JSON text from `where`, which describes a `kind` by pydantic's rules.
-
-    Raises OutsideError as `parse_json` does, or with the first key that is wrong, what it is, and what is
-    allowed.
-    """
+    """Return the value of a JSON text from `where` that describes a `kind`. Raises OutsideError."""
     value = parse_json(text, where)
+    check_kind(kind, text, where)
+    return value
+
+
+def check_kind(kind: type, text: bytes, where: str) -> None:
+    """Check by pydantic's rules that a JSON text, which `parse_json` has accepted, describes a `kind`.
+
+    Raises OutsideError with the first key that is wrong, what it is, and what is allowed.
+    """
     try:
         adapter(kind).validate_json(without_halves(text))
     except ValidationError as error:
         raise OutsideError(f"{where}: {describe(error)}") from error
-    return value
 
 
 def describe(error: ValidationError) -> str:
