@@ -12,6 +12,8 @@ import math
 import re
 import sys
 from argparse import ArgumentTypeError
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,19 +100,29 @@ def import_weights(path: str | Path, told: Told = NOTHING) -> Imported:
     """Read a file of any kind. Raises OSError, and ValueError, which names the file."""
     with open(path, "rb") as file:
         zipped = file.read(2) == b"PK"
-    content = None if zipped else read_file(path, SNAPSHOT)
-    try:
+    if not zipped:
+        with naming(path):
+            check_told("TVM", told)
+        content = read_file(path, SNAPSHOT)  # which names the file itself
+    with naming(path):
         if not zipped:
             return import_tvm(content, told)
         state, average, unread = read_state(path, told.average)
         is_mit = any(".u_heads." in f".{name}" for name in state)
         found = import_mit(state, told) if is_mit else import_sit(state, told, repa=bool(unread))
+    found.facts["average"] = average
+    return found
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Turn what is wrong with a file, also where it is damaged, into a ValueError that names it."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except DAMAGE as error:
         raise ValueError(f"{path}: damaged ({str(error)[:200]})") from error
-    found.facts["average"] = average
-    return found
 
 
 def check_told(kind: str, told: Told) -> None:
@@ -151,10 +163,11 @@ def published_latents(config: NetworkConfig) -> Statistics | None:
     return LATENTS.get(config.size) if config.channels == 4 else None
 
 
-def checked(state: Weights, config: NetworkConfig) -> Weights:
+def checked(state: Weights, config: NetworkConfig, **tolerance: float) -> Weights:
     """Return the weights of a network, without the fixed positions of DiT.
 
-    Raises ValueError, by name, unless names, shapes and positions are exactly the network's.
+    tolerance: rtol and atol of these positions. Raises ValueError, by name, unless names and shapes are
+    exactly the network's.
     """
     theirs, ours = {name: tuple(x.shape) for name, x in state.items()}, shapes(config)
     if isinstance(config, DiTConfig):
@@ -163,7 +176,7 @@ def checked(state: Weights, config: NetworkConfig) -> Weights:
     for name in sorted(ours.keys() | theirs.keys()):
         if theirs.get(name) != ours.get(name):
             raise ValueError(f"{name}: shape {theirs.get(name)}, expected {ours.get(name)}")
-    if "pos_embed" in ours and not torch.allclose(state["pos_embed"], positions, rtol=0, atol=1e-5):
+    if "pos_embed" in ours and not torch.allclose(state["pos_embed"], positions, **tolerance):
         raise ValueError("pos_embed: not the fixed sine-cosine embedding of DiT")
     return {name: x for name, x in state.items() if name != "pos_embed"}
 
@@ -200,7 +213,6 @@ def dit_settings(state: Weights, kind: str) -> dict[str, Any]:
 def import_tvm(content: object, told: Told) -> Imported:
     """Convert a released snapshot of TVM, whose data are latents without scaling, or pixels."""
     state, said = read_snapshot(content)
-    check_told("TVM", told)
     if told.guidance is None:
         raise ValueError("--guidance: needed, the w that this network was trained with")
     model = dit_settings(state, "TVM") | {"patch_init": "xavier"}
@@ -209,7 +221,7 @@ def import_tvm(content: object, told: Told) -> Imported:
     method = {"objective": "tvm", "scaled": said["do_scale_param"], "detach_jvp": said["detach_jvp"]}
     method["guidance"] = [told.guidance]
     facts = about(config, method, told, published_latents(config))
-    return Imported(checked(state, config), config, facts, [])
+    return Imported(checked(state, config, rtol=0, atol=1e-6), config, facts, [])
 
 
 def import_sit(state: Weights, told: Told, repa: bool) -> Imported:
@@ -229,7 +241,8 @@ def import_sit(state: Weights, told: Told, repa: bool) -> Imported:
     model |= {"heads": told.heads or published[0], "norm": "layer", "modulation_norm": False}
     model |= {"qk_norm": False, "reverse_time": convention == "sit"}
     config = make(DiTConfig, model, "model")
-    weights = checked({**state, **last_layer(state, config), **new_embedders(config.width)}, config)
+    whole = {**state, **last_layer(state, config), **new_embedders(config.width)}
+    weights = checked(whole, config, atol=1e-5)
     facts = about(config, FlowMatching().facts(), told, ([0.0], [1 / SCALE]))
     how = "as told" if told.convention else "assumed"
     note = f"time and velocity of {'SiT' if convention == 'sit' else 'REPA'}, {how} (--convention)"

@@ -1,7 +1,9 @@
 """Released weights of iMF, pMF and FD-loss: what their files tell, what is refused, what they begin."""
 
 import os
+import random
 import re
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -167,6 +169,19 @@ def test_tables_of_rotations_are_left_out_whatever_they_hold(tmp_path):
     told = Told(size=8, mean=[0.0], std=[1.0])
     found, plain = (import_weights(path, told).state for path in (tmp_path / "x.pth", IMF_FILE))
     assert found.keys() == plain.keys()
+
+
+def test_no_damage_is_a_traceback(tmp_path):
+    """Bytes changed where the ZIP's directory and the pickle are."""
+    whole, chance = PMF_FILE.read_bytes(), random.Random(0)
+    ends = [*range(5000), *range(len(whole) - 5000, len(whole))]
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for place in chance.sample(ends, chance.choice((1, 10, 300))):
+            damaged[place] = chance.randrange(256)
+        (tmp_path / "x.pth").write_bytes(damaged)
+        with suppress(ValueError):
+            import_weights(tmp_path / "x.pth")
 
 
 def test_the_guidance_interval_is_an_option_of_samples_and_an_axis_of_sweeps(tmp_path, capsys):
