@@ -63,7 +63,7 @@ class ExportWeights(Callback):
         self.preemption, self.owner = preemption, owner
         self.due: Callable[[State, Event], bool] = create_interval_scheduler(config.export_interval)
         self.last = -1
-        self.model: GenerativeModel
+        self.model: GenerativeModel  # from Event.INIT on
 
     def state_dict(self) -> dict[str, str]:
         """Return the description as one string, the same leaf in full and in sharded checkpoints."""

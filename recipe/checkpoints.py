@@ -303,11 +303,10 @@ def fetch(folder: Folder, name: str, files: dict[str, str], scratch: Path) -> tu
     return local / name, find_damage(local / name, files)
 
 
-def fetch_log(local: str, folder: Folder) -> None:
-    """Copy the log of numbers from a bucket that has one, unless it is here."""
-    if folder.remote and not Path(local, LOG).exists():
-        with suppress(MissingError):
-            folder.get(LOG, Path(local, LOG))
+def fetch_log(local: str, folder: Folder, names: list[str]) -> None:
+    """Copy the log of numbers from a bucket, of whose files these are the names, unless it is here."""
+    if folder.remote and LOG in names and not Path(local, LOG).exists():
+        folder.get(LOG, Path(local, LOG))
 
 
 class Resume(NamedTuple):

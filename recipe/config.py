@@ -180,11 +180,12 @@ class TrainConfig(Settings):
         A smaller last microbatch is refused with `compile`: blocks are compiled for each size, which doubles
         the graphs and exceeds dynamo's limit of eight.
         """
-        problems, size = [], self.microbatch
-        share, left = divmod(self.data.batch_size, ranks)
-        if left:
-            problems.append(f"data.batch_size: {self.data.batch_size} is not a multiple of the {ranks} ranks")
-        elif self.parallel.compile and size and size < share and share % size:
+        problems, size, share = [], self.microbatch, 0
+        try:
+            share = self.data.per_rank(ranks)
+        except ValueError as error:
+            problems.append(str(error))
+        if self.parallel.compile and size and size < share and share % size:
             below = max(n for n in range(1, size) if share % n == 0)
             problems.append(
                 f"microbatch: {size} does not divide the {share} samples of a rank, and parallel.compile "

@@ -115,6 +115,12 @@ class DataConfig(Settings):
         """cache_limit in bytes."""
         return bytes_to_int(self.cache_limit) if self.cache_limit else None
 
+    def per_rank(self, ranks: int) -> int:
+        """Return how many samples of a global batch each rank has. Raises ValueError."""
+        if self.batch_size % ranks:
+            raise ValueError(f"data.batch_size: {self.batch_size} is not a multiple of the {ranks} ranks")
+        return self.batch_size // ranks
+
     @property
     def source(self) -> str:
         """Where the manifest is."""
@@ -387,7 +393,7 @@ def train_loader(
 
     manifest, folders: see `TrainingDataset`.
     """
-    per_rank = config.batch_size // dist.get_world_size()
+    per_rank = config.per_rank(dist.get_world_size())
     dataset = TrainingDataset(
         remote=config.remote,
         local=config.local,

@@ -276,12 +276,13 @@ def surroundings(config: TrainConfig) -> Iterator[str]:
 class Findings(NamedTuple):
     """What the checks before a run have found, for the run to go on with.
 
-    point: the checkpoints that it can go on from, none for a new run; weights: those of `init_from`, for a
-    new run; folders: opened by this process so far.
+    names: of the files in its save_folder; point: the checkpoints that it can go on from, none for a new run;
+    weights: those of `init_from`, for a new run; folders: opened by this process so far.
     """
 
     manifest: Manifest
     normalizer: Normalizer
+    names: list[str]
     point: Resumable
     weights: Weights | None
     folders: Folders
@@ -312,7 +313,7 @@ def examine(config: TrainConfig, ranks: int) -> tuple[list[str], Findings | None
     found += [*cache_limit(config.data, ranks, manifest), *disk_space(config, manifest)]
     with collecting(found):
         point, weights = beginning(config, manifest, normalizer, folders, names)
-    return found, None if found else Findings(manifest, normalizer, point, weights, folders)
+    return found, None if found else Findings(manifest, normalizer, names, point, weights, folders)
 
 
 def shared(folder: str) -> bool:

@@ -107,7 +107,7 @@ def build_algorithms(config: TrainConfig) -> list[Algorithm]:
     """Return the algorithms that guard a step, average weights and, in a finish, keep moments of samples."""
     algorithms = [ScaleParameter(config.step, config.objective.flow_matching_first), EMA(config.ema)]
     if config.objective.finishes:
-        batch = config.data.batch_size // dist.get_world_size()
+        batch = config.data.per_rank(dist.get_world_size())
         algorithms.append(Population(config.objective, min(config.microbatch or batch, batch)))
     return algorithms
 
@@ -158,8 +158,8 @@ def start(config: TrainConfig, preemption: Preemption) -> tuple[Trainer, Manifes
     device = "gpu" if torch.cuda.is_available() else "cpu"
     dist.initialize_dist(device, timeout=3600)  # while a checkpoint is downloaded, the other ranks wait
     found = check(config)
-    on_rank_zero(lambda: fetch_log(config.folder, found.folders[config.save_folder]))
-    batch = config.data.batch_size // dist.get_world_size()
+    on_rank_zero(lambda: fetch_log(config.folder, found.folders[config.save_folder], found.names))
+    batch = config.data.per_rank(dist.get_world_size())
     if (size := config.microbatch or 0) > batch:
         log.warning("microbatch: %d is more than a rank's %d samples here: one pass", size, batch)
     with newest_checkpoint(config.folder, found.point, found.folders) as resume:

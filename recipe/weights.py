@@ -140,8 +140,9 @@ def find_label(asked: str | int, classes: int, names: Sequence[str]) -> int | No
 
     A text is a name first, and a number where no class has that name; a number is a number.
     """
-    if isinstance(asked, str) and asked in names[:classes]:
-        return names.index(asked)
+    named = {str(name): label for label, name in enumerate(names[:classes])}
+    if isinstance(asked, str) and asked in named:
+        return named[asked]
     return int(asked) if str(asked) in map(str, range(classes)) else None
 
 

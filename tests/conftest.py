@@ -180,7 +180,7 @@ def findings(config):
     folders = Folders()
     manifest, normalizer = check_data(config.data, config.model, folders)
     weights = check_weights(config, manifest, normalizer, folders) if config.init_from else None
-    return Findings(manifest, normalizer, Resumable(config.save_folder, []), weights, folders)
+    return Findings(manifest, normalizer, [], Resumable(config.save_folder, []), weights, folders)
 
 
 def manifest_of(config):
