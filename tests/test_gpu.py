@@ -49,6 +49,18 @@ def test_stages_at_tiny_size(tmp_path, monkeypatch):
     assert json.loads(log[-1])["step"] == result["steps"] > 0
 
 
+def test_kernels_that_are_wrong_are_counted(tmp_path, monkeypatch):
+    suite = '<testsuite tests="121" skipped="2" failures="{}" errors="0"/>'
+
+    def python(*_, **__):
+        (tmp_path / "correctness.xml").write_text(f"<testsuites>{suite.format(wrong)}</testsuites>")
+
+    monkeypatch.setattr(gpu, "python", python)
+    for wrong, missed in ((0, []), (1, ["1 of 119 tests failed"])):
+        page = [("kernels' tests that failed", "", f"{wrong} of 119", "0")]
+        assert gpu.correctness(gpu.TINY, tmp_path) == {"page": page, "missed": missed}
+
+
 def test_predicted_stands_beside_measured(tmp_path, monkeypatch):
     where = {**environment(), "device": "NVIDIA H100 80GB HBM3"}
     monkeypatch.setattr(gpu, "environment", lambda: where)
