@@ -35,11 +35,12 @@ class OutsideError(DatasetError):
 def read_bytes(path: str | Path, limit: int = LARGEST) -> bytes:
     """Return the content of a regular file of at most `limit` bytes. Raises OSError, OutsideError."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe, or a device that never ends
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):  # a pipe, or a device that never ends
             raise OutsideError(f"{path} is not a regular file")
-        if len(content := file.read(limit + 1)) > limit:
+        if about.st_size > limit:
             raise OutsideError(f"{path} has more than {limit} bytes")
-        return content
+        return file.read()  # file.read(limit) would allocate so much first
 
 
 def file_digest(path: Path, digest: Any) -> str:  # noqa: ANN401

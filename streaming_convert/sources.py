@@ -293,7 +293,7 @@ def read_regular(path: Path) -> bytes:
             raise Rejected("not a regular file")
         refuse_huge(found.st_size)
         with path.open("rb") as file:
-            return file.read(MAX_FILE_BYTES)
+            return file.read()
     except OSError as error:
         raise Rejected(f"cannot be read: {error.strerror}") from error
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,18 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
             read_bytes(tmp_path / name, 100)
         with pytest.raises(StorageError, match=message):
             Folder(str(tmp_path)).read(name, 100)
+
+
+def test_a_small_file_is_read_into_little_memory(tmp_path):
+    (tmp_path / "x").write_bytes(b"123")
+    tracemalloc.start()
+    try:
+        assert Folder(str(tmp_path)).read("x") == b"123"
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(OutsideError, match="x has more than 2 bytes"):
+        read_bytes(tmp_path / "x", 2)
 
 
 def test_a_place_that_takes_no_file_is_named(tmp_path):
