@@ -1022,6 +1022,24 @@ def test_a_yaml_that_the_user_changed_stays(tmp_path, capsys):
     assert re.fullmatch(rf"next: \S*composer recipe/train.py {tmp_path}/out/train.yaml", said)
 
 
+def test_sides_that_are_only_declared_take_no_memory(tmp_path, capsys):
+    convert("digits", "--limit", 1, "--out", tmp_path)
+    folder, side = tmp_path / "train", 2**16 - 6
+    for name in ("index.json", "manifest.json"):
+        text = (folder / name).read_text().replace("1,8,8", f"1,{side},{side}")
+        text = re.sub(r'("bytes": )\d+', rf"\g<1>{side**2 + 100}", text)
+        text = re.sub(r'("column_sizes": \[)64', rf"\g<1>{side**2}", text)
+        (folder / name).write_text(text)
+    _change_manifest("shape", [1, side, side], "")(folder)
+    tracemalloc.start()
+    try:
+        assert main(["verify", str(folder)]) == 1
+        assert tracemalloc.get_traced_memory()[1] < 10**8
+    finally:
+        tracemalloc.stop()
+    assert "shard.00000.mds: the size or the checksum is not that of the index" in capsys.readouterr().out
+
+
 def test_no_shard_may_lie_outside_the_folder(tmp_path, capsys):
     convert("digits", "--out", tmp_path)
     shutil.move(tmp_path / "train/shard.00000.mds", tmp_path / "outside.mds")
