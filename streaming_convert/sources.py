@@ -91,13 +91,13 @@ def subset(source: Source, only: list[str] | None, limit: int | None, seed: int)
 
 
 def first_good(keys: list[str], load: Callable[[str], np.ndarray], where: str) -> np.ndarray:
-    """Return the first sample that can be loaded. Raises DatasetError, naming `where`, if 100 cannot."""
-    for key in keys[:100]:
+    """Return the first of 100 samples, spread over all, that can be loaded; if none, raise DatasetError."""
+    for key in (tried := keys[:: 1 + len(keys) // 100]):
         try:
             return load(key)
         except Rejected as error:
             reason = f"{key}: {error}"
-    raise DatasetError(f"{where}: none of the first samples can be used; {reason}")
+    raise DatasetError(f"{where}: none of {len(tried)} samples can be used; {reason}")
 
 
 def digits() -> Source:

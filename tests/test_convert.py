@@ -842,6 +842,14 @@ def test_colour_in_a_grey_archive_is_rejected(tmp_path, capsys):
     assert "1 samples were rejected" in error and "2.png: uint8 (3, 8, 8), expected uint8 (1, 8, 8)" in error
 
 
+def test_many_bad_files_at_the_beginning_of_an_archive_are_left_out(tmp_path):
+    good = to_bytes(Image.new("RGB", (8, 8)))
+    write_archive(tmp_path / "a.zip", {f"{i:03}.png": b"x" if i < 110 else good for i in range(120)}, None)
+    words = ("zip", tmp_path / "a.zip", "--out", tmp_path / "out")
+    assert convert(*words, "--max-rejected", 110) == 0
+    assert read_manifest(f"{tmp_path}/out/train").num_samples == 10
+
+
 def test_archive_with_null_labels_is_unlabelled_and_one_with_missing_labels_refused(tmp_path, capsys):
     members = {f"{i}.png": to_bytes(Image.new("RGB", (8, 8))) for i in range(2)}
     write_archive(tmp_path / "null.zip", members, None)
