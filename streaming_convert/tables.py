@@ -16,7 +16,7 @@ from tqdm import tqdm
 from storage import Folder
 from storage.manifest import DatasetError
 from streaming_convert import labels
-from streaming_convert.images import ADM_CROP
+from streaming_convert.images import ADM_CROP, Rejected
 from streaming_convert.sources import Source, first_good
 
 
@@ -96,7 +96,8 @@ def label_of(value: Any, key: str) -> int | str:  # noqa: ANN401
     if isinstance(value, str) and not re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", value):
         return value
     if isinstance(value, bool) or not isinstance(value, int | np.integer | str):
-        raise DatasetError(f"{key}: --label: {value} is neither a whole number nor a name")
+        why = value if isinstance(value, Rejected) else f"{value} is neither a whole number nor a name"
+        raise DatasetError(f"{key}: --label: {why}")
     return int(value)
 
 

@@ -166,6 +166,11 @@ def change(folder, key, value):
         ("samples", -1, "input should be greater than or equal to 0"),
         ("column_names", ["x"], "its columns are not those of the first shard"),
         ("column_sizes", [None, 10**6], "ends at byte"),
+        (
+            "column_encodings",
+            ["png", "str_int"],
+            "0/0: --label: is no str_int: invalid literal for int() with base 10: '" + r"\x00" * 8 + "'\n",
+        ),
         ("format", "json", "input should be 'mds'"),
         ("column_encodings", ["png", "float32"], "column 'y' is stored as float32"),
     ],
