@@ -119,10 +119,10 @@ def naming(path: str | Path) -> Iterator[None]:
     """Turn what is wrong with a file, also where it is damaged, into a ValueError that names it."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     except DAMAGE as error:
         raise ValueError(f"{path}: damaged ({str(error)[:200]})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def check_told(kind: str, told: Told) -> None:
@@ -238,8 +238,8 @@ def import_sit(state: Weights, told: Told, repa: bool) -> Imported:
     published = [p["heads"] for p in PRESETS.values() if (p["width"], p["depth"]) == (width, depth)]
     if told.heads is None and not published:
         raise ValueError(f"--heads: needed, width {width} and depth {depth} are not those of a published SiT")
-    model |= {"heads": told.heads or published[0], "norm": "layer", "modulation_norm": False}
-    model |= {"qk_norm": False, "reverse_time": convention == "sit"}
+    model |= {"heads": published[0] if told.heads is None else told.heads, "norm": "layer"}
+    model |= {"modulation_norm": False, "qk_norm": False, "reverse_time": convention == "sit"}
     config = make(DiTConfig, model, "model")
     whole = {**state, **last_layer(state, config), **new_embedders(config.width)}
     weights = checked(whole, config, atol=1e-5)
@@ -345,7 +345,7 @@ def mit_settings(state: Weights, shared: int, size: int | None) -> dict[str, Any
         width, depth = len(state["final_layer.norm.weight"]), count(state, "blocks")
         model = {
             "network": "mit",
-            "size": size or 32,
+            "size": 32 if size is None else size,
             "channels": channels,
             "classes": len(state["y_embedder.embedding_table.weight"]) - 1,
             "patch": patch,

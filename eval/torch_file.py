@@ -47,7 +47,7 @@ AVERAGES = {"ema": ("ema", "model_ema"), "net": ("model",)}
 NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
 UNREAD = re.compile(r"^projectors\.|(^|\.)rope_freqs$")
 MAX_PICKLE = 2**26  # a hundred times that of SiT-XL/2 with its optimizer
-DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, KeyError, ValueError)
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, KeyError, UnicodeError)
 
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
@@ -133,8 +133,8 @@ class TorchFile:
         member = self.members.get(f"{self.folder}/data/{key}")
         if kind not in DTYPES:
             raise RefusedPickle(f"{where}: of {kind}, not of floating point numbers")
-        if member is None or member.file_size != numel * DTYPES[kind].itemsize:
-            raise RefusedPickle(f"{where}: its storage is not in the file as declared")
+        if member is None or not 0 < member.file_size == numel * DTYPES[kind].itemsize:
+            raise RefusedPickle(f"{where}: its storage is empty, or not in the file as declared")
         use_once(key, where, self.used)
         return torch.frombuffer(bytearray(self.archive.read(member)), dtype=DTYPES[kind])
 

@@ -69,6 +69,7 @@ def test_the_command_tells_imf_from_pmf_and_says_what_it_has_found(tmp_path, cap
     ("file", "options", "message"),
     [
         ("mit/pmf_a_inference.pth", ["--size", "32"], "--size: 32, but its positions are those of 16"),
+        (IMF_FILE, ["--size", "0"], "model.size: 0 must be a whole number from 1 to 8192"),
         (IMF_FILE, [*LATENT, "--heads", "2"], "--heads: 2 is not for a file of iMF"),
         (IMF_FILE, [*LATENT, "--guidance", "2"], "--guidance: 2.0 is not for a file of iMF"),
         (IMF_FILE, [*LATENT, "--convention", "repa"], "--convention: repa is not for a file of iMF"),

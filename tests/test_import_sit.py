@@ -89,6 +89,7 @@ class Evil:
         (lambda s: s | {"blocks.0.attn.q_norm.weight": torch.ones(16)}, "blocks.0.attn.q_norm.weight"),
         (lambda s: s | {"pos_embed": s["pos_embed"] + 1}, "pos_embed: not the fixed"),
         (lambda s: s | {"blocks.0.mlp.fc2.bias": torch.zeros(3)}, "blocks.0.mlp.fc2.bias"),
+        (lambda s: s | {"blocks.0.mlp.fc2.bias": torch.zeros(0)}, "blocks.0.mlp.fc2.bias: its storage is"),
         (lambda s: s | {"x_embedder.proj.weight": torch.zeros(3)}, "not a network of SiT"),
     ],
 )
@@ -102,11 +103,15 @@ def test_what_is_not_a_sit_is_refused_by_name_and_nothing_is_executed(tmp_path, 
 
 
 def test_damaged_files_and_unknown_sizes_are_one_line(tmp_path, capsys):
-    (tmp_path / "cut.pt").write_bytes(PLAIN.read_bytes()[:5000])
+    data = PLAIN.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[:5000])
+    (tmp_path / "name.pt").write_bytes(b"\xffata.pkl".join(data.rsplit(b"data.pkl", 1)))  # no UTF-8
     for arguments, message in (
         ([str(tmp_path / "cut.pt")], "cut.pt: damaged"),
+        ([str(tmp_path / "name.pt")], "name.pt: damaged"),
         ([str(tmp_path / "none.pt")], "none.pt"),
         ([str(PLAIN)], "--heads: needed, width 64 and depth 3"),
+        ([str(PLAIN), "--heads", "0"], "model.heads: 0 must be a whole number from 1"),
     ):
         assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
         assert message in capsys.readouterr().err.splitlines()[-1]
