@@ -14,7 +14,7 @@ of text.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -366,12 +366,47 @@ def keep_casts_with_a_graph(device: str) -> AbstractContextManager:
     return torch.autocast(device, cache_enabled=False)
 
 
+class Inputs(NamedTuple):
+    """What a network is evaluated at: the arguments of `Denoiser.forward`, with pairs for its tensors."""
+
+    x: Dual
+    t: Dual
+    d: Dual
+    label: Tensor
+    beta: Tensor | None
+    detach_tangent: bool
+
+
 class Denoiser(nn.Module):
-    """What every network F(x, t, d, label, beta) has beside its own `forward`."""
+    """A network F(x, t, d, label, beta): what all of them are told, and what they have in common."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+
+    def forward(
+        self,
+        x: Tensor | Dual,
+        t: Tensor | Dual,
+        d: Tensor | Dual,
+        label: Tensor,
+        beta: Tensor | None = None,
+        detach_tangent: bool = False,
+        **more: Any,
+    ) -> Dual | tuple[Dual, Dual | None]:
+        """Return F and, where x, t or d carries a tangent, its directional derivative, each (B, C, H, W).
+
+        x: (B, C, H, W); t, d: (B,) times in [0, 1] with d = t - s; label: (B,) int64 in 0..K, K meaning none;
+        beta: (B,) = 1/w, or None for no guidance; detach_tangent: no gradient through the derivative, which
+        then costs a forward pass and no backward; more: what one network alone is told (its `evaluate`).
+        """
+        given = Inputs(dual.dual(x), dual.dual(t), dual.dual(d), label, beta, detach_tangent)
+        with keep_casts_with_a_graph(given.x.value.device.type):
+            return self.evaluate(given, **more)
+
+    def evaluate(self, given: Inputs, **more: Any) -> Dual | tuple[Dual, Dual | None]:
+        """Return what `forward` does."""
+        raise NotImplementedError
 
     def image(self, z: Dual, x: Dual, t: Dual) -> Dual:
         """Turn features of patches (B, N, p p C) into F (B, C, H, W), as the network's `output` says."""
@@ -404,43 +439,26 @@ class DiT(Denoiser):
         if initialize:
             self.init_weights()
 
-    def forward(
-        self,
-        x: Tensor | Dual,
-        t: Tensor | Dual,
-        d: Tensor | Dual,
-        label: Tensor,
-        beta: Tensor | None = None,
-        detach_tangent: bool = False,
-        text: Text | None = None,
-    ) -> Dual:
-        """Return F and, where x, t or d carries a tangent, its directional derivative.
-
-        x: (B, C, H, W); t, d: (B,) times in [0, 1] with d = t - s; label: (B,) int64 in 0..K, K meaning none;
-        beta: (B,) = 1/w, or None to leave the guidance term out; detach_tangent: no gradient through the
-        derivative, which then costs a forward pass and no backward; text: for a network with `text`, and for
-        no other. Returns a pair of (B, C, H, W).
-        """
-        x, t, d = dual.dual(x), dual.dual(t), dual.dual(d)
-        told = t
+    def evaluate(self, given: Inputs, text: Text | None = None) -> Dual:
+        """Return F; without beta the guidance term is left out. text: for a network with `text` alone."""
+        told, detach = given.t, given.detach_tangent
         if self.config.reverse_time:
-            told = Dual(1 - t.value, None if t.tangent is None else -t.tangent)
-        with keep_casts_with_a_graph(x.value.device.type):
-            cond, context = [self.t_embedder(told), self.s_embedder(d), self.y_embedder(label)], None
-            if beta is not None:
-                cond.append(self.guidance_embedder(Dual(beta)))
-            if text is not None:
-                tokens, pooled = self.text_embedder(text)
-                context = tokens, text.length
-                cond.append(Dual(pooled))
-            c = dual.silu(dual.add(*cond))
-            z = dual.add(self.x_embedder(x), Dual(self.pos_embed))
-            if detach_tangent:
-                z, c = dual.detach(z), dual.detach(c)
-            for block in self.blocks:
-                z = block(z, c, detach_tangent, context)
-            F = self.image(self.final_layer(z, c), x, t)
-        return dual.detach(F) if detach_tangent else F
+            told = Dual(1 - told.value, None if told.tangent is None else -told.tangent)
+        cond, context = [self.t_embedder(told), self.s_embedder(given.d), self.y_embedder(given.label)], None
+        if given.beta is not None:
+            cond.append(self.guidance_embedder(Dual(given.beta)))
+        if text is not None:
+            tokens, pooled = self.text_embedder(text)
+            context = tokens, text.length
+            cond.append(Dual(pooled))
+        c = dual.silu(dual.add(*cond))
+        z = dual.add(self.x_embedder(given.x), Dual(self.pos_embed))
+        if detach:
+            z, c = dual.detach(z), dual.detach(c)
+        for block in self.blocks:
+            z = block(z, c, detach, context)
+        F = self.image(self.final_layer(z, c), given.x, given.t)
+        return dual.detach(F) if detach else F
 
     def unused(self, guidance: bool, auxiliary: bool) -> list[nn.Module]:
         """Return the parts that are never evaluated: without guidance its embedder."""

@@ -19,14 +19,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from recipe import dual
-from recipe.dit import (
-    Denoiser,
-    LabelEmbedder,
-    NetworkConfig,
-    PatchEmbed,
-    ScalarEmbedder,
-    keep_casts_with_a_graph,
-)
+from recipe.dit import Denoiser, Inputs, LabelEmbedder, NetworkConfig, PatchEmbed, ScalarEmbedder
 from recipe.dual import Dual
 from recipe.settings import ConfigError, Count, NotNegative, Positive
 
@@ -236,47 +229,38 @@ class MiT(Denoiser):
         if initialize:
             self.init_weights()
 
-    def forward(
-        self,
-        x: Tensor | Dual,
-        t: Tensor | Dual,
-        d: Tensor | Dual,
-        label: Tensor,
-        beta: Tensor | None = None,
-        detach_tangent: bool = False,
-        interval: Interval = (0.0, 1.0),
-        head: Literal["u", "v", "both"] = "u",
+    def evaluate(
+        self, given: Inputs, interval: Interval = (0.0, 1.0), head: Literal["u", "v", "both"] = "u"
     ) -> Dual | tuple[Dual, Dual | None]:
-        """Return u and, where x, t or d carries a tangent, its directional derivative.
+        """Return u, with t for output x alone, and without beta guidance 1.
 
-        x, t, d, label, detach_tangent: as for `recipe.dit.DiT`; t counts only for output x; beta: (B,) = 1/w,
-        None for 1; interval: the times between which guidance is in force, numbers or (B,). head: v asks for
-        the velocity alone, which is u's where there is no head for v; both for (u, v), v without a tangent
-        and None where there is no head for it. Each is a pair of (B, C, H, W).
+        interval: the times between which guidance is in force, numbers or (B,). head: v asks for the velocity
+        alone, which is u's where there is no head for v; both for (u, v), v without a tangent and None where
+        there is no head for it.
         """
-        x, t, d = dual.dual(x), dual.dual(t), dual.dual(d)
-        with keep_casts_with_a_graph(x.value.device.type):
-            z = self.sequence(x, d, label, beta, interval)
-            z = dual.detach(z) if detach_tangent else z
-            run = *self.rotation.to(x.value.dtype), detach_tangent
-            shared = self.config.depth - self.config.head_depth
-            for block in list(self.blocks)[:shared]:
-                z = block(z, *run)
-            u = v = None
-            if head != "u" and self.config.v_head:
-                plain = [Dual(y.value) for y in (z, x, t)]
-                v = self.read(list(self.v_blocks), self.v_final_layer, run, *plain)
-            if head != "v" or v is None:
-                u = self.read(list(self.blocks)[shared:], self.final_layer, run, z, x, t)
-                u = dual.detach(u) if detach_tangent else u
+        x, t, detach = given.x, given.t, given.detach_tangent
+        z = self.sequence(given, interval)
+        z = dual.detach(z) if detach else z
+        run = *self.rotation.to(x.value.dtype), detach
+        shared = self.config.depth - self.config.head_depth
+        for block in list(self.blocks)[:shared]:
+            z = block(z, *run)
+        u = v = None
+        if head != "u" and self.config.v_head:
+            plain = [Dual(y.value) for y in (z, x, t)]
+            v = self.read(list(self.v_blocks), self.v_final_layer, run, *plain)
+        if head != "v" or v is None:
+            u = self.read(list(self.blocks)[shared:], self.final_layer, run, z, x, t)
+            u = dual.detach(u) if detach else u
         return (u, v) if head == "both" else u or v
 
-    def sequence(self, x: Dual, d: Dual, label: Tensor, beta: Tensor | None, interval: Interval) -> Dual:
+    def sequence(self, given: Inputs, interval: Interval) -> Dual:
         """Return all tokens, (B, S, D)."""
+        x, d, beta = given.x, given.d, given.beta
         ones = torch.ones_like(d.value)
         start, end = (Dual(time * ones) for time in interval)
         told = {
-            "label": self.y_embedder(label),
+            "label": self.y_embedder(given.label),
             "guidance": self.guidance_embedder(Dual(0 * ones if beta is None else 1 - beta)),
             "start": self.start_embedder(start),
             "end": self.end_embedder(end),

@@ -343,10 +343,11 @@ def check_mit(table: Table, folder: Path, case: str, config: dict) -> None:
         objective = from_facts(found.facts["method"])
         objective.norm_p, objective.norm_eps = settings["norm_p"], settings["norm_eps"]
         x, t, r, interval = golden["x"], golden["t"], golden["r"], (golden["t_min"], golden["t_max"])
-        asked = t - r, golden["label"], 1 / golden["omega"], False, interval
-        table.check(f"{name} u", net(x, t, *asked).value, golden["forward/u"])
+        asked = x, t, t - r, golden["label"], 1 / golden["omega"]
+        table.check(f"{name} u", net(*asked, interval=interval).value, golden["forward/u"])
         if found.config.v_head:
-            table.check(f"{name} v", net(x, t, *asked, "both")[1].value, golden["forward/v"])
+            v = net(*asked, interval=interval, head="both")[1]
+            table.check(f"{name} v", v.value, golden["forward/v"])
             check_mit_loss(table, name, net, objective, golden)
         guided = partial(net, interval=(sampling["t_min"], sampling["t_max"]))
         noise = golden["noise"] / settings["noise_scale"]
@@ -365,7 +366,7 @@ def check_mit_loss(table: Table, case: str, net: MiT, objective: IMF, golden: di
     drawn = Draw(golden["x"], golden["noise"], (t, r), label, *told)
     x_t = drawn.at(t)
     v_c, v_g = objective.velocities(net, x_t, drawn)
-    v = net(x_t, t, t - r, label, 1 / drawn.w, False, interval, "both")[1].value
+    v = net(x_t, t, t - r, label, 1 / drawn.w, interval=interval, head="both")[1].value
     loss = objective.loss(net, None, drawn)
     loss.total.mean().backward()
     values = {"v_t": drawn.velocity_at(t), "v_guided": v_g, "v_c": v_c, "v": v, "total": loss.total}

@@ -139,19 +139,19 @@ def test_preset_sizes_of_mit(preset, millions):
 def test_heads_of_mit_share_their_tokens_and_v_has_no_tangent():
     net = network(kind="mit")
     x, tx, t, tt, d, td, label, beta = query(net)
-    told = Dual(x, tx), Dual(t, tt), Dual(d, td), label, beta, False, (0.2, 0.7)
-    u, v = net(*told, "both")
+    told, within = (Dual(x, tx), Dual(t, tt), Dual(d, td), label, beta), {"interval": (0.2, 0.7)}
+    u, v = net(*told, **within, head="both")
     assert v.tangent is None
-    torch.testing.assert_close(tuple(u), tuple(net(*told, "u")))
-    torch.testing.assert_close(v.value, net(x, t, d, label, beta, False, (0.2, 0.7), "v").value)
+    torch.testing.assert_close(tuple(u), tuple(net(*told, **within, head="u")))
+    torch.testing.assert_close(v.value, net(x, t, d, label, beta, **within, head="v").value)
     assert not torch.allclose(u.value, v.value)
     assert not torch.allclose(u.value, net(x, t, d, label, beta).value)  # at another interval
     alone = MiT(replace(net.config, v_head=False)).double()
     alone.load_state_dict({k: p for k, p in net.state_dict().items() if not k.startswith("v_")})
-    found = alone(*told, "both")
+    found = alone(*told, **within, head="both")
     assert found[1] is None
     torch.testing.assert_close(found[0].value, u.value)
-    torch.testing.assert_close(alone(*told, "v").value, u.value)
+    torch.testing.assert_close(alone(*told, **within, head="v").value, u.value)
 
 
 def test_embedding_scale_multiplies_what_the_tokens_of_mit_are_told():
