@@ -245,6 +245,24 @@ Guidance = Annotated[
 ]
 
 
+@dataclass
+class Guided(Objective):
+    """An objective whose network is told w, so that samples may ask for any w that it was trained with."""
+
+    guidance: Guidance = Field(
+        1.0,
+        description="Guidance weight w, or [low, high] that each sample draws a w from: uniformly by tvm, "
+        "which takes 1 without label, and by the power law low (high / low)^U by imf.",
+    )
+
+    guidance_input: ClassVar[bool] = True
+
+    @property
+    def guidance_range(self) -> tuple[float, float]:
+        """The guidance weights of training."""
+        return ends(self.guidance)
+
+
 def draw(
     x0: Tensor,
     label: Tensor,

@@ -17,30 +17,30 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from recipe.objectives.base import Draw, Guidance, Loss, Network, Objective, Pass, Term, broadcast, ends
-from recipe.objectives.meanflow import adaptive, average_velocity_along, ordered_times
-from recipe.settings import NotNegative, Positive, Share
+from recipe.objectives.base import Draw, Guided, Loss, Network, Pass, Term, broadcast
+from recipe.objectives.meanflow import (
+    EqualShare,
+    NormOffset,
+    NormPower,
+    TimesMean,
+    TimesStd,
+    adaptive,
+    average_velocity_along,
+    ordered_times,
+)
 
 
 @dataclass
-class IMF(Objective):
+class IMF(Guided):
     """Improved MeanFlow: guidance is chosen after training."""
 
     name: Literal["imf"] = Field("imf", description="Improved MeanFlow.")
-    guidance: Guidance = Field(
-        1.0,
-        description="Guidance weight w, or [low, high] for a w that is drawn for each sample by the power "
-        "law low (high / low)^U.",
-    )
-    equal_share: Share = Field(0.5, description="Probability of r = t.")
-    t_mean: float = Field(-0.4, description="Mean of the logit-normal law of both times.")
-    t_std: Positive = Field(1.0, description="Deviation of the logit-normal law of both times.")
-    norm_p: NotNegative = Field(
-        1.0, description="Power of the adaptive weight of a sample's error; 0 weighs all samples alike."
-    )
-    norm_eps: Positive = Field(0.01, description="Offset of the error in the adaptive weight.")
+    equal_share: EqualShare = 0.5
+    t_mean: TimesMean = -0.4
+    t_std: TimesStd = 1.0
+    norm_p: NormPower = 1.0
+    norm_eps: NormOffset = 0.01
 
-    guidance_input: ClassVar[bool] = True
     auxiliary: ClassVar[bool] = True
 
     def sample_times(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,11 +51,6 @@ class IMF(Objective):
         """Draw w by the power law in the range. It stays where the label is dropped (`guide` of the base)."""
         low, high = self.guidance_range
         return low * (high / low) ** u
-
-    @property
-    def guidance_range(self) -> tuple[float, float]:
-        """As trained: the network knows w."""
-        return ends(self.guidance)
 
     def sample_interval(self, u: Tensor, times: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Draw t_min uniformly in [0, 1/2] and t_max in [1/2, 1]; where r = t they are 0 and 1."""

@@ -3,7 +3,7 @@
 identity  u(x_t, t, r) = v - (t - r) du/dt,   du/dt along (x, t, r) -> (v, 1, 0)
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -13,6 +13,16 @@ from torch import Tensor
 from recipe.dual import Dual
 from recipe.objectives.base import Draw, Loss, Network, Objective, Pass, Term, broadcast, logit_normal
 from recipe.settings import BelowOne, NotNegative, Positive, Share
+
+# Settings of `ordered_times` and of `adaptive`, which iMF has, too.
+EqualShare = Annotated[Share, Field(description="Probability of r = t.")]
+TimesMean = Annotated[float, Field(description="Mean of the logit-normal law of both times.")]
+TimesStd = Annotated[Positive, Field(description="Deviation of the logit-normal law of both times.")]
+NormPower = Annotated[
+    NotNegative,
+    Field(description="Power of the adaptive weight of a sample's error; 0 weighs all samples alike."),
+]
+NormOffset = Annotated[Positive, Field(description="Offset of the error in the adaptive weight.")]
 
 
 @dataclass
@@ -28,13 +38,11 @@ class MeanFlow(Objective):
     )
     t_start: Share = Field(0.0, description="Earliest t at which the target is guided.")
     t_end: Share = Field(1.0, description="Latest t at which the target is guided.")
-    equal_share: Share = Field(0.75, description="Probability of r = t.")
-    t_mean: float = Field(-0.4, description="Mean of the logit-normal law of both times.")
-    t_std: Positive = Field(1.0, description="Deviation of the logit-normal law of both times.")
-    norm_p: NotNegative = Field(
-        1.0, description="Power of the adaptive weight of a sample's error; 0 weighs all samples alike."
-    )
-    norm_eps: Positive = Field(0.01, description="Offset of the error in the adaptive weight.")
+    equal_share: EqualShare = 0.75
+    t_mean: TimesMean = -0.4
+    t_std: TimesStd = 1.0
+    norm_p: NormPower = 1.0
+    norm_eps: NormOffset = 0.01
 
     def sample_times(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return (t, r), see `ordered_times`."""

@@ -17,14 +17,12 @@ from torch import Tensor
 from recipe.dual import Dual
 from recipe.objectives.base import (
     Draw,
-    Guidance,
+    Guided,
     Loss,
     Network,
-    Objective,
     Pass,
     Term,
     broadcast,
-    ends,
     logit_normal,
     mean_square,
 )
@@ -34,15 +32,10 @@ SAMPLERS = ("gap*", "gap", "trunc", "clamp")
 
 
 @dataclass
-class TVM(Objective):
+class TVM(Guided):
     """Terminal Velocity Matching: one network for any number of steps, with a teacher's average."""
 
     name: Literal["tvm"] = Field("tvm", description="Terminal Velocity Matching, the default.")
-    guidance: Guidance = Field(
-        1.0,
-        description="Guidance weight w, or [low, high] for a w that is drawn uniformly for each sample; "
-        "without label it is 1.",
-    )
     scaled: bool = Field(True, description="Whether the network's output is multiplied by w (k = w).")
     times: Literal[SAMPLERS] = Field(
         "gap*",
@@ -59,7 +52,6 @@ class TVM(Objective):
     detach_jvp: bool = Field(False, description="Whether no gradient goes through dF/ds, which saves time.")
 
     teacher: ClassVar[bool] = True
-    guidance_input: ClassVar[bool] = True
 
     def sample_times(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (t, s, s'), with 0 <= s <= t <= 1.
@@ -94,11 +86,6 @@ class TVM(Objective):
     def guide(self, w: Tensor, unlabelled: Tensor) -> Tensor:
         """Return w, or 1 where there is no label: the only weight at which "none" is trained."""
         return torch.where(unlabelled, 1.0, w)
-
-    @property
-    def guidance_range(self) -> tuple[float, float]:
-        """As trained: the network knows w."""
-        return ends(self.guidance)
 
     def scale(self, w: Tensor | float) -> Tensor | float:
         """Return w if the network's output is scaled, else 1."""
