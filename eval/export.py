@@ -51,7 +51,8 @@ from recipe.sampler import check_steps, sample
 from recipe.settings import make
 from recipe.text import Prompts, Text
 from recipe.weights import (
-    base_files,
+    copy_weights,
+    fetch_weights,
     load_tensors,
     load_weights,
     newest_weights,
@@ -86,15 +87,14 @@ def local_copy(source: str) -> Iterator[Path]:
         yield Path(source)
         return
     parent, _, name = source.rstrip("/").rpartition("/")
+    folder = Folder(parent)
+    names, stem = folder.names(), name.removesuffix(".json").removesuffix(".safetensors")
     with TemporaryDirectory() as scratch:
-        folder = Folder(parent)
-        names, stem = folder.names(), name.removesuffix(".json").removesuffix(".safetensors")
-        wanted = [file for file in names if file == name or file.startswith((f"{name}/", f"{stem}."))]
         if f"{stem}.json" in names:
-            facts = parse_facts(folder.read(f"{stem}.json"), f"{parent}/{stem}.json")
-            wanted += base_files(facts, names)
-        for file in dict.fromkeys(wanted):
-            folder.get(file, Path(scratch, file))
+            fetch_weights(folder, stem, Path(scratch))
+        for file in names:
+            if file == name or file.startswith(f"{name}/"):
+                folder.get(file, Path(scratch, file))
         yield Path(scratch, name)
 
 
@@ -243,13 +243,10 @@ def mirror(uri: str, folder: Path, latest: bool) -> Path:
     kept = {name: fact for name, fact in facts.items() if fact["sha256"] not in bases}
     newest = max((fact["step"] or 0 for fact in kept.values()), default=0)
     for name, fact in facts.items():
-        copy, snapshot = target / name, fact["average"].startswith("posthoc")
+        snapshot = fact["average"].startswith("posthoc")
         if latest and name in kept and not snapshot and (fact["step"] or 0) < newest:
             continue
-        if not copy.is_file() or copy.read_bytes() != descriptions[name]:
-            weights = copy.with_suffix(".safetensors")
-            source.get(weights.name, weights)
-            copy.write_bytes(descriptions[name])
+        copy_weights(source, name, descriptions[name], target)
     return target
 
 

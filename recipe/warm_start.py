@@ -24,7 +24,7 @@ from recipe.normalizer import Normalizer
 from recipe.objectives import Objective, from_facts
 from recipe.objectives.base import adapt, output_ratio
 from recipe.settings import make
-from recipe.weights import base_files, find_label, load_weights, newest_export, parse_facts
+from recipe.weights import fetch_weights, find_label, load_weights, newest_export, parse_facts
 from storage import Folders
 from storage.manifest import Manifest
 
@@ -194,13 +194,8 @@ def warm_start(model: GenerativeModel, weights: Weights, folders: Folders) -> st
     Raises ConfigError, StorageError.
     """
     with TemporaryDirectory() as scratch:
-        folder = folders[weights.uri]
-        names = [weights.name + suffix for suffix in (".safetensors", ".json")]
-        if "adapter" in weights.facts:
-            names += base_files(weights.facts, folder.names())
-        for name in names:
-            folder.get(name, Path(scratch, name))
         try:
+            fetch_weights(folders[weights.uri], weights.name, Path(scratch))
             net, facts = load_weights(Path(scratch, weights.name))
         except ValueError as error:
             told = str(error).replace(f"{scratch}/", f"{weights.uri}/")

@@ -31,6 +31,7 @@ from recipe.networks import AnyNetwork, build
 from recipe.objectives import from_facts
 from recipe.objectives.base import adapt
 from recipe.settings import Count, Interval, Positive, make
+from storage import Folder, MissingError
 from storage.outside import file_digest, parse_json, read_bytes
 
 FORMAT = 1
@@ -252,6 +253,32 @@ def base_files(facts: dict[str, Any], names: Iterable[str]) -> list[str]:
     adapter = adapter_of(facts)
     base = [] if adapter is None else [file.name for file in _files(Path(adapter.base).name)]
     return sorted({*base} & {*names})
+
+
+def fetch_weights(source: Folder, name: str, target: Path) -> None:
+    """Copy weights to a local folder, with an adapter's base that lies beside them.
+
+    name: with or without suffix. Raises StorageError, ValueError.
+    """
+    description = _files(name)[1].name
+    text = source.read(description)
+    adapter = adapter_of(parse_facts(text, f"{source.uri}/{description}"))
+    copy_weights(source, description, text, target)
+    if adapter is not None:
+        base = _files(Path(adapter.base).name)[1].name
+        with suppress(MissingError):
+            copy_weights(source, base, source.read(base), target)
+
+
+def copy_weights(source: Folder, description: str, text: bytes, target: Path) -> None:
+    """Copy weights whose JSON, `description`, holds `text` to a local folder, unless that holds them already.
+
+    The JSON is written last, as the sign that they are whole.
+    """
+    weights, there = (target / file for file in _files(description))
+    if not there.is_file() or there.read_bytes() != text:
+        source.get(weights.name, weights)
+        there.write_bytes(text)
 
 
 def newest_weights(path: str | Path) -> Path:

@@ -26,6 +26,7 @@ from recipe.objectives.base import Condition
 from recipe.objectives.frechet import Frechet
 from recipe.text import Prompts, TextConfig, byte_tokens
 from recipe.weights import load_weights, read_facts, save_weights
+from storage import Folder
 from tests.conftest import TINY, begin, edit, run
 
 DATA = {"column": "image", "mean": [0.0, 0.0], "std": [1.0, 1.0]}
@@ -219,25 +220,6 @@ def without_steps(kind, make=network, **options):
     return net
 
 
-def in_bucket(folder):
-    """A stand-in for a bucket, of which a folder is the content."""
-
-    class Bucket:
-        def __init__(self, uri):
-            self.folder = folder
-
-        def names(self):
-            return [file.name for file in folder.iterdir()]
-
-        def read(self, name):
-            return (folder / name).read_bytes()
-
-        def get(self, name, target):
-            shutil.copy(folder / name, target)
-
-    return Bucket
-
-
 @pytest.fixture
 def small(tmp_path):
     """Weights of an adapter, whose base, of a later step, lies beside them and no more where it was."""
@@ -252,7 +234,7 @@ def small(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["", ".json"])
 def test_an_adapter_in_a_bucket_is_merged(small, monkeypatch, suffix):
-    monkeypatch.setattr("eval.export.Folder", in_bucket(small.parent))
+    monkeypatch.setattr("eval.export.Folder", lambda _: Folder(str(small.parent)))
     out = small.parent.parent / "whole"
     assert export_main([f"s3://b/weights/{small.name}{suffix}", "--merge", "--out", str(out)]) == 0
     theirs, ours = (load_weights(path)[0].state_dict() for path in (small, out))
@@ -260,7 +242,7 @@ def test_an_adapter_in_a_bucket_is_merged(small, monkeypatch, suffix):
 
 
 def test_the_newest_weights_of_a_bucket_are_the_adapter_with_its_base(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.export.Folder", in_bucket(small.parent))
+    monkeypatch.setattr("eval.export.Folder", lambda _: Folder(str(small.parent)))
     (found,) = find_weights(["s3://b/weights"], ["ema"], True, tmp_path)
     assert found.path.name == "ba0000003-ema.json"
     load_weights(found.path)
