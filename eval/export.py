@@ -24,7 +24,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial, reduce
+from functools import reduce
 from itertools import product
 from operator import getitem, itemgetter
 from pathlib import Path
@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 from composer.utils import dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -42,14 +42,11 @@ from eval.card import make_folder, upload
 from eval.sample import parse_interval
 from recipe.adapter import adapter_state
 from recipe.ema import combination, exponent, length_of
-from recipe.generator import check_guidance, check_interval, default_guidance, quantize
+from recipe.generator import Sampler, quantize
 from recipe.networks import AnyNetwork
-from recipe.normalizer import Normalizer
-from recipe.objectives import from_facts
-from recipe.objectives.base import Condition
-from recipe.sampler import check_steps, sample
+from recipe.sampler import check_steps
 from recipe.settings import make
-from recipe.text import Prompts, Text
+from recipe.text import Text
 from recipe.weights import (
     copy_weights,
     fetch_weights,
@@ -277,8 +274,8 @@ def merged(path: Path) -> tuple[dict[str, Tensor], Facts]:
     return net.state_dict(), facts
 
 
-class Sampler(nn.Module):
-    """A network and its sampler: noise (B, C, H, W) and labels int64 (B,) => uint8 images, or latents.
+class Program(Sampler):
+    """A sampler whose steps and guidance are fixed: noise, labels int64 (B,) => uint8 images, or latents.
 
     A network with prompts takes their tokens (B, L) or embeddings (B, L, width), and lengths int64 (B,),
     after the label, or in its place where there are no classes.
@@ -287,31 +284,14 @@ class Sampler(nn.Module):
     def __init__(
         self, path: str | Path, nfe: int, w: float | None = None, interval: list[float] | None = None
     ) -> None:
-        super().__init__()
-        self.net, self.facts = load_weights(path)
-        self.normalizer = Normalizer(self.facts["data"]["mean"], self.facts["data"]["std"])
-        self.objective = from_facts(self.facts["method"])
-        own_w, own_interval = default_guidance(self.facts)
-        self.nfe, self.w, self.interval = nfe, own_w if w is None else w, interval or own_interval
-        text = self.net.config.text
-        self.prompts = (
-            None if text is None else Prompts(text, self.facts["data"].get("text"), self.net.config.null)
-        )
+        super().__init__(path)
         check_steps(nfe)
-        check_guidance(self.objective, self.w)
-        check_interval(self.facts, self.interval)
+        self.nfe, (self.w, self.interval) = nfe, self.guidance(w, interval)
 
     def forward(self, noise: Tensor, *asked: Tensor) -> Tensor:
-        net, config = self.net, self.net.config
-        label = asked[0] if config.classes or self.prompts is None else torch.zeros_like(asked[1])
-        if self.prompts is not None:
-            text = Text(*asked[-2:])
-            label = label if config.classes else self.prompts.unlabelled(label, text)
-            net = self.prompts(net, text)
-        if self.interval is not None:
-            net = partial(net, interval=tuple(self.interval))
-        x0 = sample(net, noise, Condition(label, self.w, config.null), self.nfe, self.objective)
-        values = self.normalizer.invert(x0)
+        text = None if self.prompts is None else Text(*asked[-2:])
+        label = asked[0] if self.net.config.classes or text is None else torch.zeros_like(text.length)
+        values = self.values(noise, label, self.nfe, self.w, text, self.interval)
         return quantize(values, "nearest") if self.facts["data"]["column"] == "image" else values.float()
 
 
@@ -322,7 +302,7 @@ def export_program(
 
     w, interval: constants of the graph; None for those of `default_guidance`.
     """
-    sampler = Sampler(path, nfe, w, interval)
+    sampler = Program(path, nfe, w, interval)
     config, text = sampler.net.config, sampler.net.config.text
     example = [torch.zeros(2, config.channels, config.size, config.size)]
     if config.classes or text is None:

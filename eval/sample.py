@@ -28,11 +28,10 @@ from tqdm import tqdm
 
 from eval import command_line
 from recipe.draws import Stream, keys, uniform
-from recipe.generator import DTYPES, Generator, Seed, check_guidance, check_interval
+from recipe.generator import DTYPES, Generator, Seed
 from recipe.pictures import captioned, grid
 from recipe.sampler import check_steps
 from recipe.settings import Count, Interval, Positive, make
-from recipe.text import Text
 
 # ---------------------------------------------------------------- what must be said beside a distance
 
@@ -225,22 +224,14 @@ def protocol_labels(generator: Generator, options: argparse.Namespace) -> tuple[
 
 def draw_set(generator: Generator, options: argparse.Namespace) -> None:
     """Write samples of labels, prompts or a protocol, as .npz or as a folder of PNGs. Raises ValueError."""
-    config, text, prompts = generator.net.config, None, []
-    w = generator.w if options.w is None else options.w
-    check_guidance(generator.objective, w)
-    interval = generator.interval if options.interval is None else options.interval
-    check_interval(generator.facts, interval)
-    if options.labels or options.prompts or generator.prompts is not None:
-        labels, prompts = generator.rows(read_labels(options.labels), read_prompts(options.prompts))
+    w, interval = generator.guidance(options.w, options.interval)
+    prompts, text = read_prompts(options.prompts), None
+    if options.labels or prompts or generator.prompts is not None:
         each = options.samples or options.columns
-        said = f"{each} samples of each of {len(labels)} {'prompts' if prompts else 'labels'}."
-        row = torch.arange(len(labels)).repeat_interleave(each)
-        labels = labels[row]
+        labels, text = generator.asked(read_labels(options.labels), prompts, each)
+        said = f"{each} samples of each of {len(labels) // each} {'prompts' if prompts else 'labels'}."
     else:
         labels, said = protocol_labels(generator, options)
-    if prompts:
-        encoded = generator.encode(prompts)
-        text = lambda index: Text(*(x[row[index]] for x in encoded))  # noqa: E731
     seeds = options.seed + torch.arange(len(labels))
     batches = generator.batches(
         labels, seeds, options.nfe, w, options.batch_size, text=text, interval=interval
@@ -249,9 +240,10 @@ def draw_set(generator: Generator, options: argparse.Namespace) -> None:
     if options.out.suffix == ".npz":
         write_npz(options.out, bar, labels)
     else:
+        config = generator.net.config
         names = {config.null: "none"} if config.classes or not config.text else {0: "", config.null: "none"}
         told = [names.get(label, str(label)) for label in labels.tolist()]
-        asked = [prompts[i] for i in row.tolist()] if prompts else [""] * len(labels)
+        asked = [prompts[i // each] for i in range(len(labels))] if prompts else [""] * len(labels)
         write_pngs(options.out, bar, seeds, list(zip(told, asked, strict=True)))
     tqdm.write(said)
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from recipe.networks import AnyNetwork
@@ -32,11 +32,57 @@ DTYPES = ("fp32", "fp64", "amp_bf16")
 Seed = Annotated[int, Field(ge=0, le=2**62)]  # sample i has the seed + i, an int64
 
 
-class Generator:
-    """Weights ready to make images: uint8 (B, C, H, W) from labels and seeds. A folder means its newest.
+class Sampler(nn.Module):
+    """Weights that turn noise into images: the network with its prompts, objective and normaliser.
 
     w, interval: the guidance weight, and the times between which it is in force, where none are asked for
     (`default_guidance`).
+    """
+
+    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
+        super().__init__()
+        self.net, self.facts = load_weights(path, device)
+        data, config = self.facts["data"], self.net.config
+        self.normalizer = Normalizer(data["mean"], data["std"])
+        self.objective = from_facts(self.facts["method"])
+        self.w, self.interval = default_guidance(self.facts)
+        check_interval(self.facts, self.interval)
+        self.prompts = None if config.text is None else Prompts(config.text, data.get("text"), config.null)
+
+    def guidance(self, w: float | None, interval: list[float] | None) -> tuple[float, list[float] | None]:
+        """Return the guidance asked for, or else its own. Warns of a w of no training; raises ValueError."""
+        if interval is not None:
+            check_interval(self.facts, interval)
+        w = self.w if w is None else w
+        check_guidance(self.objective, w)
+        return w, self.interval if interval is None else interval
+
+    def values(
+        self,
+        noise: Tensor,
+        label: Tensor,
+        nfe: int,
+        w: float,
+        text: Text | None,
+        interval: list[float] | None,
+    ) -> Tensor:
+        """Return images, or latents, in their own units from noise (B, C, H, W), for labels int64 (B,).
+
+        text: B prompts for a network that takes them; interval: None for guidance at every time.
+        """
+        net, config = self.net, self.net.config
+        if self.prompts is not None:
+            label = label if config.classes else self.prompts.unlabelled(label, text)
+            net = self.prompts(net, text)
+        if interval is not None:
+            net = partial(net, interval=tuple(interval))
+        x0 = sample(net, noise, Condition(label, w, config.null), nfe, self.objective)
+        return self.normalizer.invert(x0)
+
+
+class Generator(Sampler):
+    """Weights ready to make images: uint8 (B, C, H, W) from labels and seeds. A folder means its newest.
+
     dtype: of the network's arithmetic; in fp64 an image does not depend on its batch, in fp32 some pixels
     may change by 1 with the batch size. rounding: of pixels to uint8, `nearest` or `down`. vae, text_encoder:
     folder or hub name of the decoder of latents and of the encoder of prompts; None: as the weights say.
@@ -55,22 +101,13 @@ class Generator:
         if dtype not in DTYPES:
             raise ValueError(f"dtype: {dtype!r} must be one of {', '.join(DTYPES)}")
         exact_float32()
-        self.net, self.facts = load_weights(newest_weights(path), device)
+        super().__init__(newest_weights(path), device)
         self.device, self.rounding = torch.device(device), rounding
         self.dtype = torch.float64 if dtype == "fp64" else torch.float32
         self.autocast = dtype == "amp_bf16"
-        self.net.to(self.dtype)
-        self.objective = from_facts(self.facts["method"])
-        self.w, self.interval = default_guidance(self.facts)
-        check_interval(self.facts, self.interval)
-        data = self.facts["data"]
-        self.normalizer = Normalizer(data["mean"], data["std"]).to(self.device, self.dtype)
-        text = self.net.config.text
-        self.prompts = None
-        if text is not None:
-            prompts = Prompts(text, data.get("text"), self.net.config.null)
-            self.prompts = prompts.to(self.device, self.dtype)
+        self.to(self.device, self.dtype)
         self._text_encoder = text_encoder
+        data = self.facts["data"]
         latent = data["column"] == "latents"
         self.decode = load_decoder(data["encoder"], vae, device) if latent else None
 
@@ -111,25 +148,32 @@ class Generator:
         check_steps(nfe)
         if interval is not None:
             interval = make(Interval, list(interval) if isinstance(interval, tuple) else interval, "interval")
-            check_interval(self.facts, interval)
         if interpolate == seed:
             raise ValueError(f"interpolate: {seed} is the seed that the rows start from")
-        label, prompts = self.rows(labels, prompts)
-        w = self.w if w is None else w
-        interval = self.interval if interval is None else interval
-        check_guidance(self.objective, w)
-        row = torch.arange(len(label)).repeat_interleave(n)
-        text = self.encode(prompts) if prompts else None
-        seeds = seed + torch.arange(len(row))
+        w, interval = self.guidance(w, interval)
+        label, text = self.asked(labels, prompts, n)
+        seeds = seed + torch.arange(len(label))
         if interpolate is not None:
             ends = self.noise(torch.tensor([seed, interpolate]))
             way = great_circle(ends[0], ends[1], n)
-        images, parts = [], torch.arange(len(row)).split(batch_size)
+        images, parts = [], torch.arange(len(label)).split(batch_size)
         for index in tqdm(parts, "sampling", unit="batch", disable=not progress):
             noise = self.noise(seeds[index]) if interpolate is None else way[index % n]
-            told = None if text is None else Text(*(x[row[index]] for x in text))
-            images.append(self.from_noise(noise, label[row[index]], nfe, w, told, interval).cpu())
+            images.append(self.from_noise(noise, label[index], nfe, w, text and text(index), interval).cpu())
         return torch.cat(images).permute(0, 2, 3, 1).contiguous().numpy()
+
+    def asked(
+        self, labels: Sequence[int | str] | int | str | None, prompts: Sequence[str] | str | None, n: int
+    ) -> tuple[Tensor, Callable[[Tensor], Text] | None]:
+        """Return labels int64 (R * n,), n for each of R labels or prompts of `sample`, and, where there are
+        prompts, from an index of samples to those. Raises ValueError.
+        """
+        label, prompts = self.rows(labels, prompts)
+        row = torch.arange(len(label)).repeat_interleave(n)
+        if not prompts:
+            return label[row], None
+        text = self.encode(prompts)
+        return label[row], lambda index: Text(*(x[row[index]] for x in text))
 
     def rows(
         self, labels: Sequence[int | str] | int | str | None, prompts: Sequence[str] | str | None
@@ -206,20 +250,15 @@ class Generator:
         `interval` of their own. Raises ValueError for a label or a number of steps that cannot be,
         FloatingPointError where the output is not finite.
         """
-        net, null = self.net, self.net.config.null
+        null = self.net.config.null
         if len(wrong := label[(label < 0) | (label > null)]):
             raise ValueError(f"label: {wrong[0]} must be from 0 to {null}, where {null} means none")
         label = label.to(self.device)
         if self.prompts is not None:
             label = torch.full_like(label, null) if text is None else label
             text = self.prompts.empty(len(label)) if text is None else text.to(self.device)
-            label = label if net.config.classes else self.prompts.unlabelled(label, text)
-            net = self.prompts(net, text)
-        if interval is not None:
-            net = partial(net, interval=tuple(interval))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            x0 = sample(net, noise, Condition(label, w, null), nfe, self.objective)
-        values = self.normalizer.invert(x0)
+            values = self.values(noise, label, nfe, w, text, interval)
         if not values.isfinite().all():
             raise FloatingPointError(f"the network's output is not finite with {nfe} steps at w = {w:g}")
         return quantize(self.decode(values.float()) if self.decode else values, self.rounding)

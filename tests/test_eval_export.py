@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from scipy.integrate import quad
 
 from eval.card import draw, public
-from eval.export import Sampler, export_program, find_weights
+from eval.export import Program, export_program, find_weights
 from eval.export import main as export_main
 from recipe import ema
 from recipe.dit import DiT, DiTConfig
@@ -195,7 +195,7 @@ def test_an_onnx_program_gives_the_same_latents(tmp_path, text):
     file = str(tmp_path / "x.onnx")
     assert export_main([str(weights), "--program", file, "--nfe", "1", "--w", "4"]) == 0
     session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    sampler = Sampler(weights, 1, 4.0)
+    sampler = Program(weights, 1, 4.0)
     for batch in (1, 5):
         noise, label = torch.randn(batch, 2, 4, 4), torch.arange(batch) % 4
         asked = [noise, label, *(byte_tokens(["a cat"] * batch, 8)[0] if text else [])]
