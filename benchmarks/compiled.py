@@ -72,21 +72,26 @@ class Kernel(NamedTuple):
 class Compiled(NamedTuple):
     """A direction of a block: launches, bytes kept for the backward pass, sources of generated kernels.
 
-    Weights and their casts do not count among the bytes; sources are by the name of the kernel. title, runs,
-    keeping: of which pass it is, how many times a step runs it, and how many of these keep what they make.
+    Weights and their casts do not count among the bytes; sources are by the name of the kernel.
     """
 
     kernels: list[Kernel]
     kept: float
     sources: dict[str, str]
-    title: str = ""
-    runs: int = 1
-    keeping: int = 0
 
     @property
     def generated(self) -> list[Kernel]:
         """The kernels that Inductor generated."""
         return [kernel for kernel in self.kernels if kernel.generated]
+
+
+class Part(NamedTuple):
+    """A direction of a block in a step: of which pass, how often it runs, and how often it keeps bytes."""
+
+    title: str
+    block: Compiled
+    runs: int
+    keeping: int
 
 
 def trace(make: Callable[[], tuple[Callable, tuple]], grad: bool = True, autocast: bool = True) -> Graphs:
@@ -349,7 +354,7 @@ def kept_bytes(saved: list[fx.Node], model: NetworkConfig) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def compile_step(config: TrainConfig, images: int, gpu: plan.GPU) -> list[Compiled]:
+def compile_step(config: TrainConfig, images: int, gpu: plan.GPU) -> list[Part]:
     """Compile every direction of every pass of the objective over `images` samples."""
     model, step = config.model, []
     for one in config.objective.passes(model.v_head):
@@ -359,12 +364,11 @@ def compile_step(config: TrainConfig, images: int, gpu: plan.GPU) -> list[Compil
         again = round(plan.checkpointed_share(model, config.parallel) * blocks)
         for direction, compiled in compile_pass(config, one, images * one.batches, gpu).items():
             runs = blocks + (again if direction == "forward" else 0)
-            place = {"title": f"{title}, {direction}", "runs": runs, "keeping": blocks - again}
-            step.append(compiled._replace(**place))
+            step.append(Part(f"{title}, {direction}", compiled, runs, blocks - again))
     return step
 
 
-def assembled(step: list[Compiled], gpu: plan.GPU) -> dict[str, tuple[int, int]]:
+def assembled(step: list[Part], gpu: plan.GPU) -> dict[str, tuple[int, int]]:
     """Return (bytes of spills, registers) per thread of each generated kernel.
 
     Of several configurations the one that spills least counts, since a run would try them all.
@@ -374,7 +378,7 @@ def assembled(step: list[Compiled], gpu: plan.GPU) -> dict[str, tuple[int, int]]
     found = {}
     with pretended(gpu):
         for one in step:
-            for name, source in one.sources.items():
+            for name, source in one.block.sources.items():
                 tuner = getattr(PyCodeCache.load(source), name)
                 built = (tuner._precompile_config(config).kernel.asm["ptx"] for config in tuner.configs)
                 texts = [assemble(ptx, gpu.arch) for ptx in built]
@@ -394,45 +398,45 @@ def predicted_seconds(kernel: Kernel, roofline: plan.Roofline) -> float:
     return max(roofline.launch, roofline.seconds(kernel.bytes, kernel.flops, share))
 
 
-def group_times(step: list[Compiled], roofline: plan.Roofline) -> dict[str, float]:
+def group_times(step: list[Part], roofline: plan.Roofline) -> dict[str, float]:
     """Predict the seconds of a step in each group, over all passes and blocks."""
     times = dict.fromkeys(GROUPS, 0.0)
     for one in step:
-        for kernel in one.kernels:
+        for kernel in one.block.kernels:
             times[kernel.group] += one.runs * predicted_seconds(kernel, roofline)
     return times
 
 
-def peak_memory(config: TrainConfig, step: list[Compiled], images: int) -> float:
+def peak_memory(config: TrainConfig, step: list[Part], images: int) -> float:
     """Return peak bytes: the activations that were found here, and the planner's other parts for one GPU."""
     parts = plan.memory(config, 1)
-    kept = sum(one.keeping * one.kept for one in step)
+    kept = sum(one.keeping * one.block.kept for one in step)
     return sum(parts.values()) - parts["activations"] + kept + plan.working_bytes(config) * images
 
 
-def table(step: list[Compiled], roofline: plan.Roofline) -> str:
+def table(step: list[Part], roofline: plan.Roofline) -> str:
     """Return Markdown with one line for each group of each direction of one block."""
     lines = ["| of one block | group | calls | GB | GFLOP | ms |", "|---|---|---:|---:|---:|---:|"]
     for one in step:
         for group in GROUPS:
-            members = [kernel for kernel in one.kernels if kernel.group == group]
+            members = [kernel for kernel in one.block.kernels if kernel.group == group]
             size, work = (sum(getattr(k, name) for k in members) / 1e9 for name in ("bytes", "flops"))
             time = 1e3 * sum(predicted_seconds(k, roofline) for k in members)
             lines.append(f"| {one.title} | {group} | {len(members)} | {size:.3f} | {work:.1f} | {time:.3f} |")
-        size = sum(kernel.bytes for kernel in one.generated) / 1e9
-        lines.append(f"| {one.title} | (generated) | {len(one.generated)} | {size:.3f} | | |")
+        size = sum(kernel.bytes for kernel in one.block.generated) / 1e9
+        lines.append(f"| {one.title} | (generated) | {len(one.block.generated)} | {size:.3f} | | |")
     return "\n".join(lines)
 
 
-def figures(step: list[Compiled], time: float, peak: float, spills: int, barred: bool) -> list[Figure]:
+def figures(step: list[Part], time: float, peak: float, spills: int, barred: bool) -> list[Figure]:
     """Return the results of a step, with bars if the configuration is the one that they were set for."""
     rows = []
     for one in step:
-        size = sum(kernel.bytes for kernel in one.generated)
+        size = sum(kernel.bytes for kernel in one.block.generated)
         rows.append((f"{one.title}: GB a block, generated", size / 1e9, one.title))
-        if one.kept:
+        if one.block.kept:
             name = f"{one.title}: GB a block, kept for the backward"
-            rows.append((name, one.kept / 1e9, f"{one.title}, kept"))
+            rows.append((name, one.block.kept / 1e9, f"{one.title}, kept"))
     rows.append(("spills of a generated kernel, bytes a thread, at most", spills, "spills"))
     rows.append(("peak memory, GiB, predicted", peak / plan.GIB, "peak"))
     rows.append(("step, s, predicted", time, "step"))

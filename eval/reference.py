@@ -174,10 +174,10 @@ def strangers_of(features: Tensor, labels: Tensor) -> tuple[float, float]:
     return strangers, 1 - float(shares.square().sum())
 
 
-def shuffled(images: Tensor, seed: int = 0) -> Tensor:
+def shuffled(images: Tensor) -> Tensor:
     """Return the images (N, C, H, W) with the pixels of each in a random order."""
     n, channels, height, width = images.shape
-    order = torch.rand(n, 1, height * width, generator=torch.Generator().manual_seed(seed)).argsort(-1)
+    order = torch.rand(n, 1, height * width, generator=torch.Generator().manual_seed(0)).argsort(-1)
     return images.flatten(2).gather(2, order.expand(-1, channels, -1).to(images.device)).view_as(images)
 
 

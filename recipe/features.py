@@ -83,6 +83,8 @@ def _require_uint8(images: Tensor) -> None:
 
 # ---------------------------------------------------------------- a classifier trained on the spot
 
+EPOCHS, BATCH_SIZE, NUM_FEATURES = 20, 64, 64
+
 
 class Training(TypedDict):
     """What a classifier was trained with; see `SmallImageClassifier.train`."""
@@ -128,8 +130,6 @@ class SmallImageClassifier(FeatureExtractor):
         labels: Tensor,
         seed: int = 0,
         path: str | Path | None = None,
-        epochs: int = 20,
-        num_features: int = 64,
     ) -> "SmallImageClassifier":
         """Train on 80 % of every class; `accuracy` is measured on the rest.
 
@@ -137,7 +137,7 @@ class SmallImageClassifier(FeatureExtractor):
         deterministic for a given number of threads. With several ranks, train on one of them.
 
         images: uint8 (N, C, S, S) with S at least 8; labels: int64 (N,), 0..K-1; path: `path`.safetensors and
-        `path`.json are read if they were made from the same images, labels and arguments, and written
+        `path`.json are read if they were made in the same way from the same images and labels, and written
         otherwise. Raises ValueError for images or labels of the wrong kind.
         """
         exact_float32()
@@ -154,8 +154,8 @@ class SmallImageClassifier(FeatureExtractor):
             "channels": images.shape[1],
             "size": size[0],
             "num_classes": int(labels.max()) + 1,
-            "num_features": num_features,
-            "epochs": epochs,
+            "num_features": NUM_FEATURES,
+            "epochs": EPOCHS,
             "seed": seed,
             "data_sha256": digest,
         }
@@ -166,7 +166,7 @@ class SmallImageClassifier(FeatureExtractor):
             torch.manual_seed(seed)
             held_out = _stratified(labels, share=0.2)
             network = _build_network(settings)
-            _fit(network, images[~held_out], labels[~held_out], epochs)
+            _fit(network, images[~held_out], labels[~held_out])
         classifier = cls(settings, network, accuracy=float("nan"))
         predicted = classifier.logits(images[held_out]).argmax(1)
         classifier.accuracy = float((predicted == labels[held_out]).double().mean())
@@ -264,14 +264,14 @@ def _build_network(settings: dict[str, Any]) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(features, settings["num_classes"]))
 
 
-def _fit(network: nn.Module, images: Tensor, labels: Tensor, epochs: int, batch_size: int = 64) -> None:
+def _fit(network: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Minimise the cross-entropy by AdamW at a one-cycle rate, on images shifted by up to a pixel."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
-    steps = epochs * -(-len(images) // batch_size)
+    steps = EPOCHS * -(-len(images) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
     network.train()
-    for _ in range(epochs):
-        for batch in torch.randperm(len(images)).split(batch_size):
+    for _ in range(EPOCHS):
+        for batch in torch.randperm(len(images)).split(BATCH_SIZE):
             down, right = torch.randint(-1, 2, (2,)).tolist()
             x = torch.roll(_to_network(images[batch]), (down, right), dims=(2, 3))
             loss = F.cross_entropy(network(x), labels[batch], label_smoothing=0.05)

@@ -107,9 +107,9 @@ def test_a_block_of_the_other_network_is_priced_too():
     tokens, width = 4 * (16 + 20), 96
     block = 2 * tokens * (4 * width**2 + 3 * width * 256)
     for direction, times in ((forward, 1), (backward, 2)):
-        products = [kernel for kernel in direction.kernels if kernel.group == "GEMM"]
+        products = [kernel for kernel in direction.block.kernels if kernel.group == "GEMM"]
         assert (len(products), sum(k.flops for k in products)) == (4 * times, times * block)
-    assert {"attention", "query-key norm", "activation"} <= {k.group for k in forward.kernels}
+    assert {"attention", "query-key norm", "activation"} <= {k.group for k in forward.block.kernels}
 
 
 def test_an_auxiliary_head_has_its_own_blocks(monkeypatch):

@@ -303,6 +303,13 @@ def digits():
     return images, torch.tensor(data.target)
 
 
+@pytest.fixture
+def brief(monkeypatch):
+    """Classifiers of few features, trained for a moment."""
+    monkeypatch.setattr("recipe.features.EPOCHS", 4)
+    monkeypatch.setattr("recipe.features.NUM_FEATURES", 16)
+
+
 @pytest.fixture(scope="module")
 def classifier(digits, tmp_path_factory):
     path = tmp_path_factory.mktemp("classifier") / "digits"
@@ -317,7 +324,7 @@ def test_digits_classifier_is_accurate_and_deterministic(digits, classifier):
     features = trained(images)
     assert features.shape == (1797, 64) and features.dtype == torch.float64
     torch.testing.assert_close(trained(images[5:6]), features[5:6], rtol=0, atol=1e-12)
-    small = [SmallImageClassifier.train(images[:200], labels[:200], seed=3, epochs=2) for _ in range(2)]
+    small = [SmallImageClassifier.train(images[:200], labels[:200], seed=3) for _ in range(2)]
     assert torch.equal(small[0](images), small[1](images))
 
 
@@ -332,29 +339,32 @@ def test_digits_classifier_separates_kinds_of_data(digits, classifier):
     assert frechet_distance(*worse, *real) > 1.5 * frechet_distance(*halves, *real)
 
 
-def test_classifier_is_cached_until_something_changes(digits, classifier, tmp_path):
+@pytest.mark.usefixtures("brief")
+def test_classifier_is_cached_until_something_changes(digits, monkeypatch, tmp_path):
     images, labels = digits[0][:100], digits[1][:100]
     path = tmp_path / "folder" / "c"
-    first = SmallImageClassifier.train(images, labels, path=path, epochs=1)
+    first = SmallImageClassifier.train(images, labels, path=path)
     with mock.patch("recipe.features._fit", side_effect=AssertionError("trained again")):
-        again = SmallImageClassifier.train(images, labels, path=path, epochs=1)
+        again = SmallImageClassifier.train(images, labels, path=path)
         assert torch.equal(again(images), first(images)) and again.accuracy == first.accuracy
-        for other in ({"seed": 1}, {"epochs": 2}, {"labels": labels.flip(0)}):
+        for other in ({"seed": 1}, {"labels": labels.flip(0)}):
             with pytest.raises(AssertionError, match="trained again"):
-                SmallImageClassifier.train(
-                    **{"images": images, "labels": labels, "path": path, "epochs": 1} | other
-                )
+                SmallImageClassifier.train(**{"images": images, "labels": labels, "path": path} | other)
+        monkeypatch.setattr("recipe.features.EPOCHS", 5)
+        with pytest.raises(AssertionError, match="trained again"):
+            SmallImageClassifier.train(images, labels, path=path)
     loaded = load_extractor("classifier", str(path))
     assert torch.equal(loaded(images), first(images))
 
 
+@pytest.mark.usefixtures("brief")
 def test_classifier_takes_small_colour_images():
     images = torch.randint(
         0, 256, (40, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     labels = torch.arange(40) % 4
     images[labels == 0] //= 4
-    trained = SmallImageClassifier.train(images, labels, epochs=1, num_features=16)
+    trained = SmallImageClassifier.train(images, labels)
     assert trained(images).shape == (40, 16) and trained.logits(images).shape == (40, 4)
     gives_gradients(trained, images)
     with pytest.raises(ValueError, match=r"uint8 images \(N, C, H, W\)"):
@@ -498,30 +508,30 @@ def striped(n):
     return torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels)
 
 
-def trained(images, labels):
-    return SmallImageClassifier.train(images, labels, epochs=4, num_features=16)
-
-
+@pytest.mark.usefixtures("brief")
 def test_a_classifier_that_noise_of_the_right_colours_would_fool_is_not_trusted():
     images, labels = coloured(400, structured=True)
-    classifier = trained(images, labels)
+    classifier = SmallImageClassifier.train(images, labels)
     noise, asked = coloured(200, structured=False)
     agreement = float((classifier.logits(noise).argmax(1) == asked).double().mean())
     assert classifier.accuracy > 0.95 and agreement > 0.95
     (said,) = doubts(classifier, images, labels, 400)
     assert "of the real images from their colours alone" in said and "noise of the right colours" in said
     images, labels = striped(400)
-    classifier = trained(images, labels)
+    classifier = SmallImageClassifier.train(images, labels)
     assert classifier.accuracy > 0.95
     assert doubts(classifier, images, labels, 400) == []
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_classifier_of_too_little_is_not_trusted():
     images, labels = striped(400)
-    blind = trained(images, torch.randint(2, (400,), generator=torch.Generator().manual_seed(0)))
+    blind = SmallImageClassifier.train(
+        images, torch.randint(2, (400,), generator=torch.Generator().manual_seed(0))
+    )
     said = doubts(blind, images, labels, 400)
     assert any("to name the largest class always is right about 0.500" in doubt for doubt in said)
-    classifier = trained(images, labels)
+    classifier = SmallImageClassifier.train(images, labels)
     said = doubts(classifier, images[:18], labels[:18], 18)
     assert said == [
         "18 real images are few for 16 features: distances are mostly chance.",
@@ -550,11 +560,11 @@ def test_the_digits_classifier_is_trusted(digits, classifier):
 # ---------------------------------------------------------------- reference statistics
 
 
+@pytest.mark.usefixtures("brief")
 def test_command_prints_the_distance_of_two_sets(tmp_path, capsys):
     """Folders, datasets and files of statistics, on either side."""
     images, labels = striped(120)
-    trained(images, labels).save(tmp_path / "classifier")
-    network = trained(images, labels)
+    network = SmallImageClassifier.train(images, labels, path=tmp_path / "classifier")
     for name, part in (("a", images[:70]), ("b", images[70:])):
         (tmp_path / name).mkdir()
         for i, image in enumerate(part):
