@@ -111,6 +111,18 @@ def _store(head, x, factor, start, n, D, BLOCK_N, BLOCK_D, TAIL, MASKED):
 
 
 @triton.jit
+def _store_both(
+    matrix, tangent, x, tx, factor, index, heads, start, n, D, BLOCK_N, BLOCK_D, TAIL, MASKED, ALIGNED
+):
+    """Store x and, where it has one, its tangent tx, times a factor; return where they are, as `_head`."""
+    head, thead = _head(matrix, tangent, index, heads, ALIGNED)
+    _store(head, x, factor, start, n, D, BLOCK_N, BLOCK_D, TAIL, MASKED)
+    if tangent is not None:
+        _store(thead, tx, factor, start, n, D, BLOCK_N, BLOCK_D, TAIL, MASKED)
+    return head, thead
+
+
+@triton.jit
 def _zeros(BLOCK_N, BLOCK_D, TAIL):
     x = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     return (x, tl.zeros([BLOCK_N, TAIL], tl.float32)) if TAIL > 0 else (x,)
@@ -429,10 +441,8 @@ def backward_rows(q, tq, k, tk, v, tv, o, to, do, dto, lse, mu, delta, a, dq, dt
             ds = _scores(dto_tile, tv_tile, ds, PRECISION)
         ds = p * (ds - row_delta[:, None])
         dq_sum = _mix(ds, k_tile, dq_sum, PRECISION)
-    dq_head, dtq_head = _head(dq, dtq, index, heads, ALIGNED)
-    _store(dq_head, dq_sum, scale, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
-    if tq is not None:
-        _store(dtq_head, dtq_sum, scale, start_q, n_q, D, BLOCK_Q, BLOCK_D, TAIL, MASKED)
+    dq_head, dtq_head = _store_both(dq, dtq, dq_sum, dtq_sum, scale, index, heads, start_q, n_q,
+                                    D, BLOCK_Q, BLOCK_D, TAIL, MASKED, ALIGNED)  # fmt: skip
     if gain is not None:
         total = _norm_backward(x, tx, dq_head, dtq_head, gain, index, heads, start_q, n_q,
                                D, BLOCK_Q, BLOCK_D, TAIL, MASKED, ALIGNED)  # fmt: skip
@@ -499,15 +509,11 @@ def backward_columns(q, tq, k, tk, v, tv, do, dto, lse, mu, delta, a, dk, dtk, d
             ds = p * (ds - row_delta[None, :])
             dk_sum = _mix(ds, q_tile, dk_sum, PRECISION)
     if VALUES:
-        dv_head, dtv_head = _head(dv, dtv, index, heads, ALIGNED)
-        _store(dv_head, dv_sum, 1.0, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
-        if tv is not None:
-            _store(dtv_head, dtv_sum, 1.0, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+        _store_both(dv, dtv, dv_sum, dtv_sum, 1.0, index, heads, start_k, n_k,
+                    D, BLOCK_K, BLOCK_D, TAIL, MASKED, ALIGNED)  # fmt: skip
     if KEYS:
-        dk_head, dtk_head = _head(dk, dtk, index, heads, ALIGNED)
-        _store(dk_head, dk_sum, scale, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
-        if tk is not None:
-            _store(dtk_head, dtk_sum, scale, start_k, n_k, D, BLOCK_K, BLOCK_D, TAIL, MASKED)
+        dk_head, dtk_head = _store_both(dk, dtk, dk_sum, dtk_sum, scale, index, heads, start_k, n_k,
+                                        D, BLOCK_K, BLOCK_D, TAIL, MASKED, ALIGNED)  # fmt: skip
         if x is not None:
             _norm_backward(x, tx, dk_head, dtk_head, None, index, heads, start_k, n_k,
                            D, BLOCK_K, BLOCK_D, TAIL, MASKED, ALIGNED)  # fmt: skip
