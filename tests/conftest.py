@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
 
 import json
+import random
 import re
 import shutil
 import signal
@@ -163,6 +164,41 @@ def edit(file, change):
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
+
+
+class Evil:
+    """What a pickle makes of it when it is loaded: a command that is run."""
+
+    def __reduce__(self):
+        return os.system, ("touch /tmp/terminal-velocity-was-here",)
+
+
+def damaged(file, folder, times):
+    """Yield copies of a file of torch.save with other bytes where the pickle and the ZIP's directory are."""
+    whole, chance = file.read_bytes(), random.Random(0)
+    ends = [*range(5000), *range(len(whole) - 5000, len(whole))]
+    for _ in range(times):
+        copy = bytearray(whole)
+        for place in chance.sample(ends, chance.choice((1, 10, 300))):
+            copy[place] = chance.randrange(256)
+        (folder / "x.pth").write_bytes(copy)
+        yield folder / "x.pth"
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory):
+    """The folder of a random AutoencoderKL, whose latents have half the side of its images."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    network = diffusers.AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    network.save_pretrained(folder)
+    return str(folder)
 
 
 def finishing(base, shape, pool=1, **settings):

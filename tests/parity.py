@@ -58,20 +58,24 @@ def tensors(arrays: dict) -> dict[str, Tensor]:
     return {n: torch.from_numpy(a) for n, a in arrays.items() if a.dtype.kind in "fi"}
 
 
+def dit_config(sizes: dict, **options: str) -> DiTConfig:
+    """The settings of a network whose sizes have the names of the published code."""
+    return DiTConfig(
+        size=sizes["img"],
+        channels=sizes["channels"],
+        classes=sizes["num_classes"],
+        patch=sizes["patch"],
+        width=sizes["hidden"],
+        depth=sizes["depth"],
+        heads=sizes["heads"],
+        mlp_ratio=sizes.get("mlp_ratio", 4.0),
+        **options,
+    )
+
+
 def build_dit(config: dict, weights: dict) -> DiT:
     """The network of a case with the given weights, in float64."""
-    net = DiT(
-        DiTConfig(
-            size=config["img"],
-            channels=config["channels"],
-            classes=config["num_classes"],
-            patch=config["patch"],
-            width=config["hidden"],
-            depth=config["depth"],
-            heads=config["heads"],
-            mlp_ratio=config.get("mlp_ratio", 4.0),
-        )
-    ).double()
+    net = DiT(dit_config(config)).double()
     state = {name.removeprefix("model."): w.double() for name, w in tensors(weights).items()}
     torch.testing.assert_close(net.pos_embed, state.pop("pos_embed"), rtol=0, atol=0)
     net.load_state_dict(state)

@@ -5,7 +5,7 @@ import torch
 
 from recipe.dit import DiT, DiTConfig
 from recipe.generator import Generator
-from recipe.pretrained import hash_weights, load_decoder
+from recipe.pretrained import hash_weights, load_decoder, load_vae
 from recipe.weights import save_weights
 from storage.manifest import DatasetError
 
@@ -33,40 +33,23 @@ def test_the_network_is_not_asked_for_an_autoencoder_of_a_made_up_name(monkeypat
         load_decoder(encoder, None, "cpu")
 
 
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    """(folder, network) of an AutoencoderKL that doubles the side of latents."""
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    network = diffusers.AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-    )
-    folder = tmp_path_factory.mktemp("vae")
-    network.save_pretrained(folder)
-    return str(folder), network.eval()
-
-
-def test_decoding_is_the_autoencoders_own_in_two_batches(vae):
-    folder, network = vae
+def test_decoding_is_the_autoencoders_own_in_two_batches(vae_folder):
+    network = load_vae(vae_folder, device="cpu")
     latents = torch.randn(18, 4, 8, 8)  # more than are decoded at a time
-    decode = load_decoder({"name": "vae", "hash": hash_weights(network), "scaling": 2.0}, folder, "cpu")
+    decode = load_decoder({"name": "vae", "hash": hash_weights(network), "scaling": 2.0}, vae_folder, "cpu")
     with torch.no_grad():
         expected = (network.decode(latents / 2).sample + 1) * 127.5
     torch.testing.assert_close(decode(latents), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_another_autoencoder_than_the_datas_is_refused(vae):
+def test_another_autoencoder_than_the_datas_is_refused(vae_folder):
     with pytest.raises(ValueError, match="hash to .* made with 0123"):
-        load_decoder({"name": "vae", "hash": "0123", "scaling": 1.0}, vae[0], "cpu")
+        load_decoder({"name": "vae", "hash": "0123", "scaling": 1.0}, vae_folder, "cpu")
 
 
-def test_weights_for_latents_make_pictures(vae, tmp_path):
-    folder, _ = vae
+def test_weights_for_latents_make_pictures(vae_folder, tmp_path):
     net = DiT(DiTConfig(size=8, channels=4, classes=3, width=16, depth=1, heads=2))
-    encoder = {"name": "vae", "hash": None, "model": folder, "scaling": 1.0}
+    encoder = {"name": "vae", "hash": None, "model": vae_folder, "scaling": 1.0}
     data = {"column": "latents", "mean": [0.5] * 4, "std": [2.0] * 4, "encoder": encoder}
     save_weights(tmp_path / "w", net.state_dict(), net.config, {**FACTS, "data": data})
     generator = Generator(tmp_path / "w", rounding="down")

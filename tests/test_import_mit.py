@@ -1,7 +1,6 @@
 """Released weights of iMF, pMF and FD-loss: what their files tell, what is refused, what they begin."""
 
 import os
-import random
 import re
 from contextlib import suppress
 
@@ -21,7 +20,7 @@ from recipe.networks import build
 from recipe.normalizer import Normalizer
 from recipe.objectives import IMF, TVM, FlowMatching, MeanFlow
 from recipe.weights import load_weights, read_facts
-from tests.conftest import begin, edit, store
+from tests.conftest import Evil, begin, damaged, edit, store
 from tests.test_parity import DATA
 
 IMF_FILE, PMF_FILE = DATA / "mit/imf_a.pth", DATA / "mit/pmf_a.pth"
@@ -127,11 +126,6 @@ def test_a_run_of_any_objective_begins_at_its_velocities(tmp_path, file, target)
     assert ("error_v" in terms) == whole
 
 
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch /tmp/terminal-velocity-was-here",)
-
-
 def without(name):
     return lambda s: {k: x for k, x in s.items() if k != name}
 
@@ -173,16 +167,9 @@ def test_tables_of_rotations_are_left_out_whatever_they_hold(tmp_path):
 
 
 def test_no_damage_is_a_traceback(tmp_path):
-    """Bytes changed where the ZIP's directory and the pickle are."""
-    whole, chance = PMF_FILE.read_bytes(), random.Random(0)
-    ends = [*range(5000), *range(len(whole) - 5000, len(whole))]
-    for _ in range(100):
-        damaged = bytearray(whole)
-        for place in chance.sample(ends, chance.choice((1, 10, 300))):
-            damaged[place] = chance.randrange(256)
-        (tmp_path / "x.pth").write_bytes(damaged)
+    for path in damaged(PMF_FILE, tmp_path, 100):
         with suppress(ValueError):
-            import_weights(tmp_path / "x.pth")
+            import_weights(path)
 
 
 def test_the_guidance_interval_is_an_option_of_samples_and_an_axis_of_sweeps(tmp_path, capsys):

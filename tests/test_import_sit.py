@@ -1,7 +1,6 @@
 """Published SiT weights: what is taken, what is refused, and a run that begins with them."""
 
 import os
-import random
 import re
 import zipfile
 from argparse import Namespace
@@ -16,7 +15,7 @@ from recipe.dit import DiT
 from recipe.model import GenerativeModel
 from recipe.normalizer import Normalizer
 from recipe.weights import load_weights, read_facts
-from tests.conftest import begin
+from tests.conftest import Evil, begin, damaged
 from tests.test_parity import DATA
 
 PLAIN, TRAIN = DATA / "objectives/sit_a.pt", DATA / "objectives/sit_a_train.pt"
@@ -67,11 +66,6 @@ def test_a_run_of_any_objective_begins_at_its_velocities(tmp_path, objective):
             beta = config.objective.beta(torch.full((5,), w))
             got = model.net(x, t, d, label, beta).value
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch /tmp/terminal-velocity-was-here",)
 
 
 @pytest.mark.parametrize(
@@ -175,16 +169,9 @@ def test_a_pickle_that_is_compressed_or_endless_is_refused_before_it_is_read(tmp
 
 
 def test_no_damage_is_a_traceback(tmp_path):
-    """Bytes changed where the ZIP's directory and the pickle are."""
-    whole, chance = PLAIN.read_bytes(), random.Random(0)
-    ends = [*range(5000), *range(len(whole) - 5000, len(whole))]
-    for _ in range(150):
-        damaged = bytearray(whole)
-        for place in chance.sample(ends, chance.choice((1, 10, 300))):
-            damaged[place] = chance.randrange(256)
-        (tmp_path / "x.pt").write_bytes(damaged)
+    for path in damaged(PLAIN, tmp_path, 150):
         with suppress(ValueError):
-            import_sit(tmp_path / "x.pt", 4)
+            import_sit(path, 4)
 
 
 def test_arguments_and_optimizer_state_of_a_checkpoint_are_passed_over(tmp_path):

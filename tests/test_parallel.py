@@ -27,20 +27,19 @@ ONE = {
     "plain32": "float32",
     "bf16_32": "bf16",
 }
-# the others: plainly, and with everything at once on two ranks
-for name, overrides in list(EACH.items())[1:]:
-    ONE[f"{name}:plain"] = ";".join(["float64", *overrides])
+SHARDED = "float64;parallel.fsdp2=true;parallel.mixed_precision=FULL"
 TWO = {
     "ddp": "float64",
-    "fsdp2": "float64;parallel.fsdp2=true;parallel.mixed_precision=FULL",
-    "everything": "float64;parallel.fsdp2=true;parallel.mixed_precision=FULL;parallel.checkpoint_every=1;"
-    "microbatch=4;parallel.reshard_after_forward=false",
-    "hybrid": "float64;parallel.fsdp2=true;parallel.replicas=2;parallel.mixed_precision=FULL",
+    "fsdp2": SHARDED,
+    "everything": f"{SHARDED};parallel.checkpoint_every=1;microbatch=4;parallel.reshard_after_forward=false",
+    "hybrid": f"{SHARDED};parallel.replicas=2",
     "ddp32": "float32",
     "fsdp2_32": "float32;parallel.fsdp2=true",
     "fsdp2_bf16_32": "bf16;parallel.fsdp2=true",
 }
+# the others: plainly, and with everything at once on two ranks
 for name, overrides in list(EACH.items())[1:]:
+    ONE[f"{name}:plain"] = ";".join(["float64", *overrides])
     TWO[f"{name}:ddp"] = ";".join(["float64", *overrides])
     TWO[f"{name}:everything"] = ";".join([TWO["everything"], *overrides])
 TWO["frechet:hybrid"] = ";".join([TWO["hybrid"], *EACH["frechet"]])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recipe.dit import DiT, DiTConfig
-from tests.parity import Table, check_folder
+from tests.parity import Table, check_folder, dit_config
 
 DATA = Path(__file__).parent / "data"
 
@@ -43,17 +43,7 @@ def test_initialisation_has_the_golden_statistics(time_init):
     sizes = golden["config"]
     stats = golden["stats"][f"time_specinit={time_init == 'spectral'}"]
     torch.manual_seed(0)
-    config = DiTConfig(
-        size=sizes["img"],
-        channels=sizes["channels"],
-        classes=sizes["num_classes"],
-        width=sizes["hidden"],
-        depth=sizes["depth"],
-        heads=sizes["heads"],
-        time_init=time_init,
-        patch_init="xavier",
-    )
-    state = DiT(config).state_dict()
+    state = DiT(dit_config(sizes, time_init=time_init, patch_init="xavier")).state_dict()
     for name, want in stats.items():
         weight = state[name.removeprefix("model.")]
         assert list(weight.shape) == want["shape"], name
