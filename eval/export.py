@@ -89,9 +89,10 @@ def local_copy(source: str) -> Iterator[Path]:
     with TemporaryDirectory() as scratch:
         if f"{stem}.json" in names:
             fetch_weights(folder, stem, Path(scratch))
-        for file in names:
-            if file == name or file.startswith(f"{name}/"):
-                folder.get(file, Path(scratch, file))
+        else:
+            for file in names:
+                if file == name or file.startswith(f"{name}/"):
+                    folder.get(file, Path(scratch, file))
         yield Path(scratch, name)
 
 
