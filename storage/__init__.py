@@ -88,9 +88,13 @@ class Folder:
         self._client = self._attempt("open", "", lambda: client(where))
 
     def names(self) -> list[str]:
-        """List all files at any depth; none if the folder does not exist. Unfinished writes are left out."""
+        """List all files at any depth; none if the folder does not exist.
+
+        Unfinished writes are left out, and names by which a copy would land outside its own folder.
+        """
         keys = self._attempt("list", "", lambda: self._client.list(self.prefix))
-        return [key.removeprefix(self.prefix) for key in keys if not key.endswith((".tmp", "/"))]
+        names = [key.removeprefix(self.prefix) for key in keys if not key.endswith((".tmp", "/"))]
+        return [name for name in names if name[0] != "/" and ".." not in name.split("/")]
 
     def put(self, name: str, source: Path) -> None:
         """Copy the local file `source` to `name` in this folder; it appears whole or not at all."""

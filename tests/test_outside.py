@@ -78,6 +78,13 @@ def test_a_small_file_is_read_into_little_memory(tmp_path):
         read_bytes(tmp_path / "x", 2)
 
 
+def test_keys_that_lead_out_of_the_folder_are_not_listed(tmp_path, monkeypatch):
+    folder = Folder(str(tmp_path))
+    keys = ["a/../../b", "..", "/etc/b", "a/b", "a..b", "..a"]
+    monkeypatch.setattr(folder._client, "list", lambda prefix: keys)
+    assert folder.names() == ["a/b", "a..b", "..a"]
+
+
 def test_a_place_that_takes_no_file_is_named(tmp_path):
     (tmp_path / "here").write_bytes(b"content")
     (tmp_path / "folder").mkdir()
