@@ -28,11 +28,11 @@ lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What to run after an edit: all tests but those that are slow or start programs.
 check: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --quick
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --quick
 
 # Writes docs/settings.md and the schemas of the YAMLs from the settings' classes; a test compares.
 settings: install

@@ -97,7 +97,14 @@ def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="skip tests that are slow or start programs")
 
 
+# Files of few and long tests: they begin, so that both processes end together.
+FIRST = ["test_parallel", "test_kernels", "test_train", "test_cloud", "test_sweep", "test_plan"]
+FIRST += ["test_dataset", "test_eval_export", "test_gpu", "test_config", "test_compiled", "test_metrics"]
+FIRST += ["test_rehearsal"]
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
     if config.getoption("quick"):
         for item in items:
             if item.get_closest_marker("slow"):
