@@ -97,7 +97,7 @@ def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="skip tests that are slow or start programs")
 
 
-# Files of few and long tests: they begin, so that both processes end together.
+# Files of few and long tests: they begin, so that all processes end together.
 FIRST = ["test_parallel", "test_kernels", "test_train", "test_cloud", "test_sweep", "test_plan"]
 FIRST += ["test_dataset", "test_eval_export", "test_gpu", "test_config", "test_compiled", "test_metrics"]
 FIRST += ["test_rehearsal"]
