@@ -87,12 +87,11 @@ def local_copy(source: str) -> Iterator[Path]:
     folder = Folder(parent)
     names, stem = folder.names(), name.removesuffix(".json").removesuffix(".safetensors")
     with TemporaryDirectory() as scratch:
-        if f"{stem}.json" in names:
+        for file in names:
+            if file == name or file.startswith((f"{name}/", f"{stem}.")):
+                folder.get(file, Path(scratch, file))
+        if f"{stem}.json" in names:  # of an adapter the base is still lacking
             fetch_weights(folder, stem, Path(scratch))
-        else:
-            for file in names:
-                if file == name or file.startswith(f"{name}/"):
-                    folder.get(file, Path(scratch, file))
         yield Path(scratch, name)
 
 

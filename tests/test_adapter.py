@@ -11,7 +11,7 @@ from composer.core import Event
 from safetensors.torch import load_file
 
 from eval.card import make_folder, upload
-from eval.export import find_weights
+from eval.export import find_weights, local_copy
 from eval.export import main as export_main
 from recipe.adapter import AdapterConfig, adapter_state, add_adapter, merge
 from recipe.callbacks import inference_facts
@@ -239,6 +239,19 @@ def test_an_adapter_in_a_bucket_is_merged(small, monkeypatch, suffix):
     assert export_main([f"s3://b/weights/{small.name}{suffix}", "--merge", "--out", str(out)]) == 0
     theirs, ours = (load_weights(path)[0].state_dict() for path in (small, out))
     assert all(torch.equal(theirs[name], weight) for name, weight in ours.items())
+
+
+def test_all_that_has_a_name_in_a_bucket_is_copied(small, monkeypatch):
+    """Also a folder beside weights of its name, and tensors without their JSON, which is then missed."""
+    monkeypatch.setattr("eval.export.Folder", lambda _: Folder(str(small.parent)))
+    small.mkdir()
+    for name in (f"{small.name}/part", "x.safetensors"):
+        (small.parent / name).touch()
+    with local_copy(f"s3://b/weights/{small.name}") as copy:
+        assert (copy / "part").is_file()
+        load_weights(copy)
+    with local_copy("s3://b/weights/x") as copy, pytest.raises(FileNotFoundError, match="x.json does not"):
+        load_weights(copy)
 
 
 def test_the_newest_weights_of_a_bucket_are_the_adapter_with_its_base(small, tmp_path, monkeypatch):
