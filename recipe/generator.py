@@ -165,8 +165,8 @@ class Generator(Sampler):
     def asked(
         self, labels: Sequence[int | str] | int | str | None, prompts: Sequence[str] | str | None, n: int
     ) -> tuple[Tensor, Callable[[Tensor], Text] | None]:
-        """Return labels int64 (R * n,), n for each of R labels or prompts of `sample`, and, where there are
-        prompts, from an index of samples to those. Raises ValueError.
+        """Return labels int64 (R * n,), n for each of R labels or prompts of `sample`, and a function from an
+        index of samples to their prompts, None where there are no prompts. Raises ValueError.
         """
         label, prompts = self.rows(labels, prompts)
         row = torch.arange(len(label)).repeat_interleave(n)

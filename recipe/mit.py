@@ -232,7 +232,7 @@ class MiT(Denoiser):
     def evaluate(
         self, given: Inputs, interval: Interval = (0.0, 1.0), head: Literal["u", "v", "both"] = "u"
     ) -> Dual | tuple[Dual, Dual | None]:
-        """Return u, with t for output x alone, and without beta guidance 1.
+        """Return u; t counts only for output x, and beta None means guidance 1.
 
         interval: the times between which guidance is in force, numbers or (B,). head: v asks for the velocity
         alone, which is u's where there is no head for v; both for (u, v), v without a tangent and None where
