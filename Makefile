@@ -27,9 +27,8 @@ install: $(VENV)/.installed
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# Three processes, since many tests wait for others.
 test: lint
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What to run after an edit: all tests but those that are slow or start programs.
 check: lint
