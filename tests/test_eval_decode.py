@@ -5,7 +5,7 @@ import torch
 
 from recipe.dit import DiT, DiTConfig
 from recipe.generator import Generator
-from recipe.pretrained import hash_weights, load_decoder, load_vae
+from recipe.pretrained import hash_weights, load_decoder
 from recipe.weights import save_weights
 from storage.manifest import DatasetError
 
@@ -34,7 +34,8 @@ def test_the_network_is_not_asked_for_an_autoencoder_of_a_made_up_name(monkeypat
 
 
 def test_decoding_is_the_autoencoders_own_in_two_batches(vae_folder):
-    network = load_vae(vae_folder, device="cpu")
+    diffusers = pytest.importorskip("diffusers")
+    network = diffusers.AutoencoderKL.from_pretrained(vae_folder).eval()
     latents = torch.randn(18, 4, 8, 8)  # more than are decoded at a time
     decode = load_decoder({"name": "vae", "hash": hash_weights(network), "scaling": 2.0}, vae_folder, "cpu")
     with torch.no_grad():
