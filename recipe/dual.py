@@ -197,7 +197,7 @@ def attention(qkv: Dual, q_gain: Tensor | None, k_gain: Tensor | None) -> Dual:
 def attend(q: Dual, k: Dual, v: Dual, length: Tensor | None = None) -> Dual:
     """Return attention (B, H, N, D) to tokens (B, H, L, D), or to the first `length` (B,) of them."""
     values, tangents = zip(q, k, v, strict=True)
-    if tangents == (None, None, None):
+    if all(tangent is None for tangent in tangents):
         return Dual(kernels.attention(*values, lengths=length))
     return Dual(*kernels.jvp_attention(*values, *tangents, lengths=length))
 
