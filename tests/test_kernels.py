@@ -4,6 +4,7 @@ On a GPU the Triton kernels run compiled (marker gpu). Elsewhere they run in Tri
 be chosen before anything imports triton: `test_in_the_interpreter` runs this file in a process of its own.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -16,6 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # 3.3 replaces triton.language anew at every call, and never back
+        interpreter._patch_lang = functools.cache(interpreter._patch_lang)
+
 fused_here = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_the_interpreter")
 gpu_here = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA device")
 REFERENCE = pytest.param(("reference", "cpu"), id="reference")
