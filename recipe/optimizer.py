@@ -14,8 +14,9 @@ from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import nn
+from torch import Tensor, nn
 
+from recipe.muon import Muon
 from recipe.settings import BelowOne, DurationOrZero, NotNegative, Positive, Settings
 
 if TYPE_CHECKING:
@@ -24,8 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class OptimizerConfig(Settings):
-    """AdamW, its learning rate over time; the defaults are the paper's."""
+    """The optimizer and its learning rate over time; the defaults are the paper's."""
 
+    name: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="AdamW, or Muon for the matrices in blocks with AdamW for all other weights.",
+    )
     lr: Positive = Field(1e-4, description="Learning rate after the warm-up.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant",
@@ -45,22 +50,38 @@ class OptimizerConfig(Settings):
     )
     eps: Positive = Field(1e-8, description="Number that AdamW adds to the root of the second moment.")
     weight_decay: NotNegative = Field(
-        0.0, description="AdamW's decoupled weight decay, which is multiplied by the learning rate."
+        0.0, description="Decoupled weight decay, which is multiplied by the learning rate."
     )
+    momentum: BelowOne = Field(0.95, description="Decay per step of Muon's running mean of the gradient.")
 
 
 def build_optimizer(net: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return the fused AdamW over all trained parameters of `net`."""
-    trained = [p for p in net.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        trained, config.lr, tuple(config.betas), config.eps, config.weight_decay, fused=True
-    )
+    """Return the optimizer of all trained parameters of `net`."""
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    settings = {
+        "lr": config.lr,
+        "betas": tuple(config.betas),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.name == "adamw":
+        return torch.optim.AdamW(trained.values(), fused=True, **settings)
+    matrices = [p for name, p in trained.items() if hidden_matrix(name, p)]
+    others = [p for name, p in trained.items() if not hidden_matrix(name, p)]
+    return Muon(matrices, others, config.momentum, fused=True, **settings)
+
+
+def hidden_matrix(name: str, p: Tensor) -> bool:
+    """Return True for the matrices in blocks, which Muon updates."""
+    return p.dim() == 2 and "blocks." in name
 
 
 def take_settings(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
     """Let the settings, not the checkpoint, say how to go on: loading restores those of the past run."""
     for group in optimizer.param_groups:
         group.update(betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay)
+        if group.get("momentum") is not None:
+            group["momentum"] = config.momentum
 
 
 def in_steps(time: str, steps_per_epoch: int, batch_size: int) -> int:

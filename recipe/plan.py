@@ -10,6 +10,7 @@ Letters: P parameters, N tokens, D width, r = mlp_ratio, G ranks that hold one s
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from typing import Annotated, Literal, NamedTuple
@@ -28,6 +29,7 @@ from recipe.manual import answer
 from recipe.mit import MiTConfig
 from recipe.networks import build
 from recipe.objectives.base import Objective, Pass
+from recipe.optimizer import build_optimizer
 from recipe.parallel import ParallelConfig
 from recipe.plan_finish import Finish
 from recipe.settings import NotNegative, Positive, Says, Settings
@@ -146,7 +148,7 @@ class Cluster(Roofline):
 
 class Parameters(NamedTuple):
     """Numbers of parameters: in blocks and outside of them, without an adapter; of the whole student; of
-    what is trained; and of all averages together.
+    what is trained; of all averages together; of the optimizer's state. matrices: sizes of what Muon updates.
     """
 
     blocks: int
@@ -154,6 +156,8 @@ class Parameters(NamedTuple):
     whole: int
     trained: int
     averages: int
+    optimizer: int
+    matrices: list[torch.Size]
 
 
 def count_parameters(config: TrainConfig) -> Parameters:
@@ -170,10 +174,13 @@ def count_parameters(config: TrainConfig) -> Parameters:
         part.requires_grad_(False)
     blocks = sum(size for name, size in plain.items() if name.partition(".")[0].endswith("blocks"))
     whole = sum(p.numel() for p in net.parameters())
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    optimizer = build_optimizer(net, config.optimizer)
+    trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     copied = trained if config.adapter and not config.parallel.fsdp2 else whole
     averages = copied * len(average_names(config.ema, config.objective))
-    return Parameters(blocks, sum(plain.values()) - blocks, whole, trained, averages)
+    matrices = [p.shape for group in optimizer.param_groups if group.get("momentum") for p in group["params"]]
+    state = 2 * trained - sum(map(math.prod, matrices))  # two moments of AdamW, one of Muon
+    return Parameters(blocks, sum(plain.values()) - blocks, whole, trained, averages, state, matrices)
 
 
 def adapter_flops(model: NetworkConfig, adapter: AdapterConfig | None) -> tuple[float, float]:
@@ -389,7 +396,7 @@ def memory(config: TrainConfig, gpus: int) -> dict[str, float]:
     return {
         "weights": FP32 * size.whole / shards,
         "averages": FP32 * size.averages / shards,
-        "optimizer (two moments)": 2 * FP32 * size.trained / shards,
+        "optimizer": FP32 * size.optimizer / shards,
         "gradients": FP32 * size.trained / shards,
         "gathered weights": gathered_size(config) * gathered,
         "bf16 copies of weights": BF16 * rounded,
@@ -492,12 +499,29 @@ class Times(NamedTuple):
 def updated_bytes(config: TrainConfig, gpus: int) -> float:
     """Return the bytes that optimizer and averages read and write.
 
-    In tensors of the weights' size: AdamW reads 4 and writes 3; the kernel of the averages reads the weights,
-    and reads and writes each average.
+    The optimizer reads gradients, and reads and writes weights and its state; the kernel of the averages
+    reads the weights, and reads and writes each average.
     """
     shards = gpus // config.parallel.replicas if config.parallel.fsdp2 else 1
-    copies = len(average_names(config.ema, config.objective))
-    return FP32 * (7 + 1 + 2 * copies) * count_parameters(config).trained / shards
+    copies, size = len(average_names(config.ema, config.objective)), count_parameters(config)
+    return FP32 * ((3 + 1 + 2 * copies) * size.trained + 2 * size.optimizer) / shards
+
+
+def muon_time(config: TrainConfig, gpus: int, cluster: Cluster) -> float:
+    """Return the seconds in which Muon makes its matrices orthogonal, shared by all GPUs.
+
+    Each of five steps on a matrix (m, n), m <= n, takes 4 m^2 n + 2 m^3 FLOPs. All matrices of a shape are
+    gathered and summed up together, in bf16. No compute hides this time.
+    """
+    shards = gpus // config.parallel.replicas if config.parallel.fsdp2 else 1
+    flops, messages = 0, []
+    for shape, count in Counter(count_parameters(config).matrices).items():
+        m, n = sorted(shape)
+        flops += math.ceil(count / gpus) * 5 * (4 * m * m * n + 2 * m**3)
+        size = BF16 * count * m * n
+        messages.append(Collective("all-gather momentum", size * (shards - 1) / shards, 1, shards))
+        messages.append(Collective("all-reduce directions", 2 * size * (gpus - 1) / gpus, 2, gpus))
+    return flops / (cluster.gemm * cluster.sheet.flops) + sum(communication_time(messages, cluster))
 
 
 def compute_time(config: TrainConfig, roofline: Roofline) -> float:
@@ -513,11 +537,11 @@ def compute_time(config: TrainConfig, roofline: Roofline) -> float:
 
 
 def times(config: TrainConfig, gpus: int, cluster: Cluster) -> Times:
-    """Predict the times of a step; optimizer and averages go at the memory's speed."""
+    """Predict the times of a step; averages and the optimizer's state go at the memory's speed."""
     return Times(
         config.data.batch_size / gpus * compute_time(config, cluster),
         *communication_time(traffic(config, gpus), cluster),
-        cluster.seconds(updated_bytes(config, gpus)),
+        cluster.seconds(updated_bytes(config, gpus)) + muon_time(config, gpus, cluster),
     )
 
 

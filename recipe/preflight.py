@@ -180,11 +180,11 @@ def oci_agreement(uris: dict[str, str]) -> Iterator[str]:
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
-    """Return the bytes of a checkpoint: the student, its averages and two moments of Adam, in float32, and
+    """Return the bytes of a checkpoint: the student, its averages and the optimizer's state, in float32, and
     the moments and maps of a finish.
     """
     size = count_parameters(config)
-    return 4 * (size.whole + size.averages + 2 * size.trained) + Finish(config).saved_bytes()
+    return 4 * (size.whole + size.averages + size.optimizer) + Finish(config).saved_bytes()
 
 
 def held(folder: str | Path) -> int:

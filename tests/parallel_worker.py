@@ -23,6 +23,7 @@ if __name__ == "__main__":  # run by path, too, this checkout's code goes before
 from recipe.config import TrainConfig, load_config
 from recipe.data import train_loader
 from recipe.model import StepKey
+from recipe.optimizer import build_optimizer
 from recipe.parallel import parallelism, unwrap
 from recipe.train import build_algorithms, build_model
 from tests.conftest import TINY, documented_objective, findings
@@ -88,13 +89,10 @@ def build(digits, dtype, overrides, steps, callback, **paths):
             sharding.fsdp2.mixed_precision = {"param_dtype": "bf16", "reduce_dtype": "fp32"}
     else:
         model = model.to(getattr(torch, dtype))
-    optimizer = torch.optim.AdamW(
-        [p for p in model.net.parameters() if p.requires_grad], lr=1e-3, betas=(0.9, 0.95)
-    )
     return Trainer(
         model=model,
         train_dataloader=train_loader(config.data, config.seed, config.model.text),
-        optimizers=optimizer,
+        optimizers=build_optimizer(model.net, config.optimizer),
         max_duration=f"{steps}ba",
         algorithms=build_algorithms(config),
         callbacks=[StepKey(), callback],

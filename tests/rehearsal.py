@@ -44,6 +44,7 @@ from recipe.guard import ScaleParameter, StepConfig, check_finite
 from recipe.model import GenerativeModel
 from recipe.normalizer import Normalizer
 from recipe.objectives import IMF, TVM, FlowMatching, MeanFlow
+from recipe.optimizer import OptimizerConfig, build_optimizer
 from recipe.parallel import ParallelConfig, parallelism, prepare_blocks
 from recipe.pictures import to_pixels
 from recipe.text import Prompts, TextConfig
@@ -198,9 +199,7 @@ def rehearse(name, sharded, precision):
         model = DeviceGPU(0).module_to_device(model)
         for match in objective.matches.values() if objective.finishes else ():
             match.extractor.device = torch.device("cuda")
-        optimizer = torch.optim.AdamW(
-            [p for p in model.net.parameters() if p.requires_grad], 1e-3, fused=True
-        )
+        optimizer = build_optimizer(model.net, OptimizerConfig(name="muon" if name == "imf" else "adamw"))
         guard = ScaleParameter(StepConfig(tangent_warmup=2, clip=1.0))
         timestamp = SimpleNamespace(batch=1, sample=BATCH, epoch=0, batch_in_epoch=1)
         batch = batch_on_the_gpu(model, column)

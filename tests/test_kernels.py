@@ -20,7 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from triton.runtime import interpreter
 
-    if not hasattr(interpreter, "_LangPatchScope"):  # 3.3 replaces triton.language anew at every call, and never back
+    if not hasattr(interpreter, "_LangPatchScope"):  # 3.3 replaces its language at every call, never back
         interpreter._patch_lang = functools.cache(interpreter._patch_lang)
 
 fused_here = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_the_interpreter")

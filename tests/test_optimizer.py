@@ -4,10 +4,13 @@ import json
 import math
 
 import pytest
+import torch
 
 from recipe.checkpoints import Resume
 from recipe.config import OptimizerConfig, TrainConfig, load_config
-from recipe.optimizer import in_steps, learning_rate, rate_of_step
+from recipe.muon import orthogonal
+from recipe.networks import build
+from recipe.optimizer import build_optimizer, in_steps, learning_rate, rate_of_step, take_settings
 from recipe.preemption import Preemption
 from recipe.train import build_trainer
 from tests.conftest import TINY, findings
@@ -81,3 +84,82 @@ def test_every_step_has_its_rate_also_after_a_resume_with_other_settings(digits,
     assert logged_rates(digits, tmp_path / "d", *other, load_path=half) == pytest.approx(
         [0.01, 0.0125, 0.015]
     )
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (30, 12), (12, 30), (3, 5, 9)])
+def test_a_direction_is_about_the_nearest_orthogonal_matrix(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    found = orthogonal(x)
+    aligned = u.mT @ found @ v.mT  # diagonal where the singular vectors are those of x
+    values = aligned.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(aligned, torch.diag_embed(values), rtol=0, atol=1e-12)
+    assert 0.65 < values.min() < values.max() < 1.25
+    assert torch.equal(orthogonal(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+def with_gradients(overrides, steps=3):
+    """Weights before and after steps of a run's optimizer, and the gradients, which a generator drew."""
+    config = load_config(TrainConfig, "yamls/digits.yaml", [*TINY, *overrides])
+    torch.manual_seed(0)
+    net, generator = build(config.model).double(), torch.Generator().manual_seed(1)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer, gradients = build_optimizer(net, config.optimizer), {name: [] for name in before}
+    for _ in range(steps):
+        for name, p in net.named_parameters():
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            gradients[name].append(p.grad.clone())
+        optimizer.step()
+    return before, dict(net.named_parameters()), gradients
+
+
+MIT = ["model.network=mit", "model.head_depth=1"]
+
+
+@pytest.mark.parametrize("network", [[], MIT])
+def test_muon_moves_matrices_of_blocks_along_orthogonal_ones_and_the_rest_as_adamw_does(network):
+    settings = [*network, "optimizer.lr=0.01", "optimizer.weight_decay=0.5"]
+    before, after, gradients = with_gradients([*settings, "optimizer.name=muon", "optimizer.momentum=0.9"])
+    *_, adamw, _ = with_gradients(settings)
+    moved = {name for name in before if not torch.equal(after[name], adamw[name])}
+    linear = ("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight", "adaLN_modulation.1.weight")
+    assert moved == {name for name in before if "blocks." in name and name.endswith(linear)}
+    assert ("v_blocks.0.mlp.fc2.weight" in moved) == bool(network)
+    for name in moved:
+        weight, mean = before[name], torch.zeros_like(before[name])
+        for gradient in gradients[name]:
+            mean = 0.9 * mean + 0.1 * gradient
+            direction = orthogonal(0.9 * mean + 0.1 * gradient)
+            weight = weight * (1 - 0.01 * 0.5) - 0.01 * 0.2 * max(weight.shape) ** 0.5 * direction
+        torch.testing.assert_close(after[name], weight, rtol=1e-9, atol=1e-11)
+        # about the size of a step of AdamW, as the rate is the same
+        size = (after[name] - before[name] * (1 - 0.01 * 0.5) ** 3).square().mean().sqrt()
+        assert 0.1 < size / (3 * 0.01) < 1
+
+
+def test_a_step_without_gradients_leaves_matrices_alone_and_settings_go_before_the_checkpoint():
+    net = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
+    optimizer = build_optimizer(net, OptimizerConfig(name="muon"))
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer.step()
+    assert all(map(torch.equal, net.parameters(), before))
+    assert not optimizer.state
+    take_settings(optimizer, OptimizerConfig(name="muon", momentum=0.5, betas=[0.1, 0.2]))
+    assert [group["momentum"] for group in optimizer.param_groups] == [None, 0.5]
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.1, 0.2)] * 2
+
+
+def test_gradients_of_matrices_are_freed_by_the_closure_in_which_composer_trains():
+    net = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
+    optimizer, seen = build_optimizer(net, OptimizerConfig(name="muon")), []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = net["blocks"][0](torch.ones(1, 4)).sum()
+        loss.backward()
+        seen.append(net["blocks"][0].weight.grad.clone())
+        return loss
+
+    losses = [optimizer.step(closure) for _ in range(3)]
+    assert losses[2] < losses[0]
+    assert all(torch.equal(gradient, torch.ones(4, 4)) for gradient in seen)

@@ -43,6 +43,11 @@ for name, overrides in list(EACH.items())[1:]:
     TWO[f"{name}:ddp"] = ";".join(["float64", *overrides])
     TWO[f"{name}:everything"] = ";".join([TWO["everything"], *overrides])
 TWO["frechet:hybrid"] = ";".join([TWO["hybrid"], *EACH["frechet"]])
+MUON = "optimizer.name=muon"  # with AdamW for what is no matrix
+ONE["muon:plain"] = f"float64;{MUON}"
+TWO["muon:ddp"] = ONE["muon:plain"]
+TWO["muon:everything"] = f"{TWO['everything']};{MUON}"
+TWO["muon:hybrid"] = f"{TWO['hybrid']};{MUON}"
 ONE["joint:plain"] = ";".join(["float64", *JOINT])
 TWO["joint:everything"] = ";".join([TWO["everything"], *JOINT])
 
@@ -91,9 +96,9 @@ def gradients(digits, tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(digits, tmp_path_factory):
     out, folder = {}, tmp_path_factory.mktemp("elastic")
-    first = {"two": f"float64;save_folder={folder}/two"}
-    second = {"then_one": f"float64;load_path={folder}/two/ba6.pt;save_folder={folder}/one"}
-    third = {"then_two": f"float64;load_path={folder}/one/ba12.pt"}
+    first = {"two": f"float64;{MUON};save_folder={folder}/two"}
+    second = {"then_one": f"float64;{MUON};load_path={folder}/two/ba6.pt;save_folder={folder}/one"}
+    third = {"then_two": f"float64;{MUON};load_path={folder}/one/ba12.pt"}
     for ranks, cases in ((2, first), (1, ONE | second), (2, TWO | third)):
         out |= launch(digits, tmp_path_factory.mktemp("parallel"), ranks, cases)
     return out
@@ -110,7 +115,7 @@ def test_every_setting_gives_the_same_curve_and_weights_in_float64(results, name
 
 
 def test_from_two_ranks_to_one_and_back_within_an_epoch_no_step_changes(results):
-    plain = results["plain"]
+    plain = results["muon:plain"]
     for name, begin in (("two", 0), ("then_one", 6), ("then_two", 12)):
         assert results[name]["samples"] == plain["samples"][begin:]
         assert results[name]["losses"] == pytest.approx(plain["losses"][begin:], rel=1e-10, abs=0)

@@ -26,6 +26,7 @@ from recipe.config import TrainConfig, load_config
 from recipe.dit import DiT, DiTConfig
 from recipe.dual import Dual
 from recipe.model import GenerativeModel
+from recipe.muon import orthogonal
 from recipe.networks import CONFIGS, AnyNetwork, build
 from recipe.normalizer import Normalizer
 from recipe.objectives import IMF, OBJECTIVES, TVM, FlowMatching, MeanFlow
@@ -173,8 +174,31 @@ def test_what_is_never_evaluated_is_neither_sent_nor_optimized(objective):
     size = plan.count_parameters(config)
     assert size.trained == trained
     assert (size.trained < size.whole) == (objective != "imf")
-    assert plan.memory(config, 2)["optimizer (two moments)"] == 2 * plan.FP32 * trained
+    assert plan.memory(config, 2)["optimizer"] == 2 * plan.FP32 * trained
     assert [row.received for row in plan.traffic(config, 2)] == [plan.FP32 * trained]
+
+
+def test_muon_keeps_one_number_a_weight_of_its_matrices_and_shares_their_products_among_gpus():
+    def sized(*overrides):
+        return load_config(TrainConfig, "yamls/imagenet256_pmf_b16.yaml", [*overrides])
+
+    adamw, muon = sized(), sized("optimizer.name=muon")
+    saved = checkpoint_bytes(adamw) - checkpoint_bytes(muon)
+    width, hidden = 768, int(768 * 8 / 3)
+    shapes = {(3 * width, width), (width, width), (2 * hidden, width), (width, hidden)}
+    size = plan.count_parameters(muon)
+    assert set(size.matrices) == shapes
+    assert len(size.matrices) == 4 * (16 + 8)  # of all blocks and those of the head for v
+    assert saved == plan.FP32 * 24 * sum(m * n for m, n in shapes)
+    assert plan.memory(adamw, 8)["optimizer"] - plan.memory(muon, 8)["optimizer"] == saved / 8
+    cluster = plan.Cluster(gpus=[1], gpu="h100")
+    assert plan.muon_time(adamw, 8, cluster) == 0
+    counted = flops(lambda: [orthogonal(torch.empty(shape, device="meta")) for shape in size.matrices])
+    alone = plan.muon_time(muon, 1, cluster)
+    assert alone * cluster.gemm * cluster.sheet.flops == pytest.approx(counted, rel=1e-9)
+    swift = replace(cluster, hop=0.0)
+    sent = 2 * sum(m * n for m, n in size.matrices) * 7 / 8 * 3 / cluster.sheet.node_rate
+    assert plan.muon_time(muon, 8, swift) == pytest.approx(alone / 8 + sent)
 
 
 def prompted(net):
