@@ -180,9 +180,9 @@ def test_what_is_never_evaluated_is_neither_sent_nor_optimized(objective):
 
 def test_muon_keeps_one_number_a_weight_of_its_matrices_and_shares_their_products_among_gpus():
     def sized(*overrides):
-        return load_config(TrainConfig, "yamls/imagenet256_pmf_b16.yaml", [*overrides])
+        return load_config(TrainConfig, "yamls/imagenet256_pmf_b16.yaml", overrides)
 
-    adamw, muon = sized(), sized("optimizer.name=muon")
+    adamw, muon = sized("optimizer.name=adamw"), sized("optimizer.name=muon")
     saved = checkpoint_bytes(adamw) - checkpoint_bytes(muon)
     width, hidden = 768, int(768 * 8 / 3)
     shapes = {(3 * width, width), (width, width), (2 * hidden, width), (width, hidden)}
