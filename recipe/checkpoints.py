@@ -51,6 +51,7 @@ OLDER = {
     "model.network": "dit",
     "model.output": "v",
     "model.embedding_scale": 1.0,
+    "optimizer.name": "adamw",
     "adapter": None,
     "objective.joint": None,
 }
@@ -141,6 +142,7 @@ def identity(config: TrainConfig) -> dict:
         finish = {"objective.features": list(objective.features), "objective.joint": objective.joint}
     return {
         "objective.name": objective.name,
+        "optimizer.name": config.optimizer.name,
         "parallel.fsdp2": config.parallel.fsdp2,
         "ema.posthoc": config.ema.posthoc,
         "adapter": config.adapter and asdict(config.adapter),

@@ -273,6 +273,7 @@ def test_a_first_checkpoint_that_was_never_completed_is_no_obstacle(s3, digits, 
     [
         ("model.width=32", r"model\.width: 32 differs from the 16"),
         ("objective.name=flow_matching", r"objective\.name: flow_matching differs from the tvm"),
+        ("optimizer.name=muon", r"optimizer\.name: muon differs from the adamw"),
         ("parallel.fsdp2=true", r"parallel\.fsdp2: True differs from the False"),
         ("ema.posthoc=[0.05]", r"ema\.posthoc: \[0\.05\] differs from the \[\]"),
         ("run_name=other", r"belongs to run_name 'digits', not 'other'"),
@@ -283,18 +284,21 @@ def test_checkpoints_of_another_run_or_architecture_are_refused(s3, straight, di
         resumed_from(config_of(digits, s3.uri("straight"), override))
 
 
-def test_a_setting_that_is_newer_than_the_run_had_its_older_value(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "older", "newer"), [("model.embedding_scale", 1.0, 10.0), ("optimizer.name", "adamw", "muon")]
+)
+def test_a_setting_that_is_newer_than_the_run_had_its_older_value(key, older, newer, tmp_path):
     network = ["model.network=mit", "model.head_depth=1", "objective.name=imf"]
     before, now = (
-        load_config(TrainConfig, "yamls/digits.yaml", [*network, f"model.embedding_scale={scale}"])
-        for scale in (1, 10)
+        load_config(TrainConfig, "yamls/digits.yaml", [*network, f"{key}={value}"])
+        for value in (older, newer)
     )
-    older = identity(before)
-    del older["model.embedding_scale"]
+    known = identity(before)
+    del known[key]
     folder = Folder(str(tmp_path))
-    folder.write("run.json", json.dumps({"run_name": "digits", "identity": older}).encode())
+    folder.write("run.json", json.dumps({"run_name": "digits", "identity": known}).encode())
     check_identity(before, folder, folder.names())
-    with pytest.raises(ConfigError, match=r"^model\.embedding_scale: 10.* differs from the 1"):
+    with pytest.raises(ConfigError, match=f"^{re.escape(key)}: {newer} differs from the {older}"):
         check_identity(now, folder, folder.names())
 
 
