@@ -23,7 +23,8 @@ class Muon(torch.optim.AdamW):
         self, matrices: list[nn.Parameter], others: list[nn.Parameter], momentum: float, **settings: Any
     ) -> None:
         groups = [{"params": others, "momentum": None}, {"params": matrices, "momentum": momentum}]
-        super().__init__(groups, **settings)
+        # An empty one, above frozen weights, would come out of a sharded checkpoint without its settings
+        super().__init__([group for group in groups if group["params"]], **settings)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from recipe.adapter import AdapterConfig, add_adapter
 from recipe.checkpoints import Resume
 from recipe.config import OptimizerConfig, TrainConfig, load_config
 from recipe.muon import orthogonal
@@ -147,6 +149,22 @@ def test_a_step_without_gradients_leaves_matrices_alone_and_settings_go_before_t
     take_settings(optimizer, OptimizerConfig(name="muon", momentum=0.5, betas=[0.1, 0.2]))
     assert [group["momentum"] for group in optimizer.param_groups] == [None, 0.5]
     assert [group["betas"] for group in optimizer.param_groups] == [(0.1, 0.2)] * 2
+
+
+def test_above_frozen_weights_muon_goes_on_from_a_sharded_checkpoint_too():
+    config = load_config(TrainConfig, "yamls/digits.yaml", [*TINY, "optimizer.name=muon"])
+    net = build(config.model)
+    add_adapter(net, AdapterConfig(rank=2))  # of matrices alone: nothing is left for AdamW
+    matrices = [p for p in net.parameters() if p.requires_grad]
+    saved, restored = (build_optimizer(net, config.optimizer) for _ in range(2))
+    for p in matrices:
+        p.grad = torch.ones_like(p)
+    saved.step()
+    set_optimizer_state_dict(net, restored, get_optimizer_state_dict(net, saved))
+    for p in matrices:
+        p.grad = torch.ones_like(p)
+    restored.step()
+    assert [restored.state[p]["step"].item() for p in matrices] == [2] * len(matrices)
 
 
 def test_gradients_of_matrices_are_freed_by_the_closure_in_which_composer_trains():
