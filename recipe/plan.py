@@ -178,7 +178,8 @@ def count_parameters(config: TrainConfig) -> Parameters:
     trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     copied = trained if config.adapter and not config.parallel.fsdp2 else whole
     averages = copied * len(average_names(config.ema, config.objective))
-    matrices = [p.shape for group in optimizer.param_groups if group.get("momentum") for p in group["params"]]
+    muon = [group for group in optimizer.param_groups if group.get("momentum") is not None]
+    matrices = [p.shape for group in muon for p in group["params"]]
     state = 2 * trained - sum(map(math.prod, matrices))  # two moments of AdamW, one of Muon
     return Parameters(blocks, sum(plain.values()) - blocks, whole, trained, averages, state, matrices)
 

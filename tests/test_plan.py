@@ -189,6 +189,7 @@ def test_muon_keeps_one_number_a_weight_of_its_matrices_and_shares_their_product
     size = plan.count_parameters(muon)
     assert set(size.matrices) == shapes
     assert len(size.matrices) == 4 * (16 + 8)  # of all blocks and those of the head for v
+    assert plan.count_parameters(sized("optimizer.momentum=0")) == size
     assert saved == plan.FP32 * 24 * sum(m * n for m, n in shapes)
     assert plan.memory(adamw, 8)["optimizer"] - plan.memory(muon, 8)["optimizer"] == saved / 8
     cluster = plan.Cluster(gpus=[1], gpu="h100")
