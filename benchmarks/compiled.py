@@ -449,7 +449,7 @@ def report(config: TrainConfig, roofline: plan.Roofline) -> bool:
     step = compile_step(config, images, gpu)
     model, found = config.model, assembled(step, gpu)
     times = group_times(step, roofline)
-    update = roofline.seconds(plan.updated_bytes(config, 1))
+    update = plan.update_time(config, 1, roofline)
     sizes = model.width, model.heads, model.tokens, images, roofline.gpu
     barred = model.network == "dit" and model.text is None and sizes == BARRED
     time, peak = sum(times.values()) + update, peak_memory(config, step, images)

@@ -508,21 +508,31 @@ def updated_bytes(config: TrainConfig, gpus: int) -> float:
     return FP32 * ((3 + 1 + 2 * copies) * size.trained + 2 * size.optimizer) / shards
 
 
-def muon_time(config: TrainConfig, gpus: int, cluster: Cluster) -> float:
-    """Return the seconds in which Muon makes its matrices orthogonal, shared by all GPUs.
+def update_time(config: TrainConfig, gpus: int, roofline: Roofline) -> float:
+    """Return the seconds in which a GPU updates weights and averages, without messages.
 
-    Each of five steps on a matrix (m, n), m <= n, takes 4 m^2 n + 2 m^3 FLOPs. All matrices of a shape are
-    gathered and summed up together, in bf16. No compute hides this time.
+    All GPUs share Muon's matrices: each of five steps on one of (m, n), m <= n, takes 4 m^2 n + 2 m^3 FLOPs.
     """
-    shards = gpus // config.parallel.replicas if config.parallel.fsdp2 else 1
-    flops, messages = 0, []
+    flops = 0
     for shape, count in Counter(count_parameters(config).matrices).items():
         m, n = sorted(shape)
         flops += math.ceil(count / gpus) * 5 * (4 * m * m * n + 2 * m**3)
-        size = BF16 * count * m * n
-        messages.append(Collective("all-gather momentum", size * (shards - 1) / shards, 1, shards))
-        messages.append(Collective("all-reduce directions", 2 * size * (gpus - 1) / gpus, 2, gpus))
-    return flops / (cluster.gemm * cluster.sheet.flops) + sum(communication_time(messages, cluster))
+    products = roofline.seconds(0, flops, roofline.gemm)
+    return roofline.seconds(updated_bytes(config, gpus)) + products
+
+
+def muon_traffic(config: TrainConfig, gpus: int) -> list[Collective]:
+    """Return Muon's collectives: matrices of a shape are gathered and summed up together, in bf16.
+
+    No compute hides them.
+    """
+    shards = gpus // config.parallel.replicas if config.parallel.fsdp2 else 1
+    rows = []
+    for shape, count in Counter(count_parameters(config).matrices).items():
+        size = BF16 * count * math.prod(shape)
+        rows.append(Collective("all-gather momentum", size * (shards - 1) / shards, 1, shards))
+        rows.append(Collective("all-reduce directions", 2 * size * (gpus - 1) / gpus, 2, gpus))
+    return rows
 
 
 def compute_time(config: TrainConfig, roofline: Roofline) -> float:
@@ -542,7 +552,7 @@ def times(config: TrainConfig, gpus: int, cluster: Cluster) -> Times:
     return Times(
         config.data.batch_size / gpus * compute_time(config, cluster),
         *communication_time(traffic(config, gpus), cluster),
-        cluster.seconds(updated_bytes(config, gpus)) + muon_time(config, gpus, cluster),
+        update_time(config, gpus, cluster) + sum(communication_time(muon_traffic(config, gpus), cluster)),
     )
 
 

@@ -192,14 +192,15 @@ def test_muon_keeps_one_number_a_weight_of_its_matrices_and_shares_their_product
     assert plan.count_parameters(sized("optimizer.momentum=0")) == size
     assert saved == plan.FP32 * 24 * sum(m * n for m, n in shapes)
     assert plan.memory(adamw, 8)["optimizer"] - plan.memory(muon, 8)["optimizer"] == saved / 8
-    cluster = plan.Cluster(gpus=[1], gpu="h100")
-    assert plan.muon_time(adamw, 8, cluster) == 0
+    cluster = plan.Cluster(gpus=[1], gpu="h100", hop=0.0)
+    assert not plan.muon_traffic(adamw, 8)
     counted = flops(lambda: [orthogonal(torch.empty(shape, device="meta")) for shape in size.matrices])
-    alone = plan.muon_time(muon, 1, cluster)
-    assert alone * cluster.gemm * cluster.sheet.flops == pytest.approx(counted, rel=1e-9)
-    swift = replace(cluster, hop=0.0)
-    sent = 2 * sum(m * n for m, n in size.matrices) * 7 / 8 * 3 / cluster.sheet.node_rate
-    assert plan.muon_time(muon, 8, swift) == pytest.approx(alone / 8 + sent)
+    for gpus in (1, 8):
+        products = counted / gpus / (cluster.gemm * cluster.sheet.flops)
+        written = cluster.seconds(plan.updated_bytes(muon, gpus))
+        assert plan.update_time(muon, gpus, cluster) - written == pytest.approx(products, rel=1e-9)
+        sent = 2 * sum(m * n for m, n in size.matrices) * (gpus - 1) / gpus * 3 / cluster.sheet.node_rate
+        assert plan.times(muon, gpus, cluster).update == pytest.approx(written + products + sent)
 
 
 def prompted(net):
