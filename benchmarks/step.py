@@ -35,6 +35,7 @@ from recipe.ema import average_names, ema_update
 from recipe.objectives import TVM, FlowMatching, Objective
 from recipe.objectives.base import Draw, draw
 from recipe.objectives.frechet import Match
+from recipe.optimizer import build_optimizer
 from recipe.parallel import ParallelConfig, prepare_blocks
 
 Work = Callable[[], object]
@@ -245,7 +246,7 @@ def bars() -> Iterator[Figure]:
 
 
 def make_step(config: TrainConfig, device: str) -> Work:
-    """Return a function that does a whole step of one microbatch: loss, backward pass, AdamW, averages."""
+    """Return a function that does a whole step of a microbatch: loss, backward pass, optimizer, averages."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     net = DiT(config.model, initialize=False).to(device)
@@ -255,7 +256,7 @@ def make_step(config: TrainConfig, device: str) -> Work:
     averages = [copy.deepcopy(net).requires_grad_(False) for _ in names]
     prepare_blocks(net, config.parallel, trained=True)
     prepare_blocks(averages[-1], config.parallel, trained=False)
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-4, (0.9, 0.95), fused=True)
+    optimizer = build_optimizer(net, config.optimizer)
     drawn = random_draw(config.model, config.objective, plan.layout(config, 1)[0], device)
 
     def step() -> None:

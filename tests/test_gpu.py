@@ -6,10 +6,11 @@ import re
 import pytest
 
 from benchmarks import environment, gpu
-from benchmarks.step import predicted
+from benchmarks.step import make_step, predicted
 from recipe import plan
 from recipe.config import TrainConfig, load_config
-from tests.conftest import run
+from recipe.muon import Muon
+from tests.conftest import TINY, run
 
 XL = ["data.batch_size=32", "parallel.fsdp2=false"]
 
@@ -27,6 +28,13 @@ def forked(*arguments, expect=0):
     alone = arguments[:4] != launcher
     process = run(*(arguments if alone else arguments[4:]), check=False, ranks=None if alone else 1)
     assert process.returncode == expect, process.stderr
+
+
+def test_the_optimizer_that_is_timed_is_the_configuration_s(monkeypatch):
+    taken = []
+    monkeypatch.setattr(Muon, "step", taken.append)
+    make_step(load_config(TrainConfig, "yamls/digits.yaml", [*TINY, "optimizer.name=muon"]), "cpu")()
+    assert len(taken) == 1
 
 
 def test_stages_at_tiny_size(tmp_path, monkeypatch):
