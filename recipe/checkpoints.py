@@ -165,12 +165,13 @@ def check_identity(config: TrainConfig, folder: Folder, names: list[str], fork: 
             f"save_folder: {folder.uri} belongs to run_name {owner['run_name']!r}, not {config.run_name!r}: "
             f"choose another folder (to start from that run's state, set fork_from to one of its checkpoints)"
         )
+    other = "begin with its weights alone (init_from)" if fork else "choose another run_name and save_folder"
     for name, value in identity(config).items():
         saved = owner["identity"].get(name, OLDER.get(name, value))  # what is newer than the run says nothing
         if saved != value:
             raise ConfigError(
                 f"{name}: {value} differs from the {saved} of the checkpoints in "
-                f"{folder.uri}: set it to that, or choose another run_name and save_folder"
+                f"{folder.uri}: set it to that, or {other}"
             )
 
 

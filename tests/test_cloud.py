@@ -298,8 +298,9 @@ def test_a_setting_that_is_newer_than_the_run_had_its_older_value(key, older, ne
     folder = Folder(str(tmp_path))
     folder.write("run.json", json.dumps({"run_name": "digits", "identity": known}).encode())
     check_identity(before, folder, folder.names())
-    with pytest.raises(ConfigError, match=f"^{re.escape(key)}: {newer} differs from the {older}"):
-        check_identity(now, folder, folder.names())
+    for fork, way in ((False, "choose another run_name"), (True, "begin with its weights alone")):
+        with pytest.raises(ConfigError, match=f"^{re.escape(key)}: {newer} differs from the {older}.* {way}"):
+            check_identity(now, folder, folder.names(), fork)
 
 
 def test_a_folder_with_other_files_is_refused_and_left_as_it_is(s3, digits, cloud_env):
