@@ -96,9 +96,15 @@ def gradients(digits, tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(digits, tmp_path_factory):
     out, folder = {}, tmp_path_factory.mktemp("elastic")
-    first = {"two": f"float64;{MUON};save_folder={folder}/two"}
+    first = {
+        "two": f"float64;{MUON};save_folder={folder}/two",
+        "sharded": f"{SHARDED};{MUON};save_folder={folder}/sharded",
+    }
     second = {"then_one": f"float64;{MUON};load_path={folder}/two/ba6.pt;save_folder={folder}/one"}
-    third = {"then_two": f"float64;{MUON};load_path={folder}/one/ba12.pt"}
+    third = {
+        "then_two": f"float64;{MUON};load_path={folder}/one/ba12.pt",
+        "sharded_again": f"{SHARDED};{MUON};load_path={folder}/sharded/ep0-ba6",
+    }
     for ranks, cases in ((2, first), (1, ONE | second), (2, TWO | third)):
         out |= launch(digits, tmp_path_factory.mktemp("parallel"), ranks, cases)
     return out
@@ -116,7 +122,7 @@ def test_every_setting_gives_the_same_curve_and_weights_in_float64(results, name
 
 def test_from_two_ranks_to_one_and_back_within_an_epoch_no_step_changes(results):
     plain = results["muon:plain"]
-    for name, begin in (("two", 0), ("then_one", 6), ("then_two", 12)):
+    for name, begin in (("two", 0), ("then_one", 6), ("then_two", 12), ("sharded_again", 6)):
         assert results[name]["samples"] == plain["samples"][begin:]
         assert results[name]["losses"] == pytest.approx(plain["losses"][begin:], rel=1e-10, abs=0)
 
