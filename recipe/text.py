@@ -127,7 +127,8 @@ class Prompts(nn.Module):
         """Return `net` as objectives call it, (x, t, d, label, ...), also for n batches at once."""
 
         def evaluate(x: Dual, t: Dual, d: Dual, label: Tensor, *rest: Any, **options: Any) -> Dual:
-            n, free = len(label) // len(text.length), label == self.null
+            # len() would fix the batch in an exported program
+            n, free = label.shape[0] // text.length.shape[0], label == self.null
             length = torch.where(free, self.length, text.length.repeat(n))
             ones = [1] * (text.tokens.dim() - 1)
             tokens = torch.where(free.view(-1, *ones), self.tokens, text.tokens.repeat(n, *ones))
