@@ -4,10 +4,15 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from tests.conftest import run
 
 
+@pytest.mark.skipif(
+    not torch.__version__.startswith("2.7."),
+    reason="from torch 2.8 on, autograd takes CUDA tensors only where CUDA is there (pytorch issue 161129)",
+)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="autograd asks for a device that C++ has to pretend")
 @pytest.mark.parametrize("how", ["plain", "fsdp2"])
 def test_a_whole_step_of_every_objective_runs_on_fake_tensors_of_a_gpu(tmp_path, how):
