@@ -192,6 +192,13 @@ def damaged(file, folder, times):
         yield folder / "x.pth"
 
 
+def refusal(error, call, *arguments):
+    """Return the message with which a call raises this error."""
+    with pytest.raises(error) as raised:
+        call(*arguments)
+    return str(raised.value)
+
+
 @pytest.fixture(scope="session")
 def vae_folder(tmp_path_factory):
     """The folder of a random AutoencoderKL, whose latents have half the side of its images."""

@@ -27,7 +27,7 @@ from recipe.objectives.frechet import Frechet
 from recipe.text import Prompts, TextConfig, byte_tokens
 from recipe.weights import load_weights, read_facts, save_weights
 from storage import Folder
-from tests.conftest import TINY, begin, edit, run
+from tests.conftest import TINY, begin, edit, refusal, run
 
 DATA = {"column": "image", "mean": [0.0, 0.0], "std": [1.0, 1.0]}
 SMALL = {"size": 4, "channels": 2, "classes": 3, "width": 32, "depth": 2, "heads": 2}
@@ -179,9 +179,8 @@ def test_a_run_begins_with_an_adapter_whose_base_lies_beside_it(tmp_path):
     )
     config.model, config.objective = model.net.config, TVM()
     fresh = GenerativeModel(network("dit"), TVM(), model.normalizer, 0)
-    with pytest.raises(ConfigError) as error:
-        begin(fresh, config)
-    assert str(error.value).startswith(f"init_from: weights: {tmp_path}/other/ba0000008-net is an adapter of")
+    message = refusal(ConfigError, begin, fresh, config)
+    assert message.startswith(f"init_from: weights: {tmp_path}/other/ba0000008-net is an adapter of")
     for file in (tmp_path / "elsewhere").iterdir():
         shutil.copy(file, tmp_path / "other")
     config.init_from = f"{tmp_path}/other/ba0000008-net"

@@ -13,6 +13,7 @@ from recipe import plan
 from recipe.config import ParallelConfig, TrainConfig, load_config
 from recipe.ema import lerps
 from recipe.parallel import configure_compiler
+from tests.conftest import refusal
 
 H100 = plan.GPUS["h100"]
 SMALL = [
@@ -161,10 +162,8 @@ def test_an_inductor_that_changed_is_one_line_and_status_3(capsys, monkeypatch):
     ],
 )
 def test_a_wrong_key_is_one_line_that_names_it(overrides, message):
-    with pytest.raises(SystemExit) as error:
-        compiled.main(["yamls/imagenet256_w2.yaml", *overrides])
-    assert str(error.value).startswith("config error: ")
-    assert message in str(error.value)
+    said = refusal(SystemExit, compiled.main, ["yamls/imagenet256_w2.yaml", *overrides])
+    assert said.startswith("config error: ") and message in said
 
 
 MEANFLOW = ["objective.name=meanflow", "objective.omega=2"]

@@ -27,7 +27,7 @@ from recipe.parallel import unwrap
 from recipe.train import build_algorithms, build_model, short_for_average
 from recipe.weights import load_weights
 from storage import StorageError, writing
-from tests.conftest import EACH, JOINT, NAMESPACES, PATIENCE, ROOT, TINY, findings, run
+from tests.conftest import EACH, JOINT, NAMESPACES, PATIENCE, ROOT, TINY, findings, refusal, run
 
 
 class Recorder(Callback):
@@ -462,9 +462,7 @@ def test_a_network_without_classes_trains_on_labelled_data_and_its_labels_change
 def test_a_bad_setting_is_one_line_that_names_the_key(digits, overrides, message, capsys):
     from recipe.train import main
 
-    with pytest.raises(SystemExit) as error:
-        main(["yamls/digits.yaml", f"data.local={digits}", *overrides])
-    text = str(error.value)
+    text = refusal(SystemExit, main, ["yamls/digits.yaml", f"data.local={digits}", *overrides])
     assert text.startswith("config error: ")
     assert message in text
     assert "\n" not in text
