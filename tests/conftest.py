@@ -40,7 +40,7 @@ from streaming_convert.sources import Source
 from tests import program
 
 torch.set_num_threads(1)
-torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0  # as long a loader that is garbage waits for a worker
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0  # how long a collected loader waits for each worker
 ROOT = Path(__file__).parent.parent
 DIGITS = load_digits()
 NAMES = ["", "one", "due", "trois", "vier", "five", "šest", "sieben (seven)", "八", "nine"]
