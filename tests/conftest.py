@@ -42,6 +42,7 @@ from tests import program
 torch.set_num_threads(1)
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0  # how long a collected loader waits for each worker
 ROOT = Path(__file__).parent.parent
+OFFICIAL = torch.__version__.startswith("2.7.")  # the stack of constraints.txt, not of constraints-next.txt
 DIGITS = load_digits()
 NAMES = ["", "one", "due", "trois", "vier", "five", "šest", "sieben (seven)", "八", "nine"]
 TINY = ["model.width=16", "model.depth=1", "model.heads=2", "data.batch_size=16", "log.progress_bar=false"]

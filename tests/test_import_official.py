@@ -26,6 +26,7 @@ from recipe.dit import DiT, DiTConfig
 from recipe.generator import Generator
 from recipe.restricted import RefusedPickle, read_stream
 from recipe.weights import load_weights
+from tests.conftest import OFFICIAL
 
 TINY = DiTConfig(size=8, channels=4, classes=10, patch=2, width=16, depth=2, heads=1)
 LATENT = DiTConfig(size=32, channels=4, classes=10, patch=2, width=32, depth=1, heads=2)
@@ -228,9 +229,7 @@ def refused(data, folder, message):
 
 
 # What torch.compile's wrapper pickles to changes with torch; torch 2.7 wrote the released files.
-TORCH_2_7 = pytest.mark.skipif(
-    not torch.__version__.startswith("2.7."), reason="needs the wrapper of torch 2.7"
-)
+TORCH_2_7 = pytest.mark.skipif(not OFFICIAL, reason="needs the wrapper of torch 2.7")
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=TORCH_2_7)])
